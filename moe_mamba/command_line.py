@@ -1,0 +1,70 @@
+"""How every command of the project starts: a Fire function, and one line and exit code 2 for the user's mistakes."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import fire
+from fire.core import FireExit
+
+from moe_mamba.errors import RunStopped, UserError
+
+
+def run_command(function: Callable[..., None]) -> None:
+    """Run `function` with the flags of the command line; its signature is the flags, its docstring the help.
+
+    Values reach the function as the text that the user typed; numbers, True and False as what they are.
+    Exits with 2, and one line on standard error from rank 0 alone, where the user's input is wrong,
+    and with 1 where a run could not go on.
+    """
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        _parse(function)()
+    except UserError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunStopped as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse(function: Callable[..., None]) -> Callable[[], None]:
+    """Let Fire read the command line, and give the call that it asks for, not yet made."""
+
+    @functools.wraps(function)
+    def bind(*arguments: Any, **flags: Any) -> None:
+        calls.append(functools.partial(function, *arguments, **flags))
+
+    calls: list[Callable[[], None]] = []
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            fire.Fire(bind, command=[_literal(argument) for argument in sys.argv[1:]])
+    except FireExit as stop:
+        if stop.code == 0:
+            print(complaint.getvalue(), end="")
+            sys.exit(0)
+        raise UserError(_first_line(complaint.getvalue())) from None
+    return calls[-1]
+
+
+def _literal(argument: str) -> str:
+    """Quote a value that Fire would make a tuple, a name or an operator of; numbers and truth values pass."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    if (flag and not equals) or re.fullmatch(r"-[A-Za-z]|True|False|-?\d+(\.\d*)?([eE][-+]?\d+)?", value):
+        return argument
+    return f"{flag}{equals}{value!r}"
+
+
+def _first_line(complaint: str) -> str:
+    lines = [line for line in complaint.splitlines() if line.startswith("ERROR:")]
+    return f"{lines[0].removeprefix('ERROR: ')}; --help lists the flags" if lines else "the command line is not understood"

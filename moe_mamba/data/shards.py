@@ -1,0 +1,202 @@
+"""Shards: tokenized documents in Megatron's .bin/.idx files, read through a memory map.
+
+A folder of shards has a manifest (manifest.py) and one or more parts; a bare prefix of foreign shards has neither,
+and gets the checks that are possible. The parts are read as one row of tokens.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from moe_mamba.data.manifest import MANIFEST, TOKENIZER_FOLDER, Manifest, checksum, load_manifest
+from moe_mamba.data.quiet import indexed_dataset
+from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.errors import UserError
+
+BLOCK = 1 << 22  # tokens looked at together when all are counted
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document boundaries
+SAMPLED_BLOCKS = 16  # blocks of a foreign shard in which the largest id is looked for
+
+
+class Shards:
+    """A row of tokens: the documents of one corpus, each with its end-of-text, one behind the other.
+
+    Attributes:
+        name: the folder or prefix.
+        tokens: length of the row; documents: how many it holds.
+        text_bytes: bytes of the documents' text in UTF-8; None for foreign shards.
+        identity: hash of the tokens, the same wherever the shards lie.
+    """
+
+    def __init__(self, name: str, prefixes: list[Path], manifest: Manifest | None) -> None:
+        """Map the parts; use ``Shards.open``, which checks them."""
+        reader = indexed_dataset()
+        self.name = name
+        self.manifest = manifest
+        self._parts = [reader.IndexedDataset(str(prefix)) for prefix in prefixes]
+        sizes = [int(part.index.sequence_lengths.sum(dtype=np.int64)) for part in self._parts]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self.tokens = int(self._ends[-1])
+        self.documents = sum(len(part.index.document_indices) - 1 for part in self._parts)
+        self.text_bytes = manifest.text_bytes if manifest else None
+        self.identity = _identity(prefixes, manifest)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, tokenizer: Tokenizer | None = None, verify: Literal[False, "checksums"] = False
+    ) -> "Shards":
+        """Open a folder of shards, or a bare prefix of Megatron's .bin/.idx.
+
+        Args:
+            path: the folder, or the prefix.
+            tokenizer: whose tokens they must be; None: not checked.
+            verify: ``checksums`` reads every file and compares it with the manifest (foreign shards: looks at every
+                token's id, instead of a sample).
+
+        Raises:
+            UserError: missing, unfinished or damaged shards, another tokenizer's, or ids past its vocabulary.
+        """
+        folder = Path(path)
+        manifest = load_manifest(folder)
+        if manifest is None:
+            return cls._open_foreign(path, tokenizer, thorough=verify == "checksums")
+        if not manifest.complete:
+            raise UserError(f"{path}: unfinished shards: run the command that writes them again, it goes on")
+        if tokenizer:
+            _check_tokenizer(manifest, tokenizer, path)
+        for part in manifest.parts:
+            for name, expected in part.checksums.items():
+                _check_file(folder / name, expected if verify == "checksums" else None)
+            _check_pair(folder / part.name)
+        return cls(str(path), [folder / part.name for part in manifest.parts], manifest)
+
+    @classmethod
+    def _open_foreign(cls, path: str | Path, tokenizer: Tokenizer | None, thorough: bool) -> "Shards":
+        prefix = _prefix(path)
+        for name in (f"{prefix}.bin", f"{prefix}.idx"):
+            if not Path(name).is_file():
+                raise UserError(f"{path}: no shards there ({MANIFEST} or {name} is missing): check the path")
+        _check_pair(prefix)
+        shards = cls(str(path), [prefix], None)
+        if tokenizer:
+            largest = max(
+                (int(block.max()) for block in shards.blocks(None if thorough else SAMPLED_BLOCKS)), default=-1
+            )
+            _check_largest(largest, tokenizer, path)
+        return shards
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of the row, across parts: (stop - start,) int64."""
+        pieces = []
+        part = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            first = int(self._ends[part - 1]) if part else 0
+            end = min(stop, int(self._ends[part]))
+            dataset = self._parts[part]
+            dtype = np.dtype(dataset.index.dtype)
+            piece = dataset.bin_reader.read(dtype.type, count=end - start, offset=(start - first) * dtype.itemsize)
+            pieces.append(piece.astype(np.int64))
+            start, part = end, part + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
+
+    def blocks(self, sampled: int | None = None) -> Iterator[np.ndarray]:
+        """All tokens in blocks, or ``sampled`` blocks spread over the row."""
+        starts = range(0, self.tokens, BLOCK)
+        if sampled and len(starts) > sampled:
+            starts = range(0, self.tokens, self.tokens // sampled)
+        for start in starts:
+            yield self.read(start, min(start + BLOCK, self.tokens))
+
+
+def is_shards(path: str | Path) -> bool:
+    """Whether ``path`` is a folder of shards, or a prefix of .bin and .idx."""
+    return (Path(path) / MANIFEST).is_file() or Path(f"{_prefix(path)}.idx").is_file()
+
+
+def tokenizer_folder(path: str | Path) -> Path | None:
+    """Where the tokenizer of a folder of shards is saved; None for foreign shards."""
+    folder = Path(path) / TOKENIZER_FOLDER
+    return folder if folder.is_dir() else None
+
+
+def unigram_entropy(shards: Shards) -> float:
+    """Entropy of the tokens' frequencies, end-of-text included, in nats: the loss of a model that knows no context."""
+    counts = np.zeros(0, dtype=np.int64)
+    for block in shards.blocks():
+        more = np.bincount(block, minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def bytes_per_token(shards: Shards) -> float | None:
+    """Bytes of text by tokens, end-of-text included; bits per byte = loss / ln 2 / this. None for foreign shards."""
+    return None if shards.text_bytes is None else shards.text_bytes / shards.tokens
+
+
+def _prefix(path: str | Path) -> Path:
+    """A prefix, also where one of its two files is named."""
+    return Path(str(path).removesuffix(".bin").removesuffix(".idx"))
+
+
+def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, path: str | Path) -> None:
+    if manifest.tokenizer != tokenizer.fingerprint:
+        saved = Path(path) / TOKENIZER_FOLDER
+        raise UserError(
+            f"{path}: tokenizer hash {manifest.tokenizer[:12]} differs from the given tokenizer's "
+            f"{tokenizer.fingerprint[:12]}: give the one that made the shards ({saved}), or preprocess again"
+        )
+    _check_largest(manifest.largest_id, tokenizer, path)
+
+
+def _check_largest(largest: int, tokenizer: Tokenizer, path: str | Path) -> None:
+    if largest >= tokenizer.vocab_size:
+        raise UserError(
+            f"{path}: token id {largest} is past the vocabulary of {tokenizer.vocab_size}: "
+            "give the tokenizer that made the shards"
+        )
+
+
+def _check_file(path: Path, expected: str | None) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: a file of these shards is missing: restore it, or delete the folder and preprocess again"
+        )
+    if expected and checksum(path) != expected:
+        raise UserError(f"{path}: its checksum differs from the manifest's: delete the folder and preprocess again")
+
+
+def _check_pair(prefix: Path) -> None:
+    """Refuse an index that is cut or none, and a .bin whose size is not what the index says."""
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    with index.open("rb") as file:
+        header = file.read(INDEX_HEADER.size)
+        if len(header) < INDEX_HEADER.size or header[:9] != INDEX_MAGIC:
+            raise UserError(f"{index}: not an index of Megatron's: give shards in its .bin/.idx format")
+        _, _, code, sequences, documents = INDEX_HEADER.unpack(header)
+        if index.stat().st_size < INDEX_HEADER.size + 12 * sequences + 8 * documents:
+            raise UserError(f"{index}: cut short: restore it, or preprocess again")
+        lengths = np.fromfile(file, np.int32, sequences)
+    expected = int(lengths.sum(dtype=np.int64)) * indexed_dataset().DType.size(code)
+    actual = tokens.stat().st_size
+    if actual != expected:
+        raise UserError(f"{tokens}: {actual} bytes, and its index says {expected}: restore it, or preprocess again")
+    if not actual:
+        raise UserError(f"{tokens}: no tokens in it: give another corpus")
+
+
+def _identity(prefixes: list[Path], manifest: Manifest | None) -> str:
+    """From the manifest's checksums; for foreign shards from the index, which tells the documents' lengths."""
+    digest = hashlib.sha256()
+    if manifest:
+        for part in manifest.parts:
+            digest.update(part.checksums[f"{part.name}.bin"].encode())
+    else:
+        digest.update(checksum(Path(f"{prefixes[0]}.idx")).encode())
+    return digest.hexdigest()

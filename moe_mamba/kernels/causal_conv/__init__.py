@@ -1,0 +1,73 @@
+"""Mamba's short convolution: depthwise, causal, with SiLU (arXiv 2312.00752, section 3.4 and figure 3).
+
+    y[t] = silu(bias + sum over k of weight[k] x[t - (width - 1) + k])
+"""
+
+import torch
+from torch import Tensor
+
+from moe_mamba.kernels.backends import choose
+from moe_mamba.kernels.validation import require_bool, require_dimensions, require_same_dtype, require_shapes
+
+__all__ = ["causal_conv"]
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its own filter over the present and the past, then SiLU.
+
+    Args:
+        x: (batch, length, channels).
+        weight: (channels, width); the last tap is the present; dtype of x.
+        bias: (channels), dtype of x.
+        starts: (batch, length) bool; no tap reaches from a True position or after it to before it.
+        initial_state: (batch, width - 1, channels), the inputs before position 0; None: zeros; dtype of x.
+        backend: ``auto``, ``reference`` or ``torch``.
+
+    Returns:
+        y (batch, length, channels), and the last width - 1 inputs (batch, width - 1, channels) for the tokens to come,
+        zeros where a start lies behind them; both in the dtype of x.
+
+    Raises:
+        UserError: shapes or dtypes that disagree, or a back end that does not exist.
+    """
+    require_dimensions("causal_conv", "x", x, "batch length channels")
+    require_dimensions("causal_conv", "weight", weight, "channels width")
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    require_shapes(
+        "causal_conv",
+        (
+            ("weight", weight, (channels, width)),
+            ("bias", bias, (channels,)),
+            ("starts", starts, (batch, length)),
+            ("initial_state", initial_state, (batch, width - 1, channels)),
+        ),
+    )
+    require_same_dtype(
+        "causal_conv", x.dtype, (("weight", weight), ("bias", bias), ("initial_state", initial_state))
+    )
+    require_bool("causal_conv", "starts", starts)
+    _, function = choose("causal_conv", x.device.type, x.dtype, backend)
+    if initial_state is None:
+        initial_state = x.new_zeros(batch, width - 1, channels)
+    return function(x, weight, bias, starts, initial_state), _final_state(x, starts, initial_state)
+
+
+def _final_state(x: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+    """The last width - 1 inputs, (batch, width - 1, channels), zeros before the last start."""
+    reach = initial_state.shape[1]
+    tail = torch.cat((initial_state, x[:, max(0, x.shape[1] - reach) :]), 1)
+    tail = tail[:, tail.shape[1] - reach :]
+    if starts is None or reach == 0:
+        return tail
+    started = torch.cat((starts.new_zeros(starts.shape[0], reach), starts), 1)[:, -reach:]
+    # a start at a later position hides an input: starts after it, counted from the end
+    later = started.flip(1).cumsum(1).flip(1) - started.long()
+    return tail.masked_fill((later > 0)[..., None], 0)

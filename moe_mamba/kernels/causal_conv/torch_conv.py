@@ -1,0 +1,115 @@
+"""The convolution as shifted multiply-adds with its own backward, which keeps nothing but the inputs.
+
+Batch rows are worked on one after another on a CPU, so that the passes over a row find it in the cache; this takes
+half the time of ``torch.nn.functional.conv1d``, which also wants the channels before the length.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 1 << 18  # elements of x that a thread works on at once
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+    """See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp64 for fp64 inputs, else in fp32."""
+    return _CausalConv.apply(x, weight, bias, initial_state, starts)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, starts: Tensor | None
+    ) -> Tensor:
+        taps, bias_work, masks = _operands(weight, bias, starts)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows in _blocks(x):
+            past = _past(x, initial_state, rows, taps.dtype)
+            y[rows] = F.silu(_convolve(past, taps, bias_work, [mask[rows] for mask in masks]), inplace=True)
+        ctx.save_for_backward(x, weight, bias, initial_state, starts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, initial_state, starts = ctx.saved_tensors
+        taps, bias_work, masks = _operands(weight, bias, starts)
+        width, length = taps.shape[0], x.shape[1]
+        x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+        state_gradient = torch.empty_like(initial_state)
+        taps_gradient, bias_gradient = torch.zeros_like(taps), torch.zeros_like(bias_work)
+        for rows in _blocks(x):
+            past = _past(x, initial_state, rows, taps.dtype)
+            row_masks = [mask[rows] for mask in masks]
+            out = _convolve(past, taps, bias_work, row_masks)  # (rows, length, channels)
+            gradient = torch.ops.aten.silu_backward(y_gradient[rows].to(taps.dtype), out)
+            bias_gradient += gradient.sum((0, 1))
+            past_gradient = torch.zeros_like(past)
+            for back in range(width):
+                window = slice(width - 1 - back, width - 1 - back + length)
+                tap, seen = past[:, window], gradient
+                if back and row_masks:
+                    tap, seen = _hide(tap, row_masks[back - 1]), _hide(seen, row_masks[back - 1])
+                taps_gradient[back] += (seen * tap).sum((0, 1))
+                past_gradient[:, window].addcmul_(seen, taps[back])
+            x_gradient[rows] = past_gradient[:, width - 1 :]
+            state_gradient[rows] = past_gradient[:, : width - 1]
+        weight_gradient = taps_gradient.flip(0).t()
+        return x_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), state_gradient, None
+
+
+def _operands(weight: Tensor, bias: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What every block uses.
+
+    Returns:
+        The taps, the present first, (width, channels); the bias (channels); and for each tap but the present the mask
+        (batch, length) of positions between which and the tap a document starts (no masks without starts).
+    """
+    work = torch.promote_types(weight.dtype, torch.float32)
+    width = weight.shape[1]
+    masks: list[Tensor] = []
+    if starts is not None:
+        hidden = starts
+        for back in range(1, width):
+            masks.append(hidden)
+            hidden = hidden | F.pad(starts, (back, 0))[:, : starts.shape[1]]
+    return weight.to(work).t().flip(0).contiguous(), bias.to(work), masks
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Cut the batch into blocks: all rows on an accelerator, as many as the cache likes on a CPU."""
+    batch, length, channels = x.shape
+    count = batch if x.device.type != "cpu" else max(1, BLOCK * torch.get_num_threads() // (length * channels))
+    return [slice(first, first + count) for first in range(0, batch, count)]
+
+
+def _past(x: Tensor, initial_state: Tensor, rows: slice, work: torch.dtype) -> Tensor:
+    """The inputs with those before position 0 in front, (rows, width - 1 + length, channels)."""
+    return torch.cat((initial_state[rows], x[rows]), 1).to(work)
+
+
+def _convolve(past: Tensor, taps: Tensor, bias: Tensor, masks: list[Tensor]) -> Tensor:
+    """The convolution before SiLU, (rows, length, channels)."""
+    width = taps.shape[0]
+    length = past.shape[1] - width + 1
+    out = torch.addcmul(bias, past[:, width - 1 :], taps[0])
+    for back in range(1, width):
+        tap = past[:, width - 1 - back : width - 1 - back + length]
+        if masks:
+            tap = _hide(tap, masks[back - 1])
+        out.addcmul_(tap, taps[back])
+    return out
+
+
+def _hide(inputs: Tensor, mask: Tensor) -> Tensor:
+    """A copy of (rows, length, channels) with zeros where the mask (rows, length) is True.
+
+    It selects, because 0 x NaN is NaN; by position, because starts are few and ``masked_fill`` with a mask to broadcast
+    is slow on a CPU.
+    """
+    positions = mask.flatten().nonzero().squeeze(1)
+    copy = inputs.clone(memory_format=torch.contiguous_format)
+    return copy.view(-1, inputs.shape[2]).index_fill_(0, positions, 0).view(inputs.shape)

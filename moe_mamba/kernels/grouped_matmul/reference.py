@@ -1,0 +1,10 @@
+"""A loop over groups, any dtype, plain autograd. It defines what the other back ends must give."""
+
+import torch
+from torch import Tensor
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """See ``moe_mamba.kernels.grouped_matmul``."""
+    parts = x.split(counts.tolist())
+    return torch.cat([rows @ matrix for rows, matrix in zip(parts, weight, strict=True)])

@@ -1,0 +1,116 @@
+"""The selective scan, Mamba-1's recurrence (arXiv 2312.00752, algorithm 2, equations 2a, 2b and 4).
+
+With delta = softplus(delta + delta_bias):
+
+    h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] x[t]      (states: batch x d_inner x d_state)
+    y[t] = (C[t] . h[t] + D x[t]) * silu(z[t])
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_mamba.kernels.backends import choose
+from moe_mamba.kernels.validation import require_bool, require_dimensions, require_same_dtype, require_shapes
+
+__all__ = ["selective_scan", "selective_scan_step"]
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over whole sequences, differentiable in every float tensor (arXiv 2312.00752, section 3.2).
+
+    Args:
+        x: (batch, length, d_inner), the input of each channel.
+        delta: (batch, length, d_inner), step sizes before bias and softplus; dtype of x.
+        A: (d_inner, d_state), negative.
+        B: (batch, length, d_state), what of the input enters the state; dtype of x.
+        C: (batch, length, d_state), what of the state is read; dtype of x.
+        D: (d_inner), weight of the input in the output.
+        z: (batch, length, d_inner) gate, dtype of x; None: no gate.
+        delta_bias: (d_inner), added to delta before softplus; None: nothing.
+        starts: (batch, length) bool; nothing before a True position is seen at it or after it.
+            True at position 0 discards initial_state.
+        initial_state: (batch, d_inner, d_state), the state before position 0; None: zeros.
+        backend: ``auto``, ``reference`` or ``torch``.
+
+    Returns:
+        y (batch, length, d_inner) in the dtype of x, and the state after the last position
+        (batch, d_inner, d_state) in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        UserError: shapes or dtypes that disagree, or a back end that does not exist.
+    """
+    require_dimensions("selective_scan", "x", x, "batch length d_inner")
+    require_dimensions("selective_scan", "A", A, "d_inner d_state")
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    require_shapes(
+        "selective_scan",
+        (
+            ("delta", delta, (batch, length, d_inner)),
+            ("A", A, (d_inner, d_state)),
+            ("B", B, (batch, length, d_state)),
+            ("C", C, (batch, length, d_state)),
+            ("D", D, (d_inner,)),
+            ("z", z, (batch, length, d_inner)),
+            ("delta_bias", delta_bias, (d_inner,)),
+            ("starts", starts, (batch, length)),
+            ("initial_state", initial_state, (batch, d_inner, d_state)),
+        ),
+    )
+    require_same_dtype("selective_scan", x.dtype, (("delta", delta), ("B", B), ("C", C), ("z", z)))
+    require_bool("selective_scan", "starts", starts)
+    _, function = choose("selective_scan", x.device.type, x.dtype, backend)
+    return function(x, delta, A, B, C, D, z, delta_bias, starts, initial_state)
+
+
+def selective_scan_step(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence, for generation: what ``selective_scan`` computes at one position.
+
+    Args:
+        x: (batch, d_inner); delta and z alike.
+        delta: step sizes before bias and softplus.
+        A: (d_inner, d_state), negative.
+        B: (batch, d_state); C alike.
+        C: what of the state is read.
+        D: (d_inner).
+        z: gate, or None.
+        delta_bias: (d_inner), or None.
+        state: (batch, d_inner, d_state) before this token, fp32 or fp64.
+
+    Returns:
+        y (batch, d_inner) in the dtype of x, and the state after this token in the dtype of ``state``.
+    """
+    work = state.dtype
+    step = delta.to(work)
+    if delta_bias is not None:
+        step = step + delta_bias
+    step = F.softplus(step)  # (batch, d_inner)
+    entering = (step * x)[..., None] * B.to(work)[:, None]  # (batch, d_inner, d_state)
+    new_state = torch.exp(step[..., None] * A) * state + entering
+    y = torch.einsum("bdn,bn->bd", new_state, C.to(work)) + D * x
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    return y.to(x.dtype), new_state

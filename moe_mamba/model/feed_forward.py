@@ -1,0 +1,49 @@
+"""Feed-forward layers, and the activations that experts share with them."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_mamba.config import ModelConfig
+from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.sequences import Sequences
+
+
+def input_width(activation: str, width: int) -> int:
+    """Columns of the input projection for a hidden width: SwiGLU has a gate beside the values."""
+    return 2 * width if activation == "swiglu" else width
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    """Apply an activation to (..., input_width), giving (..., width).
+
+    ``swiglu`` (Shazeer, 2020) takes its input as [gate | up]; ``squared_relu`` is from Primer (So et al., 2021).
+    """
+    if activation == "swiglu":
+        gate, up = hidden.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+    if activation == "gelu":
+        return functional.gelu(hidden)
+    hidden = functional.relu(hidden)
+    return hidden.square() if activation == "squared_relu" else hidden
+
+
+class FeedForward(nn.Module):
+    """Two bias-free matrices with an activation between them."""
+
+    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width or config.resolved_d_ff
+        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=False)
+        self.out_proj = nn.Linear(self.width, config.d_model, bias=False)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How this module's parameters start."""
+        return {
+            "in_proj.weight": matrix(self.config, self.config.d_model),
+            "out_proj.weight": matrix(self.config, self.width, residual=True),
+        }
+
+    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
+        """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""
+        return self.out_proj(activate(self.in_proj(x), self.config.activation)), None, None

@@ -1,0 +1,113 @@
+"""Every weight a pure function of (seed, its full name, expert index).
+
+So a weight does not depend on the order of modules, on how many experts stand beside it, or on the device it
+lives on: whichever layout asks for a piece of a weight, it can make the same numbers.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from moe_mamba.config import ModelConfig
+
+Initializer = Callable[[Tensor, Generator], None]
+
+
+def ones(weight: Tensor, generator: Generator) -> None:
+    """Fill with ones."""
+    weight.fill_(1.0)
+
+
+def zeros(weight: Tensor, generator: Generator) -> None:
+    """Fill with zeros."""
+    weight.zero_()
+
+
+def normal(std: float) -> Initializer:
+    """Normal of mean 0 and the given standard deviation."""
+
+    def fill(weight: Tensor, generator: Generator) -> None:
+        weight.normal_(0.0, std, generator=generator)
+
+    return fill
+
+
+def truncated_normal(fan_in: int) -> Initializer:
+    """Normal of std sqrt(0.1 / fan_in), cut at two of them (Switch Transformer, section 2.4)."""
+    std = math.sqrt(0.1 / fan_in)
+
+    def fill(weight: Tensor, generator: Generator) -> None:
+        nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+    return fill
+
+
+def uniform(fan_in: int, scale: float = 1.0) -> Initializer:
+    """Uniform in ±scale / sqrt(fan_in), so of std scale / sqrt(3 fan_in): what torch's Linear starts with."""
+    bound = scale / math.sqrt(fan_in)
+
+    def fill(weight: Tensor, generator: Generator) -> None:
+        weight.uniform_(-bound, bound, generator=generator)
+
+    return fill
+
+
+def matrix(config: ModelConfig, fan_in: int, residual: bool = False) -> Initializer:
+    """How a matrix of attention, feed-forward or an expert starts.
+
+    Args:
+        config: says which initialisation; ``authors`` is the truncated normal of the paper's code for all.
+        fan_in: inputs of the matrix.
+        residual: it writes to the residual stream; by default it then starts smaller by sqrt(layers), so that
+            the stream's variance does not grow with depth (GPT-2, section 2.3).
+    """
+    if config.initialization == "authors":
+        return truncated_normal(fan_in)
+    return uniform(fan_in, 1.0 / math.sqrt(len(config.layers)) if residual else 1.0)
+
+
+def _generator(seed: int, name: str, expert: int | None) -> Generator:
+    """Make the generator of one weight: a CPU one, so that every device gets the same numbers."""
+    digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
+    return Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def _fill(target: Tensor, fill: Initializer, generator: Generator) -> None:
+    value = torch.empty(target.shape, dtype=torch.float32, device="cpu")
+    fill(value, generator)
+    target.copy_(value)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter and buffer of ``model``, in place.
+
+    A module that owns parameters says how they start: ``initializers()`` maps a name inside the module to what
+    fills it. A module with ``first_expert`` holds stacked experts: each slice of the first axis has its own
+    generator, by the expert's index in the whole model.
+
+    Args:
+        model: on any device but meta (``to_empty`` comes first), in any dtype.
+        seed: of the run.
+
+    Raises:
+        RuntimeError: a parameter or buffer that no module says how to fill: a fault of ours.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    left = set(tensors)
+    for prefix, module in model.named_modules():
+        if not hasattr(module, "initializers"):
+            continue
+        for local, fill in module.initializers().items():
+            name = f"{prefix}.{local}" if prefix else local
+            left.remove(name)
+            if hasattr(module, "first_expert"):
+                for index, expert in enumerate(tensors[name]):
+                    _fill(expert, fill, _generator(seed, name, module.first_expert + index))
+            else:
+                _fill(tensors[name], fill, _generator(seed, name, None))
+    if left:
+        raise RuntimeError(f"no initializer for {', '.join(sorted(left))}")

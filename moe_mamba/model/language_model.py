@@ -1,0 +1,195 @@
+"""The whole model: embedding -> layers -> norm -> head, and what it counts about itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.model.attention import Attention, AttentionState
+from moe_mamba.model.feed_forward import FeedForward
+from moe_mamba.model.initialize import Initializer, normal, truncated_normal
+from moe_mamba.model.mamba import Mamba, MambaState
+from moe_mamba.model.moe import Experts, MoE
+from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
+from moe_mamba.model.routing import Router, RouterStatistics
+from moe_mamba.model.sequences import Sequences
+
+State = MambaState | AttentionState | None
+"""What a layer keeps between passes; feed-forward layers and experts keep nothing."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a pass gives.
+
+    Attributes:
+        logits: (batch, length, vocab).
+        statistics: one for each layer of experts, in order.
+        states: one for each layer, where states were passed in; else None.
+    """
+
+    logits: Tensor
+    statistics: list[RouterStatistics]
+    states: list[State] | None
+
+
+def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
+    """Build what a letter of the pattern stands for."""
+    if letter == "M":
+        return Mamba(config)
+    if letter == "*":
+        return Attention(config)
+    if letter == "-":
+        return FeedForward(config)
+    return MoE(config, moe)
+
+
+class Layer(nn.Module):
+    """Norm, mixer, and the residual stream added."""
+
+    def __init__(self, letter: str, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.norm = build_norm(config)
+        self.mixer = build_mixer(letter, config, moe)
+
+    def forward(
+        self, stream: Tensor, sequences: Sequences, state: State = None
+    ) -> tuple[Tensor, RouterStatistics | None, State]:
+        """Add the mixer's update to ``stream`` (tokens, d_model); returns (stream, statistics, new state)."""
+        update, statistics, state = self.mixer(self.norm(stream), sequences, state)
+        return stream + update, statistics, state
+
+
+class LanguageModel(nn.Module):
+    """A decoder of layers named by ``model.pattern``.
+
+    Its weights are whatever memory held until ``initialize`` or a checkpoint fills them.
+
+    Attributes:
+        recompute: in training keep only each layer's input, and compute the rest again in the backward pass.
+    """
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.config = model
+        self.moe_config = moe
+        self.recompute = False
+        self.embedding = nn.Embedding(model.vocab_size, model.d_model)
+        self.layers = nn.ModuleList(Layer(letter, model, moe) for letter in model.layers)
+        self.final_norm = build_norm(model) if model.final_norm else None
+        self.head = None if model.tied_head else nn.Linear(model.d_model, model.vocab_size, bias=False)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How embedding and head start; the authors' embedding counts a fan-in of one."""
+        authors = self.config.initialization == "authors"
+        fill = {"embedding.weight": truncated_normal(1) if authors else normal(0.02)}
+        if self.head is not None:
+            fill["head.weight"] = truncated_normal(self.config.d_model) if authors else normal(0.02)
+        return fill
+
+    def initial_states(self, batch: int) -> list[State]:
+        """Return each layer's state before any token, for ``batch`` sequences."""
+        mixers = (layer.mixer for layer in self.layers)
+        return [mixer.initial_state(batch) if isinstance(mixer, Mamba | Attention) else None for mixer in mixers]
+
+    def forward(self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[State] | None = None) -> Output:
+        """Predict the token after each one.
+
+        Args:
+            tokens: (batch, length) int64.
+            starts: (batch, length) bool, True where a document starts: nothing before it is seen. None: each
+                sequence is one document, or goes on from its state.
+            states: from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
+        """
+        stream, statistics, new_states = self.hidden(tokens, starts, states)
+        return Output(self.logits(stream).unflatten(0, tokens.shape), statistics, new_states)
+
+    def hidden(
+        self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[State] | None = None
+    ) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
+        """As ``forward``, but give the residual stream after the last layer, (tokens, d_model), for logits."""
+        sequences = Sequences(tokens.shape[0], tokens.shape[1], starts)
+        stream = self.embedding(tokens.flatten())  # (tokens, d_model)
+        statistics: list[RouterStatistics] = []
+        new_states: list[State] = []
+        for index, layer in enumerate(self.layers):
+            if self.recompute and self.training:
+                # Nothing in a layer is random, so no random state needs to be kept.
+                stream, measured, _ = checkpoint(
+                    layer, stream, sequences, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                stream, measured, state = layer(stream, sequences, states[index] if states is not None else None)
+                new_states.append(state)
+            if measured is not None:
+                statistics.append(measured)
+        return stream, statistics, new_states if states is not None else None
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """Turn (tokens, d_model) from the last layer into logits (tokens, vocab)."""
+        if self.final_norm is not None:
+            stream = self.final_norm(stream)
+        return functional.linear(stream, self.embedding.weight if self.head is None else self.head.weight)
+
+    def routers(self) -> list[Router]:
+        """Routers of the layers of experts, in the order of a pass's statistics."""
+        return [mixer.router for mixer in self._mixers(MoE)]
+
+    def fp32_parameter_names(self) -> set[str]:
+        """Parameters, and balance biases, that stay fp32 in a bf16 model: small, and sensitive to rounding."""
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            local: list[str] = []
+            if isinstance(module, RMSNorm | LayerNorm | Router):
+                local = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+            elif isinstance(module, Mamba):
+                local = ["A_log", "D", "dt_proj.bias"]
+            names.update(f"{prefix}.{name}" for name in local)
+        return names
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Count parameters; works on the meta device.
+
+        Returns:
+            ``total`` and ``active`` (what a token meets: ``top_k`` of the routed experts), both without embedding,
+            head and norms, as the paper counts; ``norm`` (those inside Mamba too); ``embedding`` (with the head).
+        """
+        everything = _numel(self)
+        embedding = _numel(self.embedding) + (0 if self.head is None else _numel(self.head))
+        norm = sum(_numel(module) for module in self.modules() if isinstance(module, RMSNorm | LayerNorm))
+        total = everything - embedding - norm
+        return {"total": total, "active": total - self._idle_parameters(), "norm": norm, "embedding": embedding}
+
+    def _idle_parameters(self) -> int:
+        """Parameters of the routed experts that a token does not meet."""
+        routed = sum(_numel(module) for module in self.modules() if isinstance(module, Experts))
+        return routed - routed * self.moe_config.top_k // self.moe_config.experts
+
+    def flops_per_token(self, length: int) -> int:
+        """Count the floating-point operations of one token, forward and backward, in sequences of ``length``.
+
+        6 for each weight of a matrix that a token meets (a multiplication and an addition forward, twice that
+        backward), the head's and the convolution's included, the embedding's not, since looking up is no product;
+        6 x length x d_model for each attention layer (queries with keys, weights with values, half of them masked);
+        27 x d_inner x d_state for each Mamba layer (9 a state forward, as Mamba's section 4.5 counts the scan,
+        three times that for both). Recomputation and empty slots of experts are not counted.
+        """
+        config = self.config
+        matrices = sum(weight.numel() for name, weight in self.named_parameters() if weight.dim() > 1)
+        matrices -= self._idle_parameters()
+        if self.head is not None:
+            matrices -= self.embedding.weight.numel()
+        matrices -= sum(mixer.A_log.numel() for mixer in self._mixers(Mamba))
+        attention = 6 * length * config.d_model * len(self._mixers(Attention))
+        scan = 27 * config.d_inner * config.d_state * len(self._mixers(Mamba))
+        return 6 * matrices + attention + scan
+
+    def _mixers(self, kind: type) -> list:
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

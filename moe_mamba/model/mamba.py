@@ -1,0 +1,164 @@
+"""The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3.4), with Jamba's norms on request (arXiv 2403.19887).
+
+Symbols, the paper's name first:
+
+    D   d_model    width of the residual stream             Delta  delta   step size of a channel at a token
+    E   expand     d_inner = expand x d_model channels      A      A       decay of a channel's states, negative
+    N   d_state    states of a channel                      B      B       what of the input enters the states
+    R   dt_rank    rank of delta's projection               C      C       what of the states is read
+    x   x          input of a channel, after convolution    h      scan    the states
+    z   z          gate, beside x
+
+Parameters have the names of the library mamba-ssm.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from moe_mamba.config import ModelConfig
+from moe_mamba.kernels import causal_conv, selective_scan, selective_scan_step
+from moe_mamba.model.initialize import Initializer, ones, uniform
+from moe_mamba.model.norm import RMSNorm
+from moe_mamba.model.sequences import Sequences
+
+SMALLEST_DELTA, LARGEST_DELTA, DELTA_FLOOR = 1e-3, 1e-1, 1e-4  # at the start of training
+
+
+@dataclass(frozen=True)
+class MambaState:
+    """What the mixer keeps between passes; its size does not depend on the tokens seen.
+
+    Attributes:
+        conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution, in the dtype of the weights.
+        scan: (batch, d_inner, d_state), fp32 (fp64 in an fp64 model).
+    """
+
+    conv: Tensor
+    scan: Tensor
+
+
+class DepthwiseConv(nn.Module):
+    """The weights of a convolution of each channel by itself: weight (channels, width) and bias (channels)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+
+class Mamba(nn.Module):
+    """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.conv1d = DepthwiseConv(d_inner, config.d_conv)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        if config.mamba_norms:
+            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon)
+            self.B_norm = RMSNorm(d_state, config.norm_epsilon)
+            self.C_norm = RMSNorm(d_state, config.norm_epsilon)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How this module's own parameters start: as in mamba-ssm, whatever ``model.initialization`` says.
+
+        By default ``out_proj`` is smaller by sqrt(layers), as that library's language model has it; the authors of
+        MoE-Mamba took the bare mixer, without.
+        """
+        config = self.config
+        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(len(config.layers))
+        return {
+            "in_proj.weight": uniform(config.d_model),
+            "conv1d.weight": uniform(config.d_conv),
+            "conv1d.bias": uniform(config.d_conv),
+            "x_proj.weight": uniform(config.d_inner),
+            "dt_proj.weight": uniform(config.resolved_dt_rank),
+            "dt_proj.bias": _delta_bias,
+            "A_log": _A_log,
+            "D": ones,
+            "out_proj.weight": uniform(config.d_inner, shrink),
+        }
+
+    def initial_state(self, batch: int) -> MambaState:
+        """Return the state before any token."""
+        config, weight = self.config, self.in_proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return MambaState(
+            weight.new_zeros(batch, config.d_conv - 1, config.d_inner),
+            weight.new_zeros(batch, config.d_inner, config.d_state, dtype=wide),
+        )
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, state: MambaState | None = None
+    ) -> tuple[Tensor, None, MambaState | None]:
+        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, None, new state)."""
+        projected = self.in_proj(x).view(sequences.batch, sequences.length, -1)
+        x, z = projected.chunk(2, dim=-1)  # (batch, length, d_inner) each; figure 3
+        x, conv_state = causal_conv(
+            x,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            sequences.starts,
+            None if state is None else state.conv,
+            backend=self.config.kernels,
+        )
+        delta, B, C = self._select(x)
+        A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
+        delta_bias = self.dt_proj.bias
+        if state is not None and sequences.length == 1 and sequences.starts is None:
+            y, scan_state = selective_scan_step(
+                x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], delta_bias, state.scan
+            )
+        else:
+            y, scan_state = selective_scan(
+                x,
+                delta,
+                A,
+                B,
+                C,
+                self.D,
+                z,
+                delta_bias,
+                sequences.starts,
+                None if state is None else state.scan,
+                backend=self.config.kernels,
+            )  # equations 2a, 2b and 4, and the gate
+        new_state = None if state is None else MambaState(conv_state, scan_state)
+        return self.out_proj(y.reshape(sequences.tokens, -1)), None, new_state
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What makes the scan selective: delta, B and C from the input (algorithm 2, section 3.6).
+
+        Args:
+            x: (batch, length, d_inner).
+
+        Returns:
+            delta before its bias and softplus (batch, length, d_inner); B and C (batch, length, d_state).
+        """
+        d_state = self.config.d_state
+        dt, B, C = self.x_proj(x).split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
+        if self.config.mamba_norms:
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+        return functional.linear(dt, self.dt_proj.weight), B, C
+
+
+def _A_log(weight: Tensor, generator: Generator) -> None:
+    """S4D-real (section 3.6): A[n] = -n for n from 1."""
+    weight.copy_(torch.arange(1, weight.shape[1] + 1, dtype=torch.float32).log().expand_as(weight))
+
+
+def _delta_bias(weight: Tensor, generator: Generator) -> None:
+    """The inverse of softplus of a delta that is log-uniform in [0.001, 0.1] (section 3.6)."""
+    weight.uniform_(math.log(SMALLEST_DELTA), math.log(LARGEST_DELTA), generator=generator)
+    delta = weight.exp().clamp_(min=DELTA_FLOOR)
+    weight.copy_(delta + torch.log(-torch.expm1(-delta)))

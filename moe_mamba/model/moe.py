@@ -1,0 +1,85 @@
+"""Mixture of experts: route -> dispatch -> experts -> combine.
+
+The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels import grouped_matmul
+from moe_mamba.model.feed_forward import FeedForward, activate, input_width
+from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.routing import Router, RouterStatistics, Routing
+from moe_mamba.model.sequences import Sequences
+
+
+class Dispatcher(Protocol):
+    """Brings rows to the experts of this device, and their outputs back."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs)."""
+
+    def combine(self, rows: Tensor, handle: Any, tokens: int) -> Tensor:
+        """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
+
+
+class LocalDispatcher:
+    """All experts are on this device."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Routing]:
+        """Gather the tokens in the order of the experts."""
+        return x.index_select(0, routing.token), routing.counts, routing
+
+    def combine(self, rows: Tensor, handle: Routing, tokens: int) -> Tensor:
+        """Scatter the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
+        weighted = rows * handle.weight[:, None]  # (rows, d_model)
+        total = weighted.new_zeros(tokens, rows.shape[1]).index_add(0, handle.token, weighted)
+        return total.to(rows.dtype)
+
+
+class Experts(nn.Module):
+    """Stacked experts: two bias-free matrices each, with an activation between them."""
+
+    def __init__(self, config: ModelConfig, experts: int, width: int, first_expert: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.first_expert = first_expert
+        self.in_proj = nn.Parameter(torch.empty(experts, config.d_model, input_width(config.activation, width)))
+        self.out_proj = nn.Parameter(torch.empty(experts, width, config.d_model))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert's parameters start."""
+        return {
+            "in_proj": matrix(self.config, self.in_proj.shape[1]),
+            "out_proj": matrix(self.config, self.out_proj.shape[1], residual=True),
+        }
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Map ``rows`` (rows, d_model), sorted by expert, each by its own; ``counts`` (experts,) rows an expert."""
+        hidden = grouped_matmul(rows, self.in_proj, counts, backend=self.config.kernels)  # (rows, input width)
+        hidden = activate(hidden, self.config.activation)  # (rows, width)
+        return grouped_matmul(hidden, self.out_proj, counts, backend=self.config.kernels)  # (rows, d_model)
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer: routed experts, and shared ones that see every token."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        width = moe.d_expert or config.resolved_d_ff
+        self.router = Router(config, moe)
+        self.experts = Experts(config, moe.experts, width)
+        self.shared = FeedForward(config, moe.shared_experts * width) if moe.shared_experts else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, RouterStatistics, None]:
+        """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
+        routing, statistics = self.router(x, sequences)
+        rows, counts, handle = self.dispatcher.dispatch(x, routing)
+        y = self.dispatcher.combine(self.experts(rows, counts), handle, len(x))
+        if self.shared is not None:
+            y = y + self.shared(x, sequences)[0]
+        return y, statistics, None

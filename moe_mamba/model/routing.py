@@ -1,0 +1,209 @@
+"""Which expert sees which token, and with which weight.
+
+A router gives scores to every pair of token and expert, from logits in fp32. Then either each token takes its best
+experts (Switch, Fedus et al., 2021; top-k, Shazeer et al., 2017), with a capacity or without one, or each expert
+takes its best tokens (expert choice, Zhou et al., 2022). The result lists rows sorted by expert, which is what a
+dispatcher and a grouped matmul want. No shape depends on the data, so a GPU is never waited for.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.model.initialize import Initializer, truncated_normal, zeros
+from moe_mamba.model.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the experts shall work on: rows sorted by expert.
+
+    Attributes:
+        token: (rows,) int64: the row of the stream that goes to the expert.
+        weight: (rows,): what the expert's output is multiplied by; 0 in a slot that stayed empty.
+        counts: (experts,) int64: rows of each expert, empty slots included.
+        dropped: () assignments that no expert had room for; for expert choice, tokens that no expert took.
+    """
+
+    token: Tensor
+    weight: Tensor
+    counts: Tensor
+    dropped: Tensor
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """Sums over the tokens of one layer of a micro-step; fp32 (float64 in a float64 model).
+
+    Attributes:
+        probability: (experts,) sum of each expert's share of a token's scores; carries the gradient.
+        assigned: (experts,) assignments, counted before any is dropped.
+        dropped: () as in ``Routing``.
+        z: () sum of the squared log-sum-exp of the logits; carries the gradient.
+        entropy: () sum of the entropy of a token's shares, in nats.
+        tokens: () how many tokens.
+    """
+
+    probability: Tensor
+    assigned: Tensor
+    dropped: Tensor
+    z: Tensor
+    entropy: Tensor
+    tokens: Tensor
+
+
+def balance_loss(statistics: RouterStatistics) -> Tensor:
+    """Switch Transformer's load-balancing loss, eq. 4, without its weight: 1 when the load is even."""
+    mean = statistics.probability / statistics.tokens
+    share = statistics.assigned / statistics.assigned.sum()
+    return len(share) * (mean * share).sum()
+
+
+def z_loss(statistics: RouterStatistics) -> Tensor:
+    """ST-MoE's router z-loss (Zoph et al., 2022, eq. 5), without its weight."""
+    return statistics.z / statistics.tokens
+
+
+def _count(expert: Tensor, experts: int) -> Tensor:
+    """How often each expert occurs; unlike bincount, it does not wait for the GPU."""
+    counts = torch.zeros(experts, dtype=torch.int64, device=expert.device)
+    return counts.scatter_add_(0, expert, torch.ones_like(expert))
+
+
+def route_dropless(chosen: Tensor, weight: Tensor, experts: int) -> Routing:
+    """Give every token to all the experts that it chose.
+
+    Args:
+        chosen: (tokens, top_k) int64: experts of each token, best first.
+        weight: (tokens, top_k).
+        experts: how many there are.
+    """
+    tokens = len(chosen)
+    expert = chosen.t().reshape(-1)  # (top_k * tokens,)
+    order = expert.argsort(stable=True)
+    counts = _count(expert, experts)
+    return Routing(order % tokens, weight.t().reshape(-1)[order], counts, counts.new_zeros(()))
+
+
+def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: int) -> Routing:
+    """Fill ``capacity`` slots of each expert by order of position, all first choices before second ones.
+
+    Args:
+        chosen: (tokens, top_k) int64: experts of each token, best first.
+        weight: (tokens, top_k).
+        experts: how many there are.
+        capacity: slots of each expert. One that stays empty has weight 0 and the number of some token.
+    """
+    tokens = len(chosen)
+    expert = chosen.t().reshape(-1)  # (top_k * tokens,)
+    order = expert.argsort(stable=True)
+    counts = _count(expert, experts)
+    expert = expert[order]
+    rank = torch.arange(len(expert), device=expert.device) - (counts.cumsum(0) - counts)[expert]
+    rest = experts * capacity  # one slot more, for all that is dropped
+    slot = torch.where(rank < capacity, expert * capacity + rank, rest)
+    # Empty slots name tokens in turn: were it always the same one, its gradient's sum would be a queue of atomics.
+    token = torch.arange(rest + 1, device=expert.device) % tokens
+    token = token.scatter(0, slot, order % tokens)[:rest]
+    weight = weight.new_zeros(rest + 1).scatter(0, slot, weight.t().reshape(-1)[order])[:rest]
+    return Routing(token, weight, torch.full_like(counts, capacity), (counts - capacity).clamp(min=0).sum())
+
+
+def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> Routing:
+    """Let every expert take the ``capacity`` tokens of each sequence with the highest scores, (tokens, experts)."""
+    batch, length, experts = sequences.batch, sequences.length, scores.shape[1]
+    weight, place = scores.view(batch, length, experts).permute(2, 0, 1).topk(capacity)  # (experts, batch, capacity)
+    token = (place + length * torch.arange(batch, device=place.device)[:, None]).reshape(-1)
+    counts = torch.full((experts,), batch * capacity, device=place.device)
+    taken = counts.new_zeros(sequences.tokens).scatter(0, token, 1)
+    return Routing(token, weight.reshape(-1), counts, sequences.tokens - taken.sum())
+
+
+class Router(nn.Module):
+    """A bias-free linear map to one logit an expert, in its weight's dtype: fp32, whatever the model computes in."""
+
+    balance_bias: Tensor
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__()
+        self.config = moe
+        self.weight = nn.Parameter(torch.empty(moe.experts, config.d_model))
+        if moe.balance == "bias":
+            self.register_buffer("balance_bias", torch.zeros(moe.experts))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How this module's own parameters and buffers start."""
+        weight = {"weight": truncated_normal(self.weight.shape[1])}
+        return weight | {"balance_bias": zeros} if self.config.balance == "bias" else weight
+
+    def forward(self, x: Tensor, sequences: Sequences) -> tuple[Routing, RouterStatistics]:
+        """Route the stream ``x`` (tokens, d_model)."""
+        logits = functional.linear(x.to(self.weight.dtype), self.weight)  # (tokens, experts)
+        if self.config.scores == "softmax":
+            scores = share = logits.softmax(dim=-1)
+        else:
+            scores = logits.sigmoid()
+            share = scores / scores.sum(-1, keepdim=True)
+        if self.config.router == "expert_choice":
+            capacity = self._capacity(sequences.length)
+            assert capacity is not None, "expert choice without a capacity is refused by the config"
+            routing = route_expert_choice(scores, sequences, capacity)
+            assigned = routing.counts
+        else:
+            chosen, weight = self._choose(scores)
+            routing = self._route(chosen, weight)
+            assigned = _count(chosen.reshape(-1), self.config.experts)
+        statistics = RouterStatistics(
+            probability=share.sum(0),
+            assigned=assigned.to(share.dtype),
+            dropped=routing.dropped.to(share.dtype),
+            z=logits.logsumexp(-1).square().sum(),
+            entropy=torch.special.entr(share.detach()).sum(),
+            tokens=torch.full((), len(x), dtype=share.dtype, device=x.device),
+        )
+        return routing, statistics
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of each token, best first, and their weights, both (tokens, top_k).
+
+        The balancing bias (DeepSeek-V3, section 2.1.2) moves the choice alone, never a weight.
+        """
+        ranking = scores.detach()
+        if self.config.balance == "bias":
+            ranking = ranking + self.balance_bias
+        chosen = ranking.topk(self.config.top_k).indices
+        weight = scores.gather(1, chosen)
+        if self.config.renormalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return chosen, weight
+
+    def _route(self, chosen: Tensor, weight: Tensor) -> Routing:
+        capacity = self._capacity(len(chosen))
+        if capacity is None:
+            return route_dropless(chosen, weight, self.config.experts)
+        return route_by_capacity(chosen, weight, self.config.experts, capacity)
+
+    def _capacity(self, tokens: int) -> int | None:
+        """Slots an expert has for ``tokens`` tokens; None: as many as needed (evaluation, unless told otherwise)."""
+        factor = self.config.capacity_factor
+        if not self.training and (self.config.router != "expert_choice" or self.config.evaluation_capacity):
+            factor = self.config.evaluation_capacity
+        if factor is None:
+            return None
+        return min(max(math.floor(factor * self.config.top_k * tokens / self.config.experts), 1), tokens)
+
+
+@torch.no_grad()
+def update_balance_bias(router: Router, assigned: Tensor, rate: float) -> None:
+    """Raise the bias of experts with less than the mean load, lower the others' (DeepSeek-V3, section 2.1.2).
+
+    Args:
+        router: one with ``moe.balance=bias``.
+        assigned: (experts,) assignments in the last update's batch, over all ranks.
+        rate: by how much.
+    """
+    router.balance_bias += rate * torch.sign(assigned.mean() - assigned)

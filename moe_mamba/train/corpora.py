@@ -1,0 +1,51 @@
+"""The tokenizer and the shards of a run."""
+
+from dataclasses import dataclass
+
+from moe_mamba.config import Config
+from moe_mamba.data.loader import Loader
+from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
+from moe_mamba.data.shards import Shards
+from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.errors import UserError
+from moe_mamba.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """What a run reads: its tokenizer, its training windows in order, its validation sets by name."""
+
+    tokenizer: Tokenizer
+    train: dict[str, Shards]
+    loader: Loader
+    validation: dict[str, Shards]
+
+
+def open_corpora(config: Config, folder: RunFolder) -> Corpora:
+    """Train or open the tokenizer, shard the sources that are documents, and open everything.
+
+    The first call does the work and keeps it (tokenizer in the run's folder, shards in `data.cache`); later calls,
+    other ranks' among them, find it done.
+
+    Raises:
+        UserError: a source, the tokenizer or the shards are missing, damaged or do not fit one another.
+    """
+    data, model = config.data, config.model
+    tokenizer = prepare_tokenizer(
+        data.tokenizer, list(data.train_weights), model.vocab_size, folder.tokenizer, data.max_documents
+    )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens: "
+            f"set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+    def open_source(source: str) -> Shards:
+        return prepare_corpus(source, tokenizer, data.cache, data.max_documents)
+
+    train = {source: open_source(source) for source in data.train_weights}
+    loader = Loader(
+        train, data.train_weights, data.sequence_length, config.run.seed, data.reset_at_document, tokenizer.end_of_text
+    )
+    validation = {name: open_source(source) for name, source in data.validation_sets.items()}
+    return Corpora(tokenizer, train, loader, validation)

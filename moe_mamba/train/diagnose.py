@@ -1,0 +1,36 @@
+"""Where the first bad value of a broken step comes from."""
+
+import torch
+from torch import Tensor
+
+from moe_mamba.model.language_model import LanguageModel
+
+
+@torch.no_grad()
+def first_bad_value(model: LanguageModel, tokens: Tensor, starts: Tensor | None) -> str:
+    """Name the parameter, else the module's output, that first holds a NaN or infinity on this micro-batch.
+
+    Args:
+        model: the model, as it is in the broken step.
+        tokens: (batch, length) the micro-batch that gave the bad loss.
+        starts: (batch, length) document starts, or None.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"parameter {name}"
+    bad: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(bad, name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    model(tokens, starts)
+    for hook in hooks:
+        hook.remove()
+    return f"output of {bad[0]}" if bad else "the loss itself"
+
+
+def _note(bad: list[str], name: str, output: object) -> None:
+    first = output[0] if isinstance(output, tuple) else output
+    if isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
+        bad.append(name)

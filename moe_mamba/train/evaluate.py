@@ -1,0 +1,50 @@
+"""Loss on text that was not trained on."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from moe_mamba.data.loader import Batch
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.loss import cross_entropy_sum
+from moe_mamba.parallel.topology import World
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Cross entropy in nats a token, over `targets` counted tokens."""
+
+    loss: float
+    targets: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    def bits_per_byte(self, bytes_per_token: float | None) -> float | None:
+        """Bits that the model needs for a byte of the text, comparable over tokenizers; None: bytes are not known."""
+        return self.loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, batches: Iterable[Batch], world: World) -> Scores:
+    """Cross entropy of `model` on `batches`, which all ranks give alike and share among them.
+
+    Routing is what evaluation routes: dropless, unless `moe.evaluation_capacity` says otherwise.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for number, batch in enumerate(batches):
+        if number % world.size == world.rank:
+            batch = batch.to(world.device)
+            loss, count = cross_entropy_sum(model(batch.tokens, batch.starts).logits, batch.targets)
+            sums += torch.stack([loss.double(), torch.as_tensor(count, device=loss.device).double()])
+    model.train(was_training)
+    if world.size > 1:
+        torch.distributed.all_reduce(sums)
+    loss, targets = sums.tolist()
+    return Scores(loss / max(1.0, targets), int(targets))

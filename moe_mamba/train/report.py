@@ -1,0 +1,131 @@
+"""What a run says about itself: the header at its start, and the summary at its end."""
+
+from typing import Any
+
+import torch
+
+from moe_mamba.config import Config
+from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
+from moe_mamba.errors import UserError
+from moe_mamba.kernels.backends import BACKENDS, choose
+from moe_mamba.model.generation import generate
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.topology import World
+from moe_mamba.train.corpora import Corpora
+from moe_mamba.train.evaluate import Scores
+from moe_mamba.train.objective import StepSums
+from moe_mamba.train.plots import plot_expert_load, plot_loss
+from moe_mamba.train.run_folder import RunFolder
+from moe_mamba.train.screen import Screen
+
+PROMPT = "The "
+ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}
+
+
+def header(config: Config, model: LanguageModel, corpora: Corpora, world: World, micro_batch: int) -> list[str]:
+    """The lines that tell, before the first step, what is trained on what, how and where."""
+    counts = model.parameter_counts()
+    name = ARCHITECTURES.get(config.model.pattern, "model")
+    batch, length = config.train.global_batch, config.data.sequence_length
+    threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
+    train_tokens = sum(shards.tokens for shards in corpora.train.values())
+    return [
+        f"model     {name}, {config.model.pattern} x {config.model.repeat}, d_model {config.model.d_model}: "
+        f"{_short(counts['total'])} parameters, {_short(counts['active'])} active a token "
+        f"(+ {_short(counts['embedding'])} in embedding and head)",
+        f"data      {', '.join(corpora.train)}: {_short(train_tokens)} tokens; validation "
+        + ", ".join(f"{name} {_short(shards.tokens)}" for name, shards in corpora.validation.items()),
+        f"layout    {world.size} x {world.device.type}{threads}, {config.train.precision}, ZeRO {config.parallel.zero}; "
+        f"{batch} x {length} tokens a step, {micro_batch} sequences at once",
+        f"kernels   {describe_kernels(config, world)}",
+        f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
+    ]
+
+
+def describe_kernels(config: Config, world: World) -> str:
+    """Which back end serves each operation here."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    chosen = {name: choose(name, world.device.type, dtype, config.model.kernels)[0] for name in BACKENDS}
+    return ", ".join(f"{operation}: {backend}" for operation, backend in chosen.items())
+
+
+def validation_line(name: str, scores: Scores, shards: Shards) -> str:
+    """A validation's figures in one line."""
+    bits = scores.bits_per_byte(bytes_per_token(shards))
+    line = f"{name}: loss {scores.loss:.4f} nat, perplexity {scores.perplexity:.2f}"
+    return line if bits is None else f"{line}, {bits:.4f} bits per byte"
+
+
+def against_unigram(scores: Scores, shards: Shards) -> str:
+    """How much of the text's structure was learnt, beyond how often each token comes."""
+    entropy = unigram_entropy(shards)
+    return f"{entropy - scores.loss:.2f} nat below the unigram entropy of its tokens ({entropy:.4f})"
+
+
+def routing_metrics(model: LanguageModel, sums: StepSums, micro_steps: int) -> dict[str, Any]:
+    """What the routers did in a step: their losses, the dropped share, each layer's load and entropy."""
+    layers = [str(index) for index, letter in enumerate(model.config.layers) if letter == "E"]
+    assigned = [layer.assigned.sum() for layer in sums.statistics]
+    dropped = [float(layer.dropped / total) for layer, total in zip(sums.statistics, assigned, strict=True)]
+    load = [layer.assigned / total for layer, total in zip(sums.statistics, assigned, strict=True)]
+    entropy = [float(layer.entropy / layer.tokens) for layer in sums.statistics]
+    return {
+        "balance_loss": float(sums.balance) / micro_steps,
+        "z_loss": float(sums.z) / micro_steps,
+        "dropped": sum(dropped) / len(dropped),
+        "expert_load": {name: [round(share, 5) for share in row.tolist()] for name, row in zip(layers, load, strict=True)},
+        "moe": {
+            "dropped": dict(zip(layers, dropped, strict=True)),
+            "router_entropy": dict(zip(layers, entropy, strict=True)),
+        },
+    }
+
+
+def validation_metrics(step: int, tokens: int, corpora: Corpora, scores: dict[str, Scores]) -> dict[str, Any]:
+    """A line of metrics of a validation; `validation_loss` is the first set's, `validation` holds every set's."""
+    sets = {
+        name: {
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte(bytes_per_token(corpora.validation[name])),
+        }
+        for name, score in scores.items()
+    }
+    return {"step": step, "tokens": tokens, "validation_loss": next(iter(scores.values())).loss, "validation": sets}
+
+
+def finish(
+    config: Config, folder: RunFolder, screen: Screen, model: LanguageModel, corpora: Corpora, scores: dict[str, Scores]
+) -> None:
+    """The end of a run: what was reached, the pictures, a sample of text."""
+    for name, score in scores.items():
+        screen.say(f"result    {validation_line(name, score, corpora.validation[name])}")
+        screen.say(f"          {against_unigram(score, corpora.validation[name])}")
+    pictures = [folder.plots / "loss.png"]
+    plot_loss({folder.path.name: folder.path}, pictures[0])
+    if "E" in model.config.pattern:
+        pictures.append(folder.plots / "expert_load.png")
+        plot_expert_load(folder.path, pictures[1])
+    screen.say(f"pictures  {', '.join(map(str, pictures))}")
+    if config.train.sample_tokens:
+        screen.say(f"sample    {sample_text(config, model, corpora)}")
+    screen.say(f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100")
+
+
+def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
+    """A few words of what the model writes, or why it writes none."""
+    tokenizer = corpora.tokenizer
+    prompt = tokenizer.encode(PROMPT)
+    try:
+        tokens = generate(model, prompt, config.train.sample_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
+    except UserError as error:
+        return f"none: {error}"
+    return tokenizer.decode([*prompt, *tokens])
+
+
+def _short(number: float) -> str:
+    """1234567 -> 1.23 M."""
+    for scale, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= scale:
+            return f"{number / scale:.2f}{unit}"
+    return f"{number:.0f}"

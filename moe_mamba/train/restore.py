@@ -1,0 +1,59 @@
+"""A trained model back from a checkpoint: to generate, to evaluate, or to start another run from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_mamba.config import Config, load_config
+from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
+from moe_mamba.errors import UserError
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.pieces import Piece
+from moe_mamba.train import checkpoint
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model in fp32, in evaluation mode, with what made it."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: Config
+    path: Path
+
+
+def restore(run_or_step: str | Path, device: torch.device) -> Restored:
+    """The model of a run's newest checkpoint, or of one step's folder.
+
+    Raises:
+        UserError: there is no such checkpoint, or its tokenizer is missing or another one.
+    """
+    path = checkpoint.resolve(run_or_step)
+    description = checkpoint.read_description(path)
+    config = Config.model_validate(description["config"])
+    tokenizer = load_tokenizer(str(path.parents[1] / "tokenizer"))
+    if tokenizer.fingerprint != description["tokenizer"]:
+        raise UserError(f"{path.parents[1] / 'tokenizer'} is not the tokenizer that {path} was trained with: restore it")
+    with torch.device("meta"):
+        model = LanguageModel(config.model, config.moe)
+    model.to_empty(device=device)
+    checkpoint.load(path, weight_pieces(model))
+    return Restored(model.eval(), tokenizer, config, path)
+
+
+def load_weights(model: LanguageModel, run_or_step: str | Path) -> None:
+    """Fill `model` with another run's weights.
+
+    Raises:
+        UserError: the checkpoint's weights are not this model's.
+    """
+    checkpoint.load(checkpoint.resolve(run_or_step), weight_pieces(model))
+
+
+def weight_pieces(model: LanguageModel) -> list[Piece]:
+    """Every weight and persistent buffer of a whole model as one box."""
+    return [
+        Piece(f"weights/{name}", tuple(value.shape), (0,) * value.ndim, value.data)
+        for name, value in model.state_dict(keep_vars=True).items()
+    ]

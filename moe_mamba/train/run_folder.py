@@ -1,0 +1,55 @@
+"""The folder of a run: what is in it, and whether what is asked may go on in it."""
+
+from pathlib import Path
+
+from moe_mamba.config import Config, changed_on_resume, load_config, save_config
+from moe_mamba.errors import UserError
+
+
+class RunFolder:
+    """Paths inside a run's folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
+        self.plots = self.path / "plots"
+        self.profile = self.path / "profile"
+        self.log = self.path / "log.txt"
+
+    def open(self, config: Config) -> None:
+        """Make the folder, or check that `config` may go on in it.
+
+        Raises:
+            UserError: the folder holds another run, or cannot be made.
+        """
+        if self.config.is_file():
+            self._check_resume(config)
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.folder={self.path} cannot be made ({error.strerror}): choose another") from None
+        if any(self.checkpoints.glob("step-*")):
+            raise UserError(f"run.folder={self.path} has checkpoints but no config.yaml: choose another run.folder")
+
+    def save_config(self, config: Config) -> None:
+        """Keep the resolved configuration beside the run; the file alone reproduces it."""
+        save_config(config, self.config)
+
+    def _check_resume(self, config: Config) -> None:
+        saved = load_config(self.config)
+        for key, before, now in changed_on_resume(saved, config):
+            raise UserError(
+                f"{key} was {before!r} in {self.path} and is now {now!r}, which a resumed run cannot change: "
+                f"start anew with --run.folder={_next_free(self.path)}"
+            )
+
+
+def _next_free(path: Path) -> Path:
+    """A folder beside `path` that does not exist yet."""
+    number = 2
+    while (free := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return free

@@ -1,0 +1,83 @@
+"""The screen belongs to the user: a header, a bar, a few lines. What libraries chatter goes to the run's log."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+# A terminal is redrawn often; a log file that takes the bar's place is not filled with it.
+SECONDS_BETWEEN_BARS = {True: 0.3, False: 15.0}
+
+
+class Screen(contextlib.AbstractContextManager["Screen"]):
+    """Owns the terminal while a run lasts; everything else that is printed is appended to `log`.
+
+    File descriptors 1 and 2 themselves are redirected, so that C libraries and child processes are caught as well.
+    Other ranks than the first say nothing on the screen.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._silent = int(os.environ.get("RANK", "0")) != 0
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "Screen":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = [os.dup(1), os.dup(2)]
+        self._terminal: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for number in (1, 2):
+            os.dup2(descriptor, number)
+        os.close(descriptor)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, number)
+            os.close(saved)
+        self._terminal.close()
+
+    def say(self, line: str = "") -> None:
+        """Print a line above the bar, and into the log."""
+        print(line, flush=True)
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(line, file=self._terminal, flush=True)
+
+    def start_bar(self, done: int, steps: int) -> None:
+        """Show a bar of `steps`, `done` of which an earlier start has made."""
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            unit="step",
+            file=self._terminal,
+            disable=self._silent,
+            dynamic_ncols=True,
+            mininterval=SECONDS_BETWEEN_BARS[self._terminal.isatty()],
+            bar_format="{percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {desc}  {remaining} left",
+        )
+
+    def advance(self, loss: float, tokens_per_second: float) -> None:
+        """Move the bar by one step."""
+        assert self._bar is not None
+        self._bar.set_description_str(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def stop_bar(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

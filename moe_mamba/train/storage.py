@@ -1,0 +1,301 @@
+"""How a checkpoint is written and read: safetensors and JSON, and never a pickle.
+
+`Writer` and `Reader` stand in for the storage of torch.distributed.checkpoint, whose own writes and loads pickles.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from moe_mamba.train.manifest import (
+    DESCRIPTION,
+    DTYPE_NAMES,
+    INDEX,
+    MANIFEST,
+    SLAB,
+    VERSION,
+    DamagedError,
+    read_index,
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a rank put a box, and the size and checksum of the whole file (the same for all boxes of a rank)."""
+
+    file: str
+    start: int
+    file_bytes: int
+    checksum: str
+
+
+class HashedFile:
+    """A file that is hashed while it is written, so that no byte is read twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.stream = path.open("xb")
+        self.hash = xxhash.xxh3_64()
+        self.bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        self.stream.write(data)
+        self.hash.update(data)
+        self.bytes += len(data)
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.stream.flush()
+                os.fsync(self.stream.fileno())
+        finally:
+            self.stream.close()
+
+
+def synchronize_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _row_bytes(sizes: Sequence[int], dtype: torch.dtype) -> int:
+    return max(1, math.prod(sizes[1:]) * dtype.itemsize)
+
+
+def _bytes_view(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may have any stride, and views refuse that
+    return flat.view(torch.uint8).numpy().data
+
+
+def _slabs(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of `tensor` in row-major order, at most `SLAB` at once; views of contiguous CPU memory."""
+    tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    row = _row_bytes(tensor.shape, tensor.dtype)
+    if row > SLAB:
+        for part in tensor:
+            yield from _slabs(part)
+    elif tensor.numel():
+        for part in tensor.split(max(1, SLAB // row)):
+            yield _bytes_view(part.cpu().contiguous())
+
+
+def _read_box(
+    stream: Any, start: int, sizes: Sequence[int], offsets: Sequence[int], target: Tensor, dtype: torch.dtype
+) -> None:
+    """Fill `target` with the part at `offsets` of a box of `sizes` that begins at byte `start`, slab by slab.
+
+    Whole rows of the first dimension are read, and the part taken from them in memory; rows too large for a slab
+    are entered one by one, so that a cut along an inner dimension of stacked experts reads only what it needs.
+    """
+    if not sizes:
+        sizes, offsets, target = (1,), (0,), target.reshape(1)
+    row, rows = _row_bytes(sizes, dtype), target.shape[0]
+    if row > SLAB:
+        for position in range(rows):
+            row_start = start + (offsets[0] + position) * row
+            _read_box(stream, row_start, sizes[1:], offsets[1:], target[position], dtype)
+        return
+    step = max(1, SLAB // row)
+    for first in range(0, rows, step):
+        slab = torch.empty((min(step, rows - first), *sizes[1:]), dtype=dtype)
+        stream.seek(start + (offsets[0] + first) * row)
+        if stream.readinto(_bytes_view(slab)) != slab.nbytes:
+            raise DamagedError(f"{stream.name} ends too early: use another checkpoint")
+        for dimension in range(1, len(sizes)):
+            slab = slab.narrow(dimension, offsets[dimension], target.shape[dimension])
+        target[first : first + step].copy_(slab)
+
+
+def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
+    """The head of a safetensors file with `items` in order, and the byte that each item starts at."""
+    entries, ends = {}, [0]
+    for item in items:
+        assert item.tensor_data is not None
+        chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
+        ends.append(ends[-1] + math.prod(chunk.sizes) * dtype.itemsize)
+        part = "" if chunk.sizes == item.tensor_data.size else "@" + ",".join(map(str, chunk.offsets))
+        entries[item.index.fqn + part] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(chunk.sizes),
+            "data_offsets": ends[-2:],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    head = len(text).to_bytes(8, "little") + text
+    return head, [len(head) + end for end in ends[:-1]]
+
+
+class Writer(StorageWriter):
+    """Storage of torch.distributed.checkpoint: a safetensors file a rank, then JSON by the coordinator.
+
+    Args:
+        folder: an empty folder that every rank sees.
+        description: what is not a tensor, JSON.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        self.folder = folder
+        self.description = description
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between saves."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Every rank knows its file from the plan."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """A rank's plan stands as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Name each rank's file."""
+        return [
+            dataclasses.replace(plan, storage_data=f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Stream this rank's boxes into its file (none without boxes); largest elements first, as alignment wants."""
+        results: list[WriteResult] = []
+        items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)  # type: ignore[union-attr]
+        if items:
+            head, starts = _header(items)
+            with HashedFile(self.folder / plan.storage_data) as file:
+                file.write(head)
+                for item, start in zip(items, starts, strict=True):
+                    assert file.bytes == start, f"{item.index} has another size than its plan"
+                    data = planner.resolve_data(item)
+                    assert isinstance(data, Tensor)
+                    for slab in _slabs(data.detach()):
+                        file.write(slab)
+            place = Written(plan.storage_data, 0, file.bytes, file.hash.hexdigest())
+            results = [
+                WriteResult(item.index, 0, dataclasses.replace(place, start=start))
+                for item, start in zip(items, starts, strict=True)
+            ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write index, description and, last, the manifest; check that every file has the size it should have."""
+        places = {result.index: result.storage_data for rank in results for result in rank}
+        index = {name: _index_entry(name, tensor, places) for name, tensor in metadata.state_dict_metadata.items()}
+        files = {place.file: {"bytes": place.file_bytes, "xxh3": place.checksum} for place in places.values()}
+        for name, content in ((INDEX, index), (DESCRIPTION, self.description)):
+            files[name] = self._write_json(name, content)
+        for name, record in files.items():
+            if (size := (self.folder / name).stat().st_size) != record["bytes"]:
+                raise OSError(f"{name} has {size} bytes of {record['bytes']} after writing")
+        self._write_json(MANIFEST, {"format": "moe_mamba checkpoint", "version": VERSION, "files": files})
+        synchronize_folder(self.folder)
+
+    def _write_json(self, name: str, content: object) -> dict[str, Any]:
+        with HashedFile(self.folder / name) as file:
+            file.write(json.dumps(content, indent=None if name == INDEX else 2).encode())
+        return {"bytes": file.bytes, "xxh3": file.hash.hexdigest()}
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Only used by an explicit call."""
+        return False
+
+
+def _index_entry(name: str, tensor: Any, places: dict[MetadataIndex, Written]) -> dict[str, Any]:
+    boxes = []
+    for chunk in tensor.chunks:
+        place = places[MetadataIndex(name, chunk.offsets)]
+        boxes.append(
+            {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": place.file, "start": place.start}
+        )
+    return {"dtype": DTYPE_NAMES[tensor.properties.dtype], "shape": list(tensor.size), "boxes": boxes}
+
+
+class Reader(StorageReader):
+    """Storage of torch.distributed.checkpoint: reads of a step's folder only the bytes that a plan asks for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        self.boxes = {
+            MetadataIndex(name, box.offsets): (box, tensor.dtype)
+            for name, tensor in self.index.items()
+            for box in tensor.boxes
+        }
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between loads."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, as torch.distributed.checkpoint wants it."""
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=tensor.dtype),
+                    torch.Size(tensor.shape),
+                    [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in tensor.boxes],
+                )
+                for name, tensor in self.index.items()
+            }
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """The index was read at the start."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """A rank's plan stands as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Ranks read without regard to one another."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the planner's tensors, file by file and forwards."""
+        reads = sorted(
+            ((*self.boxes[item.storage_index], item) for item in plan.items),
+            key=lambda read: (read[0].file, read[0].start),
+        )
+        by_file: dict[str, list[Any]] = {}
+        for read in reads:
+            by_file.setdefault(read[0].file, []).append(read)
+        for name, parts in by_file.items():
+            with (self.folder / name).open("rb") as stream:
+                for box, dtype, item in parts:
+                    target = planner.resolve_tensor(item)
+                    _read_box(stream, box.start, box.sizes, item.storage_offsets, target, dtype)
+                    planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Only used by an explicit call."""
+        return False

@@ -1,0 +1,25 @@
+"""Fixtures that every test may use."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest_plugins = ["world"]  # the fixture `world`: a few gloo processes, shared by the session
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real C4, Wikipedia and the GPT-2 vocabulary, where a checkout has them beside it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no shared/data folder beside this checkout")
+    return SHARED_DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from moe_mamba.config import ModelConfig
+from moe_mamba.model.feed_forward import FeedForward
+from moe_mamba.model.initialize import initialize
+from moe_mamba.model.sequences import Sequences
+
+PLAIN = {
+    "relu": lambda h: h.clamp(min=0),
+    "squared_relu": lambda h: h.clamp(min=0) ** 2,
+    "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5)),
+    "swiglu": lambda h: h[:, :12] * torch.sigmoid(h[:, :12]) * h[:, 12:],
+}
+
+
+@pytest.mark.parametrize("activation", list(PLAIN))
+def test_values(activation: str) -> None:
+    layer = FeedForward(ModelConfig(d_model=8, d_ff=12, activation=activation)).double()
+    initialize(layer, 0)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    y, statistics, state = layer(x, Sequences(1, 5))
+    assert (statistics, state) == (None, None)
+    expected = PLAIN[activation](x @ layer.in_proj.weight.T) @ layer.out_proj.weight.T
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,164 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.loss import cross_entropy_sum
+
+Tiny = Callable[..., LanguageModel]
+PATTERNS = ["M", "*", "-", "E", "ME", "*-", "*E", "M-", "M*-E", "ME*E"]
+
+
+def _tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(31, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_packed_documents_equal_the_documents_one_by_one(tiny: Tiny, pattern: str, top_k: int) -> None:
+    model = tiny(pattern, moe={"router": "top_k", "top_k": top_k})
+    lengths = [[5, 1, 7, 3], [9, 7]]
+    tokens, targets = _tokens(2, 16), _tokens(2, 16, seed=1)
+    starts = torch.zeros(2, 16, dtype=torch.bool)
+    total, count = torch.zeros(()), 0
+    for row, cuts in enumerate(lengths):
+        at = 0
+        for cut in cuts:
+            starts[row, at] = True
+            one_document = targets[row : row + 1, at : at + cut].clone()
+            targets[row, at + cut - 1] = one_document[0, -1] = -100
+            logits = model(tokens[row : row + 1, at : at + cut]).logits
+            one, counted = cross_entropy_sum(logits, one_document)
+            total, count, at = total + one, count + int(counted), at + cut
+    packed, counted = cross_entropy_sum(model(tokens, starts).logits, targets)
+    assert int(counted) == count == 32 - 6
+    torch.testing.assert_close(packed / count, total / count, rtol=0, atol=1e-5)
+    weights = dict(model.named_parameters())
+    ours = torch.autograd.grad(packed, list(weights.values()))
+    theirs = torch.autograd.grad(total, list(weights.values()))
+    for name, one, two in zip(weights, ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("prefill", [0, 6])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_stepping_equals_the_parallel_pass(tiny: Tiny, pattern: str, prefill: int, packed: bool) -> None:
+    model = tiny(pattern, moe={"capacity_factor": 1.0, "router": "top_k", "top_k": 2}, mamba_norms=True, kv_heads=2)
+    model.eval()
+    tokens = _tokens(2, 11)
+    starts = torch.zeros(2, 11, dtype=torch.bool)
+    starts[0, [3, 8]] = starts[1, 7] = True
+    cuts = [slice(0, prefill)] * (prefill > 0) + [slice(at, at + 1) for at in range(prefill, 11)]
+    with torch.no_grad():
+        whole = model(tokens, starts if packed else None).logits
+        states, pieces = model.initial_states(2), []
+        for cut in cuts:
+            output = model(tokens[:, cut], starts[:, cut] if packed else None, states)
+            states = output.states
+            pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_recomputation_gives_the_same_gradients(tiny: Tiny, pattern: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = tiny(pattern, moe={"capacity_factor": 1.0})
+        model.recompute = recompute
+        output = model(_tokens(2, 8))
+        loss = output.logits.square().mean() + sum(one.probability.square().sum() for one in output.statistics)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        assert len(output.statistics) == pattern.count("E")
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+def test_names_of_parameters(tiny: Tiny) -> None:
+    model = tiny("M*-E", moe={"shared_experts": 1, "balance": "bias"}, norm="layernorm")
+    assert {name for name, _ in model.named_parameters() if "layers.0" not in name} == {
+        "embedding.weight", "head.weight", "final_norm.weight", "final_norm.bias",
+        *(f"layers.{layer}.norm.{part}" for layer in (1, 2, 3) for part in ("weight", "bias")),
+        *(f"layers.1.mixer.{part}_proj.weight" for part in "qkvo"),
+        "layers.2.mixer.in_proj.weight", "layers.2.mixer.out_proj.weight", "layers.3.mixer.router.weight",
+        "layers.3.mixer.experts.in_proj", "layers.3.mixer.experts.out_proj",
+        "layers.3.mixer.shared.in_proj.weight", "layers.3.mixer.shared.out_proj.weight",
+    }  # fmt: skip
+    assert {name for name in model.fp32_parameter_names() if "mixer" in name} == {
+        "layers.0.mixer.A_log", "layers.0.mixer.D", "layers.0.mixer.dt_proj.bias",
+        "layers.3.mixer.router.weight", "layers.3.mixer.router.balance_bias",
+    }  # fmt: skip
+    assert {"final_norm.weight", "final_norm.bias", "layers.0.norm.bias"} <= model.fp32_parameter_names()
+    jamba = tiny("M", mamba_norms=True)
+    assert {f"layers.0.mixer.{part}_norm.weight" for part in ("dt", "B", "C")} <= jamba.fp32_parameter_names()
+
+
+def test_bf16_with_the_fp32_list(tiny: Tiny) -> None:
+    # Every token sees all experts: rounding would tip a choice of some of them.
+    model = tiny("M*-E", moe={"router": "top_k", "top_k": 4})
+    keep = model.fp32_parameter_names()
+    exact = model(_tokens(2, 8)).logits
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(torch.float32 if name in keep else torch.bfloat16)
+    output = model(_tokens(2, 8))
+    assert output.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(output.logits.float(), exact, rtol=0, atol=2e-2)
+    cross_entropy_sum(output.logits, _tokens(2, 8))[0].backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_tied_head_and_no_final_norm(tiny: Tiny) -> None:
+    model = tiny("-", tied_head=True, final_norm=False)
+    assert not any(name.startswith(("head", "final_norm")) for name, _ in model.named_parameters())
+    stream, _, _ = model.hidden(_tokens(1, 4))
+    torch.testing.assert_close(model(_tokens(1, 4)).logits[0], stream @ model.embedding.weight.T)
+    assert model.parameter_counts()["embedding"] == 31 * 16
+
+
+def test_loss_counts_what_is_not_ignored() -> None:
+    logits, targets = torch.randn(2, 3, 7).bfloat16(), torch.tensor([[1, -100, 2], [-100, -100, 6]])
+    total, count = cross_entropy_sum(logits, targets)
+    chosen = logits.float().log_softmax(-1)[[0, 0, 1], [0, 2, 2], [1, 2, 6]]
+    assert total.dtype == torch.float32
+    assert int(count) == 3
+    torch.testing.assert_close(total, -chosen.sum())
+
+
+def test_counts_of_a_small_model_by_hand(tiny: Tiny) -> None:
+    model = tiny("M*-E", moe={"router": "top_k", "top_k": 2, "shared_experts": 1}, mamba_norms=True, kv_heads=2)
+    d, inner, rank, state, width = 16, 32, 1, 4, 24
+    mamba_matrices = 2 * inner * d + inner * (rank + 2 * state) + inner * rank + d * inner + inner * 4
+    mamba = mamba_matrices + inner + inner + inner * state + inner  # both biases, A_log, D
+    attention, dense, router = 2 * d * d + 2 * d * 8, 2 * d * width, 4 * d
+    assert model.parameter_counts() == {
+        "total": mamba + attention + dense + 5 * dense + router,
+        "active": mamba + attention + dense + 3 * dense + router,
+        "norm": 5 * d + rank + 2 * state,
+        "embedding": 2 * 31 * d,
+    }
+    matrices = mamba_matrices + attention + dense + 3 * dense + router + 31 * d
+    assert model.flops_per_token(10) == 6 * matrices + 6 * 10 * d + 27 * inner * state
+
+
+def test_counts_of_the_paper() -> None:
+    def counts(experts: int = 1, **keys: object) -> tuple[int, int]:
+        with torch.device("meta"):
+            model = LanguageModel(ModelConfig(vocab_size=50257, **keys), MoEConfig(experts=experts))
+        found = model.parameter_counts()
+        return found["total"], found["active"]
+
+    assert counts(pattern="M", repeat=1, d_model=512) == (1_694_720, 1_694_720)
+    assert counts(pattern="M", repeat=1, d_model=768) == (3_770_880, 3_770_880)
+    for keys, total, active in [
+        ({"pattern": "M", "repeat": 16, "d_model": 512}, 27.116, 27.116),
+        ({"pattern": "M", "repeat": 32, "d_model": 768}, 120.668, 120.668),
+        ({"pattern": "ME", "repeat": 8, "d_model": 512, "experts": 32}, 416.3, 26.272),
+        ({"pattern": "ME", "repeat": 8, "d_model": 512, "experts": 42}, 542.2, 26.313),
+        ({"pattern": "ME", "repeat": 16, "d_model": 768, "experts": 42}, 2439.0, 117.473),
+        ({"pattern": "*E", "repeat": 8, "d_model": 512, "experts": 32}, 545.4, 25.297),
+        ({"pattern": "*E", "repeat": 16, "d_model": 768, "experts": 32}, 2454.1, 113.639),
+    ]:
+        for found, wanted in zip(counts(**keys), (total, active), strict=True):
+            decimals = len(str(wanted).split(".")[1])
+            assert round(found / 1e6, decimals) == wanted

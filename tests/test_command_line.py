@@ -1,0 +1,85 @@
+import sys
+
+import pytest
+
+from moe_mamba.command_line import run_command
+from moe_mamba.errors import RunStopped, UserError
+
+calls: list[tuple] = []
+
+
+def command(checkpoint: str, prompt: str = "a", count: int = 3, json: bool = False, **overrides: object) -> None:
+    """Do a thing.
+
+    Args:
+        checkpoint: where it lies.
+        prompt: some text.
+        count: how often.
+        json: print JSON.
+        overrides: any key.
+    """
+    if prompt == "bad":
+        raise UserError("the prompt is bad: give another")
+    if prompt == "stop":
+        raise RunStopped("it went wrong at step 3")
+    calls.append((checkpoint, prompt, count, json, overrides))
+
+
+def strict(checkpoint: str) -> None:
+    """Take one flag alone."""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, function=command) -> None:  # noqa: ANN001
+    calls.clear()
+    monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
+    run_command(function)
+
+
+@pytest.mark.parametrize("text", ["1, 2 (a)", "(ME)", "{a", "*-", "a=b", "x-", "None", "--"])
+def test_text_reaches_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    run(monkeypatch, "--checkpoint=x", f"--prompt={text}", "--json", "--count", "-5", f"--model.pattern={text}")
+    assert calls == [("x", text, -5, True, {"model.pattern": text})]
+
+
+def test_separate_values_are_text_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "--checkpoint", "x", "--prompt", "Hello, world (1)", "--nojson")
+    assert calls == [("x", "Hello, world (1)", 3, False, {})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "function", "code", "line"),
+    [
+        (["--checkpoint=x", "--prompt=bad"], command, 2, "error: the prompt is bad: give another\n"),
+        (["--checkpoint=x", "--prompt=stop"], command, 1, "error: it went wrong at step 3\n"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, arguments, function, code, line) -> None:  # noqa: ANN001
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments, function=function)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("arguments", [[], ["--checkpoint=x", "--unknown=3"]])
+def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, arguments) -> None:  # noqa: ANN001
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments, function=strict)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert "--help" in error
+
+
+def test_only_the_first_rank_speaks(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--checkpoint=x", "--prompt=bad")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_help_is_the_docstring(monkeypatch, capsys) -> None:  # noqa: ANN001
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--help", function=strict)
+    assert stop.value.code == 0
+    assert "Take one flag alone" in capsys.readouterr().out

@@ -1,0 +1,140 @@
+from pathlib import Path
+
+import pytest
+
+from moe_mamba.config import Config, changed_on_resume, keys, load_config, reference, save_config
+from moe_mamba.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("pattern", ["*-", "*E", "M", "M-", "ME", "MEM*-E", "-", "E"])
+def test_a_pattern_is_text_whatever_yaml_makes_of_it(tmp_path: Path, pattern: str) -> None:
+    file = tmp_path / "config.yaml"
+    for written in (pattern, f"'{pattern}'", f'"{pattern}"  # with a comment'):
+        file.write_text(f"model:\n  pattern: {written}\n  d_model: 64\n")
+        assert load_config(file).model.pattern == pattern
+
+
+def test_a_number_for_a_pattern_is_read_as_its_letter(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model:\n  pattern: 2\n")
+    with pytest.raises(UserError, match="unknown letter '2'"):
+        load_config(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="unknown letter '2'"):
+        load_config(None, {"model.pattern": 2})
+
+
+def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        {
+            "model.pattern": "*-",
+            "train.steps": "null",
+            "train.tokens": "1000000",
+            "data.train": '{"a.jsonl": 0.7, "b.jsonl": 0.3}',
+            "data.validation": '{"c4": "c.jsonl", "wiki": "d.jsonl"}',
+            "moe.capacity_factor": "none",
+            "train.learning_rate": "3e-4",
+            "parallel.zero": "2",
+        },
+    )
+    assert config.data.train_weights == {"a.jsonl": 0.7, "b.jsonl": 0.3}
+    assert config.data.validation_sets == {"c4": "c.jsonl", "wiki": "d.jsonl"}
+    assert config.moe.capacity_factor is None
+    assert config.steps == 1000000 // (64 * 256)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model:\n  d_model: 64\ntrain:\n  steps: 5\n")
+    config = load_config(tmp_path / "config.yaml", {"model.d_model": 32, "data.train": "a.txt,b.txt"})
+    assert (config.model.d_model, config.train.steps, config.data.train) == (32, 5, ["a.txt", "b.txt"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"model.d_mode": 64}, ["model.d_mode", "did you mean model.d_model"]),
+        ({"modle.d_model": 64}, ["modle"]),
+        ({"d_model": 64}, ["d_model", "did you mean model.d_model"]),
+        ({"model.d_model": "wide"}, ["model.d_model='wide'", "integer"]),
+        ({"model.d_model": -1}, ["model.d_model=-1"]),
+        ({"model.pattern": "MX"}, ["model.pattern=MX", "'X'", "M Mamba"]),
+        ({"model.pattern": ""}, ["model.pattern is empty"]),
+        ({"model.pattern": "*-", "model.d_model": 100, "model.heads": 8}, ["model.d_model=100", "model.heads=8"]),
+        ({"model.pattern": "*-", "model.heads": 8, "model.kv_heads": 3}, ["model.kv_heads=3"]),
+        ({"model.pattern": "*-", "model.d_model": 24, "model.heads": 8}, ["odd", "model.positions=none"]),
+        ({"moe.top_k": 2}, ["moe.top_k=2", "moe.router=top_k"]),
+        ({"moe.top_k": 64, "moe.router": "top_k"}, ["moe.top_k=64", "moe.experts=32"]),
+        ({"moe.router": "top_k", "moe.renormalize": "true"}, ["moe.renormalize", "no gradient"]),
+        ({"moe.router": "expert_choice", "moe.capacity_factor": "null"}, ["moe.capacity_factor=null"]),
+        ({"moe.router": "expert_choice", "moe.balance": "bias"}, ["moe.balance=bias"]),
+        ({"moe.router": "best"}, ["moe.router='best'", "switch"]),
+        ({"train.precision": "bf16", "parallel.zero": 0}, ["train.precision=bf16", "parallel.zero=1"]),
+        ({"parallel.zero": 3}, ["parallel.zero=3", "0, 1 or 2"]),
+        ({"parallel.tensor": 2}, ["parallel.tensor=2", "parallel.tensor=1"]),
+        ({"train.global_batch": 10, "train.micro_batch": 4}, ["train.global_batch=10", "train.micro_batch=4"]),
+        ({"train.tokens": 100}, ["train.steps", "train.tokens"]),
+        ({"data.train": "[1"}, ["data.train", "JSON"]),
+        ({"data.train": ""}, ["data.train is empty"]),
+        ({"data.train": '{"a": -1}'}, ["data.train", "-1"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(overrides: dict, named: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config(None, overrides)
+    line = str(refusal.value)
+    assert "\n" not in line
+    for part in named:
+        assert part in line
+
+
+@pytest.mark.parametrize("text", ["model: [", "- a list", "model: 3", "\udcff".encode("utf-8", "surrogateescape")])
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | bytes) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        load_config(file)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_the_reference_lists_every_key_with_default_and_meaning() -> None:
+    text = reference()
+    for section, field in Config.model_fields.items():
+        for name in field.annotation.model_fields:  # type: ignore[union-attr]
+            assert f"--{section}.{name}=" in text
+    assert all(meaning and "None" not in meaning for _, _, meaning in keys())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_refused"),
+    [
+        ("model.d_model", 64, True),
+        ("moe.experts", 4, True),
+        ("data.tokenizer", "bytes", True),
+        ("data.sequence_length", 32, True),
+        ("run.seed", 1, True),
+        ("train.global_batch", 32, True),
+        ("train.steps", 9, False),
+        ("train.learning_rate", 1e-4, False),
+        ("train.micro_batch", 8, False),
+        ("parallel.zero", 2, False),
+        ("logging.tensorboard", True, False),
+        ("checkpoint.every", 7, False),
+    ],
+)
+def test_what_a_resumed_run_may_change(key: str, value: object, is_refused: bool) -> None:
+    changed = changed_on_resume(load_config(), load_config(None, {key: value}))
+    assert [name for name, _, _ in changed] == ([key] if is_refused else [])
+
+
+def test_every_shipped_config_loads() -> None:
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert len(files) > 1
+    for file in files:
+        load_config(file)

@@ -1,0 +1,104 @@
+"""What lies on disk: plain safetensors and JSON, written and read slab by slab."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_mamba.errors import UserError
+from moe_mamba.parallel.pieces import Piece
+from moe_mamba.train import checkpoint, manifest, storage
+
+
+def halves(tensor: torch.Tensor) -> list[Piece]:
+    shape, middle = tuple(tensor.shape), tensor.shape[0] // 2
+    rest = (0,) * (len(shape) - 1)
+    return [Piece("w", shape, (0, *rest), tensor[:middle]), Piece("w", shape, (middle, *rest), tensor[middle:])]
+
+
+@pytest.mark.parametrize("dtype", list(manifest.DTYPES.values()), ids=str)
+def test_every_dtype_survives(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = (torch.arange(24).view(4, 6) % 5).to(dtype)
+    path = checkpoint.save(tmp_path, 1, [Piece("w", (4, 6), (0, 0), tensor)], {})
+    assert torch.equal(checkpoint.read_tensor(path, "w"), tensor)
+
+
+def test_any_reader_of_safetensors_opens_the_files(tmp_path: Path) -> None:
+    tensor, scalar = torch.randn(4, 3), torch.tensor(7, dtype=torch.int64)
+    odd = torch.ones(3, dtype=torch.bfloat16)
+    pieces = [Piece("odd", (3,), (0,), odd), *halves(tensor), Piece("scalar", (), (), scalar)]
+    path = checkpoint.save(tmp_path, 1, pieces, {})
+    found = load_file(path / "rank-00000.safetensors")
+    assert set(found) == {"w@0,0", "w@2,0", "scalar", "odd"}
+    assert torch.equal(torch.cat([found["w@0,0"], found["w@2,0"]]), tensor)
+    assert torch.equal(found["scalar"], scalar)
+    assert torch.equal(found["odd"], odd)
+
+
+@pytest.mark.parametrize("slab", [8, 24, 40, 100, 10**6])
+def test_slabs_of_any_size_write_and_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
+    tensor = torch.randn(5, 4, 3, dtype=torch.float64)
+    reference = checkpoint.save(tmp_path / "whole", 1, halves(tensor), {}) / "rank-00000.safetensors"
+    monkeypatch.setattr(storage, "SLAB", slab)
+    path = checkpoint.save(tmp_path / "slabs", 1, halves(tensor), {})
+    assert (path / "rank-00000.safetensors").read_bytes() == reference.read_bytes()
+    target = torch.zeros(5, 2, 2, dtype=torch.float64)
+    checkpoint.load(path, [Piece("w", (5, 4, 3), (0, 1, 1), target)])
+    assert torch.equal(target, tensor[:, 1:3, 1:])
+    turned = checkpoint.save(tmp_path / "turned", 1, halves(tensor.permute(2, 0, 1)), {})
+    assert torch.equal(checkpoint.read_tensor(turned, "w"), tensor.permute(2, 0, 1))
+
+
+def test_a_rank_reads_only_rows_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(64, 32)
+    path = checkpoint.save(tmp_path, 1, [Piece("w", (64, 32), (0, 0), tensor)], {})
+    data = path / "rank-00000.safetensors"
+    begin = data.stat().st_size - tensor.nbytes
+    wanted = tensor[16:24].clone()
+    with data.open("r+b") as stream:  # all other rows are spoilt
+        stream.seek(begin)
+        stream.write(b"\xff" * tensor[:16].nbytes)
+    read = []
+    original = storage._read_box
+    monkeypatch.setattr(storage, "_read_box", lambda *a: (read.append(a[4].nbytes), original(*a)))
+    target = torch.zeros(8, 32)
+    checkpoint.load(path, [Piece("w", (64, 32), (16, 0), target)])
+    assert torch.equal(target, wanted)
+    assert read == [wanted.nbytes]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda box: box.update(file="../secret"),
+        lambda box: box.update(start=10**9),
+        lambda box: box.update(start=-8),
+        lambda box: box.update(sizes=[400, 3]),
+        lambda box: box.update(offsets=[0]),
+        lambda box: box.pop("sizes"),
+        lambda box: box.update(sizes="no"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path, change) -> None:
+    path = checkpoint.save(tmp_path, 1, [Piece("w", (4, 3), (0, 0), torch.zeros(4, 3))], {})
+    index = json.loads((path / "index.json").read_text())
+    change(index["w"]["boxes"][0])
+    text = json.dumps(index)
+    (path / "index.json").write_text(text)
+    recorded = json.loads((path / "manifest.json").read_text())
+    recorded["files"]["index.json"]["bytes"] = len(text)
+    (path / "manifest.json").write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match=r"index\.json does not fit the checkpoint's files"):
+        checkpoint.read_tensor(path, "w")
+
+
+def test_a_missing_box_is_noticed(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, halves(torch.zeros(4, 3)), {})
+    index = json.loads((path / "index.json").read_text())
+    del index["w"]["boxes"][1]
+    text = json.dumps(index)
+    (path / "index.json").write_text(text.ljust((path / "index.json").stat().st_size))
+    with pytest.raises(UserError, match="does not hold all of w"):
+        checkpoint.read_tensor(path, "w")

@@ -1,0 +1,248 @@
+"""Whole runs, small: what a user starts, and what lies in the run's folder afterwards."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from world import World, WorkerError
+
+from launch.train import train
+from moe_mamba.train import checkpoint
+from moe_mamba.train.metrics import read_metrics
+
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred short documents with some structure, as JSON lines."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, count in (("train", 300), ("validation", 20)):
+        lines = [
+            json.dumps({"text": f"{n} plus {n % 7} is {n + n % 7}; twice that is {2 * (n + n % 7)}."}) for n in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> Path:
+    """A config of a run that takes a second."""
+    config = {
+        "model": {"pattern": "ME", "repeat": 1, "d_model": 16, "d_state": 4, "vocab_size": 257},
+        "moe": {"experts": 4, "d_expert": 16},
+        "data": {
+            "train": [str(corpus / "train.jsonl")],
+            "validation": [str(corpus / "validation.jsonl")],
+            "tokenizer": "bytes",
+            "cache": str(corpus / "cache"),
+            "sequence_length": 32,
+        },
+        "train": {"steps": STEPS, "global_batch": 8, "warmup": 0.2, "validate_every": 3, "sample_tokens": 4},
+        "checkpoint": {"every": 2, "keep": 3},
+    }
+    path = corpus / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run(world: World, tiny: Path, folder: Path, ranks: int = 1, **overrides: Any) -> list[dict]:
+    """A run in `folder`; keys of `overrides` are written section__key. Its lines of metrics."""
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    world.run(train, ranks=ranks, config=str(tiny), **{"run.folder": str(folder)}, **keys)
+    return read_metrics(folder)
+
+
+def curve(metrics: list[dict]) -> list[float]:
+    return [line["loss"] for line in metrics if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    step = checkpoint.resolve(folder)
+    return {name: checkpoint.read_tensor(step, name) for name in checkpoint.logical_tensors(step)}
+
+
+@pytest.fixture(scope="session")
+def plain(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    run(world, tiny, folder)
+    return folder
+
+
+def test_a_run_leaves_what_scripts_rely_on(plain: Path) -> None:
+    metrics = read_metrics(plain)
+    lines = [line for line in metrics if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert {"learning_rate", "gradient_norm", "tokens_per_second", "balance_loss", "dropped"} <= line.keys()
+        (load,) = line["expert_load"].values()
+        assert len(load) == 4
+        assert sum(load) == pytest.approx(1, abs=1e-3)
+        assert 0 <= line["moe"]["router_entropy"]["1"] <= math.log(4) + 1e-6
+    assert [line["step"] for line in metrics if "validation_loss" in line] == [3, 6]
+    assert lines[0]["loss"] == pytest.approx(math.log(257), rel=0.05)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (plain / "config.yaml").is_file()
+    assert (plain / "log.txt").is_file()
+    assert {path.name for path in (plain / "plots").iterdir()} == {"loss.png", "expert_load.png"}
+    kept = sorted(path.name for path in (plain / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000002", "step-00000004", "step-00000006"]
+
+
+def test_the_learning_rate_is_the_schedules(plain: Path) -> None:
+    rates = [line["learning_rate"] for line in read_metrics(plain) if "loss" in line]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(world: World, tiny: Path, plain: Path) -> None:
+    before = (plain / "metrics.jsonl").read_bytes()
+    run(world, tiny, plain)
+    assert "is finished" in (plain / "log.txt").read_text().splitlines()[-1]
+    assert (plain / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train__precision": "bf16"}, {"parallel__zero": 0}, {"parallel__zero": 2}])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    world: World, tiny: Path, tmp_path: Path, overrides: dict
+) -> None:
+    whole = run(world, tiny, tmp_path / "whole", **overrides)
+    part = tmp_path / "part"
+    run(world, tiny, part, **overrides)
+    for late in ("step-00000006", "step-00000004"):
+        for file in sorted((part / "checkpoints" / late).rglob("*"), reverse=True):
+            file.unlink()
+        (part / "checkpoints" / late).rmdir()
+    resumed = run(world, tiny, part, **overrides)
+    assert "resumed" in (part / "log.txt").read_text()
+    assert curve(resumed) == curve(whole)
+    assert [line.get("validation_loss") for line in resumed] == [line.get("validation_loss") for line in whole]
+    expected, found = weights(tmp_path / "whole"), weights(part)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_a_longer_run_sees_the_same_past(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+    wsd = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0}
+    short = curve(run(world, tiny, tmp_path / "a", **wsd))
+    long = curve(run(world, tiny, tmp_path / "b", train__steps=STEPS + 3, **wsd))
+    assert long[: STEPS - 1] == short[: STEPS - 1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(1, {"train__micro_batch": 2}), (2, {}), (2, {"parallel__zero": 0}), (2, {"parallel__zero": 2, "train__micro_batch": 2})],
+)
+def test_the_global_batch_stands_however_it_is_shared(
+    world: World, tiny: Path, tmp_path: Path, ranks: int, overrides: dict
+) -> None:
+    """Dropless, without the balance loss, whose share is of a micro-step."""
+    dropless = {"moe__capacity_factor": "null", "moe__balance": "none"}
+    whole = curve(run(world, tiny, tmp_path / "whole", train__micro_batch=8, **dropless))
+    shared = curve(run(world, tiny, tmp_path / "shared", ranks=ranks, **dropless, **overrides))
+    assert shared == pytest.approx(whole, rel=1e-5)
+
+
+def test_balance_statistics_are_of_all_ranks(world: World, tiny: Path, tmp_path: Path) -> None:
+    dropless = {"moe__capacity_factor": "null", "moe__balance_weight": 1.0, "moe__z_loss_weight": 0.1}
+    alone = run(world, tiny, tmp_path / "alone", train__micro_batch=8, **dropless)
+    shared = run(world, tiny, tmp_path / "shared", ranks=2, train__micro_batch=4, **dropless)
+    assert curve(shared) == pytest.approx(curve(alone), rel=1e-5)
+    for mine, other in zip(alone, shared, strict=True):
+        if "loss" in mine:
+            assert mine["balance_loss"] == pytest.approx(other["balance_loss"], rel=1e-5)
+            assert mine["expert_load"] == other["expert_load"]
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(world: World, tiny: Path, tmp_path: Path) -> None:
+    constant = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0, "train__minimum_rate": 1.0}
+    dropless = {"moe__capacity_factor": "null", "moe__balance": "none", "train__micro_batch": 4} | constant
+    whole = run(world, tiny, tmp_path / "whole", train__steps=9, **dropless)
+    moved = tmp_path / "moved"
+    run(world, tiny, moved, ranks=2, train__steps=3, **dropless)
+    run(world, tiny, moved, ranks=1, train__steps=6, parallel__zero=0, **dropless)
+    metrics = run(world, tiny, moved, ranks=2, train__steps=9, parallel__zero=2, **dropless)
+    assert curve(metrics) == pytest.approx(curve(whole), rel=1e-5)
+
+
+def test_balancing_biases_are_trained_and_kept(world: World, tiny: Path, tmp_path: Path) -> None:
+    run(world, tiny, tmp_path / "run", moe__balance="bias", moe__bias_rate=0.01)
+    bias = weights(tmp_path / "run")["weights/layers.1.mixer.router.balance_bias"]
+    assert bias.abs().max() > 0
+    assert torch.allclose(bias / 0.01, (bias / 0.01).round(), atol=1e-4)
+
+
+def test_a_warm_start_takes_weights_and_a_fresh_optimizer(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+    metrics = run(world, tiny, tmp_path / "run", train__warm_start=str(plain))
+    assert [line["step"] for line in metrics if "loss" in line] == list(range(1, STEPS + 1))
+    assert curve(metrics)[0] < curve(read_metrics(plain))[0] - 0.1
+
+
+def test_recomputation_and_determinism_change_no_loss(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+    metrics = run(world, tiny, tmp_path / "run", train__recompute=True, train__deterministic=True)
+    assert curve(metrics) == pytest.approx(curve(read_metrics(plain)), rel=1e-6)
+
+
+def test_a_profile_is_a_trace_of_the_asked_steps(world: World, tiny: Path, tmp_path: Path) -> None:
+    run(world, tiny, tmp_path / "run", train__profile=2)
+    trace = json.loads((tmp_path / "run" / "profile" / "rank-0.json").read_text())
+    assert any("ProfilerStep" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as stop:
+        run(world, tiny, tmp_path / "run", train__learning_rate=1e30, train__gradient_clip=0, train__warmup=1.0)
+    message = str(stop.value)
+    assert "RunStopped" in message
+    assert "at step" in message
+    assert "layers." in message or "embedding" in message
+
+
+def test_another_model_is_refused_with_a_proposal(world: World, tiny: Path, plain: Path) -> None:
+    with pytest.raises(WorkerError, match=r"model\.d_model was 16 .* is now 32.*run\.folder=.*run-2"):
+        run(world, tiny, plain, model__d_model=32)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"train\.global_batch=9 .* 2 processes"):
+        run(world, tiny, tmp_path / "run", ranks=2, train__global_batch=9)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"model\.vocab_size=100 .* 257"):
+        run(world, tiny, tmp_path / "run", model__vocab_size=100)
+
+
+def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
+    """Build the engine of a bf16 run and list what its parameters and masters are."""
+    from moe_mamba.config import load_config
+    from moe_mamba.model.initialize import initialize
+    from moe_mamba.model.language_model import LanguageModel
+    from moe_mamba.parallel.engine import build_engine, state_pieces
+    from moe_mamba.parallel.parallelize import parallelize
+    from moe_mamba.parallel.topology import World, start_world
+
+    settings = load_config(config, {"train.precision": "bf16", "moe.balance": "bias", "model.mamba_norms": "True"})
+    start_world(World.from_environment())
+    model = LanguageModel(settings.model, settings.moe)
+    initialize(model, 0)
+    parallelize(model, settings.train)
+    engine = build_engine(model, settings, 8, 1)
+    found = {name: str(value.dtype) for name, value in engine.module.state_dict().items()}
+    return found | {f"piece {piece.name}": str(piece.tensor.dtype) for piece in state_pieces(engine)}
+
+
+def test_small_parameters_stay_fp32_in_a_bf16_engine(world: World, tiny: Path, tmp_path: Path) -> None:
+    (found,) = world.run(dtypes_in_the_engine, str(tiny), str(tmp_path), ranks=1)
+    fp32 = ("A_log", "mixer.D", "dt_proj.bias", "norm.weight", "router.weight", "balance_bias")
+    for name, dtype in found.items():
+        is_fp32 = name.startswith("piece ") or name.endswith(fp32)
+        assert dtype == ("torch.float32" if is_fp32 else "torch.bfloat16"), name
+    assert sum(name.endswith("A_log") for name in found) == 4  # running weight, master, two moments

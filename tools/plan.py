@@ -1,0 +1,35 @@
+"""Know a model before paying for it: ``python tools/plan.py --config configs/paper/moe_mamba_25m.yaml``."""
+
+import json as json_format
+from typing import Any
+
+from moe_mamba.command_line import run_command
+from moe_mamba.config import load_config, reference
+from moe_mamba.planning import plan, table
+
+USAGE = """Say what a model is and what it takes, before anything starts.
+
+  python tools/plan.py [--config FILE] [--json] [--section.key=value ...]
+
+Every key, its default and its meaning:
+"""
+
+
+def main(config: str | None = None, json: bool = False, help: bool = False, **overrides: Any) -> None:
+    """Print the parameters of a configuration, and the work that a token of training takes.
+
+    Args:
+        config: YAML file; every key at its default where none is given.
+        json: print one JSON object instead of a table.
+        help: print every key with its default and meaning.
+        overrides: any key of the configuration, as --section.key=value.
+    """
+    if help:
+        print(f"{USAGE}\n{reference()}")
+        return
+    settings = load_config(config, overrides)
+    print(json_format.dumps(plan(settings)) if json else table(settings))
+
+
+if __name__ == "__main__":
+    run_command(main)
