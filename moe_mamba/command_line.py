@@ -67,4 +67,6 @@ def _literal(argument: str) -> str:
 
 def _first_line(complaint: str) -> str:
     lines = [line for line in complaint.splitlines() if line.startswith("ERROR:")]
-    return f"{lines[0].removeprefix('ERROR: ')}; --help lists the flags" if lines else "the command line is not understood"
+    return (
+        f"{lines[0].removeprefix('ERROR: ')}; --help lists the flags" if lines else "the command line is not understood"
+    )

@@ -77,7 +77,9 @@ class ModelConfig(Section):
     kv_heads: OptionalPositive = Field(None, description="attention: key and value heads; null: as many as heads")
     positions: Literal["rope", "none"] = Field("rope", description="attention: rotary positions, or none")
     rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="attention: base of the rotary frequencies")
-    d_ff: OptionalPositive = Field(None, description="feed-forward: hidden width; null: 3 x d_model, 4 x with attention")
+    d_ff: OptionalPositive = Field(
+        None, description="feed-forward: hidden width; null: 3 x d_model, 4 x with attention"
+    )
     activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = Field(
         "relu", description="feed-forward and experts: activation; swiglu is gated"
     )
@@ -175,9 +177,13 @@ class MoEConfig(Section):
             raise ValueError("moe.renormalize=true with moe.top_k=1 gives the router no gradient: set it to false")
         if self.router == "expert_choice":
             if self.capacity_factor is None:
-                raise ValueError("moe.capacity_factor=null with moe.router=expert_choice, whose experts choose by capacity: set 1.0")
+                raise ValueError(
+                    "moe.capacity_factor=null with moe.router=expert_choice, whose experts choose by capacity: set 1.0"
+                )
             if self.balance == "bias":
-                raise ValueError("moe.balance=bias with moe.router=expert_choice, which is balanced by itself: set moe.balance=none")
+                raise ValueError(
+                    "moe.balance=bias with moe.router=expert_choice, which is balanced by itself: set moe.balance=none"
+                )
         return self
 
 
@@ -195,10 +201,12 @@ class DataConfig(Section):
     )
     tokenizer: Text = Field(
         "sentencepiece",
-        description="gpt2, bytes, sentencepiece (trained on the corpus, model.vocab_size pieces), a .model file or a folder",
+        description="gpt2, bytes, sentencepiece (trained on data.train, model.vocab_size pieces), a .model file, a folder",
     )
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
-    max_documents: OptionalPositive = Field(None, description="documents to take of each source of documents; null: all")
+    max_documents: OptionalPositive = Field(
+        None, description="documents to take of each source of documents; null: all"
+    )
     sequence_length: Positive = Field(256, description="tokens a window")
     reset_at_document: bool = Field(
         True, description="state, convolution and attention start anew at each document of a window"
@@ -261,9 +269,13 @@ class TrainConfig(Section):
     deterministic: bool = Field(False, description="refuse kernels whose result varies from run to run")
     profile: NonNegative = Field(0, description="steps to trace into the run's folder; 0: none")
     validate_every: NonNegative = Field(100, description="steps between validations; 0: at the end alone")
-    validation_batches: OptionalPositive = Field(None, description="global batches a validation reads; null: the whole set")
+    validation_batches: OptionalPositive = Field(
+        None, description="global batches a validation reads; null: the whole set"
+    )
     sample_tokens: NonNegative = Field(64, description="tokens of sample text at the end; 0: none")
-    warm_start: OptionalText = Field(None, description="run or step folder whose weights to start from, optimizer fresh")
+    warm_start: OptionalText = Field(
+        None, description="run or step folder whose weights to start from, optimizer fresh"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -271,7 +283,8 @@ class TrainConfig(Section):
             raise ValueError("train.steps and train.tokens: give one of them, and null for the other")
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
-                f"train.global_batch={self.global_batch} is not divisible by train.micro_batch={self.micro_batch}: change one"
+                f"train.global_batch={self.global_batch} is not divisible by train.micro_batch={self.micro_batch}: "
+                "change one of them"
             )
         return self
 
@@ -295,7 +308,8 @@ class ParallelConfig(Section):
         for axis in ("tensor", "expert"):
             if getattr(self, axis) != 1:
                 raise ValueError(
-                    f"parallel.{axis}={getattr(self, axis)}: only data parallelism is built so far, set parallel.{axis}=1"
+                    f"parallel.{axis}={getattr(self, axis)}: only data parallelism is built so far, "
+                    f"set parallel.{axis}=1"
                 )
         return self
 

@@ -29,7 +29,7 @@ def strict(checkpoint: str) -> None:
     """Take one flag alone."""
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, function=command) -> None:  # noqa: ANN001
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, function=command) -> None:
     calls.clear()
     monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
     run_command(function)
@@ -53,7 +53,7 @@ def test_separate_values_are_text_too(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--checkpoint=x", "--prompt=stop"], command, 1, "error: it went wrong at step 3\n"),
     ],
 )
-def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, arguments, function, code, line) -> None:  # noqa: ANN001
+def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, arguments, function, code, line) -> None:
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *arguments, function=function)
     assert stop.value.code == code
@@ -61,7 +61,7 @@ def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, arguments, fu
 
 
 @pytest.mark.parametrize("arguments", [[], ["--checkpoint=x", "--unknown=3"]])
-def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, arguments) -> None:  # noqa: ANN001
+def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, arguments) -> None:
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *arguments, function=strict)
     error = capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, arguments) -> Non
     assert "--help" in error
 
 
-def test_only_the_first_rank_speaks(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_only_the_first_rank_speaks(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--checkpoint=x", "--prompt=bad")
@@ -78,7 +78,7 @@ def test_only_the_first_rank_speaks(monkeypatch, capsys) -> None:  # noqa: ANN00
     assert capsys.readouterr().err == ""
 
 
-def test_help_is_the_docstring(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_help_is_the_docstring(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--help", function=strict)
     assert stop.value.code == 0

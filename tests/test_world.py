@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from world import World, WorkerError
+from world import WorkerError, World
 
 
 def add_up(value: torch.Tensor) -> torch.Tensor:

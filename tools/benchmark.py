@@ -4,7 +4,6 @@ Speed depends on the machine and on its neighbours, so every figure is a ratio f
 turns, and the median of the ratios of the pairs is reported.
 """
 
-import contextlib
 import gzip
 import json as json_format
 import multiprocessing
@@ -13,9 +12,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 
 ROWS = ("scan", "step", "preprocess")
+VOCABULARY = 2048  # of the SentencePiece model that is trained where no tokenizer is named
 STATUS = Path("/proc/self/status")  # Linux: the only place that tells a process's own peak
 
 Operands = list[Tensor]
@@ -83,7 +84,7 @@ def main(
         json: file to write the rows to as well.
         repeats: pairs of measurements a row.
         documents: what preprocess reads, in the syntax of data.train; builtin is taken 20 times over.
-        tokenizer: what preprocess encodes with, in the syntax of data.tokenizer.
+        tokenizer: what preprocess encodes with: gpt2, bytes, a folder, a .model file, or sentencepiece to train one.
         tiny: shapes so small that the figures mean nothing, to try the tool.
     """
     unknown = [name for name in only.split(",") if name not in ROWS]
@@ -122,7 +123,7 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: i
     for number in range(repeats):
         print(f"\r{number + 1}/{repeats}", end="", file=sys.stderr, flush=True)
         pairs.append((_milliseconds(ours), _milliseconds(theirs)))
-    print("\r", end="", file=sys.stderr)
+    print("\r\033[K", end="", file=sys.stderr)
     return (
         statistics.median(one for one, _ in pairs),
         statistics.median(other for _, other in pairs),
@@ -148,8 +149,8 @@ def scan_rows(shapes: Shapes, repeats: int) -> list[Row]:
         (transformers_scan(), "Transformers' loop", 60.0),
         (plain_scan, "plain loop with autograd", 1.0),
     ):
-        pair = compare(lambda: both_ways(our_scan, operands), lambda p=peer: both_ways(p, operands), repeats)
-        rows.append(Row(name, against, "ms", *pair, goal))
+        pair = compare(partial(both_ways, our_scan, operands), partial(both_ways, peer, operands), repeats)
+        rows.append(Row(name, against, "ms", *pair, goal=goal))
     return rows
 
 
@@ -185,9 +186,9 @@ def both_ways(scan: Scan, operands: Operands) -> None:
     torch.autograd.grad(y, operands, torch.ones_like(y))
 
 
-def our_scan(*operands: Tensor) -> Tensor:
+def our_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
     """The back end that this machine gets."""
-    return selective_scan(*operands)[0]
+    return selective_scan(x, delta, A, B, C, D, z, bias)[0]
 
 
 def plain_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
@@ -208,9 +209,7 @@ def transformers_scan() -> Scan:
     except ImportError as error:
         raise UserError("the benchmark needs transformers 5.20 or later: pip install -e '.[benchmark]'") from error
 
-    def scan(
-        x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
-    ) -> Tensor:
+    def scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
         x, delta, B, C, z = (tensor.transpose(1, 2) for tensor in (x, delta, B, C, z))
         return mamba_selective_scan(x, delta, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
 
@@ -251,7 +250,7 @@ def step_row(shapes: Shapes, repeats: int) -> Row:
 
     steps = [training_step(model, run, tokens) for model, run in ((ours, our_logits), (theirs, their_logits))]
     name = f"training step, ME x {shapes.pairs}, d {shapes.d_model}, {shapes.batch} x {shapes.length} tokens"
-    return Row(name, "Transformers' Jamba", "ms", *compare(steps[0], steps[1], repeats), 15.0)
+    return Row(name, "Transformers' Jamba", "ms", *compare(steps[0], steps[1], repeats), goal=15.0)
 
 
 def training_step(model: nn.Module, logits: Callable[[], Tensor], tokens: Tensor) -> Callable[[], None]:
@@ -319,13 +318,17 @@ def preprocess_row(documents: str, tokenizer_name: str, shapes: Shapes, repeats:
     """Documents a second into shards, from the file to the checksums, against encoding alone on as many cores."""
     from moe_mamba.data.corpus import Corpus
     from moe_mamba.data.preprocess import preprocess
-    from moe_mamba.data.tokenizer import load_tokenizer
+    from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
     workers = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
-        source = write_builtin(Path(folder), shapes.copies) if documents == "builtin" else documents
-        tokenizer = load_tokenizer(tokenizer_name)
-        texts = [document.text for document in Corpus(source).documents(None, lambda reject: None)]
+        copies = shapes.copies if documents == "builtin" else 1
+        source = write_builtin(Path(folder), copies) if documents == "builtin" else documents
+        texts = [document.text for document in Corpus(source).documents()]
+        if tokenizer_name == "sentencepiece":
+            tokenizer: Tokenizer = train_sentencepiece(texts[: len(texts) // copies], VOCABULARY, folder)
+        else:
+            tokenizer = load_tokenizer(tokenizer_name)
         outputs = iter(range(repeats + 1))
 
         def ours() -> None:
@@ -333,7 +336,7 @@ def preprocess_row(documents: str, tokenizer_name: str, shapes: Shapes, repeats:
 
         pair = compare(ours, lambda: tokenizer.encode_batch(texts), repeats)
     name = f"preprocessing, {len(texts):,} documents, {workers} processes"
-    return Row(name, "the tokenizer's own batch encoding", "ms", *pair, 0.8)
+    return Row(name, "the tokenizer's own batch encoding", "ms", *pair, goal=0.8)
 
 
 def write_builtin(folder: Path, copies: int) -> str:
@@ -343,7 +346,7 @@ def write_builtin(folder: Path, copies: int) -> str:
     path = folder / "documents.json.gz"
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as file:
         for _ in range(copies):
-            for document in Corpus("builtin").documents(None, lambda reject: None):
+            for document in Corpus("builtin").documents():
                 file.write(json_format.dumps({"text": document.text}) + "\n")
     return str(path)
 

@@ -2,8 +2,6 @@
 
 import json as json_format
 
-import torch
-
 from moe_mamba.command_line import run_command
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
@@ -37,7 +35,7 @@ def main(
     data, tokenizer = restored.config.data, restored.tokenizer
     shards = prepare_corpus(input, tokenizer, data.cache, max_documents)
     length = sequence_length or data.sequence_length
-    batches = evaluation_batches(shards, length, batch, data.reset_at_document, tokenizer.end_of_text)
+    batches = evaluation_batches(shards, length, batch, tokenizer.end_of_text, data.reset_at_document)
     scores = evaluate(restored.model, batches, world)
     if json:
         figures = {

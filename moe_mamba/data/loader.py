@@ -33,8 +33,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = [part if part is None else part.to(device, non_blocking=True) for part in vars(self).values()]
-        return Batch(*moved)
+        starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
+        return Batch(self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), starts)
 
 
 class Loader:

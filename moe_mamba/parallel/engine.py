@@ -98,9 +98,7 @@ def finish_loading(engine: deepspeed.DeepSpeedEngine, optimizer_steps: int) -> N
         engine.optimizer.update_lp_params()
 
 
-def _owned_ranges(
-    engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter
-) -> Iterator[tuple[str, int, Tensor]]:
+def _owned_ranges(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
     """(kind, first element in the flat parameter, flat view of the memory) of all that this rank owns of it."""
     state = base_optimizer(engine).state
     if not engine.zero_optimization():

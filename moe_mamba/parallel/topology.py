@@ -3,10 +3,13 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 
 from moe_mamba.errors import UserError
+
+T = TypeVar("T")
 
 # Rank 0 prepares the corpus before it joins, so the others may wait long at the door.
 JOIN_TIMEOUT = timedelta(hours=3)
@@ -85,3 +88,9 @@ def finish_world() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
+
+def from_first(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]

@@ -7,7 +7,6 @@ from moe_mamba.data.loader import Loader
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
 from moe_mamba.data.shards import Shards
 from moe_mamba.data.tokenizer import Tokenizer
-from moe_mamba.errors import UserError
 from moe_mamba.train.run_folder import RunFolder
 
 
@@ -34,11 +33,6 @@ def open_corpora(config: Config, folder: RunFolder) -> Corpora:
     tokenizer = prepare_tokenizer(
         data.tokenizer, list(data.train_weights), model.vocab_size, folder.tokenizer, data.max_documents
     )
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens: "
-            f"set model.vocab_size={tokenizer.vocab_size}"
-        )
 
     def open_source(source: str) -> Shards:
         return prepare_corpus(source, tokenizer, data.cache, data.max_documents)

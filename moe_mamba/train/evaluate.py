@@ -21,7 +21,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss."""
+        """Exponential of the loss: among how many tokens the model is as good as guessing."""
         return math.exp(min(self.loss, 700.0))
 
     def bits_per_byte(self, bytes_per_token: float | None) -> float | None:

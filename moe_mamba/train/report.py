@@ -33,10 +33,10 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, world: World,
         f"model     {name}, {config.model.pattern} x {config.model.repeat}, d_model {config.model.d_model}: "
         f"{_short(counts['total'])} parameters, {_short(counts['active'])} active a token "
         f"(+ {_short(counts['embedding'])} in embedding and head)",
-        f"data      {', '.join(corpora.train)}: {_short(train_tokens)} tokens; validation "
+        f"data      {', '.join(corpora.train)}: {_short(train_tokens)} tokens to train on; "
         + ", ".join(f"{name} {_short(shards.tokens)}" for name, shards in corpora.validation.items()),
-        f"layout    {world.size} x {world.device.type}{threads}, {config.train.precision}, ZeRO {config.parallel.zero}; "
-        f"{batch} x {length} tokens a step, {micro_batch} sequences at once",
+        f"layout    {world.size} x {world.device.type}{threads}, {config.train.precision}, "
+        f"ZeRO {config.parallel.zero}; {batch} x {length} tokens a step, {micro_batch} sequences at once",
         f"kernels   {describe_kernels(config, world)}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
@@ -73,7 +73,9 @@ def routing_metrics(model: LanguageModel, sums: StepSums, micro_steps: int) -> d
         "balance_loss": float(sums.balance) / micro_steps,
         "z_loss": float(sums.z) / micro_steps,
         "dropped": sum(dropped) / len(dropped),
-        "expert_load": {name: [round(share, 5) for share in row.tolist()] for name, row in zip(layers, load, strict=True)},
+        "expert_load": {
+            name: [round(share, 5) for share in row.tolist()] for name, row in zip(layers, load, strict=True)
+        },
         "moe": {
             "dropped": dict(zip(layers, dropped, strict=True)),
             "router_entropy": dict(zip(layers, entropy, strict=True)),
@@ -109,7 +111,9 @@ def finish(
     screen.say(f"pictures  {', '.join(map(str, pictures))}")
     if config.train.sample_tokens:
         screen.say(f"sample    {sample_text(config, model, corpora)}")
-    screen.say(f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100")
+    screen.say(
+        f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
+    )
 
 
 def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moe_mamba.config import Config, load_config
+from moe_mamba.config import Config
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
@@ -34,7 +34,9 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     config = Config.model_validate(description["config"])
     tokenizer = load_tokenizer(str(path.parents[1] / "tokenizer"))
     if tokenizer.fingerprint != description["tokenizer"]:
-        raise UserError(f"{path.parents[1] / 'tokenizer'} is not the tokenizer that {path} was trained with: restore it")
+        raise UserError(
+            f"{path.parents[1] / 'tokenizer'} is not the tokenizer that {path} was trained with: restore it"
+        )
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe)
     model.to_empty(device=device)

@@ -18,7 +18,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import update_balance_bias
 from moe_mamba.parallel.engine import build_engine, finish_loading, gradient_norm, set_learning_rate, state_pieces
 from moe_mamba.parallel.parallelize import parallelize
-from moe_mamba.parallel.topology import World, finish_world, start_world
+from moe_mamba.parallel.topology import World, finish_world, from_first, start_world
 from moe_mamba.train import checkpoint, report
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.diagnose import first_bad_value
@@ -46,10 +46,13 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    corpora = open_corpora(config, folder) if world.is_first else None
+    corpora, newest = None, None
+    if world.is_first:
+        newest = checkpoint.newest(folder.checkpoints, screen.say)
+        corpora = open_corpora(config, folder)
     start_world(world)
     try:
-        newest = checkpoint.newest(folder.checkpoints, screen.say)
+        newest = from_first(newest)
         done = checkpoint.read_description(newest)["step"] if newest else 0
         if done >= config.steps:
             screen.say(f"{folder.path} is finished: {done:,} steps are done. More train.steps make it go on.")
@@ -145,10 +148,8 @@ class Trainer:
         """One optimizer step."""
         begin = time.perf_counter()
         batches = [batch.to(self.world.device) for batch in batches]
-        targets = self._sum(sum((batch.targets >= 0).sum() for batch in batches))
-        objective = Objective(
-            self.config.moe, int(targets), self.micro_steps * self.world.size, self.world.size
-        )
+        targets = int(self._sum(torch.stack([(batch.targets >= 0).sum() for batch in batches]).sum()))
+        objective = Objective(self.config.moe, targets, self.micro_steps * self.world.size, self.world.size)
         rate = learning_rate(self.step + 1, self.config.steps, self.config.train)
         set_learning_rate(self.engine, rate)
         for number, batch in enumerate(batches, 1):
@@ -158,7 +159,7 @@ class Trainer:
                 self.engine.step()
         sums = objective.sums
         assert sums is not None
-        loss = float(self._sum(sums.cross_entropy)) / int(targets)
+        loss = float(self._sum(sums.cross_entropy)) / targets
         if not math.isfinite(loss):
             self._stop(f"the loss is {loss}", batches)
         norm = self._update()
@@ -193,7 +194,7 @@ class Trainer:
         found: list[list[str]] = [[] for _ in range(self.world.size)]
         torch.distributed.all_gather_object(found, [place for place in places if place])
         place = next((place for rank in found for place in rank), "the loss or its gradient alone")
-        kept = checkpoint.newest(self.folder.checkpoints)
+        kept = from_first(checkpoint.newest(self.folder.checkpoints) if self.world.is_first else None)
         raise RunStopped(
             f"{fault} at step {self.step + 1}; the first bad value is in {place}. "
             + (f"{kept} is kept" if kept else "No checkpoint was saved yet")
@@ -221,9 +222,10 @@ class Trainer:
         """Scores of every validation set, on the screen and in the metrics."""
         scores = {}
         data, limit = self.config.data, self.config.train.validation_batches
+        end_of_text = self.corpora.tokenizer.end_of_text
         for name, shards in self.corpora.validation.items():
             batches = evaluation_batches(
-                shards, data.sequence_length, self.micro_batch, data.reset_at_document, self.corpora.tokenizer.end_of_text
+                shards, data.sequence_length, self.micro_batch, end_of_text, data.reset_at_document
             )
             if limit:
                 most = limit * self.config.train.global_batch // self.micro_batch

@@ -54,8 +54,10 @@ def theirs(mixer: Mamba) -> torch.nn.Module:
             ),
             layer_idx=0,
         )
-    weights = {THEIR_NAMES.get(name.split(".")[0], name.split(".")[0]) + name[name.find(".") :] * ("." in name): value
-               for name, value in mixer.state_dict().items()}
+    weights = {
+        THEIR_NAMES.get(name.split(".")[0], name.split(".")[0]) + name[name.find(".") :] * ("." in name): value
+        for name, value in mixer.state_dict().items()
+    }
     weights["conv1d.weight"] = weights["conv1d.weight"][:, None]
     other.load_state_dict(weights)
     return other

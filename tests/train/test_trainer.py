@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from world import World, WorkerError
+from world import WorkerError, World
 
 from launch.train import train
 from moe_mamba.train import checkpoint
@@ -23,7 +23,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for split, count in (("train", 300), ("validation", 20)):
         lines = [
-            json.dumps({"text": f"{n} plus {n % 7} is {n + n % 7}; twice that is {2 * (n + n % 7)}."}) for n in range(count)
+            json.dumps({"text": f"{n} plus {n % 7} is {n + n % 7}; twice that is {2 * (n + n % 7)}."})
+            for n in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -42,7 +43,14 @@ def tiny(corpus: Path) -> Path:
             "cache": str(corpus / "cache"),
             "sequence_length": 32,
         },
-        "train": {"steps": STEPS, "global_batch": 8, "warmup": 0.2, "validate_every": 3, "sample_tokens": 4},
+        "train": {
+            "steps": STEPS,
+            "global_batch": 8,
+            "learning_rate": 1e-2,
+            "warmup": 0.2,
+            "validate_every": 3,
+            "sample_tokens": 4,
+        },
         "checkpoint": {"every": 2, "keep": 3},
     }
     path = corpus / "tiny.yaml"
@@ -97,8 +105,8 @@ def test_a_run_leaves_what_scripts_rely_on(plain: Path) -> None:
 
 def test_the_learning_rate_is_the_schedules(plain: Path) -> None:
     rates = [line["learning_rate"] for line in read_metrics(plain) if "loss" in line]
-    assert rates[0] == pytest.approx(1e-3)
-    assert rates[-1] == pytest.approx(1e-4)
+    assert rates[0] == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(1e-3)
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(world: World, tiny: Path, plain: Path) -> None:
@@ -138,7 +146,12 @@ def test_a_longer_run_sees_the_same_past(world: World, tiny: Path, plain: Path, 
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, {"train__micro_batch": 2}), (2, {}), (2, {"parallel__zero": 0}), (2, {"parallel__zero": 2, "train__micro_batch": 2})],
+    [
+        (1, {"train__micro_batch": 2}),
+        (2, {}),
+        (2, {"parallel__zero": 0}),
+        (2, {"parallel__zero": 2, "train__micro_batch": 2}),
+    ],
 )
 def test_the_global_batch_stands_however_it_is_shared(
     world: World, tiny: Path, tmp_path: Path, ranks: int, overrides: dict
@@ -179,7 +192,9 @@ def test_balancing_biases_are_trained_and_kept(world: World, tiny: Path, tmp_pat
     assert torch.allclose(bias / 0.01, (bias / 0.01).round(), atol=1e-4)
 
 
-def test_a_warm_start_takes_weights_and_a_fresh_optimizer(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+def test_a_warm_start_takes_weights_and_a_fresh_optimizer(
+    world: World, tiny: Path, plain: Path, tmp_path: Path
+) -> None:
     metrics = run(world, tiny, tmp_path / "run", train__warm_start=str(plain))
     assert [line["step"] for line in metrics if "loss" in line] == list(range(1, STEPS + 1))
     assert curve(metrics)[0] < curve(read_metrics(plain))[0] - 0.1

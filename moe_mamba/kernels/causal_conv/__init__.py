@@ -1,6 +1,6 @@
 """Mamba's short convolution: depthwise, causal, with SiLU (arXiv 2312.00752, section 3.4 and figure 3).
 
-    y[t] = silu(bias + sum over k of weight[k] x[t - (width - 1) + k])
+y[t] = silu(bias + sum over k of weight[k] x[t - (width - 1) + k])
 """
 
 import torch
@@ -50,9 +50,7 @@ def causal_conv(
             ("initial_state", initial_state, (batch, width - 1, channels)),
         ),
     )
-    require_same_dtype(
-        "causal_conv", x.dtype, (("weight", weight), ("bias", bias), ("initial_state", initial_state))
-    )
+    require_same_dtype("causal_conv", x.dtype, (("weight", weight), ("bias", bias), ("initial_state", initial_state)))
     require_bool("causal_conv", "starts", starts)
     _, function = choose("causal_conv", x.device.type, x.dtype, backend)
     if initial_state is None:

@@ -223,13 +223,12 @@ def _backward_block(
     """Add a block of batch rows to ``gradients``; kept is (rows, chunks, d_state, d_inner)."""
     states_gradient = torch.empty_like(block.states)
     A_gradient = torch.zeros_like(kept[:, 0])
-    ln2 = block.decay.new_full((), math.log(2))
     p = final_gradient.transpose(1, 2).contiguous()
     for i, steps in reversed(list(enumerate(block.chunks))):
         resets, before = block.resets[steps], kept[:, i]
         chunk = block.run(steps, before)
         read_gradient = y_gradient[:, steps].to(block.dtype)  # (rows, steps, d_inner)
-        if block.z is not None:
+        if block.z is not None and gradients.z is not None:
             z = block.z[:, steps].to(block.dtype)
             gate = torch.sigmoid(z)
             slope = torch.addcmul(gate, gate * z, 1 - gate)  # of silu
@@ -244,8 +243,9 @@ def _backward_block(
         exponent_gradient = chunk.gradient_of_exponent(before, resets)
         for exponent, delta in zip(exponent_gradient.unbind(1), chunk.delta[:, :, None].unbind(1), strict=True):
             A_gradient.addcmul_(exponent, delta)
-        # exponent = delta A, and A = ln(2) block.decay
-        through_decay = _over_states(ln2.expand_as(chunk.B), exponent_gradient.mul_(block.decay))
+        # the exponent is delta A, and A = ln(2) decay; bmm is slow with an expanded tensor, so ln(2) is filled in
+        ln2 = torch.full_like(chunk.B, math.log(2))
+        through_decay = _over_states(ln2, exponent_gradient.mul_(block.decay))
         raw_gradient = through_decay.addcmul_(entering_gradient, chunk.x).mul_(torch.sigmoid(chunk.raw))
         gradients.delta[rows, steps] = raw_gradient
         gradients.delta_bias += raw_gradient.sum((0, 1))
@@ -272,12 +272,14 @@ def _blocks(
     decay = (A.to(dtype).t() * math.log2(math.e)).contiguous()
     D = D.to(dtype)
     delta_bias = None if delta_bias is None else delta_bias.to(dtype)
-    any_starts = [False] * length if starts is None else starts.any(0).tolist()
+    at: list[Tensor | None] = [None] * length
+    if starts is not None:
+        at = [starts[:, t, None, None] if any_start else None for t, any_start in enumerate(starts.any(0).tolist())]
     count = batch if x.device.type != "cpu" else max(1, round(BLOCK * torch.get_num_threads() / A.numel()))
     blocks = []
     for first in range(0, batch, count):
         rows = slice(first, first + count)
-        resets = [starts[rows, t, None, None] if starting else None for t, starting in enumerate(any_starts)]
+        resets = [None if mask is None else mask[rows] for mask in at]
         gate = None if z is None else z[rows]
         blocks.append((rows, _Block(x[rows], delta[rows], B[rows], C[rows], gate, decay, D, delta_bias, resets)))
     return blocks
