@@ -216,9 +216,9 @@ def _parquet(path: Path, skip: int) -> Records:
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=["text"]):
             column = batch.column(0).cast(pyarrow.large_binary())  # as bytes, so that bad UTF-8 is ours to report
-            for value in column.slice(min(len(column), max(0, skip - row))).to_pylist():
-                yield Reject(str(path), row + 1, "no text in this row", b"") if value is None else value
-            row += len(column)
+            for row, value in enumerate(column.to_pylist(), row + 1):
+                if row > skip:
+                    yield Reject(str(path), row, "no text in this row", b"") if value is None else value
     except pyarrow.ArrowException as error:
         yield Reject(str(path), 0, f"damaged Parquet, the rest of the file is lost ({_first_line(error)})", b"")
 
