@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest_plugins = ["world"]  # the fixture `world`: a few gloo processes, shared by the session
+pytest_plugins = ["world", "fixtures_of_runs"]  # a few gloo processes, shared by the session; small runs to look at
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -52,15 +52,16 @@ def main(
         print(json_format.dumps({"prompt": str(prompt), "text": text, "tokens": new}))
         return
     sys.stdout.write(shown)
+    text = shown
     for token in drawn:
         tokens.append(token)
         text = tokenizer.decode(tokens)
         # A character of several byte tokens shows as a replacement character until it is whole.
-        if not text.endswith("�"):
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             sys.stdout.write(text[len(shown) :])
             sys.stdout.flush()
             shown = text
-    print()
+    print(text[len(shown) :])
 
 
 if __name__ == "__main__":

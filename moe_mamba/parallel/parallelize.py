@@ -10,19 +10,23 @@ from moe_mamba.model.language_model import LanguageModel
 
 
 def parallelize(model: LanguageModel, config: TrainConfig) -> None:
-    """Apply, in place and in this order: precision, recomputation, compilation.
-
-    Raises:
-        UserError: compilation is asked for and there is no compiler.
-    """
+    """Apply, in place and in this order: precision, recomputation, compilation."""
     if config.precision == "bf16":
         cast_to_bf16(model)
     model.recompute = config.recompute
     if config.compile:
-        if not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            raise UserError("train.compile=true needs a C++ compiler on a CPU: install g++, or set it to false")
         for layer in model.layers:
             layer.compile()
+
+
+def check_compiler(config: TrainConfig) -> None:
+    """Refuse what torch.compile cannot do here.
+
+    Raises:
+        UserError: compilation is asked for on a CPU, and there is no C++ compiler.
+    """
+    if config.compile and not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UserError("train.compile=true needs a C++ compiler on a CPU: install g++, or set train.compile=false")
 
 
 def cast_to_bf16(model: LanguageModel) -> None:

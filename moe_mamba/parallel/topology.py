@@ -1,5 +1,6 @@
 """Which processes there are, and which device each of them drives."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,19 +45,25 @@ class World:
         """Whether this process speaks for the run."""
         return self.rank == 0
 
-    def sequences_per_rank(self, global_batch: int) -> int:
+    def sequences_per_rank(self, global_batch: int, micro_batch: int | None) -> int:
         """Sequences of a global batch that fall to each process.
 
         Raises:
-            UserError: the global batch cannot be shared evenly.
+            UserError: the global batch cannot be shared evenly, or a share not cut into micro-batches.
         """
         if global_batch % self.size:
-            divisors = [n for n in range(1, self.size + 1) if global_batch % n == 0]
+            fitting = max(n for n in range(1, self.size + 1) if global_batch % n == 0)
             raise UserError(
                 f"train.global_batch={global_batch} is not divisible by the {self.size} processes: "
-                f"start {divisors[-1]}, or change train.global_batch"
+                f"start {fitting}, or change train.global_batch"
             )
-        return global_batch // self.size
+        share = global_batch // self.size
+        if micro_batch and share % micro_batch:
+            raise UserError(
+                f"train.micro_batch={micro_batch} does not divide the {share} sequences of each of the {self.size} "
+                f"processes (train.global_batch={global_batch}): set train.micro_batch={math.gcd(share, micro_batch)}"
+            )
+        return share
 
 
 def start_world(world: World) -> None:

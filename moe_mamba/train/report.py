@@ -59,7 +59,8 @@ def validation_line(name: str, scores: Scores, shards: Shards) -> str:
 def against_unigram(scores: Scores, shards: Shards) -> str:
     """How much of the text's structure was learnt, beyond how often each token comes."""
     entropy = unigram_entropy(shards)
-    return f"{entropy - scores.loss:.2f} nat below the unigram entropy of its tokens ({entropy:.4f})"
+    side = "below" if scores.loss < entropy else "above"
+    return f"{abs(entropy - scores.loss):.2f} nat {side} the unigram entropy of its tokens ({entropy:.4f})"
 
 
 def routing_metrics(model: LanguageModel, sums: StepSums, micro_steps: int) -> dict[str, Any]:

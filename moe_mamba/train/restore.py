@@ -44,6 +44,26 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     return Restored(model.eval(), tokenizer, config, path)
 
 
+def check_weights(config: Config, run_or_step: str | Path) -> None:
+    """Compare a checkpoint's weights with those of the model that `config` describes, before anything is begun.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of another model.
+    """
+    path = checkpoint.resolve(run_or_step)
+    found = checkpoint.logical_tensors(path)
+    with torch.device("meta"):
+        model = LanguageModel(config.model, config.moe)
+    for piece in weight_pieces(model):
+        shape = found[piece.name][0] if piece.name in found else None
+        if shape != piece.shape:
+            there = "is missing" if shape is None else f"has the shape {tuple(shape)}"
+            raise UserError(
+                f"{path} is of another model: {piece.name} {there}, and this config wants {piece.shape}: "
+                "give the config that it was trained with"
+            )
+
+
 def load_weights(model: LanguageModel, run_or_step: str | Path) -> None:
     """Fill `model` with another run's weights.
 

@@ -17,7 +17,7 @@ from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import update_balance_bias
 from moe_mamba.parallel.engine import build_engine, finish_loading, gradient_norm, set_learning_rate, state_pieces
-from moe_mamba.parallel.parallelize import parallelize
+from moe_mamba.parallel.parallelize import check_compiler, parallelize
 from moe_mamba.parallel.topology import World, finish_world, from_first, start_world
 from moe_mamba.train import checkpoint, report
 from moe_mamba.train.corpora import Corpora, open_corpora
@@ -27,7 +27,7 @@ from moe_mamba.train.metrics import MetricsWriter
 from moe_mamba.train.micro_batch import choose_micro_batch
 from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.profile import profiler
-from moe_mamba.train.restore import load_weights
+from moe_mamba.train.restore import check_weights, load_weights
 from moe_mamba.train.run_folder import RunFolder
 from moe_mamba.train.schedule import learning_rate
 from moe_mamba.train.screen import Screen
@@ -41,7 +41,8 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         RunStopped: the loss is no number any more, or a checkpoint cannot be written.
     """
     world = World.from_environment()
-    world.sequences_per_rank(config.train.global_batch)
+    world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
+    check_compiler(config.train)
     if config.train.deterministic:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,11 +50,13 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
     corpora, newest = None, None
     if world.is_first:
         newest = checkpoint.newest(folder.checkpoints, screen.say)
+        if config.train.warm_start and not newest:
+            check_weights(config, config.train.warm_start)
         corpora = open_corpora(config, folder)
     start_world(world)
     try:
         newest = from_first(newest)
-        done = checkpoint.read_description(newest)["step"] if newest else 0
+        done = checkpoint.step_of(newest) if newest else 0
         if done >= config.steps:
             screen.say(f"{folder.path} is finished: {done:,} steps are done. More train.steps make it go on.")
             return
@@ -78,7 +81,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
-        share = world.sequences_per_rank(config.train.global_batch)
+        share = world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_batch = choose_micro_batch(config, share, world.device)
         self.micro_steps = share // self.micro_batch
 

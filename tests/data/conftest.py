@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from moe_mamba.data.preprocess import preprocess
+from moe_mamba.data.shards import Shards
+from moe_mamba.data.tokenizer import BytesTokenizer
+
+END = 256  # of the bytes tokenizer
+
+
+def write_documents(path: Path, texts: list[str]) -> str:
+    """A file of JSON lines, one text a line."""
+    import json
+
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def write_shards(folder: Path, texts: list[str], part_bytes: int = 1 << 20) -> Shards:
+    """Shards of the texts' bytes, in ``folder``/shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = write_documents(folder / "documents.jsonl", texts)
+    preprocess(source, BytesTokenizer(), folder / "shards", part_bytes=part_bytes)
+    return Shards.open(folder / "shards", BytesTokenizer())
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Documents of many lengths, some longer than a window."""
+    return [f"document {number}: " + "abc " * (number * 7 % 40) for number in range(60)]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Shards:
+    return write_shards(tmp_path_factory.mktemp("shards"), texts)
+
+
+@pytest.fixture(scope="session")
+def other_shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return write_shards(tmp_path_factory.mktemp("other"), [f"other {number} " * 20 for number in range(30)])

@@ -1,0 +1,126 @@
+"""The commands as a user types them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train.runs import STEPS, curve
+
+from moe_mamba.config import Config
+from moe_mamba.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout, as installed with `pip install -e .`; at most two minutes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+
+
+def test_help_lists_every_key_with_default_and_meaning() -> None:
+    done = call(sys.executable, "launch/train.py", "--help")
+    assert done.returncode == 0
+    for section, field in Config.model_fields.items():
+        for name, key in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert f"--{section}.{name}=" in done.stdout
+            assert key.description in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model.d_mode=3"], "did you mean model.d_model?"),
+        (["--model.pattern=*-", "--model.d_model=100", "--model.heads=8"], "model.d_model=100"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--train.warm_start=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path, arguments: list[str], named: str) -> None:
+    first = [] if "--config=nowhere.yaml" in arguments else [f"--config={tiny}"]
+    done = call(sys.executable, "launch/train.py", *first, f"--run.folder={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert named in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29731"],
+        [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29732"],
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_every_launcher_trains_on_two_processes(tiny: Path, tmp_path: Path, launcher: list[str]) -> None:
+    folder = tmp_path / "run"
+    done = call(*launcher, "launch/train.py", f"--config={tiny}", f"--run.folder={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x cpu" in done.stdout
+    assert len(curve(read_metrics(folder))) == STEPS
+
+
+def test_the_launcher_passes_exit_code_2_through(tiny: Path, tmp_path: Path) -> None:
+    done = call(
+        str(BIN / "deepspeed"),
+        "--num_gpus=2",
+        "--master_port=29733",
+        "launch/train.py",
+        f"--config={tiny}",
+        f"--run.folder={tmp_path / 'run'}",
+        "--data.train=nowhere.jsonl",
+    )
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("error: ") == 1
+
+
+def test_a_broken_run_is_one_line_and_exit_code_1(tiny: Path, tmp_path: Path) -> None:
+    done = call(
+        sys.executable,
+        "launch/train.py",
+        f"--config={tiny}",
+        f"--run.folder={tmp_path / 'run'}",
+        "--train.learning_rate=1e30",
+        "--train.gradient_clip=0",
+    )
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "error: " in line] == done.stderr.splitlines()
+    assert "at step" in done.stderr
+
+
+def test_generation_and_evaluation_of_a_run(plain: Path, corpus: Path, tmp_path: Path) -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "generate.py"), f"--checkpoint={plain}", "--prompt=1, 2 (plus)"]
+    once, again = (call(*tool, "--max_new_tokens=12", "--seed=3", "--json") for _ in range(2))
+    assert once.returncode == 0, once.stderr
+    assert once.stdout == again.stdout
+    written = json.loads(once.stdout)
+    assert written["text"].startswith("1, 2 (plus)")
+    streamed = call(*tool, "--max_new_tokens=12", "--seed=3")
+    assert streamed.stdout == written["text"] + "\n"
+
+    tool = [sys.executable, "tools/evaluate.py", f"--checkpoint={plain}", f"--input={corpus / 'validation.jsonl'}"]
+    done = call(*tool, "--json")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    expected = next(line["validation"]["validation"] for line in reversed(read_metrics(plain)) if "validation" in line)
+    assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert scores.keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
+
+
+@pytest.mark.parametrize("tool", ["generate.py --prompt=a", "evaluate.py --input=a.txt"])
+def test_a_missing_checkpoint_is_one_line(tool: str, tmp_path: Path) -> None:
+    name, flag = tool.split()
+    done = call(sys.executable, f"tools/{name}", f"--checkpoint={tmp_path / 'nowhere'}", flag)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr

@@ -1,0 +1,51 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_mamba.data.shards import Shards
+from tests.data.conftest import write_documents
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools" / "preprocess_c4.py", *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_c4_through_gpt2(shared_data: Path, tmp_path: Path) -> None:
+    source = f"{shared_data}/c4/en/c4-train*.json.gz"
+    command = ("--input", source, "--tokenizer", shared_data / "gpt2", "--output", tmp_path / "c4", "--workers", 2)
+    done = run(*command)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1,727 documents, 791,101 tokens" in done.stdout  # 789,374, and an end-of-text a document
+    again = run(*command)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    assert Shards.open(tmp_path / "c4", verify="checksums").documents == 1727
+
+
+def test_rejects_are_said(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "a.jsonl", ["one", "two", ""])
+    done = run("--input", source, "--tokenizer=bytes", "--output", tmp_path / "out", "--workers=1")
+    assert done.returncode == 0
+    assert "2 documents, 8 tokens" in done.stdout
+    assert done.stderr.splitlines() == [f"1 damaged lines or files are kept in {tmp_path / 'out' / 'rejects.jsonl'}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--input=missing*.json.gz", "--tokenizer=bytes"), "no such file"),
+        (("--input=builtin", "--tokenizer=nothing"), "no such tokenizer"),
+        (("--input=builtin", "--tokenizer=bytes", "--workers=0"), "--workers=0"),
+        (("--input=builtin", "--tokenizer=bytes", "--limit=x"), "--limit=x"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments, "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
