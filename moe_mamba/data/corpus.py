@@ -216,7 +216,8 @@ def _parquet(path: Path, skip: int) -> Records:
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=["text"]):
             column = batch.column(0).cast(pyarrow.large_binary())  # as bytes, so that bad UTF-8 is ours to report
-            for row, value in enumerate(column.to_pylist(), row + 1):
+            for value in column.to_pylist():
+                row += 1
                 if row > skip:
                     yield Reject(str(path), row, "no text in this row", b"") if value is None else value
     except pyarrow.ArrowException as error:

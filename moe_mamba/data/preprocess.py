@@ -213,7 +213,8 @@ def _batches(corpus: Corpus, limit: int | None, start: Place) -> Iterator[Batch]
         if not batch.texts:  # a source that holds nothing but rejects: they are kept all the same
             yield replace(batch, rejects=rejects)
         raise
-    yield replace(batch, rejects=rejects, bytes_read=corpus.bytes_read)
+    everything = Place(len(corpus.files), 0)  # behind the rejects that follow the last document, too
+    yield replace(batch, rejects=rejects, end=everything, bytes_read=corpus.bytes_read)
 
 
 def _encode(
@@ -280,7 +281,7 @@ def _resume(folder: Path, planned: Manifest) -> Manifest:
             )
     if not found.complete:
         entered = {file for part in found.parts for file in part.checksums}
-        for path in (*folder.glob("*.tmp"), *folder.glob("part-*")):
+        for path in {*folder.glob("*.tmp"), *folder.glob("part-*")}:
             if path.name not in entered:
                 path.unlink()
         if _rejects_bytes(folder):

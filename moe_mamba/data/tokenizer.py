@@ -10,6 +10,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,11 @@ class LibraryTokenizer(Tokenizer):
         self.content = content
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[self.end_name]
-        self.fingerprint = _library_fingerprint(json.loads(content), self.end_name)
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """See Tokenizer; takes a while, and a process that only encodes needs none."""
+        return _library_fingerprint(json.loads(self.content), self.end_name)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""

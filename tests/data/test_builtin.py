@@ -25,7 +25,15 @@ def test_the_corpus_is_the_same_each_time() -> None:
 
 
 def test_docstrings_come_in_the_order_of_the_source() -> None:
-    source = b'"""One."""\ntry:\n    class A:\n        """Two."""\n        def f(self):\n            """Three."""\nexcept E:\n'
-    source += b'    def g():\n        """Four."""\n'
+    source = b"""'One.'
+try:
+    class A:
+        'Two.'
+        def f(self):
+            'Three.'
+except E:
+    def g():
+        'Four.'
+"""
     assert list(builtin._docstrings(source)) == ["One.", "Two.", "Three.", "Four."]
     assert list(builtin._docstrings(b"print 'Python 2'")) == []

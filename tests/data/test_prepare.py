@@ -70,7 +70,7 @@ def test_tokenizers_that_a_run_cannot_take(tmp_path: Path, texts: list[str]) -> 
     (tmp_path / "vocab").mkdir()
     content = {"model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "a"}, "added_tokens": []}
     (tmp_path / "vocab" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="give a new run.folder"):
+    with pytest.raises(UserError, match=r"give a new run\.folder"):
         prepare_tokenizer(str(tmp_path / "vocab"), [], 257, tmp_path / "tokenizer")
 
 

@@ -41,11 +41,10 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def source(tmp_path: Path, texts: list[str]) -> str:
     """Two files with damaged lines among their documents, in the middle and at the end."""
     write_documents(tmp_path / "a.jsonl", texts * 2)
-    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-    half = len(lines) // 2
-    half = lines.index(b"\n", half) + 1
-    damaged = lines[:half] + b"broken\n" + lines[half:] + b"caf\xe9\n"
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(damaged)[:-8])
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    lines.insert(30, b"broken\n")
+    lines.append(b"caf\xe9\n")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"".join(lines))[:-8])
     return str(tmp_path / "*.js*")
 
 
@@ -97,7 +96,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     preprocess(source, BytesTokenizer(), tmp_path / "whole", part_bytes=PART)
     calls = 0
 
-    def counted(function):  # noqa: ANN001, ANN202
+    def counted(function):
         def wrapper(*arguments: object, **options: object) -> object:
             nonlocal calls
             calls += 1
@@ -179,13 +178,13 @@ def test_a_finished_folder_is_left_as_it_is(source: str, tmp_path: Path) -> None
 
 def test_a_folder_of_something_else_is_refused(source: str, tmp_path: Path, texts: list[str]) -> None:
     preprocess(source, BytesTokenizer(), tmp_path / "out")
-    other = write_documents(tmp_path / "other.jsonl", texts)
     tokenizer = train_sentencepiece(texts, 300, tmp_path / "tokenizer")
+    other = write_documents(tmp_path / "tokenizer" / "other.jsonl", texts)
     for arguments, what in (
         ((other, BytesTokenizer(), tmp_path / "out"), "another source"),
         ((source, tokenizer, tmp_path / "out"), "another tokenizer"),
         ((source, BytesTokenizer(), tmp_path / "tokenizer"), "not empty"),
-        ((source, BytesTokenizer(), tmp_path / "other.jsonl"), "is a file"),
+        ((source, BytesTokenizer(), tmp_path / "a.jsonl"), "is a file"),
     ):
         with pytest.raises(UserError, match=what) as error:
             preprocess(*arguments)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from moe_mamba.data.corpus import documents
+from moe_mamba.data.preprocess import preprocess
 from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.shards import BLOCK, Shards, bytes_per_token, is_shards, unigram_entropy
-from moe_mamba.data.tokenizer import BytesTokenizer, Tokenizer
+from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from tests.data.conftest import END, write_shards
 
@@ -27,7 +28,7 @@ def own(tmp_path: Path, texts: list[str]) -> Path:
 def write_foreign(prefix: Path, documents: list[list[int]]) -> None:
     builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for document in documents:
-        builder.add_document(torch.tensor(document), [len(document)])
+        builder.add_document(np.array(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
 
 
@@ -164,8 +165,9 @@ def test_gpt_dataset_reads_them(shards: Shards) -> None:
 
     class Megatron:
         unique_identifiers: dict[str, str] = {"class": "bytes"}  # noqa: RUF012
+        vocab_size = END + 1
         eod = END
-        pad = END
+        pad = -1
 
     config = GPTDatasetConfig(
         random_seed=1,
@@ -190,21 +192,13 @@ def test_gpt_dataset_reads_them(shards: Shards) -> None:
 
 
 def test_real_c4_through_gpt2(shared_data: Path, tmp_path: Path) -> None:
-    from moe_mamba.data.preprocess import preprocess
-    from moe_mamba.data.tokenizer import load_tokenizer
-
-    tokenizer: Tokenizer = load_tokenizer(shared_data / "gpt2")
-    preprocess(str(shared_data / "c4/en/c4-validation*.json.gz"), tokenizer, tmp_path / "c4")
+    tokenizer = load_tokenizer(shared_data / "gpt2")
+    source = str(shared_data / "c4/en/c4-validation*.json.gz")
+    preprocess(source, tokenizer, tmp_path / "c4")
     shards = Shards.open(tmp_path / "c4", tokenizer, verify="checksums")
     assert shards.documents == 170
     assert shards.tokens == 64_897 + 170  # end-of-text
     assert shards.manifest is not None and shards.manifest.dtype == "uint16"
     row = shards.read(0, shards.tokens)
     assert (row == tokenizer.end_of_text).sum() == 170
-    assert tokenizer.decode(row[:50].tolist()).startswith(next(_texts(shared_data))[:40])
-
-
-def _texts(shared_data: Path):  # noqa: ANN202
-    from moe_mamba.data.corpus import documents
-
-    return (document.text for document in documents(str(shared_data / "c4/en/c4-validation*.json.gz")))
+    assert tokenizer.decode(row[:50].tolist()).startswith(next(documents(source)).text[:40])

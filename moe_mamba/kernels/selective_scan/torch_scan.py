@@ -72,7 +72,6 @@ class _Block:
         self.dtype = self.decay.dtype
         shape = (rows, min(CHUNK, length), *self.decay.shape)
         self.decays, self.states = self.decay.new_empty(shape), self.decay.new_empty(shape)
-        self.steps = list(zip(self.decays.unbind(1), self.states.unbind(1), strict=True))  # made once: views cost time
 
     @property
     def chunks(self) -> list[slice]:
@@ -95,7 +94,7 @@ class _Block:
         torch.mul(delta[:, :, None], self.decay, out=decays).exp2_()
         torch.mul(entering[:, :, None], B[..., None], out=states)
         h = before
-        for (decay, state), reset in zip(self.steps, self.resets[steps], strict=False):  # the last chunk may be short
+        for decay, state, reset in zip(decays.unbind(1), states.unbind(1), self.resets[steps], strict=True):
             if reset is not None:
                 h = h.masked_fill(reset, 0)  # select, because 0 x NaN is NaN
             h = state.addcmul_(decay, h)
