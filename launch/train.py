@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_mamba.command_line import run_command
-from moe_mamba.config import load_config, reference
+from moe_mamba.config_file import load_config, reference
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 

@@ -1,20 +1,14 @@
 """The typed configuration: every key, its default, its unit and its meaning.
 
-One tree of pydantic models, read from YAML and from ``--section.key=value``; unknown keys and combinations
-that cannot work are refused with one line that names the key and the mend. Nothing here imports torch.
+One tree of pydantic models; unknown keys and combinations that cannot work are refused with one line that names the
+key and the mend. How a tree is read from files and command lines stands in config_file.py.
 """
 
-import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from moe_mamba.errors import UserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -201,7 +195,7 @@ class DataConfig(Section):
     )
     tokenizer: Text = Field(
         "sentencepiece",
-        description="gpt2, bytes, sentencepiece (trained on data.train, model.vocab_size pieces), a .model file, a folder",
+        description="gpt2, bytes, a folder, a .model file, or sentencepiece (model.vocab_size pieces, from data.train)",
     )
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
     max_documents: OptionalPositive = Field(
@@ -356,103 +350,3 @@ class Config(Section):
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"
             )
         return self
-
-
-def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a configuration from YAML and from dotted overrides, which win.
-
-    Args:
-        path: YAML file; None: every key at its default.
-        overrides: dotted key, such as ``model.d_model``, -> value (text is read as the key's type).
-
-    Raises:
-        UserError: a file, key or value is wrong; the line names it and the mend.
-    """
-    tree = _read_yaml(Path(path)) if path is not None else {}
-    for key, value in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        if not name:
-            raise UserError(f"unknown key {key}: keys are written --section.key=value{_nearest(key)}")
-        tree[section] = {**(tree.get(section) or {}), name: value}
-    try:
-        return Config.model_validate({section: values or {} for section, values in tree.items()})
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; :func:`load_config` of the file gives an equal one."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
-
-
-def keys() -> Iterator[tuple[str, str, str]]:
-    """Every key as (dotted name, default as text, meaning)."""
-    for section, field in Config.model_fields.items():
-        for name, key in field.annotation.model_fields.items():  # type: ignore[union-attr]
-            default = key.default if isinstance(key.default, str) else json.dumps(key.default)
-            yield f"{section}.{name}", default, f"{key.description}{_choices(key.annotation)}"
-
-
-def reference() -> str:
-    """The text that ``--help`` prints: every key with its default, unit and meaning."""
-    rows = list(keys())
-    width = max(len(f"--{name}={default}") for name, default, _ in rows if len(default) < 24)
-    return "\n".join(f"  {f'--{name}={default}':<{width}}  {meaning}" for name, default, meaning in rows)
-
-
-def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]]:
-    """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value)."""
-    free = {"train", "parallel", "checkpoint", "logging"}
-    fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
-    free_in_fixed = {"run.folder", "model.kernels", "data.cache", "data.validation"}
-    before, after = saved.model_dump(), asked.model_dump()
-    return [
-        (key, before[section][name], after[section][name])
-        for section in before
-        for name in before[section]
-        if before[section][name] != after[section][name]
-        and ((key := f"{section}.{name}") in fixed_in_free or (section not in free and key not in free_in_fixed))
-    ]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read ({error}): give the path of a YAML file") from None
-    # YAML takes a bare `*-` for an alias and `2` for a number; a pattern is always text.
-    text = re.sub(r"(?m)^(\s*pattern:[ \t]+)([^\s\"'#]+)", r"\1'\2'", text)
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not all(isinstance(values, dict | None) for values in tree.values()):
-        raise UserError(f"config file {path}: the top level is a mapping of sections: {', '.join(Config.model_fields)}")
-    return tree
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:2])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key)}"
-    if first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        return message if "." in message.partition(" ")[0] else f"{key}: {message}"
-    meaning = next((f" ({meaning})" for name, _, meaning in keys() if name == key), "")
-    return f"{key}={first['input']!r}: {first['msg'].lower()}{meaning}"
-
-
-def _nearest(key: str) -> str:
-    known = [name for name, _, _ in keys()]
-    by_last_part = {name.partition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(key, known, 1, 0.7) or [
-        by_last_part[part] for part in difflib.get_close_matches(key.rpartition(".")[2], by_last_part, 1, 0.7)
-    ]
-    return f": did you mean {near[0]}?" if near else ": --help lists the keys"
-
-
-def _choices(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return f" [{' | '.join(str(choice) for choice in get_args(annotation))}]"
-    return ""

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_mamba.config import Config, changed_on_resume, keys, load_config, reference, save_config
+from moe_mamba.config import Config
+from moe_mamba.config_file import changed_on_resume, keys, load_config, reference, save_config
 from moe_mamba.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_mamba.config import load_config
+from moe_mamba.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_mamba.config import load_config
+from moe_mamba.config_file import load_config
 from moe_mamba.planning import plan, table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,7 @@ import json as json_format
 from typing import Any
 
 from moe_mamba.command_line import run_command
-from moe_mamba.config import load_config, reference
+from moe_mamba.config_file import load_config, reference
 from moe_mamba.planning import plan, table
 
 USAGE = """Say what a model is and what it takes, before anything starts.

@@ -45,6 +45,8 @@ PART_BYTES = 1 << 30  # bytes of text a part: what a kill can cost
 BATCH_BYTES = 1 << 18  # bytes of text that a worker encodes at once
 BATCH_DOCUMENTS = 1024
 SMALL_VOCABULARY = 65500  # below it a token fits into two bytes, as Megatron counts
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
 @dataclass
@@ -113,16 +115,16 @@ def preprocess(
                 return manifest
             manifest.save(folder)
             tokenizer.save(folder / TOKENIZER_FOLDER)
-            with _bar(corpus, folder, progress) as bar:
+            with _bar(corpus, progress) as bar:
                 return _write(folder, manifest, corpus, tokenizer, workers, bar)
-    except FileExistsError as error:
-        raise UserError(f"{folder} is a file: give a folder for the shards") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{folder}: no space left: free some and run the same command again, it goes on where it stopped"
-            ) from error
-        raise
+        if error.errno in NO_SPACE:
+            mend = "free some space and run the same command again, it goes on where it stopped"
+        elif error.errno in NOT_WRITABLE:
+            mend = "give another folder for the shards"
+        else:
+            raise
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): {mend}") from error
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
@@ -148,7 +150,8 @@ def _write(folder: Path, manifest: Manifest, corpus: Corpus, tokenizer: Tokenize
             manifest = _enter(folder, manifest, part, rejects, batch.end)
             part = None
         bar.update(batch.bytes_read - bar.n if corpus.total_bytes else len(batch.texts))
-        bar.set_postfix_str(f"{rejects:,} rejects", refresh=False)
+        documents = manifest.documents + (part.documents if part else 0)
+        bar.set_postfix_str(f"{documents:,} documents, {rejects:,} rejects", refresh=False)
     if part:
         manifest = _enter(folder, manifest, part, rejects, batch.end)
     manifest = replace(manifest, complete=True, rejects=rejects, rejects_bytes=_rejects_bytes(folder))
@@ -230,14 +233,20 @@ def _encode(
         workers, multiprocessing.get_context("spawn"), _start_worker, (folder / TOKENIZER_FOLDER, dtype)
     )
     waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+    problem: UserError | None = None
     try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(_work, batch.texts)))
-            if len(waiting) > 3 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(_work, batch.texts)))
+                if len(waiting) > 3 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+        except UserError as error:
+            problem = error  # of the source; what was read before it comes first
         for done, future in waiting:
             yield done, future.result()
+        if problem:
+            raise problem
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -306,14 +315,14 @@ def _rejects_bytes(folder: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _bar(corpus: Corpus, folder: Path, progress: bool) -> tqdm:
+def _bar(corpus: Corpus, progress: bool) -> tqdm:
     """A bar over the bytes of the source's files, or over documents where a source has no size."""
     files = corpus.total_bytes > 0
     return tqdm(
         total=corpus.total_bytes if files else None,
         unit="B" if files else " documents",
         unit_scale=True,
-        desc=folder.name,
+        desc=corpus.source,
         disable=None if progress else True,
     )
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from moe_mamba.config import Config, changed_on_resume, load_config, save_config
+from moe_mamba.config import Config
+from moe_mamba.config_file import changed_on_resume, load_config, save_config
 from moe_mamba.errors import UserError
 
 

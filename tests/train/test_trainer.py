@@ -167,7 +167,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(world: World, tiny:
 
 def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
     """Build the engine of a bf16 run and list what its parameters and masters are."""
-    from moe_mamba.config import load_config
+    from moe_mamba.config_file import load_config
     from moe_mamba.model.initialize import initialize
     from moe_mamba.model.language_model import LanguageModel
     from moe_mamba.parallel.engine import build_engine, state_pieces
