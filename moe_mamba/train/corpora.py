@@ -1,12 +1,14 @@
 """The tokenizer and the shards of a run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_mamba.config import Config
 from moe_mamba.data.loader import Loader
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
 from moe_mamba.data.shards import Shards
 from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.errors import UserError
 from moe_mamba.train.run_folder import RunFolder
 
 
@@ -18,6 +20,24 @@ class Corpora:
     train: dict[str, Shards]
     loader: Loader
     validation: dict[str, Shards]
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """Hash of the tokens of each source that is trained on; the order of windows follows from it."""
+        return {source: shards.identity for source, shards in self.train.items()}
+
+    def check_unchanged(self, description: dict[str, Any], folder: RunFolder) -> None:
+        """Refuse to go on with other text than the checkpoint was trained on.
+
+        Raises:
+            UserError: a source holds other tokens now.
+        """
+        for source, identity in description["corpora"].items():
+            if self.identities.get(source) != identity:
+                raise UserError(
+                    f"data.train: {source} holds other text than when {folder.path} was begun: "
+                    f"bring it back, or start anew with --run.folder={folder.next_free}"
+                )
 
 
 def open_corpora(config: Config, folder: RunFolder) -> Corpora:

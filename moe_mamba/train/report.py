@@ -18,7 +18,7 @@ from moe_mamba.train.plots import plot_expert_load, plot_loss
 from moe_mamba.train.run_folder import RunFolder
 from moe_mamba.train.screen import Screen
 
-PROMPT = "The "
+PROMPT = "The"
 ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}
 
 
@@ -122,7 +122,14 @@ def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
     tokenizer = corpora.tokenizer
     prompt = tokenizer.encode(PROMPT)
     try:
-        tokens = generate(model, prompt, config.train.sample_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
+        tokens = generate(
+            model,
+            prompt,
+            config.train.sample_tokens,
+            temperature=0.7,
+            seed=config.run.seed,
+            end_of_text=tokenizer.end_of_text,
+        )
     except UserError as error:
         return f"none: {error}"
     return tokenizer.decode([*prompt, *tokens])

@@ -35,6 +35,14 @@ class RunFolder:
         if any(self.checkpoints.glob("step-*")):
             raise UserError(f"run.folder={self.path} has checkpoints but no config.yaml: choose another run.folder")
 
+    @property
+    def next_free(self) -> Path:
+        """A folder beside this one that does not exist yet."""
+        number = 2
+        while (free := self.path.with_name(f"{self.path.name}-{number}")).exists():
+            number += 1
+        return free
+
     def save_config(self, config: Config) -> None:
         """Keep the resolved configuration beside the run; the file alone reproduces it."""
         save_config(config, self.config)
@@ -44,13 +52,5 @@ class RunFolder:
         for key, before, now in changed_on_resume(saved, config):
             raise UserError(
                 f"{key} was {before!r} in {self.path} and is now {now!r}, which a resumed run cannot change: "
-                f"start anew with --run.folder={_next_free(self.path)}"
+                f"start anew with --run.folder={self.next_free}"
             )
-
-
-def _next_free(path: Path) -> Path:
-    """A folder beside `path` that does not exist yet."""
-    number = 2
-    while (free := path.with_name(f"{path.name}-{number}")).exists():
-        number += 1
-    return free

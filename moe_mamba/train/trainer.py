@@ -53,6 +53,8 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         if config.train.warm_start and not newest:
             check_weights(config, config.train.warm_start)
         corpora = open_corpora(config, folder)
+        if newest:
+            corpora.check_unchanged(checkpoint.read_description(newest), folder)
     start_world(world)
     try:
         newest = from_first(newest)
@@ -242,6 +244,7 @@ class Trainer:
         description = {
             "config": self.config.model_dump(),
             "tokenizer": self.corpora.tokenizer.fingerprint,
+            "corpora": self.corpora.identities,
             "tokens": self.step * self.tokens_per_step,
             "validation_loss": next((score.loss for score in scores.values()), None),
         }

@@ -155,6 +155,25 @@ def test_another_model_is_refused_with_a_proposal(world: World, tiny: Path, plai
         run(world, tiny, plain, model__d_model=32)
 
 
+def test_other_text_under_the_same_name_is_refused(world: World, tiny: Path, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_bytes((corpus / "train.jsonl").read_bytes())
+    run(world, tiny, tmp_path / "run", data__train=str(text), train__steps=2)
+    text.write_bytes(text.read_bytes().replace(b"plus", b"minus"))
+    with pytest.raises(WorkerError, match=r"text\.jsonl holds other text than .*--run\.folder=.*run-2"):
+        run(world, tiny, tmp_path / "run", data__train=str(text), train__steps=4)
+
+
+def test_a_warm_start_from_another_model_is_refused(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"another model: weights/embedding\.weight has the shape \(257, 16\)"):
+        run(world, tiny, tmp_path / "run", train__warm_start=str(plain), model__d_model=32)
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"train\.micro_batch=8 .* set train\.micro_batch=4"):
+        run(world, tiny, tmp_path / "run", ranks=2, train__micro_batch=8)
+
+
 def test_a_global_batch_that_does_not_divide_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"train\.global_batch=9 .* 2 processes"):
         run(world, tiny, tmp_path / "run", ranks=2, train__global_batch=9)
