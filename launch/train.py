@@ -17,7 +17,7 @@ and its meaning:
 """
 
 
-def train(config: str | None = None, help: bool = False, local_rank: int = 0, **overrides: Any) -> None:
+def train(*, config: str | Path | None = None, help: bool = False, local_rank: int = 0, **overrides: Any) -> None:
     """Train the model that `config` and `overrides` describe.
 
     Args:

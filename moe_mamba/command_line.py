@@ -11,6 +11,7 @@ from typing import Any
 
 import fire
 from fire.core import FireExit
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from moe_mamba.errors import RunStopped, UserError
 
@@ -18,13 +19,16 @@ from moe_mamba.errors import RunStopped, UserError
 def run_command(function: Callable[..., None]) -> None:
     """Run `function` with the flags of the command line; its signature is the flags, its docstring the help.
 
-    Values reach the function as the text that the user typed; numbers, True and False as what they are.
-    Exits with 2, and one line on standard error from rank 0 alone, where the user's input is wrong,
-    and with 1 where a run could not go on.
+    Values are read as the types that the signature names; text stays as it was typed. Exits with 2, and one line on
+    standard error from rank 0 alone, where the user's input is wrong, and with 1 where a run could not go on.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         _parse(function)()
+    except ValidationError as error:
+        if is_first:
+            print(f"error: {_wrong_value(error)}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr)
@@ -39,10 +43,11 @@ def run_command(function: Callable[..., None]) -> None:
 
 def _parse(function: Callable[..., None]) -> Callable[[], None]:
     """Let Fire read the command line, and give the call that it asks for, not yet made."""
+    typed = validate_call(config=ConfigDict(coerce_numbers_to_str=True))(function)
 
     @functools.wraps(function)
     def bind(*arguments: Any, **flags: Any) -> None:
-        calls.append(functools.partial(function, *arguments, **flags))
+        calls.append(functools.partial(typed, *arguments, **flags))
 
     calls: list[Callable[[], None]] = []
     complaint = io.StringIO()
@@ -58,11 +63,16 @@ def _parse(function: Callable[..., None]) -> Callable[[], None]:
 
 
 def _literal(argument: str) -> str:
-    """Quote a value that Fire would make a tuple, a name or an operator of; numbers and truth values pass."""
+    """Quote a value, of which Fire would make a number, a tuple, a name or an operator."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    if (flag and not equals) or re.fullmatch(r"-[A-Za-z]|True|False|-?\d+(\.\d*)?([eE][-+]?\d+)?", value):
+    if (flag and not equals) or re.fullmatch(r"-[A-Za-z]|True|False", value):
         return argument
     return f"{flag}{equals}{value!r}"
+
+
+def _wrong_value(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"--{first['loc'][0]}={first['input']}: {first['msg'].lower()}; --help lists the flags"
 
 
 def _first_line(complaint: str) -> str:

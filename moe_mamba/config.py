@@ -198,6 +198,7 @@ class DataConfig(Section):
         description="gpt2, bytes, a folder, a .model file, or sentencepiece (model.vocab_size pieces, from data.train)",
     )
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
+    verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
     max_documents: OptionalPositive = Field(
         None, description="documents to take of each source of documents; null: all"
     )
@@ -226,6 +227,8 @@ class DataConfig(Section):
     def _check(self) -> "DataConfig":
         if not self.train:
             raise ValueError("data.train is empty: name at least one source, such as builtin")
+        if not self.validation:
+            raise ValueError("data.validation is empty: name at least one source, such as builtin:validation")
         if isinstance(self.train, dict):
             for source, weight in self.train.items():
                 try:
@@ -312,7 +315,7 @@ class CheckpointConfig(Section):
     """When a run is saved, and what is kept."""
 
     every: NonNegative = Field(100, description="steps between checkpoints; 0: at the end alone")
-    keep: Positive = Field(2, description="newest checkpoints kept; the best by validation loss is kept besides")
+    keep: Positive = Field(2, description="newest checkpoints kept; besides, the best of those with a validation loss")
 
 
 class LoggingConfig(Section):

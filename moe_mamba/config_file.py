@@ -30,15 +30,26 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if not name:
             raise UserError(f"unknown key {key}: keys are written --section.key=value{_nearest(key)}")
         tree[section] = {**(tree.get(section) or {}), name: value}
+    return parse_config({section: values or {} for section, values in tree.items()})
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """The configuration that `tree`, section -> key -> value, describes.
+
+    Raises:
+        UserError: a key or value is wrong; the line names it and the mend.
+    """
     try:
-        return Config.model_validate({section: values or {} for section, values in tree.items()})
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; :func:`load_config` of the file gives an equal one."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    """Write the resolved configuration, whole or not at all; :func:`load_config` of the file gives an equal one."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    aside.replace(path)
 
 
 def keys() -> Iterator[tuple[str, str, str]]:
@@ -60,7 +71,7 @@ def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]
     """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value)."""
     free = {"train", "parallel", "checkpoint", "logging"}
     fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
-    free_in_fixed = {"run.folder", "model.kernels", "data.cache", "data.validation"}
+    free_in_fixed = {"run.folder", "model.kernels", "data.cache", "data.verify"}
     before, after = saved.model_dump(), asked.model_dump()
     return [
         (key, before[section][name], after[section][name])
@@ -77,7 +88,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read ({error}): give the path of a YAML file") from None
     # YAML takes a bare `*-` for an alias and `2` for a number; a pattern is always text.
-    text = re.sub(r"(?m)^(\s*pattern:[ \t]+)([^\s\"'#]+)", r"\1'\2'", text)
+    text = re.sub(r"(?m)((?:^|[{,])\s*pattern:[ \t]+)([^\s\"'#,}]+)", r"\1'\2'", text)
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -16,7 +16,7 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
 
 
 def test_table_and_json(tmp_path: Path) -> None:
-    done = benchmark("--tiny", "--repeats=1", f"--json={tmp_path / 'rows.json'}")
+    done = benchmark("--tiny", "--repeats=1", f"--output={tmp_path / 'rows.json'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| what | against | ours | theirs | ratio | goal |")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -41,6 +41,7 @@ def test_rejects_are_said(tmp_path: Path) -> None:
         (("--input=missing*.json.gz", "--tokenizer=bytes"), "no such file"),
         (("--input=builtin", "--tokenizer=nothing"), "no such tokenizer"),
         (("--input=builtin", "--tokenizer=bytes", "--workers=0"), "--workers=0"),
+        (("--input=builtin", "--tokenizer=bytes", "--workers=-1"), "--workers=-1"),
         (("--input=builtin", "--tokenizer=bytes", "--limit=x"), "--limit=x"),
     ],
 )

@@ -5,7 +5,7 @@ turns, and the median of the ratios of the pairs is reported.
 """
 
 import gzip
-import json as json_format
+import json
 import multiprocessing
 import os
 import statistics
@@ -71,7 +71,7 @@ class Shapes:
 
 def main(
     only: str = ",".join(ROWS),
-    json: str | None = None,
+    output: str | None = None,
     repeats: int = 3,
     documents: str = "builtin",
     tokenizer: str = "sentencepiece",
@@ -81,7 +81,7 @@ def main(
 
     Args:
         only: rows to measure, of scan, step and preprocess, separated by commas.
-        json: file to write the rows to as well.
+        output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         documents: what preprocess reads, in the syntax of data.train; builtin is taken 20 times over.
         tokenizer: what preprocess encodes with: gpt2, bytes, a folder, a .model file, or sentencepiece to train one.
@@ -101,10 +101,10 @@ def main(
     if "preprocess" in only:
         rows.append(preprocess_row(documents, tokenizer, shapes, repeats))
     print(table(rows))
-    if json is not None:
+    if output is not None:
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        content = json_format.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2)
-        Path(json).write_text(content + "\n", encoding="utf-8")
+        content = json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2)
+        Path(output).write_text(content + "\n", encoding="utf-8")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -348,7 +348,7 @@ def write_builtin(folder: Path, copies: int) -> str:
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as file:
         for _ in range(copies):
             for document in Corpus("builtin").documents():
-                file.write(json_format.dumps({"text": document.text}) + "\n")
+                file.write(json.dumps({"text": document.text}) + "\n")
     return str(path)
 
 

@@ -1,8 +1,10 @@
 """Score a trained model on text."""
 
 import json as json_format
+import sys
 
 from moe_mamba.command_line import run_command
+from moe_mamba.config import Positive
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
 from moe_mamba.data.shards import bytes_per_token
@@ -15,9 +17,9 @@ from moe_mamba.train.restore import restore
 def main(
     checkpoint: str,
     input: str,
-    sequence_length: int | None = None,
-    batch: int = 8,
-    max_documents: int | None = None,
+    sequence_length: Positive | None = None,
+    batch: Positive = 8,
+    max_documents: Positive | None = None,
     json: bool = False,
 ) -> None:
     """Loss (nats a token), perplexity and bits per byte of a model on shards or documents.
@@ -33,7 +35,9 @@ def main(
     world = World(0, 1, 0, 1)
     restored = restore(checkpoint, world.device)
     data, tokenizer = restored.config.data, restored.tokenizer
-    shards = prepare_corpus(input, tokenizer, data.cache, max_documents)
+    shards = prepare_corpus(input, tokenizer, data.cache, max_documents, verify=True)
+    if shards.rejects:
+        print(f"{shards.rejects:,} damaged lines are kept in {shards.rejects_file}", file=sys.stderr)
     length = sequence_length or data.sequence_length
     batches = evaluation_batches(shards, length, batch, tokenizer.end_of_text, data.reset_at_document)
     scores = evaluate(restored.model, batches, world)

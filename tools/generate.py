@@ -1,26 +1,32 @@
 """Write text with a trained model."""
 
 import json as json_format
-import sys
+from collections.abc import Iterator
 
 import torch
 
 from moe_mamba.command_line import run_command
+from moe_mamba.config import Positive
+from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.model.generation import generate
 from moe_mamba.train.restore import restore
+
+CONTEXT_TOKENS = 8
 
 
 def main(
     checkpoint: str,
     prompt: str,
-    max_new_tokens: int = 100,
+    max_new_tokens: Positive = 100,
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float = 0.95,
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is written. Time and memory a token do not grow with the text.
+    """Continue a prompt; the text appears as it is written.
+
+    Time and memory a token do not grow with the text, but in models with attention.
 
     Args:
         checkpoint: a run's folder (its newest checkpoint is used) or one of its checkpoints/step-... folders.
@@ -34,8 +40,7 @@ def main(
     """
     restored = restore(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = restored.tokenizer
-    tokens = tokenizer.encode(str(prompt))
-    shown = tokenizer.decode(tokens)
+    tokens = tokenizer.encode(prompt)
     drawn = generate(
         restored.model,
         tokens,
@@ -49,19 +54,27 @@ def main(
     if json:
         new = list(drawn)
         text = tokenizer.decode([*tokens, *new])
-        print(json_format.dumps({"prompt": str(prompt), "text": text, "tokens": new}))
+        print(json_format.dumps({"prompt": prompt, "text": text, "tokens": new}))
         return
-    sys.stdout.write(shown)
-    text = shown
+    for piece in stream_text(tokenizer, tokens, drawn):
+        print(piece, end="", flush=True)
+    print()
+
+
+def stream_text(tokenizer: Tokenizer, prompt: list[int], drawn: Iterator[int]) -> Iterator[str]:
+    """Text of the prompt, then of each token as soon as its characters are whole; a token decodes a few others."""
+    tokens = list(prompt)
+    yield tokenizer.decode(tokens)
+    # Tokens before `begin` are never decoded again; those up to `shown` give the next ones their context.
+    begin, shown = max(0, len(tokens) - CONTEXT_TOKENS), len(tokens)
     for token in drawn:
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text, known = tokenizer.decode(tokens[begin:]), tokenizer.decode(tokens[begin:shown])
         # A character of several byte tokens shows as a replacement character until it is whole.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    print(text[len(shown) :])
+            yield text[len(known) :]
+            begin, shown = max(begin, len(tokens) - CONTEXT_TOKENS), len(tokens)
+    yield tokenizer.decode(tokens[begin:])[len(tokenizer.decode(tokens[begin:shown])) :]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Every key, its default and its meaning:
 """
 
 
-def main(config: str | None = None, json: bool = False, help: bool = False, **overrides: Any) -> None:
+def main(*, config: str | None = None, json: bool = False, help: bool = False, **overrides: Any) -> None:
     """Print the parameters of a configuration, and the work that a token of training takes.
 
     Args:

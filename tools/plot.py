@@ -8,7 +8,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.train.plots import plot_loss
 
 
-def plot(runs: str, output: str = "curves.png") -> None:
+def main(runs: str, output: str = "curves.png") -> None:
     """Draw training and validation loss over the tokens seen.
 
     Args:
@@ -24,4 +24,4 @@ def plot(runs: str, output: str = "curves.png") -> None:
 
 
 if __name__ == "__main__":
-    run_command(plot)
+    run_command(main)

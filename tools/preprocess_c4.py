@@ -1,18 +1,17 @@
 """Shard C4, or any other documents, into Megatron's .bin/.idx: see ``main``."""
 
-import os
 import sys
 from pathlib import Path
 
 from moe_mamba.command_line import run_command
+from moe_mamba.config import Positive
 from moe_mamba.data.manifest import REJECTS
-from moe_mamba.data.preprocess import preprocess
+from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.tokenizer import load_tokenizer
-from moe_mamba.errors import UserError
 
 
 def main(
-    input: str, output: str, tokenizer: str = "gpt2", workers: int | None = None, limit: int | None = None
+    input: str, output: str, tokenizer: str = "gpt2", workers: Positive | None = None, limit: Positive | None = None
 ) -> None:
     """Tokenize documents into a folder of shards that data.train and Megatron-LM read.
 
@@ -27,17 +26,13 @@ def main(
         workers: processes that tokenize; by default one a core.
         limit: documents to take; by default all.
     """
-    for flag, value in (("workers", workers), ("limit", limit)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"--{flag}={value}: give a whole number above 0")
-    cores = len(os.sched_getaffinity(0))
-    manifest = preprocess(str(input), load_tokenizer(str(tokenizer)), str(output), workers or cores, limit)
+    manifest = preprocess(input, load_tokenizer(tokenizer), output, workers or count_cores(), limit)
     print(
         f"{output}: finished: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.text_bytes:,} bytes of text, {len(manifest.parts)} part(s)"
     )
     if manifest.rejects:
-        print(f"{manifest.rejects:,} damaged lines or files are kept in {Path(str(output)) / REJECTS}", file=sys.stderr)
+        print(f"{manifest.rejects:,} damaged lines or files are kept in {Path(output) / REJECTS}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Documents from a source: the built-in corpus, files and globs of files, or a Hugging Face dataset, streamed.
 
-What cannot be read is never lost in silence: each damaged line or file is a ``Reject`` with its place and its bytes,
-and reading goes on behind it.
+Each damaged line or file is a ``Reject`` with its place and its bytes, for whoever keeps the documents to keep as
+well, and reading goes on behind it.
 """
 
 import glob
 import gzip
 import json
-import logging
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +20,6 @@ from moe_mamba.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at once
 KINDS = ".txt, .jsonl, .json, .jsonl.gz, .json.gz, .parquet"
-
-logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -56,25 +53,6 @@ OnReject = Callable[[Reject], None]
 Records = Iterator[str | bytes | Reject]  # bytes are checked to be UTF-8 by whoever asks for documents
 
 
-def log_reject(reject: Reject) -> None:
-    """Report a reject as a warning of this module's logger."""
-    logger.warning("%s, line %d: %s", reject.file, reject.line, reject.reason)
-
-
-def documents(
-    source: str, limit: int | None = None, on_reject: OnReject = log_reject, start: Place = START
-) -> Iterator[Document]:
-    """Yield the documents of ``source`` behind ``start``, at most ``limit`` of them.
-
-    The source's syntax is that of ``data.train``: ``builtin``, ``builtin:validation``, a file or glob of
-    .txt (one document a file), .jsonl, .json.gz or .parquet (field ``text``), or ``hf:NAME[:CONFIG]:SPLIT``.
-
-    Raises:
-        UserError: the source does not exist, cannot be reached, or holds no document.
-    """
-    return Corpus(source).documents(limit, on_reject, start)
-
-
 @dataclass(frozen=True)
 class _File:
     """One file of a source, or what counts as one: ``read(skip)`` yields its records behind the first ``skip``."""
@@ -85,7 +63,11 @@ class _File:
 
 
 class Corpus:
-    """A source, resolved into files. ``bytes_read`` of ``total_bytes`` says how far reading has come."""
+    """A source, resolved into files. ``bytes_read`` of ``total_bytes`` says how far reading has come.
+
+    The source's syntax is that of ``data.train``: ``builtin``, ``builtin:validation``, a file or glob of
+    .txt (one document a file), .jsonl, .json.gz or .parquet (field ``text``), or ``hf:NAME[:CONFIG]:SPLIT``.
+    """
 
     def __init__(self, source: str) -> None:
         """Resolve ``source``; raises UserError where there is nothing of that name."""
@@ -109,9 +91,13 @@ class Corpus:
         return description
 
     def documents(
-        self, limit: int | None = None, on_reject: OnReject = log_reject, start: Place = START
+        self, limit: int | None = None, on_reject: OnReject = lambda reject: None, start: Place = START
     ) -> Iterator[Document]:
-        """Yield documents, as the function ``documents`` does."""
+        """Yield the documents behind ``start``, at most ``limit`` of them; ``on_reject`` gets what cannot be read.
+
+        Raises:
+            UserError: the source cannot be reached, or holds no document.
+        """
         kept = 0
         why = ""
         self.bytes_read = sum(file.size for file in self.files[: start.file])

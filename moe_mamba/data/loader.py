@@ -31,6 +31,11 @@ class Batch:
     targets: torch.Tensor
     starts: torch.Tensor | None
 
+    @property
+    def counted(self) -> int:
+        """Targets that the loss counts."""
+        return int((self.targets != UNCOUNTED).sum())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
@@ -62,7 +67,6 @@ class Loader:
         Raises:
             UserError: a corpus is shorter than one window.
         """
-        self._names = list(corpora)
         self._corpora = list(corpora.values())
         self._weights = [weights[name] for name in corpora]
         self._length = sequence_length
@@ -70,17 +74,12 @@ class Loader:
         self._end_of_text = end_of_text
         self._reset = reset_at_document
         self._windows = [(shards.tokens - 1) // sequence_length for shards in self._corpora]
-        for name, shards, windows in zip(self._names, self._corpora, self._windows, strict=True):
+        for name, shards, windows in zip(corpora, self._corpora, self._windows, strict=True):
             if windows < 1:
                 raise UserError(
                     f"{name}: {shards.tokens} tokens are fewer than one sequence of {sequence_length} and its last "
                     "target: lower data.sequence_length, or give more text"
                 )
-
-    @property
-    def windows(self) -> dict[str, int]:
-        """Windows of each corpus: the length of its epoch."""
-        return dict(zip(self._names, self._windows, strict=True))
 
     def places(self, first_position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Number of the corpus, in the order given, and window, of positions from ``first_position``: (count,) each."""

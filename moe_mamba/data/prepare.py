@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 from moe_mamba.data.corpus import Corpus
-from moe_mamba.data.preprocess import preprocess
+from moe_mamba.data.manifest import load_manifest
+from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.shards import Shards, is_shards, tokenizer_folder
 from moe_mamba.data.tokenizer import (
     TRAINING_CHARACTERS,
@@ -17,6 +18,10 @@ from moe_mamba.data.tokenizer import (
     train_sentencepiece,
 )
 from moe_mamba.errors import UserError
+
+# A source past both is tokenized on all cores: below them, workers take longer to start than they save.
+LARGE_BYTES = 64 << 20
+LARGE_DOCUMENTS = 30_000
 
 
 def prepare_tokenizer(
@@ -40,7 +45,8 @@ def prepare_tokenizer(
         tokenizer = load_tokenizer(spec)
         if kept and kept.fingerprint != tokenizer.fingerprint:
             raise UserError(f"data.tokenizer={spec} is not the tokenizer in {folder}: give a new run.folder")
-        tokenizer.save(folder)
+        if kept is None:
+            tokenizer.save(folder)
     elif kept is None:
         tokenizer = train_sentencepiece(_training_texts(sources, max_documents), vocab_size, folder)
     else:
@@ -54,7 +60,13 @@ def prepare_tokenizer(
 
 
 def prepare_corpus(
-    source: str, tokenizer: Tokenizer, cache_folder: str | Path, max_documents: int | None = None
+    source: str,
+    tokenizer: Tokenizer,
+    cache_folder: str | Path,
+    max_documents: int | None = None,
+    *,
+    verify: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Shards:
     """Open a source as shards; documents are tokenized into ``cache_folder`` first, unless they were before.
 
@@ -63,20 +75,31 @@ def prepare_corpus(
         tokenizer: the run's; shards of another one are refused.
         cache_folder: holds a folder for each source, tokenizer and limit.
         max_documents: documents to take of a source of documents; None: all.
+        verify: compare every checksum (shards without a manifest: look at every token's id); False: sizes alone.
+        say: is told in one line what takes long, before it begins, where documents have to be tokenized.
 
     Raises:
         UserError: no such source, no documents in it, or shards that do not fit or are damaged.
     """
-    if is_shards(source):
-        return Shards.open(source, tokenizer)
-    folder = Path(cache_folder) / _cache_key(source, tokenizer, max_documents)
-    preprocess(source, tokenizer, folder, limit=max_documents)
-    return Shards.open(folder, tokenizer, verify="checksums")
+    folder = Path(source)
+    if not is_shards(source):
+        corpus = Corpus(source)
+        folder = Path(cache_folder) / _cache_key(corpus, tokenizer, max_documents)
+        manifest = load_manifest(folder)
+        if say and not (manifest and manifest.complete):
+            say(f"sharding {source} into {folder}")
+        preprocess(source, tokenizer, folder, _workers(corpus, max_documents), max_documents)
+    return Shards.open(folder, tokenizer, verify="checksums" if verify else False)
 
 
-def _cache_key(source: str, tokenizer: Tokenizer, max_documents: int | None) -> str:
+def _workers(corpus: Corpus, max_documents: int | None) -> int:
+    """Processes that tokenize: one a core for a large source (a streamed one counts as large), or this one alone."""
+    large = corpus.source.startswith("hf:") or corpus.total_bytes > LARGE_BYTES
+    return count_cores() if large and (max_documents or LARGE_DOCUMENTS) >= LARGE_DOCUMENTS else 0
+
+
+def _cache_key(corpus: Corpus, tokenizer: Tokenizer, max_documents: int | None) -> str:
     """Another name for other content: a local file counts with the time at which it was changed."""
-    corpus = Corpus(source)
     changed = [Path(file.name).stat().st_mtime_ns for file in corpus.files if file.size]
     key = json.dumps([corpus.describe(), changed, tokenizer.fingerprint, max_documents])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -97,7 +120,7 @@ def _training_texts(sources: Sequence[str], max_documents: int | None) -> Iterat
 
 def _beginning(source: str, max_documents: int | None, characters: int) -> Iterator[str]:
     """Documents of a source, up to so many characters; rejects are reported when the source is tokenized."""
-    for document in Corpus(source).documents(max_documents, lambda reject: None):
+    for document in Corpus(source).documents(max_documents):
         yield document.text[:characters]
         characters -= len(document.text)
         if characters <= 0:

@@ -127,6 +127,11 @@ def preprocess(
         raise UserError(f"{folder}: cannot be written ({error.strerror}): {mend}") from error
 
 
+def count_cores() -> int:
+    """Cores that this process may use; outside Linux, cores of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def encode_documents(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
     """Encode documents and put an end-of-text behind each."""
     encoded = tokenizer.encode_batch(texts)
@@ -290,7 +295,7 @@ def _resume(folder: Path, planned: Manifest) -> Manifest:
             )
     if not found.complete:
         entered = {file for part in found.parts for file in part.checksums}
-        for path in {*folder.glob("*.tmp"), *folder.glob("part-*")}:
+        for path in {*folder.rglob("*.tmp"), *folder.glob("part-*")}:
             if path.name not in entered:
                 path.unlink()
         if _rejects_bytes(folder):

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_mamba.data.manifest import MANIFEST, TOKENIZER_FOLDER, Manifest, checksum, load_manifest
+from moe_mamba.data.manifest import MANIFEST, REJECTS, TOKENIZER_FOLDER, Manifest, checksum, load_manifest
 from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
@@ -84,11 +84,19 @@ class Shards:
         _check_pair(prefix)
         shards = cls(str(path), [prefix], None)
         if tokenizer:
-            largest = max(
-                (int(block.max()) for block in shards.blocks(None if thorough else SAMPLED_BLOCKS)), default=-1
-            )
-            _check_largest(largest, tokenizer, path)
+            for block in shards.blocks(None if thorough else SAMPLED_BLOCKS):
+                _check_ids(int(block.min()), int(block.max()), tokenizer, path)
         return shards
+
+    @property
+    def rejects(self) -> int:
+        """Damaged lines or files that were left out; 0 for foreign shards."""
+        return self.manifest.rejects if self.manifest else 0
+
+    @property
+    def rejects_file(self) -> Path | None:
+        """Where they are kept, with their places and bytes; None where there are none."""
+        return Path(self.name) / REJECTS if self.rejects else None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of the row, across parts: (stop - start,) int64."""
@@ -152,10 +160,12 @@ def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, path: str | Path)
             f"{path}: tokenizer hash {manifest.tokenizer[:12]} differs from the given tokenizer's "
             f"{tokenizer.fingerprint[:12]}: give the one that made the shards ({saved}), or preprocess again"
         )
-    _check_largest(manifest.largest_id, tokenizer, path)
+    _check_ids(0, manifest.largest_id, tokenizer, path)
 
 
-def _check_largest(largest: int, tokenizer: Tokenizer, path: str | Path) -> None:
+def _check_ids(smallest: int, largest: int, tokenizer: Tokenizer, path: str | Path) -> None:
+    if smallest < 0:
+        raise UserError(f"{path}: token id {smallest} is below 0: the shards are damaged, restore them")
     if largest >= tokenizer.vocab_size:
         raise UserError(
             f"{path}: token id {largest} is past the vocabulary of {tokenizer.vocab_size}: "

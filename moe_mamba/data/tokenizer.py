@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -185,9 +186,9 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, and the end-of-text token's name as Transformers has it."""
-        _write(folder, self.FILE, self.content.encode("utf-8"))
+        """Write the end-of-text token's name as Transformers has it, then tokenizer.json, by which a folder is known."""
         _write(folder, self.CONFIG, (json.dumps({"eos_token": self.end_name}) + "\n").encode("utf-8"))
+        _write(folder, self.FILE, self.content.encode("utf-8"))
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -381,8 +382,11 @@ def _read(path: Path) -> str:
 
 
 def _write(folder: str | Path, name: str, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all, also where several processes write it at once."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    aside = Path(folder) / f"{name}.tmp"
-    aside.write_bytes(content)
-    aside.replace(Path(folder) / name)
+    aside = Path(folder) / f"{name}.{secrets.token_hex(8)}.tmp"
+    try:
+        aside.write_bytes(content)
+        aside.replace(Path(folder) / name)
+    finally:
+        aside.unlink(missing_ok=True)

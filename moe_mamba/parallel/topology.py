@@ -40,6 +40,18 @@ class World:
         """The device of this process."""
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
+    def check_devices(self) -> None:
+        """Refuse more processes than GPUs.
+
+        Raises:
+            UserError: this process has no device.
+        """
+        if torch.cuda.is_available() and self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{self.local_size} processes for the {torch.cuda.device_count()} GPUs of this machine: "
+                f"start one for each, with --num_gpus={torch.cuda.device_count()}"
+            )
+
     @property
     def is_first(self) -> bool:
         """Whether this process speaks for the run."""
@@ -75,7 +87,7 @@ def start_world(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
 
     import deepspeed
     import deepspeed.ops

@@ -1,5 +1,6 @@
 """The tokenizer and the shards of a run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ class Corpora:
     validation: dict[str, Shards]
 
     @property
+    def sources(self) -> dict[str, Shards]:
+        """Every source, training and validation."""
+        return self.train | {shards.name: shards for shards in self.validation.values()}
+
+    @property
     def identities(self) -> dict[str, str]:
         """Hash of the tokens of each source that is trained on; the order of windows follows from it."""
         return {source: shards.identity for source, shards in self.train.items()}
@@ -40,11 +46,11 @@ class Corpora:
                 )
 
 
-def open_corpora(config: Config, folder: RunFolder) -> Corpora:
+def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None], *, verify: bool = False) -> Corpora:
     """Train or open the tokenizer, shard the sources that are documents, and open everything.
 
     The first call does the work and keeps it (tokenizer in the run's folder, shards in `data.cache`); later calls,
-    other ranks' among them, find it done.
+    other ranks' among them, find it done. `say` is told what takes long; `verify` compares every checksum.
 
     Raises:
         UserError: a source, the tokenizer or the shards are missing, damaged or do not fit one another.
@@ -55,7 +61,7 @@ def open_corpora(config: Config, folder: RunFolder) -> Corpora:
     )
 
     def open_source(source: str) -> Shards:
-        return prepare_corpus(source, tokenizer, data.cache, data.max_documents)
+        return prepare_corpus(source, tokenizer, data.cache, data.max_documents, verify=verify, say=say)
 
     train = {source: open_source(source) for source in data.train_weights}
     loader = Loader(

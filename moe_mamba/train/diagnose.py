@@ -7,8 +7,8 @@ from moe_mamba.model.language_model import LanguageModel
 
 
 @torch.no_grad()
-def first_bad_value(model: LanguageModel, tokens: Tensor, starts: Tensor | None) -> str:
-    """Name the parameter, else the module's output, that first holds a NaN or infinity on this micro-batch.
+def first_bad_value(model: LanguageModel, tokens: Tensor, starts: Tensor | None) -> str | None:
+    """Name the parameter, else the module's output, that first holds a NaN or infinity on this micro-batch; or None.
 
     Args:
         model: the model, as it is in the broken step.
@@ -17,7 +17,7 @@ def first_bad_value(model: LanguageModel, tokens: Tensor, starts: Tensor | None)
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            return f"parameter {name}"
+            return f"the parameter {name}"
     bad: list[str] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(bad, name, output))
@@ -27,7 +27,7 @@ def first_bad_value(model: LanguageModel, tokens: Tensor, starts: Tensor | None)
     model(tokens, starts)
     for hook in hooks:
         hook.remove()
-    return f"output of {bad[0]}" if bad else "the loss itself"
+    return f"the output of {bad[0]}" if bad else None
 
 
 def _note(bad: list[str], name: str, output: object) -> None:

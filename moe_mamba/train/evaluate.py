@@ -25,7 +25,10 @@ class Scores:
         return math.exp(min(self.loss, 700.0))
 
     def bits_per_byte(self, bytes_per_token: float | None) -> float | None:
-        """Bits that the model needs for a byte of the text, comparable over tokenizers; None: bytes are not known."""
+        """Bits that the model needs for a byte of the text, comparable over tokenizers; None: bytes are not known.
+
+        Tokens that are not counted (a document's first, with document resets) are taken to cost as much as the mean.
+        """
         return self.loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
@@ -33,7 +36,7 @@ class Scores:
 def evaluate(model: LanguageModel, batches: Iterable[Batch], world: World) -> Scores:
     """Cross entropy of `model` on `batches`, which all ranks give alike and share among them.
 
-    Routing is what evaluation routes: dropless, unless `moe.evaluation_capacity` says otherwise.
+    Routing is dropless, unless `moe.evaluation_capacity` says otherwise; experts that choose keep their capacity.
     """
     was_training = model.training
     model.eval()
@@ -42,7 +45,7 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], world: World) -> Sc
         if number % world.size == world.rank:
             batch = batch.to(world.device)
             loss, count = cross_entropy_sum(model(batch.tokens, batch.starts).logits, batch.targets)
-            sums += torch.stack([loss.double(), torch.as_tensor(count, device=loss.device).double()])
+            sums += torch.stack([loss.double(), count.double()])
     model.train(was_training)
     if world.size > 1:
         torch.distributed.all_reduce(sums)

@@ -6,21 +6,24 @@ from moe_mamba.config import Config
 
 # On a CPU, more tokens at once only fall out of the caches.
 CPU_TOKENS = 4096
-# Share of the GPU's free memory that activations may take; the rest is for gradients, moments and buffers.
-GPU_SHARE = 0.5
+# Share of the memory left beside weights, gradients and moments that activations may take.
+GPU_SHARE = 0.6
+# fp32 master, two moments and a gradient, besides the running weight.
+STATE_BYTES_PER_PARAMETER = 20
 
 
-def choose_micro_batch(config: Config, sequences: int, device: torch.device) -> int:
+def choose_micro_batch(config: Config, sequences: int, parameters: int, device: torch.device) -> int:
     """Sequences of a micro-step: a divisor of `sequences`, a rank's share of the global batch.
 
-    Raises:
-        UserError: `train.micro_batch` does not divide the share.
+    On a GPU it follows from the memory that is free before the model of `parameters` parameters lies there, so the
+    choice of one rank must be given to all.
     """
     if config.train.micro_batch:
         return config.train.micro_batch
     length = config.data.sequence_length
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        free -= STATE_BYTES_PER_PARAMETER * parameters
         most = free * GPU_SHARE / (length * activation_bytes_per_token(config))
     else:
         most = CPU_TOKENS / length

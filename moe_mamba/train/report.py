@@ -1,5 +1,6 @@
 """What a run says about itself: the header at its start, and the summary at its end."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, world: World,
     batch, length = config.train.global_batch, config.data.sequence_length
     threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
     train_tokens = sum(shards.tokens for shards in corpora.train.values())
-    return [
+    lines = [
         f"model     {name}, {config.model.pattern} x {config.model.repeat}, d_model {config.model.d_model}: "
         f"{_short(counts['total'])} parameters, {_short(counts['active'])} active a token "
         f"(+ {_short(counts['embedding'])} in embedding and head)",
@@ -40,6 +41,22 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, world: World,
         f"kernels   {describe_kernels(config, world)}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
+    return lines + warnings(corpora, world)
+
+
+def warnings(corpora: Corpora, world: World) -> list[str]:
+    """What the user should know before it costs anything."""
+    lines = [
+        f"warning   {shards.rejects:,} damaged lines of {source} were left out: they are kept in {shards.rejects_file}"
+        for source, shards in corpora.sources.items()
+        if shards.rejects
+    ]
+    if world.device.type == "cuda":
+        lines.append(
+            "warning   the selective scan runs as a loop over time in plain torch: many times slower than a fused "
+            "kernel, which this version has none of for GPUs"
+        )
+    return lines
 
 
 def describe_kernels(config: Config, world: World) -> str:
@@ -63,23 +80,27 @@ def against_unigram(scores: Scores, shards: Shards) -> str:
     return f"{abs(entropy - scores.loss):.2f} nat {side} the unigram entropy of its tokens ({entropy:.4f})"
 
 
-def routing_metrics(model: LanguageModel, sums: StepSums, micro_steps: int) -> dict[str, Any]:
-    """What the routers did in a step: their losses, the dropped share, each layer's load and entropy."""
-    layers = [str(index) for index, letter in enumerate(model.config.layers) if letter == "E"]
-    assigned = [layer.assigned.sum() for layer in sums.statistics]
-    dropped = [float(layer.dropped / total) for layer, total in zip(sums.statistics, assigned, strict=True)]
-    load = [layer.assigned / total for layer, total in zip(sums.statistics, assigned, strict=True)]
-    entropy = [float(layer.entropy / layer.tokens) for layer in sums.statistics]
+def routing_metrics(config: Config, sums: StepSums, micro_steps: int) -> dict[str, Any]:
+    """What the routers did in a step: their losses, the dropped share, each layer's load and entropy.
+
+    Dropped is a share of the assignments; where experts choose, of the tokens, those that none took.
+    """
+    layers = [str(index) for index, letter in enumerate(config.model.layers) if letter == "E"]
+    assigned = torch.stack([layer.assigned for layer in sums.statistics])  # (layers, experts)
+    totals = assigned.sum(1)  # (layers,)
+    tokens, dropped, entropy = (
+        torch.stack([getattr(layer, name) for layer in sums.statistics]) for name in ("tokens", "dropped", "entropy")
+    )
+    dropped = dropped / (tokens if config.moe.router == "expert_choice" else totals)
+    load = (assigned / totals[:, None]).tolist()
     return {
         "balance_loss": float(sums.balance) / micro_steps,
         "z_loss": float(sums.z) / micro_steps,
-        "dropped": sum(dropped) / len(dropped),
-        "expert_load": {
-            name: [round(share, 5) for share in row.tolist()] for name, row in zip(layers, load, strict=True)
-        },
+        "dropped": float(dropped.mean()),
+        "expert_load": {name: [round(share, 5) for share in row] for name, row in zip(layers, load, strict=True)},
         "moe": {
-            "dropped": dict(zip(layers, dropped, strict=True)),
-            "router_entropy": dict(zip(layers, entropy, strict=True)),
+            "dropped": dict(zip(layers, dropped.tolist(), strict=True)),
+            "router_entropy": dict(zip(layers, (entropy / tokens).tolist(), strict=True)),
         },
     }
 
@@ -104,17 +125,32 @@ def finish(
     for name, score in scores.items():
         screen.say(f"result    {validation_line(name, score, corpora.validation[name])}")
         screen.say(f"          {against_unigram(score, corpora.validation[name])}")
-    pictures = [folder.plots / "loss.png"]
-    plot_loss({folder.path.name: folder.path}, pictures[0])
-    if "E" in model.config.pattern:
-        pictures.append(folder.plots / "expert_load.png")
-        plot_expert_load(folder.path, pictures[1])
-    screen.say(f"pictures  {', '.join(map(str, pictures))}")
+    screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
     if config.train.sample_tokens:
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     screen.say(
         f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
     )
+
+
+def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, world: World) -> None:
+    """What a run that is done already says; draws the pictures, if a kill came before they were drawn."""
+    screen.say(f"{folder.path} is finished: {steps:,} steps are done. More train.steps make it go on.")
+    if world.is_first and not all(picture.exists() for picture in _pictures(config, folder)):
+        draw_pictures(config, folder)
+
+
+def draw_pictures(config: Config, folder: RunFolder) -> list[Path]:
+    """Draw the run's curves and, where it has experts, their load; the files drawn."""
+    loss, *load = _pictures(config, folder)
+    plot_loss({folder.path.name: folder.path}, loss)
+    for picture in load:
+        plot_expert_load(folder.path, picture)
+    return [loss, *load]
+
+
+def _pictures(config: Config, folder: RunFolder) -> list[Path]:
+    return [folder.plots / "loss.png"] + [folder.plots / "expert_load.png"] * ("E" in config.model.pattern)
 
 
 def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:

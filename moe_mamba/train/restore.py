@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from moe_mamba.config import Config
+from moe_mamba.config_file import parse_config
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
@@ -31,7 +32,7 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     """
     path = checkpoint.resolve(run_or_step)
     description = checkpoint.read_description(path)
-    config = Config.model_validate(description["config"])
+    config = parse_config(description["config"])
     tokenizer = load_tokenizer(str(path.parents[1] / "tokenizer"))
     if tokenizer.fingerprint != description["tokenizer"]:
         raise UserError(
@@ -40,12 +41,12 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe)
     model.to_empty(device=device)
-    checkpoint.load(path, weight_pieces(model))
+    load_weights(model, path)
     return Restored(model.eval(), tokenizer, config, path)
 
 
-def check_weights(config: Config, run_or_step: str | Path) -> None:
-    """Compare a checkpoint's weights with those of the model that `config` describes, before anything is begun.
+def find_weights(config: Config, run_or_step: str | Path) -> Path:
+    """The step's folder whose weights fit the model that `config` describes, found before anything is begun.
 
     Raises:
         UserError: there is no such checkpoint, or it is of another model.
@@ -62,15 +63,16 @@ def check_weights(config: Config, run_or_step: str | Path) -> None:
                 f"{path} is of another model: {piece.name} {there}, and this config wants {piece.shape}: "
                 "give the config that it was trained with"
             )
+    return path
 
 
-def load_weights(model: LanguageModel, run_or_step: str | Path) -> None:
-    """Fill `model` with another run's weights.
+def load_weights(model: LanguageModel, path: Path) -> None:
+    """Fill `model` with the weights in a step's folder.
 
     Raises:
         UserError: the checkpoint's weights are not this model's.
     """
-    checkpoint.load(checkpoint.resolve(run_or_step), weight_pieces(model))
+    checkpoint.load(path, weight_pieces(model))
 
 
 def weight_pieces(model: LanguageModel) -> list[Piece]:

@@ -1,5 +1,10 @@
 """The folder of a run: what is in it, and whether what is asked may go on in it."""
 
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moe_mamba.config import Config
@@ -25,15 +30,31 @@ class RunFolder:
         Raises:
             UserError: the folder holds another run, or cannot be made.
         """
-        if self.config.is_file():
+        if any(self.checkpoints.glob("step-*")):
             self._check_resume(config)
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.folder={self.path} cannot be made ({error.strerror}): choose another") from None
-        if any(self.checkpoints.glob("step-*")):
-            raise UserError(f"run.folder={self.path} has checkpoints but no config.yaml: choose another run.folder")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of the folder while this one lasts; the lock ends with the process.
+
+        Raises:
+            UserError: another run is at work in it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            _lock(descriptor, self.path)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def forget_tokenizer(self) -> None:
+        """Drop a tokenizer that a run left behind which ended before its first checkpoint."""
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
 
     @property
     def next_free(self) -> Path:
@@ -48,9 +69,18 @@ class RunFolder:
         save_config(config, self.config)
 
     def _check_resume(self, config: Config) -> None:
+        if not self.config.is_file():
+            raise UserError(f"run.folder={self.path} has checkpoints but no config.yaml: choose another run.folder")
         saved = load_config(self.config)
         for key, before, now in changed_on_resume(saved, config):
             raise UserError(
                 f"{key} was {before!r} in {self.path} and is now {now!r}, which a resumed run cannot change: "
                 f"start anew with --run.folder={self.next_free}"
             )
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another run: wait for it, or choose another run.folder") from None

@@ -1,10 +1,12 @@
 """A training run, from top to bottom: corpora, world, model, engine, checkpoint, loop, report."""
 
+import errno
 import math
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +19,17 @@ from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import update_balance_bias
 from moe_mamba.parallel.engine import build_engine, finish_loading, gradient_norm, set_learning_rate, state_pieces
-from moe_mamba.parallel.parallelize import check_compiler, parallelize
+from moe_mamba.parallel.parallelize import parallelize
 from moe_mamba.parallel.topology import World, finish_world, from_first, start_world
 from moe_mamba.train import checkpoint, report
+from moe_mamba.train.beginning import Beginning, check, settle
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.diagnose import first_bad_value
 from moe_mamba.train.evaluate import Scores, evaluate
 from moe_mamba.train.metrics import MetricsWriter
-from moe_mamba.train.micro_batch import choose_micro_batch
 from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.profile import profiler
-from moe_mamba.train.restore import check_weights, load_weights
+from moe_mamba.train.restore import load_weights
 from moe_mamba.train.run_folder import RunFolder
 from moe_mamba.train.schedule import learning_rate
 from moe_mamba.train.screen import Screen
@@ -38,79 +40,96 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
 
     Raises:
         UserError: the input is wrong; raised before any process group is made.
-        RunStopped: the loss is no number any more, or a checkpoint cannot be written.
+        RunStopped: the loss is no number any more, or the disk or a GPU's memory is full.
     """
     world = World.from_environment()
-    world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
-    check_compiler(config.train)
+    check(config, world)
     if config.train.deterministic:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    corpora, newest = None, None
-    if world.is_first:
-        newest = checkpoint.newest(folder.checkpoints, screen.say)
-        if config.train.warm_start and not newest:
-            check_weights(config, config.train.warm_start)
-        corpora = open_corpora(config, folder)
-        if newest:
-            corpora.check_unchanged(checkpoint.read_description(newest), folder)
-    start_world(world)
+    with folder.alone() if world.is_first else nullcontext():
+        beginning, corpora = settle(config, folder, screen, world) if world.is_first else (None, None)
+        start_world(world)
+        with stopping(config, folder, world):
+            beginning = from_first(beginning)
+            assert beginning is not None
+            if beginning.done >= config.steps:
+                report.finished(config, folder, screen, beginning.done, world)
+                return
+            corpora = corpora or open_corpora(config, folder, screen.say)
+            Trainer(config, folder, screen, world, corpora, beginning).run()
+
+
+@contextmanager
+def stopping(config: Config, folder: RunFolder, world: World) -> Iterator[None]:
+    """Leave the world at the end, and say in one line what ended a run that had begun."""
     try:
-        newest = from_first(newest)
-        done = checkpoint.step_of(newest) if newest else 0
-        if done >= config.steps:
-            screen.say(f"{folder.path} is finished: {done:,} steps are done. More train.steps make it go on.")
-            return
-        trainer = Trainer(config, folder, screen, world, corpora or open_corpora(config, folder))
-        trainer.start(newest)
-        trainer.run()
+        yield
     except UserError as error:  # too late for the exit code that promises that nothing was begun
+        print(f"rank {world.rank}: {error}", flush=True)
         raise RunStopped(str(error)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunStopped(f"no space left in {folder.path}: free some, then the same line again goes on") from None
+    except torch.OutOfMemoryError:
+        raise RunStopped(
+            "the GPU's memory is full: lower train.micro_batch or set train.recompute=true; "
+            "the same line again then goes on"
+        ) from None
     finally:
         finish_world()
 
 
 class Trainer:
-    """The state of a run, and the loop over its steps."""
+    """The state of a run, and the loop over its steps.
 
-    def __init__(self, config: Config, folder: RunFolder, screen: Screen, world: World, corpora: Corpora) -> None:
+    Args:
+        config: what to train.
+        folder: where the run lies.
+        screen: what the user sees.
+        world: the processes; a process group is joined.
+        corpora: what is read.
+        beginning: what rank 0 settled.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        screen: Screen,
+        world: World,
+        corpora: Corpora,
+        beginning: Beginning,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.screen = screen
         self.world = world
         self.corpora = corpora
-        self.step = 0
-        self.seconds = 0.0
+        self.step = beginning.done
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
+        self.micro_batch = beginning.micro_batch
         share = world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
-        self.micro_batch = choose_micro_batch(config, share, world.device)
         self.micro_steps = share // self.micro_batch
-
-    def start(self, newest: Path | None) -> None:
-        """Build the model and the engine; take weights, moments and step from `newest` if given."""
-        config = self.config
         with torch.device("meta"):
             model = LanguageModel(config.model, config.moe)
-        model.to_empty(device=self.world.device)
+        model.to_empty(device=world.device)
         initialize(model, config.run.seed)
-        if config.train.warm_start and not newest:
-            load_weights(model, config.train.warm_start)
-        for line in report.header(config, model, self.corpora, self.world, self.micro_batch):
-            self.screen.say(line)
+        if beginning.warm:
+            load_weights(model, beginning.warm)
+        for line in report.header(config, model, corpora, world, self.micro_batch):
+            screen.say(line)
         parallelize(model, config.train)
-        self.engine = build_engine(model, config, self.micro_batch, self.world.size)
-        if newest:
-            description = checkpoint.read_description(newest)
-            checkpoint.load(newest, state_pieces(self.engine))
-            self.step = description["step"]
+        self.engine = build_engine(model, config, self.micro_batch, world.size)
+        if beginning.newest:
+            checkpoint.load(beginning.newest, state_pieces(self.engine))
             finish_loading(self.engine, self.step)
-            self.screen.say(f"resumed   {newest}, step {self.step:,}")
-        if self.world.is_first:
-            self.folder.save_config(config)
-        self.metrics = MetricsWriter(
-            self.folder.path, self.step, config.logging, config.model_dump(), enabled=self.world.is_first
-        )
+            screen.say(f"resumed   {beginning.newest}, step {self.step:,}")
+        if world.is_first:
+            folder.save_config(config)
+        self.metrics = MetricsWriter(folder.path, self.step, config.logging, config.model_dump(), world.is_first)
 
     @property
     def model(self) -> LanguageModel:
@@ -125,8 +144,9 @@ class Trainer:
         with ThreadPoolExecutor(1) as reader, profiler(train.profile, self.folder.profile, self.world) as trace:
             upcoming = reader.submit(self._read, self.step)
             while self.step < steps:
+                begin = time.perf_counter()
                 batches, upcoming = upcoming.result(), reader.submit(self._read, self.step + 1)
-                self._train_step(batches)
+                self._train_step(batches, begin)
                 trace.step()
                 is_last = self.step == steps
                 if is_last or (train.validate_every and self.step % train.validate_every == 0):
@@ -149,14 +169,14 @@ class Trainer:
             for number in range(self.micro_steps)
         ]
 
-    def _train_step(self, batches: list[Batch]) -> None:
-        """One optimizer step."""
-        begin = time.perf_counter()
-        batches = [batch.to(self.world.device) for batch in batches]
-        targets = int(self._sum(torch.stack([(batch.targets >= 0).sum() for batch in batches]).sum()))
-        objective = Objective(self.config.moe, targets, self.micro_steps * self.world.size, self.world.size)
+    def _train_step(self, batches: list[Batch], begin: float) -> None:
+        """One optimizer step; `begin` is when it began, in seconds of the performance counter."""
+        device = self.world.device
+        targets = int(self._sum(torch.tensor(sum(batch.counted for batch in batches), device=device)))
+        batches = [batch.to(device) for batch in batches]
         rate = learning_rate(self.step + 1, self.config.steps, self.config.train)
         set_learning_rate(self.engine, rate)
+        objective = Objective(self.config.moe, targets, self.micro_steps * self.world.size, self.world.size)
         for number, batch in enumerate(batches, 1):
             output = self.engine(batch.tokens, batch.starts)
             self.engine.backward(objective(output.logits, batch.targets, output.statistics))
@@ -169,11 +189,10 @@ class Trainer:
             self._stop(f"the loss is {loss}", batches)
         norm = self._update()
         if not math.isfinite(norm):
-            self._stop(f"the gradient's norm is {norm}", batches)
+            self._stop(f"the loss is {loss:.4f} but its gradient's norm is {norm}", [])
         self._update_balance_biases(sums)
         self.step += 1
-        self.seconds = time.perf_counter() - begin
-        self._log(loss, rate, norm, sums)
+        self._log(loss, rate, norm, sums, time.perf_counter() - begin)
 
     def _update(self) -> float:
         """Let the engine do its optimizer step; the gradient's norm before clipping."""
@@ -194,20 +213,20 @@ class Trainer:
         return value
 
     def _stop(self, fault: str, batches: list[Batch]) -> None:
-        """End the run at a step that went wrong, before anything of it is saved."""
-        places = [first_bad_value(self.model, batch.tokens, batch.starts) for batch in batches]
+        """End the run at a step that went wrong, before anything of it is saved; names the first bad value."""
+        mine = [place for batch in batches if (place := first_bad_value(self.model, batch.tokens, batch.starts))]
         found: list[list[str]] = [[] for _ in range(self.world.size)]
-        torch.distributed.all_gather_object(found, [place for place in places if place])
-        place = next((place for rank in found for place in rank), "the loss or its gradient alone")
+        torch.distributed.all_gather_object(found, mine)
+        place = next((f"; the first bad value is in {place}" for rank in found for place in rank), "")
         kept = from_first(checkpoint.newest(self.folder.checkpoints) if self.world.is_first else None)
         raise RunStopped(
-            f"{fault} at step {self.step + 1}; the first bad value is in {place}. "
+            f"{fault} at step {self.step + 1}{place}. "
             + (f"{kept} is kept" if kept else "No checkpoint was saved yet")
             + ": lower train.learning_rate, or look at the data of this step"
         )
 
-    def _log(self, loss: float, rate: float, norm: float, sums: StepSums) -> None:
-        speed = self.tokens_per_step / self.seconds
+    def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
+        speed = self.tokens_per_step / seconds
         self.screen.advance(loss, speed)
         if self.step % self.config.logging.every and self.step != self.config.steps:
             return
@@ -220,7 +239,7 @@ class Trainer:
             "tokens_per_second": round(speed, 1),
         }
         if sums.statistics:
-            line |= report.routing_metrics(self.model, sums, self.micro_steps)
+            line |= report.routing_metrics(self.config, sums, self.micro_steps)
         self.metrics.write(line)
 
     def _validate(self) -> dict[str, Scores]:

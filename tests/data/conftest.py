@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_mamba.data.preprocess import preprocess
+from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.shards import Shards
 from moe_mamba.data.tokenizer import BytesTokenizer
 
@@ -23,6 +25,14 @@ def write_shards(folder: Path, texts: list[str], part_bytes: int = 1 << 20) -> S
     source = write_documents(folder / "documents.jsonl", texts)
     preprocess(source, BytesTokenizer(), folder / "shards", part_bytes=part_bytes)
     return Shards.open(folder / "shards", BytesTokenizer())
+
+
+def write_foreign(prefix: Path, documents: list[list[int]]) -> None:
+    """Shards as Megatron's own tool leaves them: two files and no manifest."""
+    builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in documents:
+        builder.add_document(np.array(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.fixture(scope="session")

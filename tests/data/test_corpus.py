@@ -1,12 +1,11 @@
 import gzip
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moe_mamba.data.corpus import Corpus, Place, Reject, documents
+from moe_mamba.data.corpus import Corpus, Place, Reject
 from moe_mamba.errors import UserError
 
 
@@ -16,7 +15,7 @@ def lines(*texts: str) -> bytes:
 
 def read(source: Path | str, **arguments: object) -> tuple[list[str], list[Reject]]:
     rejects: list[Reject] = []
-    return [document.text for document in documents(str(source), on_reject=rejects.append, **arguments)], rejects
+    return [document.text for document in Corpus(str(source)).documents(on_reject=rejects.append, **arguments)], rejects
 
 
 def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> None:
@@ -44,7 +43,7 @@ def test_each_format_gives_its_texts(source: Path) -> None:
 
 
 def test_reading_goes_on_at_a_place(source: Path) -> None:
-    found = list(documents(str(source)))
+    found = list(Corpus(str(source)).documents())
     assert [document.size for document in found] == [len(text.encode()) for text in TEXTS]
     for number, document in enumerate(found, 1):
         assert read(source, start=document.place)[0] == TEXTS[number:]
@@ -136,20 +135,13 @@ def test_damaged_parquet_and_rows_without_text(tmp_path: Path) -> None:
     ]
 
 
-def test_rejects_are_logged_when_nobody_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"no\n" + lines("yes"))
-    with caplog.at_level(logging.WARNING):
-        assert [document.text for document in documents(str(tmp_path / "a.jsonl"))] == ["yes"]
-    assert "a.jsonl, line 1: not JSON" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("name", "content"), [("a.jsonl", b""), ("a.jsonl", b"no\n"), ("a.txt", b""), ("a.json.gz", gzip.compress(b""))]
 )
 def test_an_empty_corpus_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="no documents in it") as error:
-        list(documents(str(tmp_path / name)))
+        list(Corpus(str(tmp_path / name)).documents())
     assert "\n" not in str(error.value)
     if content == b"no\n":
         assert "line 1: not JSON" in str(error.value)
@@ -173,7 +165,7 @@ def test_sources_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for name in ("a.csv", "a.txt.gz"):
         Path(name).touch()
     with pytest.raises(UserError, match=message):
-        list(documents(source))
+        list(Corpus(source).documents())
 
 
 class Rows:
@@ -215,5 +207,5 @@ def test_an_unreachable_hub_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match="check the name and the network") as error:
-        list(documents("hf:nobody/nothing:train"))
+        list(Corpus("hf:nobody/nothing:train").documents())
     assert "\n" not in str(error.value)

@@ -1,12 +1,15 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
+from moe_mamba.data import prepare
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
-from moe_mamba.data.tokenizer import BytesTokenizer
+from moe_mamba.data.tokenizer import BytesTokenizer, LibraryTokenizer, load_tokenizer
 from moe_mamba.errors import UserError
-from tests.data.conftest import write_documents, write_shards
+from tests.data.conftest import END, write_documents, write_foreign, write_shards
 
 
 def test_documents_are_tokenized_once(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +31,78 @@ def test_a_changed_file_is_tokenized_again(tmp_path: Path) -> None:
     assert prepare_corpus(source, BytesTokenizer(), tmp_path / "cache").identity != before.identity
 
 
-def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["documents", "shards"])
+def test_a_flipped_byte_is_refused(tmp_path: Path, kind: str) -> None:
     source = write_documents(tmp_path / "a.jsonl", ["one"])
     shards = prepare_corpus(source, BytesTokenizer(), tmp_path / "cache")
-    (Path(shards.name) / "part-00000.bin").write_bytes(bytes(8))
-    with pytest.raises(UserError, match="checksum differs"):
-        prepare_corpus(source, BytesTokenizer(), tmp_path / "cache")
+    source = source if kind == "documents" else shards.name
+    assert prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", verify=True).identity == shards.identity
+    path = Path(shards.name) / "part-00000.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert prepare_corpus(source, BytesTokenizer(), tmp_path / "cache").tokens == shards.tokens  # sizes alone
+    with pytest.raises(UserError, match=r"part-00000\.bin: its checksum differs"):
+        prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", verify=True)
+
+
+def test_foreign_ids_past_the_vocabulary_are_refused_wherever_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_mamba.data.shards.BLOCK", 8)  # so that a sample leaves most of the row out
+    for place in (0, 333, 1998):
+        ids = [1] * 1999 + [END]
+        write_foreign(tmp_path / "fine", [ids])
+        assert prepare_corpus(str(tmp_path / "fine"), BytesTokenizer(), tmp_path, verify=True).tokens == 2000
+        ids[place] = 257
+        write_foreign(tmp_path / "foreign", [ids])
+        with pytest.raises(UserError, match="token id 257 is past the vocabulary of 257"):
+            prepare_corpus(str(tmp_path / "foreign"), BytesTokenizer(), tmp_path, verify=True)
+
+
+def test_work_is_said_once_and_only_where_there_is_some(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "a.jsonl", ["one"])
+    said: list[str] = []
+    for _ in range(2):
+        shards = prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", say=said.append)
+    prepare_corpus(shards.name, BytesTokenizer(), tmp_path / "cache", say=said.append)
+    assert said == [f"sharding {source} into {shards.name}"]
+    with pytest.raises(UserError, match="no such file"):
+        prepare_corpus("missing.jsonl", BytesTokenizer(), tmp_path / "cache", say=said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "large_bytes", "limit", "workers"),
+    [
+        ("file", 1, None, 3),
+        ("file", 1, 30_000, 3),
+        ("file", 1, 10, 0),
+        ("file", 1 << 20, None, 0),
+        ("hf:a:b", 1, None, 3),
+    ],
+)
+def test_large_sources_are_tokenized_on_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, large_bytes: int, limit: int | None, workers: int
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def preprocess(*arguments: object) -> None:
+        assert arguments[3] == workers
+        raise Reached
+
+    monkeypatch.setattr(prepare, "LARGE_BYTES", large_bytes)
+    monkeypatch.setattr(prepare, "count_cores", lambda: 3)
+    monkeypatch.setattr(prepare, "preprocess", preprocess)
+    source = write_documents(tmp_path / "a.jsonl", ["one"]) if source == "file" else source
+    with pytest.raises(Reached):
+        prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", limit)
+
+
+def test_workers_give_the_same_shards(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_documents(tmp_path / "a.jsonl", texts)
+    alone = prepare_corpus(source, BytesTokenizer(), tmp_path / "alone")
+    monkeypatch.setattr(prepare, "LARGE_BYTES", 1)
+    assert prepare_corpus(source, BytesTokenizer(), tmp_path / "many").identity == alone.identity
 
 
 def test_shards_open_directly(tmp_path: Path, texts: list[str]) -> None:
@@ -50,6 +119,34 @@ def test_a_tokenizer_is_trained_once_and_kept(tmp_path: Path, texts: list[str]) 
     assert first.vocab_size == 290
     Path(source).unlink()
     assert prepare_tokenizer("sentencepiece", [source], 290, tmp_path / "tokenizer").fingerprint == first.fingerprint
+
+
+def test_ranks_may_save_the_tokenizer_at_once(tmp_path: Path) -> None:
+    spec = tmp_path / "vocab"
+    spec.mkdir()
+    vocabulary = {"a": 0, "stop": 1} | {f"word{number}": number for number in range(2, 2000)}
+    content = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}, "added_tokens": []}
+    (spec / LibraryTokenizer.FILE).write_text(json.dumps(content))
+    (spec / LibraryTokenizer.CONFIG).write_text('{"eos_token": "stop"}')  # known from this file alone
+    expected = load_tokenizer(spec).fingerprint
+    ranks = 8
+    with ThreadPoolExecutor(ranks) as pool:
+        for turn in range(20):
+            barrier = Barrier(ranks)
+
+            def rank(_: int, folder: Path = tmp_path / f"run{turn}", barrier: Barrier = barrier) -> str:
+                barrier.wait()
+                return prepare_tokenizer(str(spec), [], 2000, folder).fingerprint
+
+            assert set(pool.map(rank, range(ranks))) == {expected}
+            kept = {path.name for path in (tmp_path / f"run{turn}").iterdir()}
+            assert kept == {LibraryTokenizer.FILE, LibraryTokenizer.CONFIG}
+
+
+def test_a_kept_tokenizer_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_tokenizer("bytes", [], 257, tmp_path / "tokenizer")
+    monkeypatch.setattr(BytesTokenizer, "save", None)
+    assert prepare_tokenizer("bytes", [], 257, tmp_path / "tokenizer").vocab_size == 257
 
 
 def test_a_tokenizer_sees_each_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

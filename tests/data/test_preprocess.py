@@ -13,7 +13,7 @@ import pytest
 
 from moe_mamba.data import preprocess as module
 from moe_mamba.data.manifest import MANIFEST, Manifest, load_manifest
-from moe_mamba.data.preprocess import preprocess
+from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.shards import Shards
 from moe_mamba.data.tokenizer import BytesTokenizer, train_sentencepiece
 from moe_mamba.errors import UserError
@@ -205,6 +205,14 @@ def test_a_source_of_rejects_alone_keeps_them_and_can_be_mended(tmp_path: Path, 
     manifest: Manifest = preprocess(source, BytesTokenizer(), tmp_path / "out")
     assert (manifest.documents, manifest.rejects) == (1, 0)
     assert Shards.open(tmp_path / "out").tokens == 2
+
+
+def test_cores_are_counted_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= count_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    for found, expected in ((5, 5), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda found=found: found)
+        assert count_cores() == expected
 
 
 def test_a_full_disk_is_one_line(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_mamba.data.corpus import documents
+from moe_mamba.data.corpus import Corpus
 from moe_mamba.data.preprocess import preprocess
 from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.shards import BLOCK, Shards, bytes_per_token, is_shards, unigram_entropy
 from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer
 from moe_mamba.errors import UserError
-from tests.data.conftest import END, write_shards
+from tests.data.conftest import END, write_documents, write_foreign, write_shards
 
 
 def row_of(texts: list[str]) -> np.ndarray:
@@ -23,13 +23,6 @@ def own(tmp_path: Path, texts: list[str]) -> Path:
     """A folder of shards that a test may damage."""
     write_shards(tmp_path, texts[:10])
     return tmp_path / "shards"
-
-
-def write_foreign(prefix: Path, documents: list[list[int]]) -> None:
-    builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for document in documents:
-        builder.add_document(np.array(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> bool:
@@ -94,6 +87,9 @@ def test_ids_past_the_vocabulary_are_refused(own: Path, tmp_path: Path) -> None:
         Shards.open(tmp_path / "foreign", BytesTokenizer())
     with pytest.raises(UserError, match="token id 300"):
         Shards.open(tmp_path / "foreign", BytesTokenizer(), verify="checksums")
+    write_foreign(tmp_path / "negative", [[1, -2]])
+    with pytest.raises(UserError, match="token id -2 is below 0"):
+        Shards.open(tmp_path / "negative", BytesTokenizer())
 
 
 @pytest.mark.parametrize("name", ["part-00000.bin", "part-00000.idx"])
@@ -149,6 +145,15 @@ def test_foreign_shards(tmp_path: Path) -> None:
     assert Shards.open(tmp_path / "another").identity != shards.identity
 
 
+def test_shards_say_what_was_left_out(tmp_path: Path, shards: Shards) -> None:
+    preprocess(write_documents(tmp_path / "a.jsonl", ["one", "", ""]), BytesTokenizer(), tmp_path / "out")
+    damaged = Shards.open(tmp_path / "out")
+    assert (damaged.rejects, damaged.rejects_file) == (2, tmp_path / "out" / "rejects.jsonl")
+    write_foreign(tmp_path / "foreign", [[1, END]])
+    for whole in (shards, Shards.open(tmp_path / "foreign")):
+        assert (whole.rejects, whole.rejects_file) == (0, None)
+
+
 def test_identity_is_of_the_content(tmp_path: Path, shards: Shards, other_shards: Shards, texts: list[str]) -> None:
     assert write_shards(tmp_path, texts).identity == shards.identity != other_shards.identity
 
@@ -201,4 +206,4 @@ def test_real_c4_through_gpt2(shared_data: Path, tmp_path: Path) -> None:
     assert shards.manifest is not None and shards.manifest.dtype == "uint16"
     row = shards.read(0, shards.tokens)
     assert (row == tokenizer.end_of_text).sum() == 170
-    assert tokenizer.decode(row[:50].tolist()).startswith(next(documents(source)).text[:40])
+    assert tokenizer.decode(row[:50].tolist()).startswith(next(Corpus(source).documents()).text[:40])

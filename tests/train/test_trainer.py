@@ -2,14 +2,19 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from train.runs import STEPS, curve, run, weights
 from world import WorkerError, World
 
+from launch.train import train
+from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.train.metrics import read_metrics
+from moe_mamba.train.run_folder import RunFolder
 
 
 def test_a_run_leaves_what_scripts_rely_on(plain: Path) -> None:
@@ -135,19 +140,118 @@ def test_recomputation_and_determinism_change_no_loss(world: World, tiny: Path, 
     assert curve(metrics) == pytest.approx(curve(read_metrics(plain)), rel=1e-6)
 
 
+@pytest.mark.long
+def test_compiled_layers_give_the_same_curve(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+    metrics = run(world, tiny, tmp_path / "run", train__compile=True)
+    assert curve(metrics) == pytest.approx(curve(read_metrics(plain)), rel=1e-5)
+
+
+def test_corpora_blend_and_validation_sets_have_names(
+    world: World, tiny: Path, corpus: Path, plain: Path, tmp_path: Path
+) -> None:
+    train, held_out = str(corpus / "train.jsonl"), str(corpus / "validation.jsonl")
+    metrics = run(
+        world,
+        tiny,
+        tmp_path / "run",
+        data__train=json.dumps({train: 0.75, held_out: 0.25}),
+        data__validation=json.dumps({"seen": train, "held_out": held_out}),
+    )
+    (first, last) = (line for line in metrics if "validation_loss" in line)
+    assert set(last["validation"]) == {"seen", "held_out"}
+    assert last["validation_loss"] == last["validation"]["seen"]["loss"] < first["validation_loss"]
+    assert curve(metrics) != curve(read_metrics(plain))
+
+
+def test_a_budget_in_tokens_is_a_number_of_steps(world: World, tiny: Path, tmp_path: Path) -> None:
+    metrics = run(world, tiny, tmp_path / "run", train__steps="null", train__tokens=3 * 8 * 32 + 5)
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3]
+
+
 def test_a_profile_is_a_trace_of_the_asked_steps(world: World, tiny: Path, tmp_path: Path) -> None:
     run(world, tiny, tmp_path / "run", train__profile=2)
     trace = json.loads((tmp_path / "run" / "profile" / "rank-0.json").read_text())
     assert any("ProfilerStep" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(world: World, tiny: Path, tmp_path: Path) -> None:
+def train_with_a_nan(rank: int, parameter: str, **arguments: Any) -> None:
+    """Train; after the second step, one weight of a rank becomes no number."""
+    from moe_mamba.train.trainer import Trainer
+
+    healthy = Trainer._train_step
+
+    def broken(trainer: Trainer, *rest: Any) -> None:
+        if trainer.step == 2 and trainer.world.rank == rank:
+            trainer.model.get_parameter(parameter).data.view(-1)[0] = math.nan
+        healthy(trainer, *rest)
+
+    Trainer._train_step = broken  # type: ignore[method-assign]
+    try:
+        train(**arguments)
+    finally:
+        Trainer._train_step = healthy  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
+def test_a_loss_that_is_no_number_names_step_and_place_and_keeps_the_checkpoint(
+    world: World, tiny: Path, tmp_path: Path, rank: int, ranks: int
+) -> None:
+    keys = {"run.folder": str(tmp_path / "run"), "train.micro_batch": 2}
+    name = "layers.0.mixer.x_proj.weight"
     with pytest.raises(WorkerError) as stop:
+        world.run(train_with_a_nan, rank, name, ranks=ranks, config=str(tiny), **keys)
+    message = next(line for line in str(stop.value).splitlines() if "RunStopped: " in line)
+    assert f"the loss is nan at step 3; the first bad value is in the parameter {name}. " in message
+    assert "step-00000002 is kept" in message
+    assert len(curve(run(world, tiny, tmp_path / "run", ranks=ranks, train__micro_batch=2))) == STEPS
+
+
+def test_a_run_that_diverges_stops(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"RunStopped: the loss is .*at step \d+"):
         run(world, tiny, tmp_path / "run", train__learning_rate=1e30, train__gradient_clip=0, train__warmup=1.0)
-    message = str(stop.value)
-    assert "RunStopped" in message
-    assert "at step" in message
-    assert "layers." in message or "embedding" in message
+
+
+def test_a_folder_in_use_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with folder.alone(), pytest.raises(WorkerError, match="in use by another run"):
+        run(world, tiny, folder.path)
+    assert len(curve(run(world, tiny, folder.path))) == STEPS
+
+
+def test_a_run_that_never_saved_may_be_changed(world: World, tiny: Path, corpus: Path, tmp_path: Path) -> None:
+    """SentencePiece of a first try that was too short for one window is not kept for the second."""
+    short = tmp_path / "short.txt"
+    short.write_text("One line of text, and no more of it. " * 5)
+    pieces = {"data__tokenizer": "sentencepiece", "model__vocab_size": 300}
+    with pytest.raises(WorkerError, match="fewer than one sequence"):
+        run(world, tiny, tmp_path / "run", data__train=str(short), data__sequence_length=999, **pieces)
+    run(world, tiny, tmp_path / "run", **pieces)
+    first = load_tokenizer(tmp_path / "run" / "tokenizer")
+    run(world, tiny, tmp_path / "other", **pieces)
+    assert first.fingerprint == load_tokenizer(tmp_path / "other" / "tokenizer").fingerprint
+
+
+def test_damaged_lines_are_said_and_kept(world: World, tiny: Path, corpus: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_bytes((corpus / "train.jsonl").read_bytes() + b"{not json\n")
+    run(world, tiny, tmp_path / "run", data__train=str(damaged))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert re.search(r"warning +1 damaged lines of .*damaged\.jsonl .*rejects\.jsonl", log)
+
+
+def test_pictures_that_a_kill_prevented_are_drawn(world: World, tiny: Path, tmp_path: Path) -> None:
+    run(world, tiny, tmp_path / "run")
+    for picture in (tmp_path / "run" / "plots").iterdir():
+        picture.unlink()
+    run(world, tiny, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "plots").iterdir())) == 2
+
+
+def test_the_end_of_a_run_says_what_was_reached(plain: Path) -> None:
+    log = (plain / "log.txt").read_text()
+    for part in ("result ", "bits per byte", "the unigram entropy", "pictures ", "sample ", "next "):
+        assert part in log
 
 
 def test_another_model_is_refused_with_a_proposal(world: World, tiny: Path, plain: Path) -> None:

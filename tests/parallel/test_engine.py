@@ -1,0 +1,38 @@
+import torch
+
+from moe_mamba.config_file import load_config
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.engine import parameter_groups
+from moe_mamba.parallel.parallelize import parallelize
+
+
+def decayed(**keys: object) -> dict[str, tuple[float, torch.dtype]]:
+    """Name -> weight decay and dtype, as the groups have them."""
+    config = load_config(None, {"model.pattern": "ME*-", "model.repeat": 1, "model.d_model": 32, **keys})
+    model = LanguageModel(config.model, config.moe)
+    parallelize(model, config.train)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    for group in groups:
+        assert len({parameter.dtype for parameter in group["params"]}) == 1
+    assert groups[0]["params"][0].dtype == min((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+    return {names[id(p)]: (group["weight_decay"], p.dtype) for group in groups for p in group["params"]}
+
+
+def test_matrices_decay_and_nothing_else() -> None:
+    found = decayed()
+    plain = {name for name, (decay, _) in found.items() if decay == 0}
+    assert all(name.endswith(("norm.weight", ".bias", ".D", "A_log")) for name in plain)
+    assert {"embedding.weight", "head.weight", "layers.0.mixer.in_proj.weight"} <= found.keys() - plain
+    assert {"layers.0.mixer.A_log", "layers.0.mixer.D", "layers.0.mixer.dt_proj.bias"} <= plain
+
+
+def test_the_authors_decay_everything() -> None:
+    assert {decay for decay, _ in decayed(**{"train.decay_all": True}).values()} == {0.1}
+
+
+def test_bf16_groups_come_first_and_fp32_stays() -> None:
+    found = decayed(**{"train.precision": "bf16"})
+    fp32 = {name for name, (_, dtype) in found.items() if dtype == torch.float32}
+    assert {"layers.0.mixer.A_log", "layers.1.mixer.router.weight", "layers.0.norm.weight"} <= fp32
+    assert "layers.0.mixer.in_proj.weight" not in fp32
