@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import os
 import re
@@ -47,7 +48,9 @@ def _parse(function: Callable[..., None]) -> Callable[[], None]:
 
     @functools.wraps(function)
     def bind(*arguments: Any, **flags: Any) -> None:
-        calls.append(functools.partial(typed, *arguments, **flags))
+        # Fire gives flags by position where it can; by name, a refusal can say which one is wrong.
+        named = dict(zip(inspect.signature(function).parameters, arguments, strict=False))
+        calls.append(functools.partial(typed, **named, **flags))
 
     calls: list[Callable[[], None]] = []
     complaint = io.StringIO()

@@ -186,7 +186,7 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write the end-of-text token's name as Transformers has it, then tokenizer.json, by which a folder is known."""
+        """Write the end-of-text token's name as Transformers has it, then tokenizer.json, which marks the folder."""
         _write(folder, self.CONFIG, (json.dumps({"eos_token": self.end_name}) + "\n").encode("utf-8"))
         _write(folder, self.FILE, self.content.encode("utf-8"))
 
