@@ -116,6 +116,15 @@ def test_generation_and_evaluation_of_a_run(plain: Path, corpus: Path, tmp_path:
     assert scores["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
     assert scores.keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
 
+    (tmp_path / "text.txt").write_text("3 plus 3 is 6; twice that is 12.")
+    for source in (tmp_path / "text.txt", next((corpus / "cache").glob("*/manifest.json")).parent):
+        done = call(sys.executable, "tools/evaluate.py", f"--checkpoint={plain}", f"--input={source}")
+        assert done.returncode == 0, done.stderr
+        assert "bits per byte" in done.stdout
+    wrong = call(sys.executable, "tools/evaluate.py", f"--checkpoint={plain}", "--input=a.txt", "--batch=0")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "--batch=0" in wrong.stderr
+
 
 @pytest.mark.parametrize("tool", ["generate.py --prompt=a", "evaluate.py --input=a.txt"])
 def test_a_missing_checkpoint_is_one_line(tool: str, tmp_path: Path) -> None:

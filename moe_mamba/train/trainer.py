@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
     with folder.alone() if world.is_first else nullcontext():
         beginning, corpora = settle(config, folder, screen, world) if world.is_first else (None, None)
         start_world(world)
-        with stopping(config, folder, world):
+        with stopping(folder, world):
             beginning = from_first(beginning)
             assert beginning is not None
             if beginning.done >= config.steps:
@@ -62,7 +63,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
 
 
 @contextmanager
-def stopping(config: Config, folder: RunFolder, world: World) -> Iterator[None]:
+def stopping(folder: RunFolder, world: World) -> Iterator[None]:
     """Leave the world at the end, and say in one line what ended a run that had begun."""
     try:
         yield
@@ -252,8 +253,7 @@ class Trainer:
                 shards, data.sequence_length, self.micro_batch, end_of_text, data.reset_at_document
             )
             if limit:
-                most = limit * self.config.train.global_batch // self.micro_batch
-                batches = (batch for batch, _ in zip(batches, range(most), strict=False))
+                batches = islice(batches, limit * self.config.train.global_batch // self.micro_batch)
             scores[name] = evaluate(self.model, batches, self.world)
             self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, scores[name], shards)}")
         self.metrics.write(report.validation_metrics(self.step, self.step * self.tokens_per_step, self.corpora, scores))

@@ -98,6 +98,21 @@ def test_the_global_batch_stands_however_it_is_shared(
     assert shared == pytest.approx(whole, rel=1e-5)
 
 
+def test_bf16_micro_steps_add_up_in_fp32(world: World, tiny: Path, tmp_path: Path) -> None:
+    bf16 = {"train__precision": "bf16", "moe__capacity_factor": "null", "moe__balance": "none"}
+    whole = curve(run(world, tiny, tmp_path / "whole", train__micro_batch=8, **bf16))
+    shared = curve(run(world, tiny, tmp_path / "shared", train__micro_batch=1, **bf16))
+    assert shared == pytest.approx(whole, rel=5e-3)
+
+
+def test_a_validation_may_read_a_part_of_its_set(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
+    metrics = run(world, tiny, tmp_path / "run", train__validation_batches=1, logging__every=4)
+    assert [line["step"] for line in metrics if "loss" in line] == [4, 6]
+    part, whole = ([line for line in lines if "validation_loss" in line] for lines in (metrics, read_metrics(plain)))
+    assert [line["step"] for line in part] == [line["step"] for line in whole]
+    assert part[-1]["validation_loss"] != whole[-1]["validation_loss"]
+
+
 def test_balance_statistics_are_of_all_ranks(world: World, tiny: Path, tmp_path: Path) -> None:
     dropless = {"moe__capacity_factor": "null", "moe__balance_weight": 1.0, "moe__z_loss_weight": 0.1}
     alone = run(world, tiny, tmp_path / "alone", train__micro_batch=8, **dropless)
@@ -304,6 +319,8 @@ def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
     parallelize(model, settings.train)
     engine = build_engine(model, settings, 8, 1)
     found = {name: str(value.dtype) for name, value in engine.module.state_dict().items()}
+    found["accumulated gradients"] = str(engine.optimizer.gradient_accumulation_dtype)
+    assert engine.optimizer.use_grad_accum_attribute
     return found | {f"piece {piece.name}": str(piece.tensor.dtype) for piece in state_pieces(engine)}
 
 
@@ -311,6 +328,6 @@ def test_small_parameters_stay_fp32_in_a_bf16_engine(world: World, tiny: Path, t
     (found,) = world.run(dtypes_in_the_engine, str(tiny), str(tmp_path), ranks=1)
     fp32 = ("A_log", "mixer.D", "dt_proj.bias", "norm.weight", "router.weight", "balance_bias")
     for name, dtype in found.items():
-        is_fp32 = name.startswith("piece ") or name.endswith(fp32)
+        is_fp32 = name.startswith(("piece ", "accumulated")) or name.endswith(fp32)
         assert dtype == ("torch.float32" if is_fp32 else "torch.bfloat16"), name
     assert sum(name.endswith("A_log") for name in found) == 4  # running weight, master, two moments
