@@ -35,9 +35,9 @@ def run_command(function: Callable[..., None]) -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunStopped as error:
-        if is_first:
+        if is_first and not error.said:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
 

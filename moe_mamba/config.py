@@ -155,6 +155,10 @@ class MoEConfig(Section):
     )
     balance: Literal["loss", "bias", "none"] = Field("loss", description="how the experts' load is kept even")
     balance_weight: NonNegativeFloat = Field(0.01, description="weight of the balance loss (balance=loss)")
+    balance_over: Literal["all", "device"] = Field(
+        "all",
+        description="whose tokens the balance and z losses of a micro-step are taken over: all devices', or each's",
+    )
     bias_rate: NonNegativeFloat = Field(0.001, description="step of the balancing bias, per update (balance=bias)")
     z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's z-loss; 0: none")
     shared_experts: NonNegative = Field(0, description="experts that see every token, beside the routed ones")
@@ -287,11 +291,20 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model and its training are laid over devices."""
+    """How the model and its training are laid over devices: devices = tensor x data; experts over any divisor."""
 
-    tensor: Positive = Field(1, description="devices that share each layer")
-    expert: Positive = Field(1, description="devices over which experts are spread")
-    zero: Literal[0, 1, 2] = Field(1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients too")
+    tensor: Positive = Field(1, description="devices that share each layer, and the residual stream between layers")
+    expert: Positive = Field(1, description="devices over which experts are spread, tensor peers included")
+    expert_tensor: bool = Field(False, description="cut each expert among the tensor peers, instead of their tokens")
+    zero: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients too, 3 weights too (without experts)"
+    )
+    offload_optimizer: bool = Field(False, description="keep optimizer state in the CPU's memory (zero 1 or more)")
+    pipeline: Positive = Field(1, description="pipeline stages: only 1 is built so far")
+    context: Positive = Field(1, description="devices that share a sequence: only 1 is built so far")
+    timeout: Positive = Field(
+        1800, description="seconds for which a rank may stand still, as in a collective that hangs, before the run ends"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -302,12 +315,20 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        for axis in ("tensor", "expert"):
-            if getattr(self, axis) != 1:
-                raise ValueError(
-                    f"parallel.{axis}={getattr(self, axis)}: only data parallelism is built so far, "
-                    f"set parallel.{axis}=1"
-                )
+        if self.pipeline != 1:
+            raise ValueError(
+                f"parallel.pipeline={self.pipeline}: stages are not built yet, for models of this size fit by tensor, "
+                "expert and ZeRO without a pipeline's idle time: set parallel.pipeline=1"
+            )
+        if self.context != 1:
+            raise ValueError(
+                f"parallel.context={self.context}: a scan's state would have to travel from device to device, which is "
+                "not built yet: set parallel.context=1, and parallel.tensor to share long sequences' activations"
+            )
+        if self.expert_tensor and self.tensor == 1:
+            raise ValueError("parallel.expert_tensor=true needs tensor peers: set parallel.tensor to 2 or more")
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("parallel.offload_optimizer=true needs ZeRO: set parallel.zero=1")
         return self
 
 
@@ -316,6 +337,12 @@ class CheckpointConfig(Section):
 
     every: NonNegative = Field(100, description="steps between checkpoints; 0: at the end alone")
     keep: Positive = Field(2, description="newest checkpoints kept; besides, the best of those with a validation loss")
+    grace: Positive = Field(
+        20, description="seconds to end the step and save in, when SIGTERM asks to stop; launchers kill after 30"
+    )
+    asynchronous: bool = Field(
+        False, description="write while training goes on, from a copy of this process's state in the CPU's memory"
+    )
 
 
 class LoggingConfig(Section):
@@ -348,8 +375,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if self.train.precision == "bf16" and self.parallel.zero == 0:
+        parallel, has_experts = self.parallel, "E" in self.model.pattern
+        if self.train.precision == "bf16" and parallel.zero == 0:
             raise ValueError(
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"
+            )
+        if parallel.zero == 3 and has_experts:
+            raise ValueError(
+                f"parallel.zero=3 with model.pattern={self.model.pattern}: DeepSpeed cannot cut the weights of experts "
+                "by ZeRO-3: set parallel.zero=2, and parallel.expert to spread the experts"
+            )
+        if parallel.expert > 1 and not has_experts:
+            raise ValueError(
+                f"parallel.expert={parallel.expert} with model.pattern={self.model.pattern}, which has no experts: "
+                "set parallel.expert=1"
             )
         return self

@@ -1,4 +1,4 @@
-"""The one error that is the user's: a line that says what is wrong, where, and how to mend it."""
+"""The errors that are one line to the user: what is wrong, where, and how to mend it."""
 
 
 class UserError(Exception):
@@ -6,4 +6,15 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, such as one whose loss is no number any more: one line, and exit code 1."""
+    """A run that cannot go on, such as one whose loss is no number any more: one line, and an exit code.
+
+    Args:
+        message: the line.
+        code: the exit code.
+        said: the line is on the screen already.
+    """
+
+    def __init__(self, message: str, *, code: int = 1, said: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.said = said

@@ -20,7 +20,7 @@ def test_table_and_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| what | against | ours | theirs | ratio | goal |")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["what"].split(",")[0] for row in rows} == {"scan", "training step", "preprocessing"}
+    assert {row["what"].split(",")[0] for row in rows} == {"scan", "training step", "MoE layer", "preprocessing"}
     assert all(row["ours"] > 0 and row["theirs"] > 0 and row["ratio"] > 0 for row in rows)
     assert done.stdout.count("\n") == len(rows) + 2
 
@@ -28,4 +28,4 @@ def test_table_and_json(tmp_path: Path) -> None:
 def test_unknown_row_is_one_line() -> None:
     done = benchmark("--only=speed")
     assert done.returncode == 2
-    assert done.stderr == "error: --only=speed: no row is called 'speed': choose among scan, step, preprocess\n"
+    assert done.stderr == "error: --only=speed: no row is called 'speed': choose among scan, step, moe, preprocess\n"

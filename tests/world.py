@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-PROCESSES = 4
+PROCESSES = 8
 
 
 class WorkerError(AssertionError):
@@ -168,7 +168,7 @@ def _forget_groups() -> None:
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """Up to four gloo processes: `world.run(function, *arguments, ranks=2)`."""
+    """Up to eight gloo processes: `world.run(function, *arguments, ranks=2)`."""
     world = World()
     yield world
     world.close()

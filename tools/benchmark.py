@@ -8,10 +8,7 @@ import gzip
 import json
 import multiprocessing
 import os
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,6 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_moe import MoEShapes, moe_rows
+from pairs import Row, compare
 from torch import Tensor, nn
 
 from moe_mamba.command_line import run_command
@@ -29,25 +28,12 @@ from moe_mamba.kernels import selective_scan
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 
-ROWS = ("scan", "step", "preprocess")
+ROWS = ("scan", "step", "moe", "preprocess")
 VOCABULARY = 2048  # of the SentencePiece model that is trained where no tokenizer is named
 STATUS = Path("/proc/self/status")  # Linux: the only place that tells a process's own peak
 
 Operands = list[Tensor]
 Scan = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; ``ratio`` says how many times better ours is, and ``goal`` what it should reach."""
-
-    what: str
-    against: str
-    unit: str
-    ours: float
-    theirs: float
-    ratio: float
-    goal: float
 
 
 @dataclass(frozen=True)
@@ -77,10 +63,10 @@ def main(
     tokenizer: str = "sentencepiece",
     tiny: bool = False,
 ) -> None:
-    """Compare with Transformers, with plain autograd, and with a tokenizer's own batch encoding; prints a table.
+    """Compare with Transformers, plain autograd, DeepSpeed's experts, and a tokenizer's batch encoding; print a table.
 
     Args:
-        only: rows to measure, of scan, step and preprocess, separated by commas.
+        only: rows to measure, of scan, step, moe and preprocess, separated by commas.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         documents: what preprocess reads, in the syntax of data.train; builtin is taken 20 times over.
@@ -98,6 +84,8 @@ def main(
         rows += [*scan_rows(shapes, repeats), *memory_rows(shapes)]
     if "step" in only:
         rows.append(step_row(shapes, repeats))
+    if "moe" in only:
+        rows += moe_rows(MoEShapes.choose(tiny), repeats)
     if "preprocess" in only:
         rows.append(preprocess_row(documents, tokenizer, shapes, repeats))
     print(table(rows))
@@ -114,27 +102,6 @@ def table(rows: Sequence[Row]) -> str:
         figures = f"{row.ours:,.1f} {row.unit} | {row.theirs:,.1f} {row.unit} | {row.ratio:.2f} | {row.goal:g}"
         lines.append(f"| {row.what} | {row.against} | {figures} |")
     return "\n".join(lines)
-
-
-def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """Run both in turns; median milliseconds of ours and of theirs, and the median of theirs / ours of the pairs."""
-    ours()  # the first pass of ours and of the allocator; theirs only gains by it
-    pairs = []
-    for number in range(repeats):
-        print(f"\r{number + 1}/{repeats}", end="", file=sys.stderr, flush=True)
-        pairs.append((_milliseconds(ours), _milliseconds(theirs)))
-    print("\r\033[K", end="", file=sys.stderr)
-    return (
-        statistics.median(one for one, _ in pairs),
-        statistics.median(other for _, other in pairs),
-        statistics.median(other / one for one, other in pairs),
-    )
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
 
 
 # --- the selective scan

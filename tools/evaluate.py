@@ -8,7 +8,7 @@ from moe_mamba.config import Positive
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
 from moe_mamba.data.shards import bytes_per_token
-from moe_mamba.parallel.topology import World
+from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.evaluate import evaluate
 from moe_mamba.train.report import validation_line
 from moe_mamba.train.restore import restore
@@ -32,15 +32,15 @@ def main(
         max_documents: documents to take of a source of documents.
         json: print one JSON object instead.
     """
-    world = World(0, 1, 0, 1)
-    restored = restore(checkpoint, world.device)
+    topology = Topology(World(0, 1, 0, 1))
+    restored = restore(checkpoint, topology.world.device)
     data, tokenizer = restored.config.data, restored.tokenizer
     shards = prepare_corpus(input, tokenizer, data.cache, max_documents, verify=True)
     if shards.rejects:
         print(f"{shards.rejects:,} damaged lines are kept in {shards.rejects_file}", file=sys.stderr)
     length = sequence_length or data.sequence_length
     batches = evaluation_batches(shards, length, batch, tokenizer.end_of_text, data.reset_at_document)
-    scores = evaluate(restored.model, batches, world)
+    scores = evaluate(restored.model, batches, topology)
     if json:
         figures = {
             "loss": scores.loss,

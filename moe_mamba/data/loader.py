@@ -36,6 +36,10 @@ class Batch:
         """Targets that the loss counts."""
         return int((self.targets != UNCOUNTED).sum())
 
+    def uncounted(self) -> "Batch":
+        """The same windows, of which the loss counts nothing."""
+        return Batch(self.tokens, torch.full_like(self.targets, UNCOUNTED), self.starts)
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
@@ -110,7 +114,7 @@ def evaluation_batches(
     Args:
         shards: the corpus.
         sequence_length: tokens a window; the last window is filled with end-of-text and uncounted targets.
-        batch: windows a batch; the last batch may have fewer.
+        batch: windows a batch; the last batch is filled with windows of uncounted targets.
         end_of_text: id of that token.
         reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.
 
@@ -121,8 +125,8 @@ def evaluation_batches(
         raise UserError(f"{shards.name}: {shards.tokens} tokens leave nothing to predict: give more text")
     starts = range(0, shards.tokens - 1, sequence_length)
     for first in range(0, len(starts), batch):
-        rows = np.full((len(starts[first : first + batch]), sequence_length + 1), UNCOUNTED, dtype=np.int64)
-        for row, start in zip(rows, starts[first : first + batch], strict=True):
+        rows = np.full((batch, sequence_length + 1), UNCOUNTED, dtype=np.int64)
+        for row, start in zip(rows, starts[first : first + batch], strict=False):
             tokens = shards.read(start, min(start + sequence_length + 1, shards.tokens))
             row[: len(tokens)] = tokens
         yield _make_batch(rows, end_of_text, reset_at_document)

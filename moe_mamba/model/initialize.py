@@ -6,7 +6,9 @@ lives on: whichever layout asks for a piece of a weight, it can make the same nu
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -75,23 +77,27 @@ def _generator(seed: int, name: str, expert: int | None) -> Generator:
     return Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def _fill(target: Tensor, fill: Initializer, generator: Generator) -> None:
-    value = torch.empty(target.shape, dtype=torch.float32, device="cpu")
-    fill(value, generator)
-    target.copy_(value)
+@dataclass(frozen=True)
+class LogicalWeight:
+    """A parameter or buffer of the whole model, or one expert's slice of it, before its numbers are made.
+
+    Attributes:
+        name: full name.
+        expert: its index in the whole model, for a slice of stacked experts; else None.
+        make: gives the numbers, fp32 on the CPU.
+    """
+
+    name: str
+    expert: int | None
+    make: Callable[[], Tensor]
 
 
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter and buffer of ``model``, in place.
+def logical_weights(model: nn.Module, seed: int) -> Iterator[LogicalWeight]:
+    """Every parameter and buffer of ``model``, which may lie on the meta device, one after the other.
 
     A module that owns parameters says how they start: ``initializers()`` maps a name inside the module to what
     fills it. A module with ``first_expert`` holds stacked experts: each slice of the first axis has its own
     generator, by the expert's index in the whole model.
-
-    Args:
-        model: on any device but meta (``to_empty`` comes first), in any dtype.
-        seed: of the run.
 
     Raises:
         RuntimeError: a parameter or buffer that no module says how to fill: a fault of ours.
@@ -104,10 +110,31 @@ def initialize(model: nn.Module, seed: int) -> None:
         for local, fill in module.initializers().items():
             name = f"{prefix}.{local}" if prefix else local
             left.remove(name)
+            shape = tensors[name].shape
             if hasattr(module, "first_expert"):
-                for index, expert in enumerate(tensors[name]):
-                    _fill(expert, fill, _generator(seed, name, module.first_expert + index))
+                for expert in range(module.first_expert, module.first_expert + shape[0]):
+                    yield LogicalWeight(name, expert, partial(_make, shape[1:], fill, seed, name, expert))
             else:
-                _fill(tensors[name], fill, _generator(seed, name, None))
+                yield LogicalWeight(name, None, partial(_make, shape, fill, seed, name, None))
     if left:
         raise RuntimeError(f"no initializer for {', '.join(sorted(left))}")
+
+
+def _make(shape: torch.Size, fill: Initializer, seed: int, name: str, expert: int | None) -> Tensor:
+    value = torch.empty(shape, dtype=torch.float32, device="cpu")
+    fill(value, _generator(seed, name, expert))
+    return value
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter and buffer of a whole ``model``, in place.
+
+    Args:
+        model: on any device but meta (``to_empty`` comes first), in any dtype.
+        seed: of the run.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for weight in logical_weights(model, seed):
+        target = tensors[weight.name]
+        (target if weight.expert is None else target[weight.expert]).copy_(weight.make())

@@ -1,6 +1,6 @@
 """The whole model: embedding -> layers -> norm -> head, and what it counts about itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.attention import Attention, AttentionState
 from moe_mamba.model.feed_forward import FeedForward
 from moe_mamba.model.initialize import Initializer, normal, truncated_normal
+from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mamba import Mamba, MambaState
 from moe_mamba.model.moe import Experts, MoE
 from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
@@ -70,6 +71,9 @@ class LanguageModel(nn.Module):
 
     Attributes:
         recompute: in training keep only each layer's input, and compute the rest again in the backward pass.
+        project: turns a normalised stream and the (vocab, d_model) weight into logits (tokens, vocab).
+        cross_entropy: sums the loss over logits and targets, see ``loss.cross_entropy_sum``. A layout that cuts the
+            vocabulary puts other functions in the place of these two, and its logits are a rank's part.
     """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
@@ -77,6 +81,8 @@ class LanguageModel(nn.Module):
         self.config = model
         self.moe_config = moe
         self.recompute = False
+        self.project: Callable[[Tensor, Tensor], Tensor] = functional.linear
+        self.cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = cross_entropy_sum
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.layers = nn.ModuleList(Layer(letter, model, moe) for letter in model.layers)
         self.final_norm = build_norm(model) if model.final_norm else None
@@ -132,7 +138,7 @@ class LanguageModel(nn.Module):
         """Turn (tokens, d_model) from the last layer into logits (tokens, vocab)."""
         if self.final_norm is not None:
             stream = self.final_norm(stream)
-        return functional.linear(stream, self.embedding.weight if self.head is None else self.head.weight)
+        return self.project(stream, self.embedding.weight if self.head is None else self.head.weight)
 
     def routers(self) -> list[Router]:
         """Routers of the layers of experts, in the order of a pass's statistics."""

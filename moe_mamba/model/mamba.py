@@ -106,8 +106,8 @@ class Mamba(nn.Module):
         x, z = projected.chunk(2, dim=-1)  # (batch, length, d_inner) each; figure 3
         x, conv_state = causal_conv(
             x,
-            self.conv1d.weight,
-            self.conv1d.bias,
+            self.conv1d.weight.to(x.dtype),
+            self.conv1d.bias.to(x.dtype),
             sequences.starts,
             None if state is None else state.conv,
             backend=self.config.kernels,
@@ -149,7 +149,7 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(x).split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
         if self.config.mamba_norms:
             dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return functional.linear(dt, self.dt_proj.weight), B, C
+        return functional.linear(dt, self.dt_proj.weight.to(dt.dtype)), B, C
 
 
 def _A_log(weight: Tensor, generator: Generator) -> None:

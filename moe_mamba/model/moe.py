@@ -77,9 +77,13 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, RouterStatistics, None]:
         """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
-        routing, statistics = self.router(x, sequences)
-        rows, counts, handle = self.dispatcher.dispatch(x, routing)
-        y = self.dispatcher.combine(self.experts(rows, counts), handle, len(x))
+        y, statistics = self.routed(x, sequences)
         if self.shared is not None:
             y = y + self.shared(x, sequences)[0]
         return y, statistics, None
+
+    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
+        """Give the routed experts' part of the output, (tokens, d_model)."""
+        routing, statistics = self.router(x, sequences)
+        rows, counts, handle = self.dispatcher.dispatch(x, routing)
+        return self.dispatcher.combine(self.experts(rows, counts), handle, len(x)), statistics

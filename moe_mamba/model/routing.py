@@ -27,12 +27,14 @@ class Routing:
         weight: (rows,): what the expert's output is multiplied by; 0 in a slot that stayed empty.
         counts: (experts,) int64: rows of each expert, empty slots included.
         dropped: () assignments that no expert had room for; for expert choice, tokens that no expert took.
+        capacity: rows of every expert, where all have as many; None: ``counts`` alone knows.
     """
 
     token: Tensor
     weight: Tensor
     counts: Tensor
     dropped: Tensor
+    capacity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: in
     token = torch.arange(rest + 1, device=expert.device) % tokens
     token = token.scatter(0, slot, order % tokens)[:rest]
     weight = weight.new_zeros(rest + 1).scatter(0, slot, weight.t().reshape(-1)[order])[:rest]
-    return Routing(token, weight, torch.full_like(counts, capacity), (counts - capacity).clamp(min=0).sum())
+    dropped = (counts - capacity).clamp(min=0).sum()
+    return Routing(token, weight, torch.full_like(counts, capacity), dropped, capacity)
 
 
 def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> Routing:
@@ -120,7 +123,7 @@ def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> 
     token = (place + length * torch.arange(batch, device=place.device)[:, None]).reshape(-1)
     counts = torch.full((experts,), batch * capacity, device=place.device)
     taken = counts.new_zeros(sequences.tokens).scatter(0, token, 1)
-    return Routing(token, weight.reshape(-1), counts, sequences.tokens - taken.sum())
+    return Routing(token, weight.reshape(-1), counts, sequences.tokens - taken.sum(), batch * capacity)
 
 
 class Router(nn.Module):

@@ -6,39 +6,56 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel import zero3
+from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.pieces import Piece, boxes_of_flat_range
+from moe_mamba.parallel.placement import Shard
 
 MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 
 
-def build_engine(model: LanguageModel, config: Config, micro_batch: int, world_size: int) -> deepspeed.DeepSpeedEngine:
+def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_batch: int) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` in DeepSpeed's engine with AdamW, ZeRO, clipping and accumulation as the configuration says.
 
     DeepSpeed's own bf16 mode stays off: it would cast A_log and the router too. The model comes already cast, its
     fp32 parameters in groups of their own; ZeRO keeps fp32 masters and accumulates gradients in fp32.
     """
-    train = config.train
+    train, data = config.train, groups.topology.data
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config), lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon
     )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
+        mpu=groups.mpu,
         config={
             "train_batch_size": train.global_batch,
             "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": train.global_batch // (micro_batch * world_size),
-            "gradient_clipping": train.gradient_clip,
-            "zero_optimization": {"stage": config.parallel.zero, "overlap_comm": False},
+            "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
+            # Without ZeRO DeepSpeed would clip by a mean of the ranks' norms, wrong where experts are spread.
+            "gradient_clipping": train.gradient_clip if config.parallel.zero else 0.0,
+            "zero_optimization": _zero_settings(config),
+            "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,
         },
     )
-    _materialize_moments(base_optimizer(engine))
+    _materialize_moments(engine)
     return engine
+
+
+def _zero_settings(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": False}
+    if config.parallel.zero == 3:
+        zero |= zero3.settings()
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return zero
 
 
 def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
@@ -52,7 +69,9 @@ def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any
         decay = config.train.weight_decay if is_matrix or config.train.decay_all else 0.0
         groups[parameter.dtype == torch.float32, decay].append(parameter)
     # The first group's dtype is the one by which ZeRO decides whether gradients need an fp32 accumulator.
-    return [{"params": groups[key], "weight_decay": key[1]} for key in sorted(groups)]
+    ordered = [{"params": groups[key], "weight_decay": key[1], "name": f"{key}"} for key in sorted(groups)]
+    split = split_params_into_different_moe_groups_for_optimizer(ordered)
+    return [group for group in split if group["params"]]
 
 
 def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -66,25 +85,45 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Norm of the whole gradient before clipping: of the last step under ZeRO, of the coming one at ZeRO 0."""
+def step(engine: deepspeed.DeepSpeedEngine, gradient_clip: float) -> float:
+    """Do the optimizer step, with clipping; the norm of the whole gradient before it, over all ranks."""
     if engine.zero_optimization():
+        engine.step()
         return float(engine.get_global_grad_norm())
-    return float(torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None))
+    norm = _gradient_norm(engine)
+    if gradient_clip:
+        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), gradient_clip, norm)
+    engine.step()
+    return float(norm)
 
 
-def state_pieces(engine: deepspeed.DeepSpeedEngine) -> list[Piece]:
+def _gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
+    """Norm of the gradients that lie whole on their ranks (ZeRO 0); each part of a parameter counts once."""
+    counted = [p for p in engine.module.parameters() if p.grad is not None and p.tensor_model_parallel]
+    everywhere = torch.nn.utils.get_total_norm(p.grad for p in counted if not is_moe_param(p)) ** 2
+    experts = torch.nn.utils.get_total_norm(p.grad for p in counted if is_moe_param(p)) ** 2
+    if engine.mpu is not None:
+        dist.all_reduce(everywhere, group=engine.mpu.get_model_parallel_group())
+    if engine.has_moe_layers:
+        (name,) = engine.expert_parallel_group
+        dist.all_reduce(experts)
+        experts /= dist.get_world_size(engine.expert_data_parallel_group[name])  # as many ranks have the same ones
+    return (everywhere + experts).sqrt()
+
+
+def state_pieces(engine: deepspeed.DeepSpeedEngine, held: dict[str, Shard]) -> list[Piece]:
     """What this rank owns of the logical state: fp32 weights, both moments of AdamW, balancing biases.
 
     Each piece is a box of a logical tensor and a view of the engine's memory: saved from, or loaded into.
     """
     pieces = []
     for name, parameter in engine.module.named_parameters():
-        shape = tuple(parameter.shape)
+        shard = held[name]
         for kind, start, flat in _owned_ranges(engine, parameter):
-            for offsets, sizes, first in boxes_of_flat_range(shape, start, start + flat.numel()):
+            for offsets, sizes, first in boxes_of_flat_range(shard.local_shape, start, start + flat.numel()):
                 box = flat.narrow(0, first - start, sizes.numel()).view(sizes)
-                pieces.append(Piece(f"{kind}/{name}", shape, offsets, box))
+                for logical, local in shard.boxes(offsets, sizes):
+                    pieces.append(Piece(f"{kind}/{name}", shard.shape, logical, box[local]))
     for name, buffer in engine.module.named_buffers():
         pieces.append(Piece(f"weights/{name}", tuple(buffer.shape), (0,) * buffer.ndim, buffer))
     return pieces
@@ -94,7 +133,9 @@ def finish_loading(engine: deepspeed.DeepSpeedEngine, optimizer_steps: int) -> N
     """After the pieces were filled: AdamW's step count, and the running weights from the fp32 masters."""
     for state in base_optimizer(engine).state.values():
         state["step"].fill_(optimizer_steps)
-    if engine.zero_optimization():
+    if engine.zero_optimization_partition_weights():
+        zero3.refresh(engine)
+    elif engine.zero_optimization():
         engine.optimizer.update_lp_params()
 
 
@@ -106,22 +147,29 @@ def _owned_ranges(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) ->
         for kind, key in MOMENTS.items():
             yield kind, 0, state[parameter][key].view(-1)
         return
-    owned = parameter._hp_mapping  # type: ignore[attr-defined]
-    if owned is None:
+    if engine.zero_optimization_partition_weights():
+        partition, first, count, start = zero3.owned_range(engine, parameter)
+    elif (owned := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+        partition = engine.optimizer.single_partition_of_fp32_groups[owned.param_group_index]
+        first, count = owned.hp_fragment_address.start, owned.hp_fragment_address.numel
+        start = owned.lp_fragment_address.start
+    else:
         return
-    start, master = owned.lp_fragment_address.start, owned.hp_fragment_address
-    partition = engine.optimizer.single_partition_of_fp32_groups[owned.param_group_index]
-    yield "weights", start, partition.data.narrow(0, master.start, master.numel)
+    yield "weights", start, partition.data.narrow(0, first, count)
     for kind, key in MOMENTS.items():
-        yield kind, start, state[partition][key].narrow(0, master.start, master.numel)
+        yield kind, start, state[partition][key].narrow(0, first, count)
 
 
-def _materialize_moments(optimizer: torch.optim.Optimizer) -> None:
+def _materialize_moments(engine: deepspeed.DeepSpeedEngine) -> None:
     """Make AdamW's state now, as its first step would: a checkpoint is loaded into it before any step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    optimizer = base_optimizer(engine)
+    if engine.zero_optimization_partition_weights():
+        stepped = zero3.masters(engine)
+    else:
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for weights in stepped:
+        optimizer.state[weights] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(weights, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(weights, requires_grad=False),
+        }

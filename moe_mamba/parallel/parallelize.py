@@ -1,22 +1,85 @@
 """Change a model for a layout, from outside: the model's own files never see a rank."""
 
 import shutil
+from functools import partial
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from moe_mamba.config import TrainConfig
+from moe_mamba.config import Config, TrainConfig
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.initialize import initialize_shards
+from moe_mamba.parallel.placement import Shard
 
 
-def parallelize(model: LanguageModel, config: TrainConfig) -> None:
-    """Apply, in place and in this order: precision, recomputation, compilation."""
-    if config.precision == "bf16":
-        cast_to_bf16(model)
-    model.recompute = config.recompute
-    if config.compile:
+def build_model(config: Config, whole: LanguageModel, held: dict[str, Shard], groups: Groups) -> LanguageModel:
+    """This rank's part of a model, with the weights that the seed gives any layout.
+
+    Cut on the meta device, and only then given memory: no rank ever holds the whole.
+
+    Args:
+        config: of the run.
+        whole: the uncut model that it describes, on the meta device.
+        held: what this rank holds of each parameter and buffer, by ``placement.shards``.
+        groups: of the layout.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config.model, config.moe)
+        cut(model, groups, held)
+    if config.parallel.zero == 3:
+        from moe_mamba.parallel.zero3 import partition_model
+
+        partition_model(model, whole, held, groups, config)
+    else:
+        model.to_empty(device=groups.topology.world.device)
+        initialize_shards(model, whole, held, config.run.seed)
+        if config.train.precision == "bf16":
+            cast_to_bf16(model)
+    mark_parameters(model, groups, held)
+    model.recompute = config.train.recompute
+    if config.train.compile:
         for layer in model.layers:
             layer.compile()
+    return model
+
+
+def cut(model: LanguageModel, groups: Groups, held: dict[str, Shard]) -> None:
+    """Cut a model on the meta device in place: layers among tensor peers, then experts among expert peers."""
+    if groups.topology.tensor > 1:
+        from moe_mamba.parallel.tensor import cut_layers
+
+        cut_layers(model, groups, held)
+    if groups.topology.is_cut and model.routers():
+        from moe_mamba.parallel.expert import spread_experts
+
+        spread_experts(model, groups)
+
+
+def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, Shard]) -> None:
+    """Tell DeepSpeed what each parameter is, and sum the gradients of tensor peers' replicas.
+
+    DeepSpeed wants `allreduce=False` and a group's name on experts; in the norm of the gradient it counts a parameter
+    on the first tensor peer, and on the others where it is marked as `tensor_model_parallel`: so each replica once.
+    """
+    for name, parameter in model.named_parameters():
+        shard = held[name]
+        parameter.tensor_model_parallel = shard.is_first_replica  # type: ignore[attr-defined]
+        if shard.is_expert and groups.topology.is_cut:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = f"ep_size_{groups.topology.expert}"  # type: ignore[attr-defined]
+        if shard.replicas > 1:
+            parameter.register_hook(partial(_summed, group=groups.replicas[shard.replicas]))
+
+
+def _summed(gradient: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the peers that hold the same weights: each saw other tokens, or other heads' use of them."""
+    gradient = gradient.clone()
+    dist.all_reduce(gradient, group=group)
+    return gradient
 
 
 def check_compiler(config: TrainConfig) -> None:

@@ -1,19 +1,18 @@
-"""Which processes there are, and which device each of them drives."""
+"""Which processes there are, which device each drives, and how they share the model and its data.
+
+Arithmetic of ranks alone, so that any rank of any layout can be looked at from one process; the process groups that
+follow from it are in groups.py.
+"""
 
 import math
 import os
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
+from moe_mamba.config import Config
 from moe_mamba.errors import UserError
-
-T = TypeVar("T")
-
-# Rank 0 prepares the corpus before it joins, so the others may wait long at the door.
-JOIN_TIMEOUT = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -57,59 +56,141 @@ class World:
         """Whether this process speaks for the run."""
         return self.rank == 0
 
-    def sequences_per_rank(self, global_batch: int, micro_batch: int | None) -> int:
-        """Sequences of a global batch that fall to each process.
+
+@dataclass(frozen=True)
+class Topology:
+    """How `world` is laid out: size = tensor x data, and experts over any divisor of it. Arithmetic of ranks alone.
+
+    Tensor peers are neighbours (they talk most, over the fastest links): rank = data_rank x tensor + tensor_rank.
+    Expert peers are neighbours too, tensor peers among them, each with tokens of its own; where experts are cut by
+    tensor (`expert_tensor`), they are the neighbours among the ranks of one tensor_rank.
+    """
+
+    world: World
+    tensor: int = 1
+    expert: int = 1
+    expert_tensor: bool = False
+
+    @classmethod
+    def of(cls, config: Config, world: World) -> "Topology":
+        """The layout that `config` asks for.
+
+        Raises:
+            UserError: the sizes do not fit one another or the batch; names them, and a layout that would. Whether they
+                fit the model, ``placement.check_cuts`` knows.
+        """
+        parallel = config.parallel
+        topology = cls(world, parallel.tensor, parallel.expert, parallel.expert_tensor)
+        topology._check_sizes(config)
+        topology._check_batch(config)
+        return topology
+
+    def resized(self, group: Literal["tensor", "expert"], size: int) -> "Topology":
+        """The same with another size of one kind of group."""
+        return replace(self, tensor=size) if group == "tensor" else replace(self, expert=size)
+
+    def fits(self, config: Config) -> bool:
+        """Whether the sizes fit one another and the batch."""
+        size, train, multiple = self.world.size, config.train, self.micro_batch_multiple(config)
+        experts_over = self.data if self.expert_tensor else size
+        if size % self.tensor or experts_over % self.expert or (self.expert_tensor and self.tensor == 1):
+            return False
+        share, rest = divmod(train.global_batch, self.data)
+        return not (rest or share % multiple or share % (train.micro_batch or 1) or (train.micro_batch or 0) % multiple)
+
+    @property
+    def data(self) -> int:
+        """Groups of tensor peers; each reads other text."""
+        return self.world.size // self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Which text this process reads."""
+        return self.world.rank // self.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which part of each layer this process holds."""
+        return self.world.rank % self.tensor
+
+    @property
+    def expert_rank(self) -> int:
+        """Which part of the experts this process holds."""
+        return (self.data_rank if self.expert_tensor else self.world.rank) % self.expert
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether no single process holds a whole model."""
+        return self.tensor > 1 or self.expert > 1
+
+    def sequences_per_data_rank(self, global_batch: int, micro_batch: int | None) -> int:
+        """Sequences of a global batch that fall to each group of tensor peers.
 
         Raises:
             UserError: the global batch cannot be shared evenly, or a share not cut into micro-batches.
         """
-        if global_batch % self.size:
-            fitting = max(n for n in range(1, self.size + 1) if global_batch % n == 0)
-            raise UserError(
-                f"train.global_batch={global_batch} is not divisible by the {self.size} processes: "
-                f"start {fitting}, or change train.global_batch"
+        groups = f"{self.data} groups of {self.tensor} tensor peers" if self.tensor > 1 else f"{self.data} processes"
+        if global_batch % self.data:
+            least = self.data * (micro_batch or 1)
+            unit = self.expert if self.expert_tensor else math.lcm(self.expert, self.tensor) // self.tensor
+            fitting = max(
+                (n for n in range(unit, self.data, unit) if global_batch % (n * (micro_batch or 1)) == 0), default=None
             )
-        share = global_batch // self.size
+            fewer = f", or start {fitting * self.tensor} processes" if fitting else ""
+            raise UserError(
+                f"train.global_batch={global_batch} is not divisible by the {groups}: "
+                f"set train.global_batch={-(-global_batch // least) * least}{fewer}"
+            )
+        share = global_batch // self.data
         if micro_batch and share % micro_batch:
             raise UserError(
-                f"train.micro_batch={micro_batch} does not divide the {share} sequences of each of the {self.size} "
-                f"processes (train.global_batch={global_batch}): set train.micro_batch={math.gcd(share, micro_batch)}"
+                f"train.micro_batch={micro_batch} does not divide the {share} sequences of each of the {groups} "
+                f"(train.global_batch={global_batch}): set train.micro_batch={math.gcd(share, micro_batch)}"
             )
         return share
 
+    def _check_sizes(self, config: Config) -> None:
+        size = self.world.size
+        if size % self.tensor:
+            raise UserError(
+                f"parallel.tensor={self.tensor} does not divide the number of processes, {size}: "
+                f"{self._mend(config, 'tensor')}"
+            )
+        experts_over, kind = (self.data, "groups of tensor peers") if self.expert_tensor else (size, "processes")
+        if experts_over % self.expert:
+            raise UserError(
+                f"parallel.expert={self.expert} does not divide the number of {kind}, {experts_over}: "
+                f"{self._mend(config, 'expert')}"
+            )
 
-def start_world(world: World) -> None:
-    """Choose this process's device and join the process group (NCCL on GPUs, gloo on CPUs)."""
-    # Without a launcher DeepSpeed would look for MPI: say what a world of one is.
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
+    def _mend(self, config: Config, key: Literal["tensor", "expert"]) -> str:
+        """Say the nearest smaller size with which all fits, and the nearest number of processes for the one asked."""
+        size, asked = self.world.size, getattr(self, key)
+        sizes = (n for n in range(asked - 1, 0, -1) if asked % n == 0 and self.resized(key, n).fits(config))
+        worlds = sorted(range(1, size + 2 * self.tensor * self.expert), key=lambda n: abs(n - size))
+        counts = (n for n in worlds if replace(self, world=replace(self.world, size=n)).fits(config))
+        ways = [f"set parallel.{key}={n}" for n in sizes][:1] + [f"start {n} processes" for n in counts][:1]
+        return " or ".join(ways) or f"change parallel.{key}, train.global_batch or train.micro_batch"
 
-    import deepspeed
-    import deepspeed.ops
+    def micro_batch_multiple(self, config: Config) -> int:
+        """What a micro-batch must be a multiple of: tensor peers share its tokens, expert choice's whole sequences."""
+        if config.moe.router == "expert_choice" and "E" in config.model.pattern and not self.expert_tensor:
+            return self.tensor
+        return self.tensor // math.gcd(self.tensor, config.data.sequence_length)
 
-    # Its shared-memory op is compiled at first start (20 s) and dies without a C++ compiler; gloo does the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if world.device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=JOIN_TIMEOUT,
-        verbose=False,
-    )
-
-
-def finish_world() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def from_first(value: T) -> T:
-    """What rank 0 has, on every rank."""
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
+    def _check_batch(self, config: Config) -> None:
+        multiple, train = self.micro_batch_multiple(config), config.train
+        if train.global_batch % self.data == 0 and train.global_batch // self.data % multiple:
+            unit = self.data * math.lcm(multiple, train.micro_batch or 1)
+            raise UserError(
+                f"train.global_batch={train.global_batch} gives {train.global_batch // self.data} sequences of "
+                f"{config.data.sequence_length} tokens to each group of parallel.tensor={self.tensor} peers, who "
+                f"cannot share them: set train.global_batch={-(-train.global_batch // unit) * unit}"
+            )
+        share = self.sequences_per_data_rank(train.global_batch, train.micro_batch)
+        if train.micro_batch and train.micro_batch % multiple:
+            fitting = max(n for n in range(multiple, share + 1, multiple) if share % n == 0)
+            raise UserError(
+                f"train.micro_batch={train.micro_batch} sequences of {config.data.sequence_length} tokens cannot be "
+                f"shared by parallel.tensor={self.tensor} peers: set train.micro_batch={fitting}"
+            )

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from moe_mamba.config import Config
-from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.parallelize import check_compiler
-from moe_mamba.parallel.topology import World
+from moe_mamba.parallel.placement import check_cuts
+from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train import checkpoint
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.micro_batch import choose_micro_batch
@@ -34,18 +32,20 @@ class Beginning:
     micro_batch: int
 
 
-def check(config: Config, world: World) -> None:
-    """Refuse, on every rank alike, what cannot run here.
+def check(config: Config, world: World) -> Topology:
+    """Refuse, on every rank alike, what cannot run here; the layout.
 
     Raises:
-        UserError: the batch does not divide, a process has no device, or a compiler is missing.
+        UserError: the layout does not fit, a process has no device, or a compiler is missing.
     """
     world.check_devices()
-    world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
+    topology = Topology.of(config, world)
+    check_cuts(config, topology)
     check_compiler(config.train)
+    return topology
 
 
-def settle(config: Config, folder: RunFolder, screen: Screen, world: World) -> tuple[Beginning, Corpora | None]:
+def settle(config: Config, folder: RunFolder, screen: Screen, topology: Topology) -> tuple[Beginning, Corpora | None]:
     """Find the checkpoint, prepare the corpora, choose the micro-batch; for rank 0 alone.
 
     Returns:
@@ -62,7 +62,23 @@ def settle(config: Config, folder: RunFolder, screen: Screen, world: World) -> t
     corpora = open_corpora(config, folder, screen.say, verify=config.data.verify) if done < config.steps else None
     if newest and corpora:
         corpora.check_unchanged(checkpoint.read_description(newest), folder)
-    with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in LanguageModel(config.model, config.moe).parameters())
-    share = world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
-    return Beginning(newest, done, warm, choose_micro_batch(config, share, parameters, world.device)), corpora
+    return Beginning(newest, done, warm, choose_micro_batch(config, topology)), corpora
+
+
+def accumulation_changes(config: Config, beginning: Beginning, micro_steps: int) -> list[str]:
+    """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
+    assert beginning.newest is not None
+    before = checkpoint.read_description(beginning.newest)
+    now = (micro_steps, beginning.micro_batch)
+    was = (before.get("micro_steps", now[0]), before.get("micro_batch", now[1]))  # older ones do not say
+    changed = []
+    if config.moe.balance == "loss" and was[0] != now[0]:
+        changed.append("the balance loss")
+    if config.moe.capacity_factor is not None and was[1] != now[1]:
+        changed.append("the capacity of experts")
+    if "E" not in config.model.pattern or not changed:
+        return []
+    return [
+        f"note      {was[0]} micro-steps of {was[1]} sequences a device became {now[0]} of {now[1]}: "
+        f"{' and '.join(changed)}, taken of each, {'change' if len(changed) > 1 else 'changes'} slightly"
+    ]

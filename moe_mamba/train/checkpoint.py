@@ -4,6 +4,7 @@ A rank offers boxes (`Piece`) of logical tensors, to save or to fill; torch.dist
 and who reads what, and nothing is gathered. A step is written aside, checked and renamed, so that what has its name
 is complete; the newest sound one is found at start. Where torch.distributed is initialized, `save` and `load` are
 called by every rank of the group, and fail on every rank when one fails; the other functions are of one process.
+A run saves through saver.py, at once or in the background.
 """
 
 import errno
@@ -16,7 +17,7 @@ import shutil
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +71,10 @@ def _first_error(error: CheckpointException, kind: type[Exception]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the notice that a save or load without a process group is of one process: that is meant so."""
+    """Silence the notice that a save or load without a process group is of one process: that is meant so.
+
+    Filters of warnings are of the whole process, so that a save in the background leaves them alone where it can.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
@@ -209,7 +213,7 @@ def save(
     try:
         _agree(start, group)
         writer = storage.Writer(partial, {"step": step} | description)
-        with _quiet():
+        with nullcontext() if dist.is_initialized() else _quiet():
             dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(pieces), process_group=group)
         _agree(finish, group)
     except CheckpointException as error:
@@ -236,6 +240,9 @@ def _save_error(error: CheckpointException, folder: Path, step: int) -> Exceptio
 def load(path: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None = None) -> None:
     """Fill pieces in place from a step's folder, whatever layout saved it; other dtypes are converted.
 
+    Each rank reads of each stored box the rows (of its first dimension) that its pieces want, and no more; of rows
+    that it wants in part it reads the whole, slab by slab. Pieces may be views of any stride.
+
     Sizes of files are checked, checksums are not: `newest` and `resolve` check those.
 
     Raises:
@@ -248,7 +255,7 @@ def _load(path: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None, 
     try:
         reader = storage.Reader(path) if alone else _agree_on_reader(path, group)
         with _quiet():
-            planner = PieceLoadPlanner(path, pieces)
+            planner = PieceLoadPlanner(path, reader.index, pieces)
             dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=alone)
     except CheckpointException as error:
         raise _load_error(error, path) from (None if _first_error(error, UserError) else error)

@@ -6,18 +6,23 @@ from torch import Tensor
 from moe_mamba.model.language_model import LanguageModel
 
 
+def first_bad_parameter(model: LanguageModel) -> str | None:
+    """Name the first parameter of this rank that holds a NaN or infinity; or None."""
+    bad = (name for name, parameter in model.named_parameters() if not parameter.isfinite().all())
+    return next((f"the parameter {name}" for name in bad), None)
+
+
 @torch.no_grad()
-def first_bad_value(model: LanguageModel, tokens: Tensor, starts: Tensor | None) -> str | None:
-    """Name the parameter, else the module's output, that first holds a NaN or infinity on this micro-batch; or None.
+def first_bad_output(model: LanguageModel, tokens: Tensor, starts: Tensor | None) -> str | None:
+    """Name the module whose output is the first to hold a NaN or infinity on a micro-batch; or None.
+
+    All ranks call it together, since they may share layers.
 
     Args:
         model: the model, as it is in the broken step.
         tokens: (batch, length) the micro-batch that gave the bad loss.
         starts: (batch, length) document starts, or None.
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the parameter {name}"
     bad: list[str] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(bad, name, output))

@@ -1,15 +1,15 @@
 """Loss on text that was not trained on."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from moe_mamba.data.loader import Batch
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.parallel.topology import World
+from moe_mamba.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,28 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batches: Iterable[Batch], world: World) -> Scores:
+def evaluate(model: LanguageModel, batches: Iterable[Batch], topology: Topology) -> Scores:
     """Cross entropy of `model` on `batches`, which all ranks give alike and share among them.
 
     Routing is dropless, unless `moe.evaluation_capacity` says otherwise; experts that choose keep their capacity.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for number, batch in enumerate(batches):
-        if number % world.size == world.rank:
-            batch = batch.to(world.device)
-            loss, count = cross_entropy_sum(model(batch.tokens, batch.starts).logits, batch.targets)
-            sums += torch.stack([loss.double(), count.double()])
+    device = topology.world.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in _share(batches, topology):
+        batch = batch.to(device)
+        loss, count = model.cross_entropy(model(batch.tokens, batch.starts).logits, batch.targets)
+        sums += torch.stack([loss.double(), count.double()])
     model.train(was_training)
-    if world.size > 1:
+    if topology.world.size > 1:
         torch.distributed.all_reduce(sums)
-    loss, targets = sums.tolist()
-    return Scores(loss / max(1.0, targets), int(targets))
+    loss, targets = (sums / topology.tensor).tolist()  # tensor peers have the same sums
+    return Scores(loss / max(1.0, targets), round(targets))
+
+
+def _share(batches: Iterable[Batch], topology: Topology) -> Iterator[Batch]:
+    """This rank's batches; as many as every rank's, because ranks that share a layer enter it together."""
+    iterator = iter(batches)
+    while turn := list(islice(iterator, topology.data)):
+        yield turn[topology.data_rank] if topology.data_rank < len(turn) else turn[0].uncounted()

@@ -12,7 +12,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -42,8 +42,7 @@ class DamagedError(UserError):
     """A file of a checkpoint is missing, torn, or not what was written; an older checkpoint may do."""
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A stored part of a logical tensor: `sizes` elements at `offsets`, from byte `start` of `file` on."""
 
     offsets: tuple[int, ...]
@@ -100,7 +99,9 @@ def read_index(folder: Path) -> dict[str, Stored]:
     content = _read_json(folder / INDEX)
     try:
         index = {name: _stored(entry) for name, entry in content.items()}
-        sound = all(_lies_inside(box, tensor, files) for tensor in index.values() for box in tensor.boxes)
+        sound = all(
+            tensor.boxes and all(_lies_inside(box, tensor, files) for box in tensor.boxes) for tensor in index.values()
+        )
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:

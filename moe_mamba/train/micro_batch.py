@@ -1,8 +1,13 @@
 """How many sequences a device works on at once, when the configuration leaves it open."""
 
+import math
+
 import torch
 
 from moe_mamba.config import Config
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.placement import shards
+from moe_mamba.parallel.topology import Topology
 
 # On a CPU, more tokens at once only fall out of the caches.
 CPU_TOKENS = 4096
@@ -12,22 +17,27 @@ GPU_SHARE = 0.6
 STATE_BYTES_PER_PARAMETER = 20
 
 
-def choose_micro_batch(config: Config, sequences: int, parameters: int, device: torch.device) -> int:
-    """Sequences of a micro-step: a divisor of `sequences`, a rank's share of the global batch.
+def choose_micro_batch(config: Config, topology: Topology) -> int:
+    """Sequences of a micro-step: a divisor of a data rank's share of the global batch that tensor peers can share.
 
-    On a GPU it follows from the memory that is free before the model of `parameters` parameters lies there, so the
-    choice of one rank must be given to all.
+    On a GPU it follows from the memory that is free before the model lies there, so the choice of one rank must be
+    given to all.
     """
+    share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
     if config.train.micro_batch:
         return config.train.micro_batch
-    length = config.data.sequence_length
+    length, device = config.data.sequence_length, topology.world.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        free -= STATE_BYTES_PER_PARAMETER * parameters
-        most = free * GPU_SHARE / (length * activation_bytes_per_token(config))
+        with torch.device("meta"):
+            held = shards(LanguageModel(config.model, config.moe), topology)
+        free -= STATE_BYTES_PER_PARAMETER * sum(math.prod(shard.local_shape) for shard in held.values())
+        most = free * GPU_SHARE * topology.tensor / (length * activation_bytes_per_token(config))
     else:
         most = CPU_TOKENS / length
-    return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= max(1, most))
+    multiple = topology.micro_batch_multiple(config)
+    fitting = [n for n in range(multiple, share + 1, multiple) if share % n == 0]
+    return max((n for n in fitting if n <= most), default=fitting[0])
 
 
 def activation_bytes_per_token(config: Config) -> int:

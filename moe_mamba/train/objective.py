@@ -1,14 +1,16 @@
 """What a step minimises: cross entropy by the number of targets, and the routers' losses over all ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-import torch.distributed.nn.functional as differentiable
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_mamba.config import MoEConfig
-from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.routing import RouterStatistics, balance_loss, z_loss
+from moe_mamba.parallel.topology import Topology
 
 
 @dataclass
@@ -26,30 +28,43 @@ class Objective:
 
     Args:
         config: weights of the routers' losses.
+        cross_entropy: the model's sum of the loss over its logits, and of the targets.
         targets: number of targets in the global batch.
-        shares: micro-steps x ranks; the engine divides by both, and a sum by targets must not be divided.
-        world_size: ranks to take the routers' statistics over.
+        micro_steps: of the step; the engine divides by them and by the data ranks, and a sum by targets must not be.
+        topology: the ranks to take the routers' statistics over.
     """
 
-    def __init__(self, config: MoEConfig, targets: int, shares: int, world_size: int) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        targets: int,
+        micro_steps: int,
+        topology: Topology,
+    ) -> None:
         self._config = config
-        self._scale = shares / targets
-        self._world_size = world_size
+        self._cross_entropy = cross_entropy
+        self._scale = micro_steps * topology.data / targets
+        self._topology = topology
         self.sums: StepSums | None = None
 
     def __call__(self, logits: Tensor, targets: Tensor, statistics: list[RouterStatistics]) -> Tensor:
         """Loss to give to the engine's backward.
 
         Args:
-            logits: (batch, length, vocab) of the micro-batch.
+            logits: (batch, length, vocab) of the micro-batch; a tensor peer's part of the vocabulary.
             targets: (batch, length) token ids, -100 where nothing is counted.
             statistics: of each MoE layer, on this rank.
         """
-        cross_entropy, _ = cross_entropy_sum(logits, targets)
-        statistics = over_all_ranks(statistics) if self._world_size > 1 and statistics else statistics
-        balance = _mean([balance_loss(layer) for layer in statistics], like=cross_entropy)
-        z = _mean([z_loss(layer) for layer in statistics], like=cross_entropy)
-        self._add(cross_entropy, balance, z, statistics)
+        cross_entropy, _ = self._cross_entropy(logits, targets)
+        shared = over_all_ranks(statistics, self._topology)
+        balance = _mean([balance_loss(layer) for layer in shared], like=cross_entropy)
+        z = _mean([z_loss(layer) for layer in shared], like=cross_entropy)
+        self._add(cross_entropy, balance, z, shared)
+        if self._config.balance_over == "device":
+            # Tensor peers' gradients of the router are summed, and each has a loss of its own here.
+            balance = _mean([balance_loss(layer) for layer in statistics], like=cross_entropy) / self._topology.tensor
+            z = _mean([z_loss(layer) for layer in statistics], like=cross_entropy) / self._topology.tensor
         loss = cross_entropy * self._scale
         if self._config.balance == "loss":
             loss = loss + self._config.balance_weight * balance
@@ -68,19 +83,36 @@ class Objective:
         ]
 
 
-def over_all_ranks(statistics: list[RouterStatistics]) -> list[RouterStatistics]:
-    """Sum every layer's statistics over all ranks, in one collective, with gradients.
-
-    Each rank's loss then depends on every rank's router alike; the engine's mean over ranks gives the gradient of
-    the loss of the whole micro-step.
-    """
+def over_all_ranks(statistics: list[RouterStatistics], topology: Topology) -> list[RouterStatistics]:
+    """Sum every layer's statistics over all ranks, in one collective, with gradients."""
+    if topology.world.size == 1 or not statistics:
+        return statistics
     names = [field.name for field in fields(RouterStatistics)]
     parts = [getattr(layer, name).reshape(-1) for layer in statistics for name in names]
-    summed = differentiable.all_reduce(torch.cat(parts)).split([part.numel() for part in parts])
+    summed = _SumOverRanks.apply(torch.cat(parts), topology.data).split([part.numel() for part in parts])
     shaped = iter(summed)
     return [
         RouterStatistics(**{name: next(shaped).view_as(getattr(layer, name)) for name in names}) for layer in statistics
     ]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, of which every rank then computes the same loss.
+
+    The engine takes the mean of gradients over data ranks, while this one loss is of all of them: so its gradient is
+    taken that many times. Nothing travels in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, data_ranks: int) -> Tensor:
+        ctx.data_ranks = data_ranks
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.data_ranks, None
 
 
 def _combine(*layers: RouterStatistics) -> RouterStatistics:

@@ -11,7 +11,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import BACKENDS, choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.topology import World
+from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.corpora import Corpora
 from moe_mamba.train.evaluate import Scores
 from moe_mamba.train.objective import StepSums
@@ -23,9 +23,9 @@ PROMPT = "The"
 ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}
 
 
-def header(config: Config, model: LanguageModel, corpora: Corpora, world: World, micro_batch: int) -> list[str]:
+def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Topology, micro_batch: int) -> list[str]:
     """The lines that tell, before the first step, what is trained on what, how and where."""
-    counts = model.parameter_counts()
+    counts, world = model.parameter_counts(), topology.world
     name = ARCHITECTURES.get(config.model.pattern, "model")
     batch, length = config.train.global_batch, config.data.sequence_length
     threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
@@ -36,12 +36,22 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, world: World,
         f"(+ {_short(counts['embedding'])} in embedding and head)",
         f"data      {', '.join(corpora.train)}: {_short(train_tokens)} tokens to train on; "
         + ", ".join(f"{name} {_short(shards.tokens)}" for name, shards in corpora.validation.items()),
-        f"layout    {world.size} x {world.device.type}{threads}, {config.train.precision}, "
-        f"ZeRO {config.parallel.zero}; {batch} x {length} tokens a step, {micro_batch} sequences at once",
+        f"layout    {world.size} x {world.device.type}{threads}, {describe_layout(config, topology)}"
+        f"{config.train.precision}, ZeRO {config.parallel.zero}{', offloaded' * config.parallel.offload_optimizer}; "
+        f"{batch} x {length} tokens a step, {micro_batch} sequences at once",
         f"kernels   {describe_kernels(config, world)}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
     return lines + warnings(corpora, world)
+
+
+def describe_layout(config: Config, topology: Topology) -> str:
+    """How a model that no device holds whole is cut; nothing where each does."""
+    if not topology.is_cut:
+        return ""
+    cut_experts = " and their tensor peers" * topology.expert_tensor
+    experts = f", experts over {topology.expert}{cut_experts}" * ("E" in config.model.pattern)
+    return f"tensor {topology.tensor} x data {topology.data}{experts}, "
 
 
 def warnings(corpora: Corpora, world: World) -> list[str]:
@@ -119,14 +129,20 @@ def validation_metrics(step: int, tokens: int, corpora: Corpora, scores: dict[st
 
 
 def finish(
-    config: Config, folder: RunFolder, screen: Screen, model: LanguageModel, corpora: Corpora, scores: dict[str, Scores]
+    config: Config,
+    folder: RunFolder,
+    screen: Screen,
+    model: LanguageModel,
+    corpora: Corpora,
+    scores: dict[str, Scores],
+    topology: Topology,
 ) -> None:
     """The end of a run: what was reached, the pictures, a sample of text."""
     for name, score in scores.items():
         screen.say(f"result    {validation_line(name, score, corpora.validation[name])}")
         screen.say(f"          {against_unigram(score, corpora.validation[name])}")
     screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
-    if config.train.sample_tokens:
+    if config.train.sample_tokens and not topology.is_cut and config.parallel.zero < 3:  # else no device can alone
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     screen.say(
         f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"

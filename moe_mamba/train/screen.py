@@ -1,6 +1,7 @@
 """The screen belongs to the user: a header, a bar, a few lines. What libraries chatter goes to the run's log."""
 
 import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,21 @@ from tqdm import tqdm
 
 # A terminal is redrawn often; a log file that takes the bar's place is not filled with it.
 SECONDS_BETWEEN_BARS = {True: 0.3, False: 15.0}
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal that may go away, with its launcher or its window: the run outlives it, to save."""
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return 0
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 class Screen(contextlib.AbstractContextManager["Screen"]):
@@ -29,7 +45,7 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
         sys.stdout.flush()
         sys.stderr.flush()
         self._saved = [os.dup(1), os.dup(2)]
-        self._terminal: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._terminal: TextIO = Terminal(os.fdopen(os.dup(1), "wb"), encoding="utf-8")
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for number in (1, 2):
             os.dup2(descriptor, number)
@@ -51,8 +67,15 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
     def say(self, line: str = "") -> None:
         """Print a line above the bar, and into the log."""
         print(line, flush=True)
-        if self._silent:
-            return
+        if not self._silent:
+            self._print(line)
+
+    def shout(self, line: str) -> None:
+        """Print a line on the screen and into the log, from whatever rank; in place of a bar, for it is the last."""
+        print(line, flush=True)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.clear()
         print(line, file=self._terminal, flush=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,8 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import StorageReader, StorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -34,6 +29,7 @@ from moe_mamba.train.manifest import (
     MANIFEST,
     SLAB,
     VERSION,
+    Box,
     DamagedError,
     read_index,
 )
@@ -41,12 +37,12 @@ from moe_mamba.train.manifest import (
 
 @dataclass(frozen=True)
 class Written:
-    """Where a rank put a box, and the size and checksum of the whole file (the same for all boxes of a rank)."""
+    """The file that a rank wrote: its size and checksum, and the boxes of each tensor in it."""
 
     file: str
-    start: int
-    file_bytes: int
+    bytes: int
     checksum: str
+    boxes: dict[str, list[Box]]
 
 
 class HashedFile:
@@ -106,13 +102,17 @@ def _slabs(tensor: Tensor) -> Iterator[memoryview]:
             yield _bytes_view(part.cpu().contiguous())
 
 
-def _read_box(
+def read_box(
     stream: Any, start: int, sizes: Sequence[int], offsets: Sequence[int], target: Tensor, dtype: torch.dtype
 ) -> None:
-    """Fill `target` with the part at `offsets` of a box of `sizes` that begins at byte `start`, slab by slab.
+    """Fill `target` with the part at `offsets` of a stored box of `sizes` that begins at byte `start` of `stream`.
 
-    Whole rows of the first dimension are read, and the part taken from them in memory; rows too large for a slab
-    are entered one by one, so that a cut along an inner dimension of stacked experts reads only what it needs.
+    Only rows (of the first dimension) that the part lies in are read, but whole, slab by slab, and the part is taken
+    from them in memory: a part of their columns costs a read of them all. Rows too large for a slab are entered one
+    by one, so that a cut along an inner dimension of stacked experts reads only what it needs.
+
+    Raises:
+        DamagedError: the file ends before the box does.
     """
     if not sizes:
         sizes, offsets, target = (1,), (0,), target.reshape(1)
@@ -120,7 +120,7 @@ def _read_box(
     if row > SLAB:
         for position in range(rows):
             row_start = start + (offsets[0] + position) * row
-            _read_box(stream, row_start, sizes[1:], offsets[1:], target[position], dtype)
+            read_box(stream, row_start, sizes[1:], offsets[1:], target[position], dtype)
         return
     step = max(1, SLAB // row)
     for first in range(0, rows, step):
@@ -185,29 +185,32 @@ class Writer(StorageWriter):
         results: list[WriteResult] = []
         items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)  # type: ignore[union-attr]
         if items:
+            name, boxes = plan.storage_data, defaultdict(list)
             head, starts = _header(items)
-            with HashedFile(self.folder / plan.storage_data) as file:
+            with HashedFile(self.folder / name) as file:
                 file.write(head)
                 for item, start in zip(items, starts, strict=True):
                     assert file.bytes == start, f"{item.index} has another size than its plan"
                     data = planner.resolve_data(item)
-                    assert isinstance(data, Tensor)
+                    assert isinstance(data, Tensor) and item.index.offset is not None
                     for slab in _slabs(data.detach()):
                         file.write(slab)
-            place = Written(plan.storage_data, 0, file.bytes, file.hash.hexdigest())
-            results = [
-                WriteResult(item.index, 0, dataclasses.replace(place, start=start))
-                for item, start in zip(items, starts, strict=True)
-            ]
+                    boxes[item.index.fqn].append(Box(tuple(item.index.offset), tuple(data.shape), name, start))
+            written = Written(name, file.bytes, file.hash.hexdigest(), dict(boxes))
+            results = [WriteResult(MetadataIndex(name), file.bytes, written)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write index, description and, last, the manifest; check that every file has the size it should have."""
-        places = {result.index: result.storage_data for rank in results for result in rank}
-        index = {name: _index_entry(name, tensor, places) for name, tensor in metadata.state_dict_metadata.items()}
-        files = {place.file: {"bytes": place.file_bytes, "xxh3": place.checksum} for place in places.values()}
+        written: list[Written] = [result.storage_data for rank in results for result in rank]
+        index = {}
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            boxes = [box._asdict() for file in written for box in file.boxes.get(name, ())]
+            index[name] = {"dtype": DTYPE_NAMES[tensor.properties.dtype], "shape": list(tensor.size), "boxes": boxes}
+        files = {file.file: {"bytes": file.bytes, "xxh3": file.checksum} for file in written}
         for name, content in ((INDEX, index), (DESCRIPTION, self.description)):
             files[name] = self._write_json(name, content)
         for name, record in files.items():
@@ -227,43 +230,19 @@ class Writer(StorageWriter):
         return False
 
 
-def _index_entry(name: str, tensor: Any, places: dict[MetadataIndex, Written]) -> dict[str, Any]:
-    boxes = []
-    for chunk in tensor.chunks:
-        place = places[MetadataIndex(name, chunk.offsets)]
-        boxes.append(
-            {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": place.file, "start": place.start}
-        )
-    return {"dtype": DTYPE_NAMES[tensor.properties.dtype], "shape": list(tensor.size), "boxes": boxes}
-
-
 class Reader(StorageReader):
     """Storage of torch.distributed.checkpoint: reads of a step's folder only the bytes that a plan asks for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = read_index(folder)
-        self.boxes = {
-            MetadataIndex(name, box.offsets): (box, tensor.dtype)
-            for name, tensor in self.index.items()
-            for box in tensor.boxes
-        }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between loads."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, as torch.distributed.checkpoint wants it."""
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=tensor.dtype),
-                    torch.Size(tensor.shape),
-                    [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in tensor.boxes],
-                )
-                for name, tensor in self.index.items()
-            }
-        )
+        """Planners have the index already."""
+        return Metadata({})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """The index was read at the start."""
@@ -278,18 +257,16 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the planner's tensors, file by file and forwards."""
-        reads = sorted(
-            ((*self.boxes[item.storage_index], item) for item in plan.items),
-            key=lambda read: (read[0].file, read[0].start),
-        )
-        by_file: dict[str, list[Any]] = {}
-        for read in reads:
-            by_file.setdefault(read[0].file, []).append(read)
-        for name, parts in by_file.items():
+        by_file: dict[str, list[tuple[Box, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            assert item.storage_index.index is not None
+            box = self.index[item.storage_index.fqn].boxes[item.storage_index.index]
+            by_file[box.file].append((box, item))
+        for name, reads in by_file.items():
             with (self.folder / name).open("rb") as stream:
-                for box, dtype, item in parts:
-                    target = planner.resolve_tensor(item)
-                    _read_box(stream, box.start, box.sizes, item.storage_offsets, target, dtype)
+                for box, item in sorted(reads, key=lambda read: read[0].start):
+                    target, dtype = planner.resolve_tensor(item), self.index[item.storage_index.fqn].dtype
+                    read_box(stream, box.start, box.sizes, item.storage_offsets, target, dtype)
                     planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)

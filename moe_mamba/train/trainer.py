@@ -16,24 +16,28 @@ from torch import Tensor
 from moe_mamba.config import Config
 from moe_mamba.data.loader import Batch, evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
-from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import update_balance_bias
-from moe_mamba.parallel.engine import build_engine, finish_loading, gradient_norm, set_learning_rate, state_pieces
-from moe_mamba.parallel.parallelize import parallelize
-from moe_mamba.parallel.topology import World, finish_world, from_first, start_world
+from moe_mamba.parallel import engine as engines
+from moe_mamba.parallel.groups import from_first, limit_collectives, start_groups, start_world
+from moe_mamba.parallel.parallelize import build_model
+from moe_mamba.parallel.pieces import Piece
+from moe_mamba.parallel.placement import shards
+from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train import checkpoint, report
-from moe_mamba.train.beginning import Beginning, check, settle
+from moe_mamba.train.beginning import Beginning, accumulation_changes, check, settle
 from moe_mamba.train.corpora import Corpora, open_corpora
-from moe_mamba.train.diagnose import first_bad_value
+from moe_mamba.train.diagnose import first_bad_output, first_bad_parameter
 from moe_mamba.train.evaluate import Scores, evaluate
 from moe_mamba.train.metrics import MetricsWriter
 from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.profile import profiler
-from moe_mamba.train.restore import load_weights
 from moe_mamba.train.run_folder import RunFolder
+from moe_mamba.train.saver import Saver
 from moe_mamba.train.schedule import learning_rate
 from moe_mamba.train.screen import Screen
+from moe_mamba.train.stop import REASONS
+from moe_mamba.train.watch import Watch
 
 
 def train(config: Config, folder: RunFolder, screen: Screen) -> None:
@@ -44,27 +48,28 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         RunStopped: the loss is no number any more, or the disk or a GPU's memory is full.
     """
     world = World.from_environment()
-    check(config, world)
+    topology = check(config, world)
     if config.train.deterministic:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with folder.alone() if world.is_first else nullcontext():
-        beginning, corpora = settle(config, folder, screen, world) if world.is_first else (None, None)
+    with folder.alone() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
+        beginning, corpora = settle(config, folder, screen, topology) if world.is_first else (None, None)
         start_world(world)
         with stopping(folder, world):
+            watch.join()
             beginning = from_first(beginning)
             assert beginning is not None
             if beginning.done >= config.steps:
                 report.finished(config, folder, screen, beginning.done, world)
                 return
             corpora = corpora or open_corpora(config, folder, screen.say)
-            Trainer(config, folder, screen, world, corpora, beginning).run()
+            Trainer(config, folder, screen, topology, corpora, beginning, watch).run()
 
 
 @contextmanager
 def stopping(folder: RunFolder, world: World) -> Iterator[None]:
-    """Leave the world at the end, and say in one line what ended a run that had begun."""
+    """Say in one line what ended a run that had begun."""
     try:
         yield
     except UserError as error:  # too late for the exit code that promises that nothing was begun
@@ -79,8 +84,6 @@ def stopping(folder: RunFolder, world: World) -> Iterator[None]:
             "the GPU's memory is full: lower train.micro_batch or set train.recompute=true; "
             "the same line again then goes on"
         ) from None
-    finally:
-        finish_world()
 
 
 class Trainer:
@@ -90,9 +93,10 @@ class Trainer:
         config: what to train.
         folder: where the run lies.
         screen: what the user sees.
-        world: the processes; a process group is joined.
+        topology: how the processes share the work; a process group is joined.
         corpora: what is read.
         beginning: what rank 0 settled.
+        watch: knows when to stop.
     """
 
     def __init__(
@@ -100,36 +104,44 @@ class Trainer:
         config: Config,
         folder: RunFolder,
         screen: Screen,
-        world: World,
+        topology: Topology,
         corpora: Corpora,
         beginning: Beginning,
+        watch: Watch,
     ) -> None:
         self.config = config
         self.folder = folder
         self.screen = screen
-        self.world = world
+        self.topology = topology
+        self.world = world = topology.world
         self.corpora = corpora
-        self.step = beginning.done
+        self.watch = watch
+        self.step = self.saved = watch.step = beginning.done
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
         self.micro_batch = beginning.micro_batch
-        share = world.sequences_per_rank(config.train.global_batch, config.train.micro_batch)
+        share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_steps = share // self.micro_batch
         with torch.device("meta"):
-            model = LanguageModel(config.model, config.moe)
-        model.to_empty(device=world.device)
-        initialize(model, config.run.seed)
-        if beginning.warm:
-            load_weights(model, beginning.warm)
-        for line in report.header(config, model, corpora, world, self.micro_batch):
+            whole = LanguageModel(config.model, config.moe)
+        for line in report.header(config, whole, corpora, topology, self.micro_batch):
             screen.say(line)
-        parallelize(model, config.train)
-        self.engine = build_engine(model, config, self.micro_batch, world.size)
+        self.held = shards(whole, topology)
+        groups = start_groups(topology, self.held)
+        self.engine = engines.build_engine(
+            build_model(config, whole, self.held, groups), config, groups, self.micro_batch
+        )
+        if beginning.warm:
+            checkpoint.load(beginning.warm, [piece for piece in self._state() if piece.name.startswith("weights/")])
+            engines.finish_loading(self.engine, 0)
         if beginning.newest:
-            checkpoint.load(beginning.newest, state_pieces(self.engine))
-            finish_loading(self.engine, self.step)
+            checkpoint.load(beginning.newest, self._state())
+            engines.finish_loading(self.engine, self.step)
             screen.say(f"resumed   {beginning.newest}, step {self.step:,}")
+            for line in accumulation_changes(config, beginning, self.micro_steps):
+                screen.say(line)
         if world.is_first:
             folder.save_config(config)
+        self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
         self.metrics = MetricsWriter(folder.path, self.step, config.logging, config.model_dump(), world.is_first)
 
     @property
@@ -140,14 +152,21 @@ class Trainer:
     def run(self) -> None:
         """Do the steps that are left, then report."""
         train, steps = self.config.train, self.config.steps
+        limit_collectives(self.config.parallel.timeout + 60)  # the watch is quicker, and says the place
         self.screen.start_bar(self.step, steps)
         scores: dict[str, Scores] = {}
-        with ThreadPoolExecutor(1) as reader, profiler(train.profile, self.folder.profile, self.world) as trace:
+        profile = profiler(train.profile, self.folder.profile, self.world)
+        with ThreadPoolExecutor(1) as reader, profile as trace, self.saver:
             upcoming = reader.submit(self._read, self.step)
             while self.step < steps:
                 begin = time.perf_counter()
                 batches, upcoming = upcoming.result(), reader.submit(self._read, self.step + 1)
-                self._train_step(batches, begin)
+                targets, reason = self._agree(batches)
+                if reason is not None:
+                    if self.saved < self.step:
+                        self._save({})
+                    break
+                self._train_step(batches, targets, begin)
                 trace.step()
                 is_last = self.step == steps
                 if is_last or (train.validate_every and self.step % train.validate_every == 0):
@@ -157,27 +176,39 @@ class Trainer:
                     self._save(scores)
                 scores = scores if is_last else {}
         self.screen.stop_bar()
+        self.watch.is_done = True
         self.metrics.close()
-        if self.world.is_first:
-            report.finish(self.config, self.folder, self.screen, self.model, self.corpora, scores)
+        if self.step < steps:
+            self.screen.say(f"stopped by {reason} at step {self.step:,}: saved; the same line goes on")
+        elif self.world.is_first:
+            report.finish(self.config, self.folder, self.screen, self.model, self.corpora, scores, self.topology)
 
     def _read(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of the step after `step` steps."""
-        share = self.micro_batch * self.micro_steps
-        first = step * self.config.train.global_batch + self.world.rank * share
+        """This rank's micro-batches of the step after `step` steps.
+
+        Each micro-step takes the next sequences of the global batch, whatever the layout that shares them.
+        """
+        first = step * self.config.train.global_batch + self.topology.data_rank * self.micro_batch
+        together = self.micro_batch * self.topology.data
         return [
-            self.corpora.loader.batch(first + number * self.micro_batch, self.micro_batch)
-            for number in range(self.micro_steps)
+            self.corpora.loader.batch(first + number * together, self.micro_batch) for number in range(self.micro_steps)
         ]
 
-    def _train_step(self, batches: list[Batch], begin: float) -> None:
+    def _agree(self, batches: list[Batch]) -> tuple[int, str | None]:
+        """Targets in the global batch, and why to stop before this step, if so; the same on all ranks."""
+        sums = torch.tensor([sum(batch.counted for batch in batches), *self.watch.stop.asked], device=self.world.device)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        targets, *asked = sums.tolist()
+        reason = next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
+        return targets // self.topology.tensor, reason  # tensor peers count the same targets
+
+    def _train_step(self, batches: list[Batch], targets: int, begin: float) -> None:
         """One optimizer step; `begin` is when it began, in seconds of the performance counter."""
-        device = self.world.device
-        targets = int(self._sum(torch.tensor(sum(batch.counted for batch in batches), device=device)))
-        batches = [batch.to(device) for batch in batches]
+        batches = [batch.to(self.world.device) for batch in batches]
         rate = learning_rate(self.step + 1, self.config.steps, self.config.train)
-        set_learning_rate(self.engine, rate)
-        objective = Objective(self.config.moe, targets, self.micro_steps * self.world.size, self.world.size)
+        engines.set_learning_rate(self.engine, rate)
+        objective = Objective(self.config.moe, self.model.cross_entropy, targets, self.micro_steps, self.topology)
         for number, batch in enumerate(batches, 1):
             output = self.engine(batch.tokens, batch.starts)
             self.engine.backward(objective(output.logits, batch.targets, output.statistics))
@@ -185,46 +216,53 @@ class Trainer:
                 self.engine.step()
         sums = objective.sums
         assert sums is not None
-        loss = float(self._sum(sums.cross_entropy)) / targets
+        loss = self._sum(sums.cross_entropy) / targets
         if not math.isfinite(loss):
             self._stop(f"the loss is {loss}", batches)
-        norm = self._update()
+        norm = engines.step(self.engine, self.config.train.gradient_clip)
         if not math.isfinite(norm):
             self._stop(f"the loss is {loss:.4f} but its gradient's norm is {norm}", [])
         self._update_balance_biases(sums)
         self.step += 1
+        self.watch.step = self.step
         self._log(loss, rate, norm, sums, time.perf_counter() - begin)
-
-    def _update(self) -> float:
-        """Let the engine do its optimizer step; the gradient's norm before clipping."""
-        before = None if self.engine.zero_optimization() else gradient_norm(self.engine)
-        self.engine.step()
-        return gradient_norm(self.engine) if before is None else before
 
     def _update_balance_biases(self, sums: StepSums) -> None:
         if self.config.moe.balance == "bias":
             for router, layer in zip(self.model.routers(), sums.statistics, strict=True):
                 update_balance_bias(router, layer.assigned, self.config.moe.bias_rate)
 
-    def _sum(self, value: Tensor) -> Tensor:
-        """Sum over all ranks, of a copy."""
-        value = value.clone()
+    def _sum(self, value: Tensor) -> float:
+        """Sum over all data ranks."""
+        value = value.double()
         if self.world.size > 1:
             torch.distributed.all_reduce(value)
-        return value
+        return float(value) / self.topology.tensor  # tensor peers have the same value
+
+    def _state(self) -> list[Piece]:
+        """What this rank owns of the run's state."""
+        return engines.state_pieces(self.engine, self.held)
 
     def _stop(self, fault: str, batches: list[Batch]) -> None:
         """End the run at a step that went wrong, before anything of it is saved; names the first bad value."""
-        mine = [place for batch in batches if (place := first_bad_value(self.model, batch.tokens, batch.starts))]
-        found: list[list[str]] = [[] for _ in range(self.world.size)]
-        torch.distributed.all_gather_object(found, mine)
-        place = next((f"; the first bad value is in {place}" for rank in found for place in rank), "")
+        places = self._gather(first_bad_parameter(self.model) if batches else None)
+        if not places:
+            for batch in batches:
+                places += self._gather(first_bad_output(self.model, batch.tokens, batch.starts))
+        place = f"; the first bad value is in {places[0]}" if places else ""
+        self.saver.wait()
         kept = from_first(checkpoint.newest(self.folder.checkpoints) if self.world.is_first else None)
         raise RunStopped(
             f"{fault} at step {self.step + 1}{place}. "
             + (f"{kept} is kept" if kept else "No checkpoint was saved yet")
             + ": lower train.learning_rate, or look at the data of this step"
         )
+
+    def _gather(self, place: str | None) -> list[str]:
+        """What the ranks that found something found, in the order of ranks."""
+        found: list[str | None] = [None] * self.world.size
+        torch.distributed.all_gather_object(found, place)
+        return [place for place in found if place]
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds
@@ -248,14 +286,14 @@ class Trainer:
         scores = {}
         data, limit = self.config.data, self.config.train.validation_batches
         end_of_text = self.corpora.tokenizer.end_of_text
-        for name, shards in self.corpora.validation.items():
+        for name, corpus in self.corpora.validation.items():
             batches = evaluation_batches(
-                shards, data.sequence_length, self.micro_batch, end_of_text, data.reset_at_document
+                corpus, data.sequence_length, self.micro_batch, end_of_text, data.reset_at_document
             )
             if limit:
                 batches = islice(batches, limit * self.config.train.global_batch // self.micro_batch)
-            scores[name] = evaluate(self.model, batches, self.world)
-            self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, scores[name], shards)}")
+            scores[name] = evaluate(self.model, batches, self.topology)
+            self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, scores[name], corpus)}")
         self.metrics.write(report.validation_metrics(self.step, self.step * self.tokens_per_step, self.corpora, scores))
         return scores
 
@@ -265,8 +303,10 @@ class Trainer:
             "tokenizer": self.corpora.tokenizer.fingerprint,
             "corpora": self.corpora.identities,
             "tokens": self.step * self.tokens_per_step,
+            "processes": self.world.size,
+            "micro_batch": self.micro_batch,
+            "micro_steps": self.micro_steps,
             "validation_loss": next((score.loss for score in scores.values()), None),
         }
-        checkpoint.save(
-            self.folder.checkpoints, self.step, state_pieces(self.engine), description, self.config.checkpoint.keep
-        )
+        self.saver.save(self.step, self._state(), description)
+        self.saved = self.step

@@ -27,3 +27,11 @@ def curve(metrics: list[dict]) -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     step = checkpoint.resolve(folder)
     return {name: checkpoint.read_tensor(step, name) for name in checkpoint.logical_tensors(step)}
+
+
+def same_weights(folder: Path, other: Path) -> None:
+    """The newest checkpoints of two runs are the same, bit for bit."""
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name

@@ -5,43 +5,106 @@ import os
 import random
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from train.runs import STEPS, curve, run, weights
+from train.runs import STEPS, curve, run, same_weights
 from world import WorkerError, World
 
 from launch.train import train
+from moe_mamba.train import checkpoint
 from moe_mamba.train.metrics import read_metrics
 
 
-def train_until_killed(seconds: float, **arguments: Any) -> None:
-    """Train, and be killed some seconds after the start, wherever the run is then."""
+# Where a kill is aimed: anywhere in time, or inside a save (writing data, the manifest, naming it, pruning).
+AIMS = ("anywhere", "data", "manifest", "name", "removal")
+KILLED = {"checkpoint.every": 1, "train.validate_every": 10, "train.sample_tokens": 0}
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(aim: str, victim: int, instant: float, **arguments: Any) -> None:
+    """Train, and be killed as rank `victim`: after `instant` seconds, or inside a save."""
     import moe_mamba.train.trainer  # noqa: F401  (so that the time is the run's, not the libraries')
 
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.start()
-    train(**arguments)
-    timer.cancel()
+    if int(os.environ["RANK"]) != victim:
+        train(**arguments)
+        return
+    if aim == "anywhere":
+        timer = threading.Timer(instant, kill_self)
+        timer.start()
+        train(**arguments)
+        timer.cancel()
+        return
+    with aimed(aim, skipped=int(instant * 4)):
+        train(**arguments)
 
 
-def test_kills_at_any_instant_change_no_bit(world: World, tiny: Path, tmp_path: Path) -> None:
-    overrides = {"train.steps": 60, "checkpoint.every": 1, "train.validate_every": 10}
-    world.run(train, ranks=1, config=str(tiny), **{"run.folder": str(tmp_path / "whole")} | overrides)
-    killed = {"run.folder": str(tmp_path / "killed")} | overrides
-    instants, kills = random.Random(0), 0
-    while kills < 4 and not (tmp_path / "killed" / "checkpoints" / "step-00000060").exists():
-        with pytest.raises(WorkerError, match="the process died") if kills < 2 else suppress(WorkerError):
-            world.run(train_until_killed, instants.uniform(0.2, 1.0), ranks=1, config=str(tiny), **killed)
-        kills += 1
-    world.run(train, ranks=1, config=str(tiny), **killed)
-    assert curve(read_metrics(tmp_path / "killed")) == curve(read_metrics(tmp_path / "whole"))
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+@contextmanager
+def aimed(aim: str, skipped: int) -> Iterator[None]:
+    """Kill this process inside a save, after the place aimed at was passed `skipped` times; before or after it."""
+    from moe_mamba.train import checkpoint, storage
+
+    owner: Any = {"data": storage.HashedFile, "manifest": storage.Writer, "name": Path, "removal": checkpoint.shutil}
+    owner, name = owner[aim], {"data": "write", "manifest": "finish", "name": "rename", "removal": "rmtree"}[aim]
+    whole, passed = getattr(owner, name), 0
+
+    def broken(*rest: Any, **options: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        if passed == skipped + 1 and skipped % 2:
+            kill_self()
+        result = whole(*rest, **options)
+        if passed == skipped + 1:
+            kill_self()
+        return result
+
+    setattr(owner, name, broken)
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
+def test_kills_at_any_instant_change_no_bit(
+    world: World, tiny: Path, tmp_path: Path, kills: int, asynchronous: bool
+) -> None:
+    if kills == 5 and asynchronous:
+        pytest.skip("in the long tests")
+    keys = KILLED | {"train.steps": 8 * kills, "checkpoint.asynchronous": asynchronous}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    world.run(train, ranks=2, config=str(tiny), **keys | {"run.folder": str(whole)})
+    keys["run.folder"] = str(killed)
+    chance, died, tries = random.Random(0), 0, 0
+    while died < kills and not (killed / "checkpoints" / f"step-{8 * kills:08d}").exists():
+        aim, victim = AIMS[tries % len(AIMS)], chance.randrange(2)
+        if aim in ("manifest", "name", "removal"):
+            victim = 0  # it alone does these
+        before = newest_step(killed)
+        try:
+            world.run(train_until_killed, aim, victim, chance.uniform(0.2, 1.5), ranks=2, config=str(tiny), **keys)
+        except WorkerError as error:
+            assert "the process died (exit code -9)" in str(error)
+            died += 1
+        tries += 1
+        assert newest_step(killed) >= before
+    world.run(train, ranks=2, config=str(tiny), **keys)
+    assert died >= min(kills, 4)
+    assert curve(read_metrics(killed)) == curve(read_metrics(whole))
+    same_weights(killed, whole)
+
+
+def newest_step(folder: Path) -> int:
+    """The last complete checkpoint's step, 0 before the first."""
+    found = checkpoint.newest(folder / "checkpoints")
+    return checkpoint.step_of(found) if found else 0
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_said(world: World, tiny: Path, tmp_path: Path) -> None:

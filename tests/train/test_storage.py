@@ -1,11 +1,14 @@
 """What lies on disk: plain safetensors and JSON, written and read slab by slab."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from world import World
 
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.pieces import Piece
@@ -61,12 +64,57 @@ def test_a_rank_reads_only_rows_that_it_needs(tmp_path: Path, monkeypatch: pytes
         stream.seek(begin)
         stream.write(b"\xff" * tensor[:16].nbytes)
     read = []
-    original = storage._read_box
-    monkeypatch.setattr(storage, "_read_box", lambda *a: (read.append(a[4].nbytes), original(*a)))
+    original = storage.read_box
+    monkeypatch.setattr(storage, "read_box", lambda *a: (read.append(a[4].nbytes), original(*a)))
     target = torch.zeros(8, 32)
     checkpoint.load(path, [Piece("w", (64, 32), (16, 0), target)])
     assert torch.equal(target, wanted)
     assert read == [wanted.nbytes]
+
+
+class CountingReader(io.BufferedReader):
+    """A file that counts the bytes that are asked of it."""
+
+    counted = 0
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = super().readinto(buffer)
+        CountingReader.counted += count
+        return count
+
+
+def load_and_count(path: Path, part: tuple[slice, ...], target: torch.Tensor, whole: torch.Tensor) -> int:
+    """Fill `target` with a part of `w` on this process; the bytes of tensors that were read for it."""
+    CountingReader.counted = 0
+    original = Path.open
+    Path.open = lambda self, mode: (  # type: ignore[assignment, method-assign]
+        CountingReader(io.FileIO(self)) if self.suffix == ".safetensors" else original(self, mode)
+    )
+    try:
+        piece = Piece("w", tuple(whole.shape), tuple(p.start or 0 for p in part), target)
+        checkpoint.load(path, [piece])
+    finally:
+        Path.open = original  # type: ignore[method-assign]
+    assert torch.equal(target, whole[part])
+    return CountingReader.counted
+
+
+def load_half_of_the_rows(path: Path, whole: torch.Tensor) -> int:
+    """A rank's half of the rows, counted."""
+    middle = len(whole) // 2
+    part = slice(middle) if dist.get_rank() == 0 else slice(middle, None)
+    return load_and_count(path, (part, slice(None)), torch.zeros(middle, whole.shape[1]), whole)
+
+
+def test_each_rank_reads_the_bytes_that_it_needs(world: World, tmp_path: Path) -> None:
+    whole = torch.randn(64, 32)
+    path = checkpoint.save(tmp_path, 1, [Piece("w", (64, 32), (0, 0), whole)], {})
+    assert world.run(load_half_of_the_rows, path, whole, ranks=2) == [whole.nbytes // 2] * 2
+    columns = slice(None), slice(8, 16)
+    assert load_and_count(path, columns, torch.zeros(64, 8), whole) == whole.nbytes  # whole rows, as is documented
+    cut = [Piece("w", (64, 32), (0, first), whole[:, first : first + 8]) for first in (0, 8, 16, 24)]
+    path = checkpoint.save(tmp_path, 2, cut, {})
+    assert load_and_count(path, columns, torch.zeros(64, 8), whole) == whole.nbytes // 4
 
 
 @pytest.mark.parametrize(

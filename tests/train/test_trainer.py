@@ -305,23 +305,18 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(world: World, tiny:
 
 def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
     """Build the engine of a bf16 run and list what its parameters and masters are."""
+    from parallel.layouts import build
+
     from moe_mamba.config_file import load_config
-    from moe_mamba.model.initialize import initialize
-    from moe_mamba.model.language_model import LanguageModel
     from moe_mamba.parallel.engine import build_engine, state_pieces
-    from moe_mamba.parallel.parallelize import parallelize
-    from moe_mamba.parallel.topology import World, start_world
 
     settings = load_config(config, {"train.precision": "bf16", "moe.balance": "bias", "model.mamba_norms": "True"})
-    start_world(World.from_environment())
-    model = LanguageModel(settings.model, settings.moe)
-    initialize(model, 0)
-    parallelize(model, settings.train)
-    engine = build_engine(model, settings, 8, 1)
+    built = build(settings)
+    engine = build_engine(built.model, settings, built.groups, 8)
     found = {name: str(value.dtype) for name, value in engine.module.state_dict().items()}
     found["accumulated gradients"] = str(engine.optimizer.gradient_accumulation_dtype)
     assert engine.optimizer.use_grad_accum_attribute
-    return found | {f"piece {piece.name}": str(piece.tensor.dtype) for piece in state_pieces(engine)}
+    return found | {f"piece {piece.name}": str(piece.tensor.dtype) for piece in state_pieces(engine, built.held)}
 
 
 def test_small_parameters_stay_fp32_in_a_bf16_engine(world: World, tiny: Path, tmp_path: Path) -> None:

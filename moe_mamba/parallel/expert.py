@@ -1,0 +1,201 @@
+"""Expert parallelism: each rank holds a part of the experts, and rows travel to the rank of their expert and back.
+
+The layer is the model's own; another dispatcher is all that changes. It is DeepSpeed's MoE by class, so that the engine
+knows its experts: their gradients are summed over the ranks that hold the same ones, and ZeRO cuts them there.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import deepspeed.moe.layer
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.moe import Experts, LocalDispatcher, MoE
+from moe_mamba.model.routing import RouterStatistics, Routing
+from moe_mamba.model.sequences import Sequences
+from moe_mamba.parallel.groups import Groups
+
+
+def spread_experts(model: LanguageModel, groups: Groups) -> None:
+    """Replace every mixture of experts by one that holds this rank's part of them, in place.
+
+    Args:
+        model: a whole one, on the meta device; the caller makes that the default device.
+        groups: from ``start_groups``.
+    """
+    for layer in model.layers:
+        if isinstance(layer.mixer, MoE):
+            layer.mixer = ExpertParallelMoE(layer.mixer, groups)
+
+
+class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
+    """A mixture of experts over the ranks of an expert group; takes over the router and shared experts of ``whole``.
+
+    With tensor peers the stream's tokens are cut among them, and each peer sends its own; where experts are cut by
+    tensor, every peer works on the tokens of all peers with its part of each expert's width instead.
+    """
+
+    def __init__(self, whole: MoE, groups: Groups) -> None:
+        nn.Module.__init__(self)  # DeepSpeed's would build its gate and its loop of experts
+        topology = groups.topology
+        # What DeepSpeed's engine reads.
+        self.num_experts = whole.router.config.experts
+        self.ep_size = topology.expert
+        self.expert_group_name = f"ep_size_{topology.expert}"
+        self.num_local_experts = self.num_experts // topology.expert
+        self.enable_expert_tensor_parallelism = topology.expert_tensor
+
+        config, width = whole.experts.config, whole.experts.out_proj.shape[1]
+        if topology.expert_tensor:
+            width //= topology.tensor
+        self.router = whole.router
+        first_expert = topology.expert_rank * self.num_local_experts
+        self.experts = Experts(config, self.num_local_experts, width, first_expert)
+        self.shared = whole.shared
+        self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert)
+        self._tensor = topology.tensor
+        self._tensor_group = groups.tensor
+        self.set_deepspeed_parallelism()  # type: ignore[operator]
+
+    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
+        """Give the routed experts' part of the output for this rank's tokens, (tokens / tensor, d_model).
+
+        Args:
+            x: (tokens / tensor, d_model), this rank's part of the stream.
+            sequences: of the whole stream.
+        """
+        if not self.enable_expert_tensor_parallelism:
+            # Only expert choice looks at sequences, and its peers hold whole ones.
+            return super().routed(x, Sequences(sequences.batch // self._tensor, sequences.length))
+        from megatron.core.tensor_parallel import mappings
+
+        x = mappings.gather_from_sequence_parallel_region(x, group=self._tensor_group)  # (tokens, d_model)
+        y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
+        y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=self._tensor_group)
+        # All peers counted all tokens: each answers for its share, so that the sum over ranks counts once.
+        shares = {field.name: getattr(statistics, field.name) / self._tensor for field in fields(statistics)}
+        return y, RouterStatistics(**shares)
+
+
+class ExpertDispatcher(LocalDispatcher):
+    """Sends rows to the ranks of their experts, and their outputs back to be weighted and summed.
+
+    All ranks of the expert group must pass at once, in the same mode, with as many tokens where there is a capacity.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._group: ProcessGroup | None = None
+
+    def _set_ep_group(self, group: ProcessGroup) -> None:
+        """Take the expert group; DeepSpeed's MoE calls this."""
+        self._group = group
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """Gather the tokens in the order of the experts, and exchange them."""
+        rows, counts, _ = super().dispatch(x, routing)
+        if self._ranks == 1:
+            return rows, counts, (routing, None)
+        assert self._group is not None
+        travel: _FixedTravel | _VariableTravel
+        if routing.capacity is not None:
+            here = self._ranks * counts[: len(counts) // self._ranks]
+            travel = _FixedTravel(self._group, here, self._ranks, routing.capacity)
+        else:
+            travel = _VariableTravel.plan(self._group, self._ranks, counts)
+        return travel.there(rows), travel.counts, (routing, travel)
+
+    def combine(self, rows: Tensor, handle: Any, tokens: int) -> Tensor:
+        """Bring the outputs back, and sum a token's weighted ones."""
+        routing, travel = handle
+        return super().combine(rows if travel is None else travel.back(rows), routing, tokens)
+
+
+@dataclass(frozen=True)
+class _FixedTravel:
+    """Every expert has ``capacity`` rows from every rank, so no size depends on the data.
+
+    Attributes:
+        group: expert peers.
+        counts: (local experts,) rows of each expert here.
+        ranks: in the group.
+        capacity: rows of an expert from each rank.
+    """
+
+    group: ProcessGroup
+    counts: Tensor
+    ranks: int
+    capacity: int
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
+        rows = all_to_all_single_autograd(rows, None, None, self.group)  # (source, expert, capacity) x d_model
+        return self._swap(rows, self.ranks, len(self.counts))
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Undo ``there``."""
+        return all_to_all_single_autograd(self._swap(rows, len(self.counts), self.ranks), None, None, self.group)
+
+    def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
+        return rows.view(outer, inner, self.capacity, -1).transpose(0, 1).reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class _VariableTravel:
+    """Ranks tell one another how many rows come, before they come.
+
+    Attributes:
+        group: expert peers.
+        counts: (local experts,) rows of each expert here.
+        sent_splits: rows to each rank.
+        received_splits: rows from each rank.
+        order: where, among the rows as they come, each row of the order by expert lies.
+        place: the inverse of ``order``.
+    """
+
+    group: ProcessGroup
+    counts: Tensor
+    sent_splits: list[int]
+    received_splits: list[int]
+    order: Tensor
+    place: Tensor
+
+    @classmethod
+    def plan(cls, group: ProcessGroup, ranks: int, counts: Tensor) -> "_VariableTravel":
+        """Exchange ``counts`` (experts,); reads sizes from the device, once."""
+        received = all_to_all_single_autograd(counts, None, None, group).view(ranks, -1)
+        sent_splits, received_splits = torch.stack([counts.view(ranks, -1).sum(1), received.sum(1)]).tolist()
+        rows, experts = sum(received_splits), received.shape[1]
+        expert = torch.arange(experts, device=counts.device).repeat(ranks)
+        expert = expert.repeat_interleave(received.reshape(-1), output_size=rows)  # (rows,) sorted by source
+        order = expert.argsort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
+        return cls(group, received.sum(0), sent_splits, received_splits, order, place)
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
+        rows = all_to_all_single_autograd(rows, self.received_splits, self.sent_splits, self.group)
+        return _Permutation.apply(rows, self.order, self.place)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Undo ``there``."""
+        rows = _Permutation.apply(rows, self.place, self.order)
+        return all_to_all_single_autograd(rows, self.sent_splits, self.received_splits, self.group)
+
+
+class _Permutation(torch.autograd.Function):
+    """Rows in another order; the gradient is gathered by the inverse, where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None

@@ -1,0 +1,228 @@
+"""Tensor parallelism: every layer cut among tensor peers, the residual stream too, by megatron-core.
+
+Between mixers each peer holds its share of the stream's tokens (sequence parallelism; Korthikanti et al., 2022). A
+mixer's input is gathered once, whatever number of projections read it; each peer computes its channels, heads or
+hidden units for all tokens; the output projection's partial sums are reduce-scattered back to shares of tokens.
+Inside a Mamba mixer, what x_proj makes of the channels (delta's low rank, B, C) is a sum over all channels, so it is
+reduced, and because every peer's channels use it, its gradient is reduced as well. Logits stay cut by vocabulary.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from moe_mamba.model.language_model import LanguageModel, Layer
+from moe_mamba.model.loss import IGNORED
+from moe_mamba.model.moe import MoE
+from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.placement import Shard
+
+
+def cut_layers(model: LanguageModel, groups: Groups, shards: dict[str, Shard]) -> None:
+    """Put megatron-core's layers in the place of a whole model's linears and embedding, in place.
+
+    Args:
+        model: on the meta device.
+        groups: of a layout with tensor peers.
+        shards: what this rank holds of each parameter.
+    """
+    assert groups.tensor is not None
+    _cut_vocabulary(model, groups.tensor, shards)
+    for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
+        prefix = f"layers.{index}.mixer"
+        if not isinstance(layer.mixer, MoE):
+            _cut_mixer(layer.mixer, prefix, groups.tensor, shards)
+        elif layer.mixer.shared is not None:  # routers and experts work on each peer's own tokens
+            _cut_mixer(layer.mixer.shared, f"{prefix}.shared", groups.tensor, shards)
+
+
+def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, Shard]) -> None:
+    """Cut all that a mixer owns, and gather the tokens of the peers at its entry."""
+    for name, linear in list(mixer.named_modules()):
+        if isinstance(linear, nn.Linear):
+            mixer.set_submodule(name, _cut_linear(linear, name, shards[f"{prefix}.{name}.weight"], group))
+    for name, parameter in list(mixer.named_parameters()):
+        shape = shards[f"{prefix}.{name}"].local_shape
+        if parameter.shape != shape:
+            owner, _, local = name.rpartition(".")
+            setattr(mixer.get_submodule(owner), local, nn.Parameter(parameter.new_empty(shape)))
+    mixer.register_forward_pre_hook(partial(_gather_tokens, group))
+
+
+def _cut_linear(linear: nn.Linear, name: str, shard: Shard, group: ProcessGroup) -> nn.Module:
+    if shard.tensor_axis is None:
+        return linear
+    if shard.tensor_axis == 0:
+        return ColumnLinear(linear, shard, group)
+    return ReducedLinear(linear, group) if name == "x_proj" else RowLinear(linear, group)
+
+
+def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All peers' tokens for a mixer: (tokens / tensor, d_model) -> (tokens, d_model); backward: a reduce-scatter."""
+    stream, *rest = arguments
+    return gather_from_sequence_parallel_region(stream, group=group), *rest
+
+
+def _settings(group: ProcessGroup, sequence_parallel: bool) -> dict[str, Any]:
+    """What megatron-core's layers are told: weights are made and filled by us."""
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=group.size(),
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    return {"config": config, "init_method": _no_initialization, "tp_group": group}
+
+
+def _no_initialization(weight: Tensor) -> None:
+    raise AssertionError("weights are filled by parallel/initialize.py")
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Each peer has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
+
+    def __init__(self, linear: nn.Linear, shard: Shard, group: ProcessGroup) -> None:
+        super().__init__(
+            linear.in_features,
+            shard.local_shape[0] * group.size(),
+            bias=linear.bias is not None,
+            disable_grad_reduce=True,
+            **_settings(group, sequence_parallel=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., in) to this peer's (..., out / tensor)."""
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """Each peer has some inputs; partial sums are reduce-scattered over tokens."""
+
+    def __init__(self, linear: nn.Linear, group: ProcessGroup, sequence_parallel: bool = True) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            **_settings(group, sequence_parallel),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this peer's ``x`` (tokens, in / tensor) to (tokens / tensor, out)."""
+        return super().forward(x)[0]
+
+
+class ReducedLinear(RowLinear):
+    """Each peer has some inputs; all peers get the whole sum, and the sum of what each of them does with it."""
+
+    def __init__(self, linear: nn.Linear, group: ProcessGroup) -> None:
+        super().__init__(linear, group, sequence_parallel=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this peer's ``x`` (..., in / tensor) to (..., out), the same on all peers."""
+        return copy_to_tensor_model_parallel_region(super().forward(x), group=self.tp_group)
+
+
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """Each peer has some rows; what it finds is reduce-scattered over tokens."""
+
+    def __init__(self, embedding: nn.Embedding, shard: Shard, group: ProcessGroup) -> None:
+        super().__init__(
+            shard.local_shape[0] * group.size(),
+            embedding.embedding_dim,
+            reduce_scatter_embeddings=True,
+            **_settings(group, sequence_parallel=True),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up ``tokens`` (tokens,): this peer's share, (tokens / tensor, d_model)."""
+        return super().forward(tokens[None]).squeeze(1)  # megatron-core wants a batch first and gives it second
+
+
+def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, Shard]) -> None:
+    shard = shards["embedding.weight"]
+    model.embedding = VocabularyEmbedding(model.embedding, shard, group)
+    if model.head is not None:
+        model.head = ColumnLinear(model.head, shards["head.weight"], group)
+    (segment,) = shard.segments[0]
+    model.project = partial(project, rows=segment.length, group=group)
+    model.cross_entropy = partial(cross_entropy_sum, group=group)
+
+
+def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -> Tensor:
+    """Logits of this peer's part of the vocabulary.
+
+    Args:
+        stream: (tokens / tensor, d_model), normalised.
+        weight: (rows of a peer, d_model), padded.
+        rows: how many of them are tokens of the vocabulary; the logits of the others are minus infinity.
+        group: the tensor peers.
+
+    Returns:
+        (tokens, rows of a peer).
+    """
+    logits = functional.linear(gather_from_sequence_parallel_region(stream, group=group), weight)
+    logits[:, rows:] = -torch.inf
+    return logits
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, *, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """As ``model.loss.cross_entropy_sum``, from this peer's part of the logits, which are never gathered.
+
+    Args:
+        logits: (..., rows of a peer).
+        targets: (...) int64, of the whole vocabulary; -100 is not counted.
+        group: the tensor peers.
+
+    Returns:
+        The sum in nats and the number of counted targets, the same on all peers.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    losses = _VocabularyCrossEntropy.apply(wide, targets.flatten(), group)  # (tokens,)
+    counted = targets != IGNORED
+    return losses.masked_fill(~counted.flatten(), 0.0).sum(), counted.sum()
+
+
+class _VocabularyCrossEntropy(torch.autograd.Function):
+    """Megatron-core's vocabulary-parallel cross entropy, step by step, in the logits' own precision.
+
+    Its own composition of these steps casts to fp32, which float64 parity cannot bear.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: ProcessGroup) -> Tensor:
+        rows = logits.shape[1]
+        first = group.rank() * rows
+        largest = logits.max(dim=-1).values
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        is_elsewhere, row, predicted, total, exponentials = VocabParallelCrossEntropy.calculate_predicted_logits(
+            logits.clone(), targets, largest, first, first + rows
+        )
+        both = torch.stack((predicted, total))
+        dist.all_reduce(both, group=group)
+        softmax, losses = VocabParallelCrossEntropy.calculate_cross_entropy_loss(exponentials, both[0], both[1])
+        ctx.save_for_backward(softmax, is_elsewhere, row)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        softmax, is_elsewhere, row = ctx.saved_tensors
+        softmax, place, update, out = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(
+            softmax.clone(), is_elsewhere
+        )
+        update = update.to(softmax.dtype)
+        return VocabParallelCrossEntropy.calculate_gradients(softmax, place, row, update, out, gradient), None, None

@@ -1,0 +1,164 @@
+"""ZeRO-3: each rank keeps a part of every weight, and a module's whole weights exist only while it computes.
+
+DeepSpeed gathers a module's own parameters before its forward and backward, and frees them after. What this file adds:
+weights are filled and cut one module at a time; parameters that are read outside their owner's forward are made known
+to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass.
+
+DeepSpeed cannot mix dtypes here, so with ``train.precision=bf16`` every parameter is kept in fp32, as masters are at
+other stages, and travels as bf16, save those of the fp32 list. The stream is bf16, and a matrix is cast to the
+stream's dtype where it is used: the same function as at the other stages. (Under ``torch.autocast`` every rank would
+hold a bf16 copy of all weights, in its cache and in the graph; and the scan's products would be cast as well.)
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_mamba.config import Config
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mamba import Mamba
+from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.initialize import fill
+from moe_mamba.parallel.placement import Shard
+
+MAX_BUCKET = 2**26  # elements whose gradients are reduced together; its buffer lies on the device
+PERSISTENT = 10_000  # parameters of fewer elements stay gathered between steps: norms, biases
+
+
+def settings() -> dict[str, Any]:
+    """What DeepSpeed's configuration says about this stage."""
+    return {"reduce_bucket_size": MAX_BUCKET, "stage3_param_persistence_threshold": PERSISTENT}
+
+
+def partition_model(
+    model: LanguageModel, whole: LanguageModel, held: dict[str, Shard], groups: Groups, config: Config
+) -> None:
+    """Fill a model on the meta device and cut it over the data ranks, in place, one module after the other.
+
+    A rank never holds more than its parts, and one module's own weights while they are cut.
+
+    Args:
+        model: cut among tensor peers already, if there are any.
+        whole: the uncut model, on the meta device.
+        held: what this rank holds of each parameter and buffer before this cut.
+        groups: of the layout.
+        config: of the run.
+    """
+    in_bf16 = config.train.precision == "bf16"
+    fp32_names = model.fp32_parameter_names()
+    _replace_linears(model)
+    for prefix, module in reversed(list(model.named_modules())):  # children first: DeepSpeed converts what is below
+        module.to_empty(device=groups.topology.world.device, recurse=False)
+        own = dict(module.named_parameters(prefix, recurse=False))
+        fill(own | dict(module.named_buffers(prefix, recurse=False)), whole, held, config.run.seed)
+        for name, parameter in own.items():
+            if in_bf16 and name not in fp32_names:
+                parameter.comm_dtype = torch.bfloat16  # type: ignore[attr-defined]
+        deepspeed.zero.Init(
+            module=module, data_parallel_group=groups.data, dtype=torch.float32, mem_efficient_linear=False
+        )
+    _register_foreign_reads(model)
+    if in_bf16:
+        model.embedding.register_forward_hook(_to_bf16)
+
+
+def _to_bf16(_: nn.Module, __: tuple[Any, ...], stream: Tensor) -> Tensor:
+    return stream.bfloat16()
+
+
+class _Product(torch.autograd.Function):
+    """x W^T that keeps the parameter itself for the backward pass: DeepSpeed frees and gathers what it holds.
+
+    Torch's own product keeps a view, and with it the gathered memory of every layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors  # (..., in), (out, in)
+        x_gradient = gradient @ weight.to(gradient.dtype)
+        weight_gradient = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        return x_gradient, weight_gradient.to(weight.dtype)
+
+
+class GatheredLinear(nn.Linear):
+    """A linear map without bias whose weight is whole only while it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., in) to (..., out), in the dtype of ``x``."""
+        return _Product.apply(x, self.weight)
+
+
+class Logits(nn.Module):
+    """The end of a model as a module of its own, so that the vocabulary's weight is gathered there and nowhere else.
+
+    Args:
+        compute: the model's method ``logits``.
+        weight: what it reads.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], weight: nn.Parameter) -> None:
+        super().__init__()
+        self._compute = compute
+        deepspeed.zero.register_external_parameter(self, weight)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Turn (tokens, d_model) into logits (tokens, vocab)."""
+        return self._compute(stream)
+
+
+def _replace_linears(model: LanguageModel) -> None:
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and linear.bias is None:
+            model.set_submodule(name, GatheredLinear(linear.in_features, linear.out_features, bias=False, device="meta"))
+    if model.project is functional.linear:
+        model.project = _Product.apply
+
+
+def _register_foreign_reads(model: LanguageModel) -> None:
+    """Make known which modules read parameters of others, whose own forward is never called."""
+    for module in model.modules():
+        if isinstance(module, Mamba):
+            for parameter in (*module.conv1d.parameters(), *module.dt_proj.parameters()):
+                deepspeed.zero.register_external_parameter(module, parameter)
+    weight = model.embedding.weight if model.head is None else model.head.weight
+    logits = Logits(model.logits, weight)
+    model.add_module("output", logits)
+    model.logits = logits.__call__  # type: ignore[method-assign]
+
+
+def masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The flat fp32 weights that AdamW steps, one for each sub-group of DeepSpeed's."""
+    return engine.optimizer.fp32_partitioned_groups_flat
+
+
+def owned_range(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+    """Where this rank's part of a parameter lies: rank r has elements r n to (r + 1) n, the last rank's are padded.
+
+    Returns:
+        The flat master, the first element in it, how many, and the first element in the flat parameter; padding is
+        left out, so there may be none.
+    """
+    group, offset, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+    start = length * parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
+    count = max(0, min(length, parameter.ds_numel - start))  # type: ignore[attr-defined]
+    return masters(engine)[group], offset, count, start
+
+
+def refresh(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Set the running parts of weights from the masters, and gather anew what stays gathered."""
+    optimizer = engine.optimizer
+    optimizer.parameter_offload.partition_all_parameters()
+    for group in range(len(masters(engine))):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

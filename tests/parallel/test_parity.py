@@ -1,0 +1,216 @@
+"""One function on any layout: outputs, gradients, losses and weights are those of one process."""
+
+import datetime
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parallel.layouts import (
+    GLOBAL_BATCH,
+    LENGTH,
+    VOCABULARY,
+    Boxes,
+    Layout,
+    assemble,
+    batch_of,
+    boxes_of,
+    build,
+    config_of,
+    difference,
+    legal_layouts,
+    mean_over_data_ranks,
+    share_of,
+    train,
+)
+from torch import Tensor
+from world import World
+
+from moe_mamba.config import Config
+from moe_mamba.train.objective import Objective
+
+MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements" / "parity.json"
+STEPS = 20
+SMALLEST_MARGIN = 1e-4
+# Data on which no decision of the run is nearer to a tie than that, so that rounding moves none.
+SEEDS = {"ME": 2, "*E": 0, "M-": 0, "*-": 0, "MEM-*E": 0}
+PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
+
+
+def forward_and_backward(config: Config) -> tuple[Boxes, Boxes]:
+    """In a worker: logits and gradients of one global batch in float64, without an engine."""
+    built = build(config)
+    model = built.model.double().train()
+    tokens, targets, starts = batch_of(0, config)
+    micro_batch = config.train.micro_batch
+    micro_steps = GLOBAL_BATCH // (micro_batch * built.topology.data)
+    counted = int((targets != -100).sum())
+    objective = Objective(config.moe, model.cross_entropy, counted, micro_steps, built.topology)
+    outputs: Boxes = []
+    for number in range(micro_steps):
+        mine = [share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, starts)]
+        output = model(mine[0], mine[2])
+        (objective(output.logits, mine[1], output.statistics) / micro_steps).backward()
+        outputs.append(logits_box(output.logits, built.topology, number))
+    gradients = {name: mean_over_data_ranks(built, parameter) for name, parameter in model.named_parameters()}
+    return outputs, boxes_of(gradients, built.held)
+
+
+def logits_box(logits: Tensor, topology: Any, number: int) -> Any:
+    """A rank's logits as a box of those of the global batch."""
+    first = (number * topology.data + topology.data_rank) * len(logits)
+    rows = logits.shape[-1]
+    column = topology.tensor_rank * rows if topology.tensor > 1 else 0
+    real = max(0, min(rows, VOCABULARY - column))
+    assert logits[..., real:].isneginf().all()
+    return "logits", (GLOBAL_BATCH, LENGTH, VOCABULARY), (first, 0, column), logits[..., :real].detach()
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    assert found.keys() == expected.keys()
+    return max((difference(found[name], expected[name]), name) for name in expected)
+
+
+def float64_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: Any) -> dict[Layout, tuple]:
+    """Worst error of outputs and gradients of each layout against one process."""
+    expected: dict[int, Any] = {}
+    errors = {}
+    accumulation = keys.pop("accumulation", 1)
+    for layout in layouts:
+        if accumulation not in expected:
+            alone = config_of(pattern, Layout(1), accumulation, **keys)
+            expected[accumulation] = [assemble([boxes]) for boxes in world.run(forward_and_backward, alone, ranks=1)[0]]
+        config = config_of(pattern, layout, accumulation, **keys)
+        ranks = world.run(forward_and_backward, config, ranks=layout.ranks)
+        found = [assemble([rank[part] for rank in ranks]) for part in (0, 1)]
+        errors[layout] = max(worst(mine, theirs) for mine, theirs in zip(found, expected[accumulation], strict=True))
+    return errors
+
+
+def engine_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: Any) -> dict[Layout, "Errors"]:
+    """Worst errors of 20 steps under the engine on each layout, against one process with the same micro-steps."""
+    accumulation = keys.pop("accumulation", 1)
+    keys = {"train__learning_rate": 1e-3, "run__seed": SEEDS[pattern]} | keys
+    (alone,) = world.run(train, config_of(pattern, Layout(1), accumulation, **keys), STEPS, ranks=1)
+    assert alone.margin >= SMALLEST_MARGIN, f"a routing decision of {pattern} lies {alone.margin} from a tie"
+    weights, gradients = assemble([alone.weights]), assemble([alone.gradients])
+    errors = {}
+    for layout in layouts:
+        config = config_of(pattern, layout, accumulation, **keys)
+        ranks = world.run(train, config, STEPS, ranks=layout.ranks, timeout=300)
+        errors[layout] = Errors(
+            loss=max(
+                abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, alone.losses, strict=True)
+            ),
+            gradient=worst(assemble([rank.gradients for rank in ranks]), gradients)[0],
+            weight=worst(assemble([rank.weights for rank in ranks]), weights)[0],
+        )
+    return errors
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of losses over all steps, gradients of the first step, weights after the last one; relative."""
+
+    loss: float
+    gradient: float
+    weight: float
+
+    def check(self, cell: object) -> None:
+        assert self.loss <= 1e-5, f"{cell}: {self}"
+        assert self.gradient <= 1e-5, f"{cell}: {self}"
+        assert self.weight <= 1e-4, f"{cell}: {self}"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
+    layouts = [Layout(2, 2), Layout(4, 4)]
+    if "E" in pattern:
+        layouts = [Layout(2, 2, 2), Layout(4, 2, 4), Layout(4, 4, 1)]
+    for layout, (error, name) in float64_error(world, pattern, layouts).items():
+        assert error <= 1e-10, f"{layout}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    [
+        (Layout(4, 2, 2), {"moe__router": "top_k", "moe__top_k": 2, "moe__shared_experts": 1, "accumulation": 2}),
+        (Layout(4, 2, 4), {"moe__scores": "sigmoid", "moe__balance": "bias", "model__tied_head": True}),
+        (Layout(4, 2, 2), {"moe__router": "expert_choice", "moe__capacity_factor": 1.0, "moe__balance": "none"}),
+        (Layout(4, 2, 2, expert_tensor=True), {"moe__top_k": 2, "moe__router": "top_k", "moe__shared_experts": 2}),
+        (Layout(4, 4, 1, expert_tensor=True), {"model__activation": "relu", "model__norm": "layernorm"}),
+        (Layout(4, 4, 2), {"model__kv_heads": 1, "model__mamba_norms": False, "train__recompute": True}),
+    ],
+    ids=["top-2, shared, accumulation", "sigmoid, bias, tied", "expert choice", "experts cut", "experts cut 4", "MQA"],
+)
+def test_every_router_and_option_in_float64(world: World, layout: Layout, keys: dict[str, Any]) -> None:
+    for cell, (error, name) in float64_error(world, "MEM-*E", [layout], **keys).items():
+        assert error <= 1e-10, f"{cell}: {name}"
+
+
+def test_what_the_test_compares_would_see_an_unreduced_x_proj(world: World) -> None:
+    errors = world.run(gradients_without_the_sum_over_peers, config_of("M-", Layout(2, 2)), ranks=2)
+    expected = world.run(forward_and_backward, config_of("M-", Layout(1)), ranks=1)
+    assert worst(assemble([rank[1] for rank in errors]), assemble([expected[0][1]]))[0] > 1e-3
+
+
+def gradients_without_the_sum_over_peers(config: Config) -> tuple[Boxes, Boxes]:
+    """The known fault of others: each peer keeps its own gradient of what x_proj gave."""
+    from moe_mamba.parallel import tensor
+
+    right = tensor.copy_to_tensor_model_parallel_region
+    tensor.copy_to_tensor_model_parallel_region = lambda x, group: x  # type: ignore[assignment]
+    try:
+        return forward_and_backward(config)
+    finally:
+        tensor.copy_to_tensor_model_parallel_region = right  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layouts"),
+    [
+        ("ME", [Layout(4, 2, 2, zero=2), Layout(8, 2, 4, zero=1)]),
+        ("*E", [Layout(4, 4, 4, zero=0)]),
+        ("M-", [Layout(2, 2, zero=1), Layout(3, zero=2)]),
+        ("MEM-*E", [Layout(4, 1, 4, zero=0), Layout(4, 2, 2, zero=1, expert_tensor=True)]),
+    ],
+)
+def test_training_under_the_engine(world: World, pattern: str, layouts: list[Layout]) -> None:
+    for layout, errors in engine_error(world, pattern, layouts, accumulation=1 + (pattern == "M-")).items():
+        errors.check(layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_whole_matrix(world: World, pattern: str) -> None:
+    layouts = legal_layouts(pattern)
+    float64 = float64_error(world, pattern, [layout for layout in layouts if layout.zero == 0])
+    engine = engine_error(world, pattern, layouts)
+    cells = {
+        str(layout): {"float64": float64[replace(layout, zero=0)][0], **asdict(errors)}
+        for layout, errors in engine.items()
+    }
+    keep(pattern, cells)
+    for layout, (error, name) in float64.items():
+        assert error <= 1e-10, f"{layout}: {name}"
+    for layout, errors in engine.items():
+        errors.check(layout)
+
+
+def keep(pattern: str, cells: dict[str, dict[str, float]]) -> None:
+    """Keep the matrix's worst errors, with date and versions, among the measurements."""
+    known = json.loads(MEASUREMENTS.read_text()) if MEASUREMENTS.exists() else {}
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
+        "bounds": {"float64": 1e-10, "loss": 1e-5, "gradient": 1e-5, "weight": 1e-4},
+    }
+    patterns = known.get("patterns", {}) | {pattern: cells}
+    rows = {
+        name: {cell: {k: float(f"{v:.2g}") for k, v in errors.items()} for cell, errors in found.items()}
+        for name, found in patterns.items()
+    }
+    MEASUREMENTS.write_text(json.dumps(about | {"patterns": rows}, indent=1) + "\n")
