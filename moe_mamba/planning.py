@@ -1,28 +1,104 @@
-"""What a configuration means, before anything starts: parameters and work a token."""
+"""What a configuration means, before anything starts: parameters, work a token, and what each device of a layout holds.
+
+Arithmetic on the meta device: nothing is allocated and no process group is made.
+"""
+
+import math
 
 import torch
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.placement import Shard, check_cuts, shards
+from moe_mamba.parallel.topology import Topology, World
+
+FP32, BF16 = 4, 2  # bytes
 
 
-def plan(config: Config) -> dict[str, int]:
-    """Count a model without allocating it.
+def plan(config: Config, gpus: int | None = None) -> dict[str, int]:
+    """Count a model without allocating it, and what a device of its layout holds.
+
+    Args:
+        config: of the run.
+        gpus: devices; None: the fewest that the layout can be made of.
 
     Returns:
         ``total_parameters`` and ``active_parameters`` (both without embedding, head and norms, as the paper counts),
-        ``norm_parameters``, ``embedding_parameters`` (with the head), and ``training_flops_per_token`` (forward
-        and backward, at ``data.sequence_length``; see ``LanguageModel.flops_per_token`` for the formula).
+        ``norm_parameters``, ``embedding_parameters`` (with the head), ``training_flops_per_token`` (forward and
+        backward, at ``data.sequence_length``; see ``LanguageModel.flops_per_token`` for the formula), ``devices`` and
+        what ``per_device`` says of one.
+
+    Raises:
+        UserError: model or batch do not fit the layout, as training would say.
     """
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe)
     counts = {f"{name}_parameters": count for name, count in model.parameter_counts().items()}
-    return counts | {"training_flops_per_token": model.flops_per_token(config.data.sequence_length)}
+    counts["training_flops_per_token"] = model.flops_per_token(config.data.sequence_length)
+    topology = layout(config, gpus)
+    return counts | {"devices": topology.world.size} | per_device(config, model, topology)
 
 
-def table(config: Config) -> str:
+def layout(config: Config, gpus: int | None = None) -> Topology:
+    """The layout of ``config`` on ``gpus`` devices, or on the fewest; refused as training would."""
+    parallel = config.parallel
+    fewest = math.lcm(parallel.tensor, parallel.expert)
+    if parallel.expert_tensor:
+        fewest = parallel.tensor * parallel.expert
+    topology = Topology.of(config, World(rank=0, size=gpus or fewest, local_rank=0, local_size=1))
+    check_cuts(config, topology)
+    return topology
+
+
+def per_device(config: Config, model: LanguageModel, topology: Topology) -> dict[str, int]:
+    """What a device keeps from step to step; activations, and the buffers of gradients on their way, come on top.
+
+    Every rank's memory has the same shapes, padding included, so one rank speaks for all. ZeRO shares optimizer state
+    (1), gradients (2) and weights (3) among the devices that hold the same part of a parameter; the few weights that
+    ZeRO-3 leaves whole, because they are small, are counted as if it did not.
+
+    Args:
+        config: of the run.
+        model: the whole one, on the meta device.
+        topology: the layout.
+
+    Returns:
+        ``parameters_per_device``; ``weight_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` (AdamW's two moments
+        and, with ZeRO, fp32 masters) on the device; ``host_bytes`` of optimizer state that is offloaded.
+    """
+    zero = config.parallel.zero
+    keep = model.fp32_parameter_names()
+    held = shards(model, topology)
+    # ZeRO-3 cannot mix types, and keeps all in fp32.
+    is_half = config.train.precision == "bf16" and zero < 3
+    parameters = 0
+    weights = gradients = optimizer = 0.0
+    for name, _ in model.named_parameters():
+        count, sharing = math.prod(held[name].local_shape), _sharing(held[name], topology)
+        parameters += count
+        weights += count * (BF16 if is_half and name not in keep else FP32) / (sharing if zero == 3 else 1)
+        gradients += count * FP32 / (sharing if zero >= 2 else 1)
+        optimizer += count * (3 * FP32 / sharing if zero else 2 * FP32)
+    on_host = config.parallel.offload_optimizer
+    return {
+        "parameters_per_device": parameters,
+        "weight_bytes": math.ceil(weights),
+        "gradient_bytes": math.ceil(gradients),
+        "optimizer_bytes": 0 if on_host else math.ceil(optimizer),
+        "host_bytes": math.ceil(optimizer) if on_host else 0,
+    }
+
+
+def _sharing(shard: Shard, topology: Topology) -> int:
+    """Devices among which ZeRO shares a parameter's state: those whose gradients of it are averaged."""
+    if not shard.is_expert:
+        return topology.data
+    return (topology.data if topology.expert_tensor else topology.world.size) // topology.expert
+
+
+def table(config: Config, gpus: int | None = None) -> str:
     """Show a plan to people."""
-    numbers = plan(config)
+    numbers = plan(config, gpus)
     tokens = config.steps * config.train.global_batch * config.data.sequence_length
     rows = [
         ("pattern", f"{config.model.pattern} x {config.model.repeat}"),
@@ -36,6 +112,37 @@ def table(config: Config) -> str:
             f"{numbers['training_flops_per_token']:.3g} FLOPs a token, "
             f"{numbers['training_flops_per_token'] * tokens:.3g} in all",
         ),
+        *_layout_rows(config, numbers),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str]]:
+    parallel, devices = config.parallel, numbers["devices"]
+    experts = f", experts over {parallel.expert}" * ("E" in config.model.pattern)
+    cut = " and their tensor peers" * parallel.expert_tensor
+    kinds = {"weights": "weight_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
+    masters = "fp32 masters and moments" if parallel.zero else "moments"
+    notes = {"weights": "", "gradients": "", "optimizer": f", {masters}"}
+    if parallel.offload_optimizer:
+        del kinds["optimizer"]
+    total = sum(numbers[key] for key in kinds.values())
+    rows = [
+        ("layout", f"{devices} devices, tensor {parallel.tensor} x data {devices // parallel.tensor}{experts}{cut}"),
+        ("  precision", f"{config.train.precision}, ZeRO {parallel.zero}"),
+        ("  parameters", f"{numbers['parameters_per_device']:,} a device, embedding, head and padding included"),
+        *((f"  {name}", f"{_size(numbers[key])} a device{notes[name]}") for name, key in kinds.items()),
+        ("  together", f"{_size(total)} a device, without activations"),
+    ]
+    if parallel.offload_optimizer:
+        rows.append(("  offloaded", f"{_size(numbers['host_bytes'])} of the CPU's memory a device, {masters}"))
+    return rows
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in powers of 1,024."""
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:,.0f} {units[0]}"

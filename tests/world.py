@@ -28,9 +28,11 @@ class World:
     """Processes that run module-level functions, each call in a fresh process group of its own."""
 
     def __init__(self) -> None:
-        # the fork server imports torch once, so that a new process costs milliseconds
+        # the fork server imports these once, so that a new process costs milliseconds
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch.distributed.checkpoint"])
+        self.context.set_forkserver_preload(
+            ["torch.distributed.checkpoint", "deepspeed", "datasets", "matplotlib.pyplot"]
+        )
         self.workers: list[tuple[BaseProcess, Connection]] = []
         self.folder = tempfile.TemporaryDirectory(prefix="world-")
         self.calls = 0
@@ -164,6 +166,11 @@ def _forget_groups() -> None:
                 setattr(groups, name, None)
     if comm := sys.modules.get("deepspeed.comm.comm"):
         comm.cdb = None
+    if stage3 := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        # Modules and parameters are numbered by process, and ranks compare the numbers.
+        stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        stage3.Init.param_id = 0
+        stage3.FWD_MODULE_STACK.clear()
 
 
 @pytest.fixture(scope="session")

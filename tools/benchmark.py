@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmark_moe import MoEShapes, moe_rows
+from benchmark_scaling import ScalingShapes, scaling_rows
 from pairs import Row, compare
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from moe_mamba.kernels import selective_scan
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 
-ROWS = ("scan", "step", "moe", "preprocess")
+ROWS = ("scan", "step", "moe", "scaling", "preprocess")
 VOCABULARY = 2048  # of the SentencePiece model that is trained where no tokenizer is named
 STATUS = Path("/proc/self/status")  # Linux: the only place that tells a process's own peak
 
@@ -63,10 +64,10 @@ def main(
     tokenizer: str = "sentencepiece",
     tiny: bool = False,
 ) -> None:
-    """Compare with Transformers, plain autograd, DeepSpeed's experts, and a tokenizer's batch encoding; print a table.
+    """Compare with Transformers, plain autograd, DeepSpeed, one process and a tokenizer's encoding; print a table.
 
     Args:
-        only: rows to measure, of scan, step, moe and preprocess, separated by commas.
+        only: rows to measure, of scan, step, moe, scaling and preprocess, separated by commas.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         documents: what preprocess reads, in the syntax of data.train; builtin is taken 20 times over.
@@ -86,6 +87,8 @@ def main(
         rows.append(step_row(shapes, repeats))
     if "moe" in only:
         rows += moe_rows(MoEShapes.choose(tiny), repeats)
+    if "scaling" in only:
+        rows += scaling_rows(ScalingShapes.choose(tiny), repeats)
     if "preprocess" in only:
         rows.append(preprocess_row(documents, tokenizer, shapes, repeats))
     print(table(rows))

@@ -33,18 +33,19 @@ class MoEShapes:
     d_model: int = 256
     d_expert: int = 768
     experts: tuple[int, ...] = (8, 32, 128)
+    worlds: tuple[int, ...] = (1, 2)
 
     @staticmethod
     def choose(tiny: bool) -> "MoEShapes":
         """The shapes that the README reports, or tiny ones."""
-        return MoEShapes(128, 16, 32, (2, 4)) if tiny else MoEShapes()
+        return MoEShapes(128, 16, 32, (2,), (2,)) if tiny else MoEShapes()
 
 
 def moe_rows(shapes: MoEShapes, repeats: int) -> list[Row]:
     """Forward and backward in fp32 on the CPU at EP 1 and 2: with capacity 1, and dropless with an uneven load."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in (1, 2):
+        for ranks in shapes.worlds:
             torch.multiprocessing.spawn(_rank, (ranks, Path(folder), shapes, repeats), ranks)
             rows += [Row(*fields) for fields in json.loads((Path(folder) / f"rows-{ranks}.json").read_text())]
     return rows

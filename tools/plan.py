@@ -5,21 +5,25 @@ from typing import Any
 
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
+from moe_mamba.errors import UserError
 from moe_mamba.planning import plan, table
 
 USAGE = """Say what a model is and what it takes, before anything starts.
 
-  python tools/plan.py [--config FILE] [--json] [--section.key=value ...]
+  python tools/plan.py [--config FILE] [--gpus N] [--json] [--section.key=value ...]
 
 Every key, its default and its meaning:
 """
 
 
-def main(*, config: str | None = None, json: bool = False, help: bool = False, **overrides: Any) -> None:
-    """Print the parameters of a configuration, and the work that a token of training takes.
+def main(
+    *, config: str | None = None, gpus: int | None = None, json: bool = False, help: bool = False, **overrides: Any
+) -> None:
+    """Print the parameters of a configuration, the work that a token of training takes, and what each device holds.
 
     Args:
         config: YAML file; every key at its default where none is given.
+        gpus: devices to lay it over; as few as parallel.tensor and parallel.expert need where none are given.
         json: print one JSON object instead of a table.
         help: print every key with its default and meaning.
         overrides: any key of the configuration, as --section.key=value.
@@ -27,8 +31,10 @@ def main(*, config: str | None = None, json: bool = False, help: bool = False, *
     if help:
         print(f"{USAGE}\n{reference()}")
         return
+    if gpus is not None and not (type(gpus) is int and gpus > 0):
+        raise UserError(f"--gpus={gpus} is no number of devices: give 1 or more")
     settings = load_config(config, overrides)
-    print(json_format.dumps(plan(settings)) if json else table(settings))
+    print(json_format.dumps(plan(settings, gpus)) if json else table(settings, gpus))
 
 
 if __name__ == "__main__":

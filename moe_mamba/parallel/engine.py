@@ -17,6 +17,7 @@ from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.pieces import Piece, boxes_of_flat_range
 from moe_mamba.parallel.placement import Shard
 
+BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
 MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 
 
@@ -50,7 +51,12 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
 
 
 def _zero_settings(config: Config) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
     if config.parallel.zero == 3:
         zero |= zero3.settings()
     if config.parallel.offload_optimizer:
@@ -65,7 +71,7 @@ def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not name.endswith("A_log")
+        is_matrix = len(zero3.gathered_shape(parameter)) >= 2 and not name.endswith("A_log")
         decay = config.train.weight_decay if is_matrix or config.train.decay_all else 0.0
         groups[parameter.dtype == torch.float32, decay].append(parameter)
     # The first group's dtype is the one by which ZeRO decides whether gradients need an fp32 accumulator.

@@ -10,12 +10,13 @@ stream's dtype where it is used: the same function as at the other stages. (Unde
 hold a bf16 copy of all weights, in its cache and in the graph; and the scan's products would be cast as well.)
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.utils
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,13 +27,12 @@ from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
 from moe_mamba.parallel.placement import Shard
 
-MAX_BUCKET = 2**26  # elements whose gradients are reduced together; its buffer lies on the device
 PERSISTENT = 10_000  # parameters of fewer elements stay gathered between steps: norms, biases
 
 
 def settings() -> dict[str, Any]:
     """What DeepSpeed's configuration says about this stage."""
-    return {"reduce_bucket_size": MAX_BUCKET, "stage3_param_persistence_threshold": PERSISTENT}
+    return {"stage3_param_persistence_threshold": PERSISTENT}
 
 
 def partition_model(
@@ -49,6 +49,7 @@ def partition_model(
         groups: of the layout.
         config: of the run.
     """
+    _quieten()
     in_bf16 = config.train.precision == "bf16"
     fp32_names = model.fp32_parameter_names()
     _replace_linears(model)
@@ -65,6 +66,15 @@ def partition_model(
     _register_foreign_reads(model)
     if in_bf16:
         model.embedding.register_forward_hook(_to_bf16)
+
+
+def _quieten() -> None:
+    """Leave out what DeepSpeed would warn of at every stage-3 run."""
+    # It cannot see into our Output, where nothing is to be gathered or freed.
+    deepspeed.runtime.zero.utils.warned = True
+    # It calls torch's collectives by names that newer versions of torch write otherwise.
+    names = "all_gather_into_tensor|reduce_scatter_tensor"
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
 
 
 def _to_bf16(_: nn.Module, __: tuple[Any, ...], stream: Tensor) -> Tensor:
@@ -119,7 +129,9 @@ class Logits(nn.Module):
 def _replace_linears(model: LanguageModel) -> None:
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and linear.bias is None:
-            model.set_submodule(name, GatheredLinear(linear.in_features, linear.out_features, bias=False, device="meta"))
+            model.set_submodule(
+                name, GatheredLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+            )
     if model.project is functional.linear:
         model.project = _Product.apply
 
@@ -130,10 +142,15 @@ def _register_foreign_reads(model: LanguageModel) -> None:
         if isinstance(module, Mamba):
             for parameter in (*module.conv1d.parameters(), *module.dt_proj.parameters()):
                 deepspeed.zero.register_external_parameter(module, parameter)
-    weight = model.embedding.weight if model.head is None else model.head.weight
+    (weight,) = (model.embedding if model.head is None else model.head).parameters()
     logits = Logits(model.logits, weight)
     model.add_module("output", logits)
     model.logits = logits.__call__  # type: ignore[method-assign]
+
+
+def gathered_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter while it is whole: at this stage it has no elements otherwise."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:

@@ -124,5 +124,5 @@ def test_evaluation_counts_each_token_once(shards: Shards, batch: int, reset: bo
 def test_evaluation_of_less_than_a_window(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, ["ab"])
     (batch,) = evaluation_batches(shards, 8, 4, END, False)
-    assert batch.tokens.tolist() == [[97, 98, END, END, END, END, END, END]]
-    assert batch.targets.tolist() == [[98, END, *[UNCOUNTED] * 6]]
+    assert batch.tokens.tolist() == [[97, 98, END, END, END, END, END, END], *[[END] * 8] * 3]
+    assert batch.targets.tolist() == [[98, END, *[UNCOUNTED] * 6], *[[UNCOUNTED] * 8] * 3]

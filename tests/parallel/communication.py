@@ -40,9 +40,10 @@ KINDS = {
     "c10d::reduce_": ("reduce", 0),
     "c10d::allgather_into_tensor_coalesced_": ("all-gather", 0),
     "c10d::allreduce_coalesced_": ("all-reduce", 0),
-    "c10d::barrier": ("barrier", None),
+    "c10d::barrier": ("barrier", 0),
     "_c10d_functional::all_to_all_single": ("all-to-all", 0),
 }
+SILENT = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
 
 
 class _Counting(TorchDispatchMode):
@@ -57,9 +58,9 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, _, _ = func.name().partition(".")
-        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd") and "wait_tensor" not in name:
+        if func.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             kind, position = KINDS[name]
-            tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)] if kind != "barrier" else []
+            tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.found.append(Collective(kind, _members(args), size))
         return func(*args, **(kwargs or {}))
@@ -76,11 +77,20 @@ def _members(args: tuple) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def counting() -> Iterator[list[Collective]]:
-    """Collect, while it lasts, every collective that this rank takes part in, in order."""
+    """Collect, while it lasts, every collective that this rank takes part in, in order.
+
+    That none was missed is checked against the number of calls that gloo itself counts in each group.
+    """
+    before = _calls_of_groups()
     with _Counting() as mode:
         yield mode.found
+    calls = Counter(call.group for call in mode.found)
+    assert _calls_of_groups() - before == calls, "gloo has counted other calls"
 
 
-def totals(found: list[Collective]) -> Counter:
-    """(kind, number of ranks, bytes) -> how often."""
-    return Counter((kind, len(group), size) for kind, group, size in found)
+def _calls_of_groups() -> Counter[tuple[int, ...]]:
+    """Ranks of each group that this rank is in -> calls so far."""
+    calls: Counter[tuple[int, ...]] = Counter()
+    for group in dist.distributed_c10d._world.pg_map:
+        calls[tuple(dist.get_process_group_ranks(group))] += group._get_sequence_number_for_group()
+    return calls

@@ -3,14 +3,15 @@ import torch
 from moe_mamba.config_file import load_config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.engine import parameter_groups
-from moe_mamba.parallel.parallelize import parallelize
+from moe_mamba.parallel.parallelize import cast_to_bf16
 
 
 def decayed(**keys: object) -> dict[str, tuple[float, torch.dtype]]:
     """Name -> weight decay and dtype, as the groups have them."""
     config = load_config(None, {"model.pattern": "ME*-", "model.repeat": 1, "model.d_model": 32, **keys})
     model = LanguageModel(config.model, config.moe)
-    parallelize(model, config.train)
+    if config.train.precision == "bf16":
+        cast_to_bf16(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
     for group in groups:

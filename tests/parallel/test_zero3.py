@@ -1,33 +1,179 @@
 """ZeRO-3 trains the same function as one process under ZeRO 1."""
 
+import contextlib
+import gc
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel.layouts import Layout, assemble, config_of, train
-from parallel.test_parity import worst
+import torch
+from parallel.layouts import Layout, Trained, assemble, batch_of, build, config_of, train
+from parallel.test_parity import SEEDS, STEPS, Errors, worst
+from torch import Tensor, nn
+from train.runs import curve, run, weights
 from world import World
 
 from moe_mamba.config import Config
+from moe_mamba.errors import UserError
+from moe_mamba.model import mamba
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel import zero3
 
-STEPS = 20
+
+@contextlib.contextmanager
+def nothing_stays_gathered() -> Iterator[None]:
+    """In a worker: every weight is freed after use, however small."""
+    usual, zero3.PERSISTENT = zero3.PERSISTENT, 0
+    try:
+        yield
+    finally:
+        zero3.PERSISTENT = usual
 
 
-def train_gathering(config: Config, steps: int = STEPS) -> Any:
-    """In a worker: train with every weight freed after use, however small."""
-    zero3.PERSISTENT = 0
-    return train(config, steps)
+def train_gathering(config: Config, steps: int) -> Trained:
+    """In a worker: train so."""
+    with nothing_stays_gathered():
+        return train(config, steps)
+
+
+def check_same_curve(world: World, pattern: str, layouts: list[Layout], **keys: Any) -> None:
+    """20 steps on each layout give what one process gives under ZeRO 1."""
+    keys = {"train__learning_rate": 1e-3, "run__seed": SEEDS[pattern]} | keys
+    (alone,) = world.run(train, config_of(pattern, Layout(1), **keys), STEPS, ranks=1)
+    for layout in layouts:
+        ranks = world.run(train_gathering, config_of(pattern, layout, **keys), STEPS, ranks=layout.ranks)
+        for rank in ranks:
+            assert rank.norms == pytest.approx(alone.norms, rel=1e-4), layout
+        Errors(
+            loss=max(
+                abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, alone.losses, strict=True)
+            ),
+            gradient=worst(assemble([rank.gradients for rank in ranks]), assemble([alone.gradients]))[0],
+            weight=worst(assemble([rank.weights for rank in ranks]), assemble([alone.weights]))[0],
+        ).check(layout)
 
 
 @pytest.mark.parametrize("pattern", ["M-", "*-"])
 def test_same_curve_as_one_process(world: World, pattern: str) -> None:
-    (alone,) = world.run(train, config_of(pattern, Layout(1)), STEPS, ranks=1)
-    for layout in (Layout(1, zero=3), Layout(2, zero=3), Layout(4, zero=3)):
-        ranks = world.run(train_gathering, config_of(pattern, layout), ranks=layout.ranks)
-        for rank in ranks:
-            assert rank.losses == pytest.approx(alone.losses, rel=1e-5), layout
-            assert rank.norms == pytest.approx(alone.norms, rel=1e-4), layout
-        error, name = worst(assemble([rank.weights for rank in ranks]), assemble([alone.weights]))
-        assert error < 1e-4, f"{layout}: {name}"
-        error, name = worst(assemble([rank.gradients for rank in ranks]), assemble([alone.gradients]))
-        assert error < 1e-5, f"{layout}: {name}"
+    check_same_curve(world, pattern, [Layout(1, zero=3), Layout(2, zero=3), Layout(4, zero=3)])
+
+
+def test_tensor_peers(world: World) -> None:
+    check_same_curve(world, "M-", [Layout(2, 2, zero=3), Layout(4, 2, zero=3)])
+
+
+def test_recomputation(world: World) -> None:
+    check_same_curve(world, "M-", [Layout(2, zero=3)], train__recompute=True)
+
+
+def check_resumes(world: World, tiny: Path, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """A run that begins with the keys `first` and goes on with `second` gives what one process gives under ZeRO 1."""
+    keys: dict[str, Any] = {"model__pattern": "M-"}
+    whole = run(world, tiny, folder / "whole", **keys)
+    part = folder / "part"
+    run(world, tiny, part, **keys | first)
+    for late in ("step-00000006", "step-00000004"):
+        shutil.rmtree(part / "checkpoints" / late)
+    both = run(world, tiny, part, **keys | second)
+    assert "resumed" in (part / "log.txt").read_text()
+    assert curve(both) == pytest.approx(curve(whole), rel=1e-5)
+    scores = [[line["validation_loss"] for line in lines if "validation_loss" in line] for lines in (both, whole)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    error, name = worst(weights(part), weights(folder / "whole"))
+    assert error <= 1e-4, name
+
+
+@pytest.mark.parametrize("there", [{"parallel__zero": 2, "ranks": 1}, {"parallel__zero": 0, "ranks": 4}])
+def test_runs_resume_under_another_stage_and_back(
+    world: World, tiny: Path, tmp_path: Path, there: dict[str, Any]
+) -> None:
+    here = {"parallel__zero": 3, "ranks": 2}
+    check_resumes(world, tiny, tmp_path / "from", here, there)
+    check_resumes(world, tiny, tmp_path / "to", there, here)
+
+
+def test_runs_resume_on_other_ranks_of_this_stage(world: World, tiny: Path, tmp_path: Path) -> None:
+    here, there = {"parallel__zero": 3, "ranks": 4}, {"parallel__zero": 3, "ranks": 2, "parallel__tensor": 2}
+    check_resumes(world, tiny, tmp_path, here, there)
+
+
+def most_parameters_held(config: Config) -> tuple[int, int, int]:
+    """In a worker: elements that are kept, that were whole at once while the model was made, and of the whole model."""
+    most, fill = 0, zero3.fill
+    before = {id(thing) for thing in gc.get_objects() if type(thing) is nn.Parameter}
+
+    def noting(tensors: dict[str, Tensor], *arguments: Any) -> None:
+        nonlocal most
+        fill(tensors, *arguments)
+        parameters = [thing for thing in gc.get_objects() if type(thing) is nn.Parameter and id(thing) not in before]
+        most = max(most, sum(parameter.numel() for parameter in parameters if not parameter.is_meta))
+
+    zero3.fill = noting
+    try:
+        parameters = list(build(config).model.parameters())
+    finally:
+        zero3.fill = fill
+    return sum(p.ds_tensor.numel() for p in parameters), most, sum(p.ds_numel for p in parameters)
+
+
+def test_no_rank_ever_holds_the_model(world: World) -> None:
+    config = config_of("M-", Layout(4, zero=3), model__repeat=3)
+    for kept, most, whole in world.run(most_parameters_held, config, ranks=4):
+        assert kept == pytest.approx(whole / 4, rel=0.02)
+        assert most == config.model.vocab_size * config.model.d_model  # one module's
+
+
+def dtypes(config: Config) -> tuple[dict[str, torch.dtype], set[torch.dtype], dict[str, torch.dtype], torch.dtype]:
+    """In a worker: of running parameters, of all state, of what the selective scan is given, and of the stream."""
+    built = build(config)
+    with nothing_stays_gathered():
+        engine = engines.build_engine(built.model, config, built.groups, config.train.micro_batch)
+    seen: dict[str, torch.dtype] = {}
+    scan, names = mamba.selective_scan, ("x", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        seen.update({name: argument.dtype for name, argument in zip(names, arguments, strict=False)})
+        return scan(*arguments, **options)
+
+    streams: list[torch.dtype] = []
+    built.model.layers[0].register_forward_hook(lambda _, __, output: streams.append(output[0].dtype))
+    mamba.selective_scan = noting
+    tokens, _, starts = (values[: config.train.micro_batch] for values in batch_of(0, config))
+    try:
+        engine(tokens, starts)
+    finally:
+        mamba.selective_scan = scan
+    running = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
+    return running, {piece.tensor.dtype for piece in engines.state_pieces(engine, built.held)}, seen, streams[0]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_dtypes_of_a_running_engine(world: World, zero: int, offload: bool) -> None:
+    keys: dict[str, Any] = {"train__precision": "bf16", "parallel__offload_optimizer": offload}
+    config = config_of("M*-", Layout(2, zero=zero), **keys)
+    fp32 = LanguageModel(config.model, config.moe).fp32_parameter_names()
+    for running, state, scan, stream in world.run(dtypes, config):
+        kept = {name for name, dtype in running.items() if dtype == torch.float32}
+        assert kept == (running.keys() if zero == 3 else fp32)
+        assert state == {torch.float32}
+        assert stream == torch.bfloat16
+        in_fp32 = {name for name, dtype in scan.items() if dtype == torch.float32}
+        assert in_fp32 == {"A", "D", "delta_bias"} and scan["x"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("pattern", ["M-", "*-"])
+def test_bf16_is_the_same_function_at_every_stage(world: World, pattern: str) -> None:
+    keys: dict[str, Any] = {"train__precision": "bf16", "train__learning_rate": 1e-3}
+    under_1 = world.run(train, config_of(pattern, Layout(2), **keys), 5)[0].losses
+    under_3 = world.run(train_gathering, config_of(pattern, Layout(2, zero=3), **keys), 5)[0].losses
+    assert under_3[0] == pytest.approx(under_1[0], rel=1e-6)  # gradients are summed in fp32 here, in bf16 there
+    assert under_3 == pytest.approx(under_1, rel=1e-4)
+
+
+def test_bf16_among_tensor_peers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"parallel\.zero=3 with parallel\.tensor=2.*set parallel\.zero=2"):
+        config_of("M-", Layout(2, 2, zero=3), train__precision="bf16")

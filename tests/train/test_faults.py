@@ -18,7 +18,6 @@ from launch.train import train
 from moe_mamba.train import checkpoint
 from moe_mamba.train.metrics import read_metrics
 
-
 # Where a kill is aimed: anywhere in time, or inside a save (writing data, the manifest, naming it, pruning).
 AIMS = ("anywhere", "data", "manifest", "name", "removal")
 KILLED = {"checkpoint.every": 1, "train.validate_every": 10, "train.sample_tokens": 0}

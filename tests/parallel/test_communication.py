@@ -1,0 +1,266 @@
+"""Every collective of a layout is accounted for, to the byte: what each kind of layer moves, and a step of the engine.
+
+Calls are counted by torch's dispatcher, and again by gloo itself.
+
+Symbols: T tokens of a micro-step of a group of tensor peers, d d_model, w bytes of a number of the stream, R dt_rank,
+N d_state, K experts, k top_k, V parameters of a rank. The bytes of a call are those of its larger side on a rank.
+"""
+
+from collections import Counter
+
+import pytest
+from parallel.communication import Collective, counting
+from parallel.layouts import Layout, batch_of, build, config_of, share_of
+from world import World as Processes
+
+from moe_mamba.config import Config
+from moe_mamba.parallel import engine as engines
+from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.train.objective import Objective
+
+FP32, INT64 = 4, 8
+
+
+def micro_step(config: Config) -> list[Collective]:
+    """In a worker: what a forward and a backward pass move, without an engine."""
+    built = build(config)
+    tokens, targets, starts = (
+        share_of(values, built.topology, 0, config.train.micro_batch) for values in batch_of(0, config)
+    )
+    objective = Objective(config.moe, built.model.cross_entropy, 100, 1, built.topology)
+    with counting() as found:
+        output = built.model.train()(tokens, starts)
+        objective(output.logits, targets, output.statistics).backward()
+    return found
+
+
+class Expected:
+    """What a rank moves in a micro-step, written down layer by layer."""
+
+    def __init__(self, config: Config, layout: Layout, rank: int) -> None:
+        self.config = config
+        self.topology = Topology(
+            World(rank, layout.ranks, rank, layout.ranks), layout.tensor, layout.expert, layout.expert_tensor
+        )
+        every = range(layout.ranks)
+        others = [Topology(World(r, layout.ranks, r, layout.ranks), layout.tensor) for r in every]
+        self.world = tuple(every)
+        self.peers = tuple(r for r in every if others[r].data_rank == self.topology.data_rank)
+        self.lane = tuple(r for r in every if others[r].tensor_rank == self.topology.tensor_rank)
+        pool = self.lane if layout.expert_tensor else self.world
+        first = pool.index(rank) // layout.expert * layout.expert
+        self.expert_peers = pool[first : first + layout.expert]
+        self.w = 2 if config.train.precision == "bf16" else FP32
+        self.tokens = config.train.micro_batch * config.data.sequence_length
+        self.calls: Counter[Collective] = Counter()
+
+    def micro_step(self) -> Counter[Collective]:
+        """All of it; what comes back from the experts of a dropless layer depends on the data and is left out."""
+        if self.topology.tensor > 1:
+            self.vocabulary()
+        for letter in self.config.model.layers:
+            self.replica(self.config.model.d_model)  # its norm
+            {"M": self.mamba, "*": self.attention, "-": self.entry_and_exit, "E": self.experts}[letter]()
+        self.statistics()
+        return self.calls
+
+    def add(self, kind: str, group: tuple[int, ...], size: int, times: int = 1) -> None:
+        if len(group) > 1:
+            self.calls[Collective(kind, group, size)] += times
+
+    def replica(self, numbers: int, width: int = FP32, ranks: int | None = None) -> None:
+        """Gradients of what peers hold alike: summed over them once, numbers x width."""
+        ranks = ranks or self.topology.tensor
+        first = self.topology.tensor_rank // ranks * ranks
+        self.add("all-reduce", self.peers[first : first + ranks], numbers * width)
+
+    def entry_and_exit(self) -> None:
+        """T d w gathered at the entry and T d w reduce-scattered at the exit; backward the other way round."""
+        size = self.tokens * self.config.model.d_model * self.w
+        self.add("all-gather", self.peers, size, 2)
+        self.add("reduce-scatter", self.peers, size, 2)
+
+    def vocabulary(self) -> None:
+        """Embedding and head as one entry and exit; the maximum, and together the target's logit and the sum: 3 T."""
+        self.entry_and_exit()
+        self.add("all-reduce", self.peers, self.tokens * FP32)
+        self.add("all-reduce", self.peers, 2 * self.tokens * FP32)
+        self.replica(self.config.model.d_model)  # the final norm
+
+    def mamba(self) -> None:
+        """Besides entry and exit: T (R + 2 N) w of delta, B and C forward, and as much of gradient backward."""
+        model = self.config.model
+        self.entry_and_exit()
+        size = self.tokens * (model.resolved_dt_rank + 2 * model.d_state) * self.w
+        self.add("all-reduce", self.peers, size, 2)
+        for numbers in (model.resolved_dt_rank, model.d_state, model.d_state):  # norms of dt, B and C
+            self.replica(numbers)
+
+    def attention(self) -> None:
+        """Besides entry and exit: gradients of key and value heads that several peers hold."""
+        model = self.config.model
+        self.entry_and_exit()
+        copies = max(1, self.topology.tensor // model.resolved_kv_heads)
+        if copies > 1:
+            numbers = model.d_model * model.d_model // model.heads
+            self.replica(numbers, self.w, copies)
+            self.replica(numbers, self.w, copies)
+
+    def experts(self) -> None:
+        """Rows there and back, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
+
+        A dropless router sends the K counts as well. With shared experts, or with experts cut by tensor, there is an
+        entry and an exit like that of any other layer.
+        """
+        moe, topology = self.config.moe, self.topology
+        tokens = self.tokens if topology.expert_tensor else self.tokens // topology.tensor
+        row = self.config.model.d_model * self.w
+        if moe.capacity_factor is None:
+            self.add("all-to-all", self.expert_peers, moe.experts * INT64)
+            self.add("all-to-all", self.expert_peers, tokens * moe.top_k * row, 2)  # there, and back's gradient
+        else:
+            capacity = int(moe.capacity_factor * moe.top_k * tokens / moe.experts)
+            self.add("all-to-all", self.expert_peers, moe.experts * capacity * row, 4)
+        self.replica(moe.experts * self.config.model.d_model)  # the router
+        for _ in range(topology.expert_tensor + bool(moe.shared_experts)):
+            self.entry_and_exit()
+
+    def statistics(self) -> None:
+        """2 K + 4 numbers of each layer of experts, of all layers in one call, over the world."""
+        if layers := self.config.model.layers.count("E"):
+            self.add("all-reduce", self.world, layers * (2 * self.config.moe.experts + 4) * FP32)
+
+
+def compare(ranks: list[list[Collective]], config: Config, layout: Layout) -> None:
+    """Every call is expected; the rows that a dropless layer's experts return are as many as were sent to them."""
+    rows = Counter[tuple[int, ...]]()
+    for rank, found in enumerate(ranks):
+        expected = Expected(config, layout, rank)
+        wanted, calls = expected.micro_step(), Counter(found)
+        returned = calls - wanted
+        assert not wanted - calls, f"rank {rank} did not"
+        if config.moe.capacity_factor is None and "E" in config.model.layers and layout.expert > 1:
+            assert {(kind, group) for kind, group, _ in returned} == {("all-to-all", expected.expert_peers)}
+            assert all(times % 2 == 0 for times in returned.values())  # forward and backward alike
+            tokens = expected.tokens // (1 if layout.expert_tensor else layout.tensor)
+            sent = tokens * config.moe.top_k * config.model.d_model * expected.w
+            rows[expected.expert_peers] += sum(call.bytes * times for call, times in returned.items()) // 2 - sent
+        else:
+            assert not returned, f"rank {rank} should not"
+    assert not any(rows.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("pattern", ["M", "*", "-"])
+def test_layers_cut_by_tensor(world: Processes, pattern: str, tensor: int, precision: str) -> None:
+    layout = Layout(tensor, tensor)
+    config = config_of(pattern, layout, train__precision=precision)
+    compare(world.run(micro_step, config, ranks=tensor), config, layout)
+
+
+def test_key_heads_for_every_peer_have_no_gradients_to_sum(world: Processes) -> None:
+    config = config_of("*", Layout(4, 4), model__kv_heads=4)
+    compare(world.run(micro_step, config, ranks=4), config, Layout(4, 4))
+
+
+EXPERT_LAYOUTS = [
+    Layout(2, 1, 2),
+    Layout(4, 1, 4),
+    Layout(2, 2, 2),
+    Layout(4, 2, 2),
+    Layout(4, 2, 4),
+    Layout(4, 4, 2),
+    Layout(4, 2, 2, expert_tensor=True),
+    Layout(2, 2, 1, expert_tensor=True),
+]
+KINDS_OF_EXPERTS = {
+    "dropless": {},
+    "top 2": {"moe__router": "top_k", "moe__top_k": 2, "train__precision": "bf16"},
+    "capacity": {"moe__capacity_factor": 1.25},
+    "shared": {"moe__shared_experts": 1, "moe__capacity_factor": 1.0, "train__precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_EXPERTS)
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
+def test_experts(world: Processes, layout: Layout, kind: str) -> None:
+    config = config_of("E", layout, **KINDS_OF_EXPERTS[kind])
+    compare(world.run(micro_step, config, ranks=layout.ranks), config, layout)
+
+
+def test_layers_add_up_and_statistics_travel_once(world: Processes) -> None:
+    layout = Layout(4, 2, 2)
+    config = config_of("MEM-*E", layout, moe__capacity_factor=1.0, moe__balance="bias")
+    ranks = world.run(micro_step, config, ranks=4)
+    compare(ranks, config, layout)
+    assert sum(call.group == (0, 1, 2, 3) for call in ranks[0]) == 1
+
+
+@pytest.mark.parametrize("pattern", ["M", "E", "MEM-*E"])
+def test_replicas_of_data_parallelism_say_nothing_before_the_step(world: Processes, pattern: str) -> None:
+    for found in world.run(micro_step, config_of(pattern, Layout(2)), ranks=2):
+        assert len(found) == ("E" in pattern)  # the statistics
+
+
+def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dict[str, int]]:
+    """In a worker: what starting the engine moves, what its second step of two micro-steps does, and its parameters."""
+    built = build(config)
+    topology, micro_batch = built.topology, config.train.micro_batch
+    with counting() as start:
+        engine = engines.build_engine(built.model, config, built.groups, micro_batch)
+    for step in range(2):
+        objective = Objective(config.moe, built.model.cross_entropy, 100, 2, topology)
+        with counting() as found:
+            for number in range(2):
+                values = (share_of(value, topology, number, micro_batch) for value in batch_of(step, config))
+                tokens, targets, starts = values
+                output = engine(tokens, starts)
+                engine.backward(objective(output.logits, targets, output.statistics))
+                if number == 0:
+                    engine.step()
+            engines.step(engine, config.train.gradient_clip)
+    groups = engines.parameter_groups(built.model, config)
+    sizes = {group["name"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
+    return start, found, sizes
+
+
+def whole_step(config: Config, layout: Layout, rank: int, sizes: dict[str, int]) -> Counter[Collective]:
+    """What the engine moves besides the micro-steps' own; `sizes`: its groups of parameters, the experts' last.
+
+    At ZeRO 0 and 1 gradients are all-reduced once a step, at ZeRO 2 in each micro-step: V x 4, in one bucket for
+    experts and one for all else. DeepSpeed's ZeRO all-reduces where a reduce-scatter would do: it is half of the bytes
+    that the links carry. ZeRO then gathers the new weights of each group of parameters, padded to a multiple of two
+    numbers a rank.
+    """
+    expected = Expected(config, layout, rank)
+    lane, peers, total = expected.lane, expected.peers, Counter(expected.micro_step())
+    total = total + total
+    *common, experts = sizes.values()
+    expected.calls = Counter()
+    times = 2 if layout.zero == 2 else 1
+    expected.add("all-reduce", lane, sum(common) * FP32, times)
+    expected.add("all-reduce", lane, experts * FP32, times)  # the ranks with the same experts are those of a lane here
+    if layout.zero == 0:
+        expected.add("all-reduce", peers, FP32)  # the norm
+        expected.add("all-reduce", expected.world, FP32)  # the experts' norm
+    else:
+        for size in sizes.values():
+            expected.add("all-reduce", lane, FP32)  # the norm of the group of parameters
+            expected.add("all-reduce", peers, FP32)
+            unit = 2 * len(lane)
+            expected.add("all-gather", lane, -(-size // unit) * unit * FP32)
+        expected.add("all-reduce", lane, FP32)  # DeepSpeed takes the mean of experts' norms
+    return total + expected.calls
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_whole_step_of_the_engine_moves_nothing_else(world: Processes, zero: int) -> None:
+    layout = Layout(4, 2, 2, zero)
+    config = config_of("ME", layout, 2, moe__capacity_factor=1.0)
+    for rank, (start, found, sizes) in enumerate(world.run(engine_step, config, ranks=4)):
+        assert Counter(found) == whole_step(config, layout, rank, sizes)
+        lane = Expected(config, layout, rank).lane
+        # DeepSpeed sends every parameter once, though all ranks have made the same numbers.
+        assert {(kind, group) for kind, group, _ in start} == {("broadcast", lane)}
+        assert sum(call.bytes for call in start) == sum(sizes.values()) * FP32
