@@ -30,7 +30,7 @@ def step(tmp_path: Path) -> Path:
         Piece("weights/scale", (), (), torch.tensor(2.0)),
     ]
     config = {"model": {"pattern": "ME", "d_model": 16}, "parallel": {"tensor": 2, "expert": 1, "zero": 1}}
-    description = {"config": config, "tokens": 640, "validation_loss": 2.5}
+    description = {"config": config, "tokens": 640, "validation_loss": 2.5, "processes": 2}
     return checkpoint.save(tmp_path / "run" / "checkpoints", 10, pieces, description)
 
 
@@ -42,7 +42,7 @@ def test_everything_inside_is_listed(step: Path) -> None:
         "validation_loss": 2.5,
         "model": {"pattern": "ME", "d_model": 16},
         "layout": {"tensor": 2, "expert": 1, "zero": 1},
-        "processes": 1,
+        "processes": 2,
     }
     assert found["kinds"] == {
         "weights": {"tensors": 2, "elements": 5, "bytes": 20},

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_moe import MoEShapes, moe_rows
-from benchmark_scaling import ScalingShapes, scaling_rows
-from pairs import Row, compare
 from torch import Tensor, nn
 
+from benchmarks.moe import MoEShapes, moe_rows
+from benchmarks.pairs import Row, compare
+from benchmarks.scaling import ScalingShapes, scaling_rows
 from moe_mamba.command_line import run_command
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
@@ -129,11 +129,10 @@ def memory_rows(shapes: Shapes) -> list[Row]:
     if not STATUS.exists():
         return []
     size = (shapes.batch, shapes.memory_length, 2 * shapes.d_model)
-    peaks = []
-    for plain in (False, True):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            peaks.append(pool.submit(peak_memory, plain, size).result())
-    ours, theirs = (peak / 2**20 for peak in peaks)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as one, ProcessPoolExecutor(1, spawn) as other:
+        peaks = one.submit(peak_memory, False, size), other.submit(peak_memory, True, size)
+    ours, theirs = (peak.result() / 2**20 for peak in peaks)
     name = f"scan, peak memory, {size[0]} x {size[1]} x {size[2]} x 16"
     return [Row(name, "plain loop with autograd", "MiB", ours, theirs, theirs / ours, goal=3.0)]
 

@@ -41,6 +41,7 @@ def main(
     length = sequence_length or data.sequence_length
     batches = evaluation_batches(shards, length, batch, tokenizer.end_of_text, data.reset_at_document)
     scores = evaluate(restored.model, batches, topology)
+    assert scores is not None  # nothing stops it
     if json:
         figures = {
             "loss": scores.loss,

@@ -38,7 +38,7 @@ def table(found: dict[str, Any]) -> str:
         "validation loss": None if loss is None else f"{loss:.4f}",
         "model": None if model is None else _pairs(model),
         "layout": None if layout is None else _pairs(layout),
-        "files": f"written by {found['processes']} process{'es' * (found['processes'] > 1)}",
+        "processes": _number(found["processes"]),
     }
     kinds = [
         (f"  {name}", *(f"{kind[key]:,}" for key in ("tensors", "elements", "bytes")))

@@ -61,6 +61,13 @@ def from_first(value: T) -> T:
     return values[0]
 
 
+def from_all(value: T) -> list[T]:
+    """What every rank has, in the order of ranks."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups that a rank of a layout belongs to.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_mamba.config import Config
 from moe_mamba.parallel.parallelize import check_compiler
@@ -69,16 +70,22 @@ def accumulation_changes(config: Config, beginning: Beginning, micro_steps: int)
     """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
     assert beginning.newest is not None
     before = checkpoint.read_description(beginning.newest)
-    now = (micro_steps, beginning.micro_batch)
-    was = (before.get("micro_steps", now[0]), before.get("micro_batch", now[1]))  # older ones do not say
+    was = before["micro_steps"], _routed_together(before["micro_batch"], before["config"]["parallel"])
+    now = micro_steps, _routed_together(beginning.micro_batch, config.parallel.model_dump())
+    by_device = config.moe.balance_over == "device"
     changed = []
-    if config.moe.balance == "loss" and was[0] != now[0]:
+    if config.moe.balance == "loss" and (was[0] != now[0] or (by_device and was[1] != now[1])):
         changed.append("the balance loss")
     if config.moe.capacity_factor is not None and was[1] != now[1]:
         changed.append("the capacity of experts")
     if "E" not in config.model.pattern or not changed:
         return []
     return [
-        f"note      {was[0]} micro-steps of {was[1]} sequences a device became {now[0]} of {now[1]}: "
+        f"note      {was[0]} micro-steps of {was[1]:g} sequences a device became {now[0]} of {now[1]:g}: "
         f"{' and '.join(changed)}, taken of each, {'change' if len(changed) > 1 else 'changes'} slightly"
     ]
+
+
+def _routed_together(micro_batch: int, parallel: dict[str, Any]) -> float:
+    """Sequences whose tokens a device routes at once: tensor peers share those of a micro-batch."""
+    return micro_batch if parallel["expert_tensor"] else micro_batch / parallel["tensor"]

@@ -8,7 +8,10 @@ from moe_mamba.model.language_model import LanguageModel
 
 def first_bad_parameter(model: LanguageModel) -> str | None:
     """Name the first parameter of this rank that holds a NaN or infinity; or None."""
-    bad = (name for name, parameter in model.named_parameters() if not parameter.isfinite().all())
+    parts = (
+        (name, getattr(parameter, "ds_tensor", parameter)) for name, parameter in model.named_parameters()
+    )  # ZeRO-3's
+    bad = (name for name, part in parts if not part.isfinite().all())
     return next((f"the parameter {name}" for name in bad), None)
 
 
@@ -37,5 +40,7 @@ def first_bad_output(model: LanguageModel, tokens: Tensor, starts: Tensor | None
 
 def _note(bad: list[str], name: str, output: object) -> None:
     first = output[0] if isinstance(output, tuple) else output
-    if isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return
+    if (first.isnan() | first.isposinf()).any():  # minus infinity is the logit of padding
         bad.append(name)

@@ -1,7 +1,7 @@
 """Loss on text that was not trained on."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -33,16 +33,33 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batches: Iterable[Batch], topology: Topology) -> Scores:
+def evaluate(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    topology: Topology,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Scores | None:
     """Cross entropy of `model` on `batches`, which all ranks give alike and share among them.
 
     Routing is dropless, unless `moe.evaluation_capacity` says otherwise; experts that choose keep their capacity.
+
+    Args:
+        model: this rank's part of it.
+        batches: of equal size.
+        topology: how ranks share them.
+        is_stopped: asked between batches, on every rank alike; True ends the evaluation.
+
+    Returns:
+        The scores, or None where it was stopped.
     """
     was_training = model.training
     model.eval()
     device = topology.world.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in _share(batches, topology):
+        if is_stopped():
+            model.train(was_training)
+            return None
         batch = batch.to(device)
         loss, count = model.cross_entropy(model(batch.tokens, batch.starts).logits, batch.targets)
         sums += torch.stack([loss.double(), count.double()])

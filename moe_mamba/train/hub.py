@@ -5,6 +5,7 @@ however it dies; probes (keepalive) notice a machine or a network that is gone. 
 keeps its connection: it is not taken for dead.
 """
 
+import contextlib
 import hmac
 import json
 import os
@@ -118,9 +119,10 @@ class Hub(threading.Thread):
         while not self._closing.is_set():
             for key, _ in self._selector.select(0.1):
                 if key.fileobj is self._server:
-                    line = Line(self._server.accept()[0])
-                    self._selector.register(line, selectors.EVENT_READ)
-                    strangers[line.fileno()] = line
+                    with contextlib.suppress(OSError):  # gone again
+                        line = Line(self._server.accept()[0])
+                        self._selector.register(line, selectors.EVENT_READ)
+                        strangers[line.fileno()] = line
                 elif isinstance(key.data, Member):
                     self._hear(key.data)
                 else:
@@ -139,12 +141,16 @@ class Hub(threading.Thread):
 
     def _admit(self, line: Line) -> None:
         """Let a rank in, whose first message is its name and the token; others are shut out."""
-        messages = line.receive()
+        try:
+            messages = line.receive() or [{}]
+            hello = messages[0]
+            is_ours = hmac.compare_digest(str(hello.get("token")), self.token)
+        except (ValueError, AttributeError):  # not JSON, or no object: anybody may connect
+            is_ours = False
         self._selector.unregister(line)
-        if not messages or not hmac.compare_digest(str(messages[0].get("token")), self.token):
+        if not is_ours:
             line.close()
             return
-        hello = messages[0]
         member = Member(hello["rank"], hello["host"], hello["process"], line)
         self._members[member.rank] = member
         self._selector.register(line, selectors.EVENT_READ, member)

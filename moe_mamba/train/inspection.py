@@ -31,8 +31,8 @@ def inspect(path: Path) -> dict[str, Any]:
         path: a step's folder with right checksums, as `checkpoint.resolve` gives it.
 
     Returns:
-        A JSON object. ``step``, ``tokens``, ``validation_loss``, ``model`` and ``layout`` (keys of the configuration)
-        are None where whoever saved did not say; ``processes`` wrote the ``files`` (name -> bytes); ``kinds`` sums up
+        A JSON object. ``step``, ``tokens``, ``validation_loss``, ``model``, ``layout`` (keys of the configuration)
+        and ``processes`` are None where whoever saved did not say; ``files`` maps names to bytes; ``kinds`` sums up
         ``tensors`` (name -> shape, dtype, elements, bytes, boxes) by the first part of their names.
 
     Raises:
@@ -55,7 +55,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "validation_loss": description.get("validation_loss"),
         "model": _keys(config.get("model"), MODEL_KEYS),
         "layout": _keys(config.get("parallel"), LAYOUT_KEYS),
-        "processes": sum(name.endswith(".safetensors") for name in files),
+        "processes": description.get("processes"),
         "kinds": kinds,
         "files": files,
         "tensors": tensors,

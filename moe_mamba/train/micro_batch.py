@@ -1,20 +1,16 @@
 """How many sequences a device works on at once, when the configuration leaves it open."""
 
-import math
-
 import torch
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.placement import shards
 from moe_mamba.parallel.topology import Topology
+from moe_mamba.planning import per_device
 
 # On a CPU, more tokens at once only fall out of the caches.
 CPU_TOKENS = 4096
 # Share of the memory left beside weights, gradients and moments that activations may take.
 GPU_SHARE = 0.6
-# fp32 master, two moments and a gradient, besides the running weight.
-STATE_BYTES_PER_PARAMETER = 20
 
 
 def choose_micro_batch(config: Config, topology: Topology) -> int:
@@ -30,9 +26,9 @@ def choose_micro_batch(config: Config, topology: Topology) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         with torch.device("meta"):
-            held = shards(LanguageModel(config.model, config.moe), topology)
-        free -= STATE_BYTES_PER_PARAMETER * sum(math.prod(shard.local_shape) for shard in held.values())
-        most = free * GPU_SHARE * topology.tensor / (length * activation_bytes_per_token(config))
+            state = per_device(config, LanguageModel(config.model, config.moe), topology)
+        free -= sum(state[kind] for kind in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
+        most = free * GPU_SHARE / (length * activation_bytes_per_token(config, topology.tensor))
     else:
         most = CPU_TOKENS / length
     multiple = topology.micro_batch_multiple(config)
@@ -40,8 +36,11 @@ def choose_micro_batch(config: Config, topology: Topology) -> int:
     return max((n for n in fitting if n <= most), default=fitting[0])
 
 
-def activation_bytes_per_token(config: Config) -> int:
-    """A rough, generous count of what the forward pass keeps for the backward one, in bytes a token."""
+def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
+    """A rough, generous count of what the forward pass keeps for the backward one on a device, in bytes a token.
+
+    Tensor peers share all but the input of a mixer, which each gathers whole.
+    """
     model, moe = config.model, config.moe
     width = 2 if config.train.precision == "bf16" else 4
     top_k = moe.top_k + moe.shared_experts
@@ -54,5 +53,6 @@ def activation_bytes_per_token(config: Config) -> int:
         "E": top_k * ((moe.d_expert or model.resolved_d_ff) * (hidden + 2) + 2 * model.d_model) * width,
     }
     layers = sum(3 * model.d_model * width + (0 if config.train.recompute else kept[letter]) for letter in model.layers)
+    gathered = 0 if tensor == 1 or config.train.recompute else model.d_model * width * len(model.layers)
     # Logits, their fp32 copy and its gradient.
-    return layers + model.vocab_size * (width + 8)
+    return (layers + model.vocab_size * (width + 8)) // tensor + gathered

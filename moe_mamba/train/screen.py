@@ -14,8 +14,11 @@ from tqdm import tqdm
 SECONDS_BETWEEN_BARS = {True: 0.3, False: 15.0}
 
 
-class Terminal(io.TextIOWrapper):
-    """A terminal that may go away, with its launcher or its window: the run outlives it, to save."""
+class Patient(io.TextIOWrapper):
+    """A terminal that may go away, with its launcher or its window, or a log on a full disk: the run outlives it."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(os.fdopen(descriptor, "wb", buffering=0), encoding="utf-8", write_through=True)  # type: ignore[arg-type]
 
     def write(self, text: str) -> int:
         """Write what can be written."""
@@ -45,11 +48,13 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
         sys.stdout.flush()
         sys.stderr.flush()
         self._saved = [os.dup(1), os.dup(2)]
-        self._terminal: TextIO = Terminal(os.fdopen(os.dup(1), "wb"), encoding="utf-8")
+        self._terminal: TextIO = Patient(os.dup(1))
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for number in (1, 2):
             os.dup2(descriptor, number)
         os.close(descriptor)
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = Patient(os.dup(1)), Patient(os.dup(2))
         return self
 
     def __exit__(
@@ -57,8 +62,9 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.close()
+        sys.stdout, sys.stderr = self._streams
         for number, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, number)
             os.close(saved)

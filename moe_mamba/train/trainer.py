@@ -19,7 +19,7 @@ from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.groups import from_first, limit_collectives, start_groups, start_world
+from moe_mamba.parallel.groups import from_all, from_first, limit_collectives, start_groups, start_world
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.parallel.placement import shards
@@ -61,6 +61,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
             beginning = from_first(beginning)
             assert beginning is not None
             if beginning.done >= config.steps:
+                watch.is_done = True
                 report.finished(config, folder, screen, beginning.done, world)
                 return
             corpora = corpora or open_corpora(config, folder, screen.say)
@@ -161,7 +162,7 @@ class Trainer:
             while self.step < steps:
                 begin = time.perf_counter()
                 batches, upcoming = upcoming.result(), reader.submit(self._read, self.step + 1)
-                targets, reason = self._agree(batches)
+                targets, reason = self._agree(sum(batch.counted for batch in batches))
                 if reason is not None:
                     if self.saved < self.step:
                         self._save({})
@@ -194,14 +195,14 @@ class Trainer:
             self.corpora.loader.batch(first + number * together, self.micro_batch) for number in range(self.micro_steps)
         ]
 
-    def _agree(self, batches: list[Batch]) -> tuple[int, str | None]:
-        """Targets in the global batch, and why to stop before this step, if so; the same on all ranks."""
-        sums = torch.tensor([sum(batch.counted for batch in batches), *self.watch.stop.asked], device=self.world.device)
+    def _agree(self, counted: int) -> tuple[int, str | None]:
+        """The sum of what tensor peers count alike, and why to stop before this step, if so; the same on all ranks."""
+        sums = torch.tensor([counted, *self.watch.stop.asked], device=self.world.device)
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
-        targets, *asked = sums.tolist()
+        total, *asked = sums.tolist()
         reason = next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
-        return targets // self.topology.tensor, reason  # tensor peers count the same targets
+        return total // self.topology.tensor, reason
 
     def _train_step(self, batches: list[Batch], targets: int, begin: float) -> None:
         """One optimizer step; `begin` is when it began, in seconds of the performance counter."""
@@ -230,7 +231,8 @@ class Trainer:
     def _update_balance_biases(self, sums: StepSums) -> None:
         if self.config.moe.balance == "bias":
             for router, layer in zip(self.model.routers(), sums.statistics, strict=True):
-                update_balance_bias(router, layer.assigned, self.config.moe.bias_rate)
+                # Experts cut by tensor count in shares, whose sum may be a rounding away from the whole number.
+                update_balance_bias(router, layer.assigned.round(), self.config.moe.bias_rate)
 
     def _sum(self, value: Tensor) -> float:
         """Sum over all data ranks."""
@@ -245,11 +247,11 @@ class Trainer:
 
     def _stop(self, fault: str, batches: list[Batch]) -> None:
         """End the run at a step that went wrong, before anything of it is saved; names the first bad value."""
-        places = self._gather(first_bad_parameter(self.model) if batches else None)
-        if not places:
+        places = from_all(first_bad_parameter(self.model) if batches else None)
+        if not any(places):
             for batch in batches:
-                places += self._gather(first_bad_output(self.model, batch.tokens, batch.starts))
-        place = f"; the first bad value is in {places[0]}" if places else ""
+                places += from_all(first_bad_output(self.model, batch.tokens, batch.starts))
+        place = next((f"; the first bad value is in {place}" for place in places if place), "")
         self.saver.wait()
         kept = from_first(checkpoint.newest(self.folder.checkpoints) if self.world.is_first else None)
         raise RunStopped(
@@ -257,12 +259,6 @@ class Trainer:
             + (f"{kept} is kept" if kept else "No checkpoint was saved yet")
             + ": lower train.learning_rate, or look at the data of this step"
         )
-
-    def _gather(self, place: str | None) -> list[str]:
-        """What the ranks that found something found, in the order of ranks."""
-        found: list[str | None] = [None] * self.world.size
-        torch.distributed.all_gather_object(found, place)
-        return [place for place in found if place]
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds
@@ -282,7 +278,7 @@ class Trainer:
         self.metrics.write(line)
 
     def _validate(self) -> dict[str, Scores]:
-        """Scores of every validation set, on the screen and in the metrics."""
+        """Scores of every validation set, on the screen and in the metrics; none where the run is asked to stop."""
         scores = {}
         data, limit = self.config.data, self.config.train.validation_batches
         end_of_text = self.corpora.tokenizer.end_of_text
@@ -292,8 +288,11 @@ class Trainer:
             )
             if limit:
                 batches = islice(batches, limit * self.config.train.global_batch // self.micro_batch)
-            scores[name] = evaluate(self.model, batches, self.topology)
-            self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, scores[name], corpus)}")
+            score = evaluate(self.model, batches, self.topology, lambda: self._agree(0)[1] is not None)
+            if score is None:
+                return {}
+            scores[name] = score
+            self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, score, corpus)}")
         self.metrics.write(report.validation_metrics(self.step, self.step * self.tokens_per_step, self.corpora, scores))
         return scores
 

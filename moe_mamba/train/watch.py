@@ -24,7 +24,7 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped, UserError
-from moe_mamba.parallel.groups import finish_world, from_first
+from moe_mamba.parallel.groups import finish_world, from_all, from_first
 from moe_mamba.parallel.topology import World
 from moe_mamba.train.hub import Hub, Line, hang_line
 from moe_mamba.train.screen import Screen
@@ -92,13 +92,16 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._first = f"rank 0 ({host}, process {process})"
         self._is_far = host != socket.gethostname()
         address = "127.0.0.1" if self.world.is_first else os.environ["MASTER_ADDR"]
+        trouble = None
         try:
             line = Line(socket.create_connection((address, port), timeout=60))
+            line.send(rank=self.world.rank, token=token, host=socket.gethostname(), process=os.getpid())
+            self._line, self._is_listening = line, True
         except OSError as error:
-            raise UserError(f"{address}, port {port} (rank 0) cannot be reached ({error}): open it") from None
-        line.send(rank=self.world.rank, token=token, host=socket.gethostname(), process=os.getpid())
-        self._line, self._is_listening = line, True
+            trouble = f"rank {self.world.rank} cannot reach rank 0 at {address}, port {port} ({error}): open it"
         self.stop.ring()
+        if first := next(filter(None, from_all(trouble)), None):
+            raise UserError(first)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

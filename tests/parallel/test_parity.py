@@ -94,8 +94,10 @@ def engine_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: 
     """Worst errors of 20 steps under the engine on each layout, against one process with the same micro-steps."""
     accumulation = keys.pop("accumulation", 1)
     keys = {"train__learning_rate": 1e-3, "run__seed": SEEDS[pattern]} | keys
-    (alone,) = world.run(train, config_of(pattern, Layout(1), accumulation, **keys), STEPS, ranks=1)
+    alone_config = config_of(pattern, Layout(1), accumulation, **keys)
+    (alone,) = world.run(train, alone_config, STEPS, ranks=1)
     assert alone.margin >= SMALLEST_MARGIN, f"a routing decision of {pattern} lies {alone.margin} from a tie"
+    assert max(alone.norms) > alone_config.train.gradient_clip > 0, "clipping is at work"
     weights, gradients = assemble([alone.weights]), assemble([alone.gradients])
     errors = {}
     for layout in layouts:
@@ -105,6 +107,7 @@ def engine_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: 
             loss=max(
                 abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, alone.losses, strict=True)
             ),
+            norm=max(abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.norms, alone.norms, strict=True)),
             gradient=worst(assemble([rank.gradients for rank in ranks]), gradients)[0],
             weight=worst(assemble([rank.weights for rank in ranks]), weights)[0],
         )
@@ -113,14 +116,16 @@ def engine_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of losses over all steps, gradients of the first step, weights after the last one; relative."""
+    """Of losses and norms of the gradient over all steps, gradients of the first step, weights after the last one."""
 
     loss: float
+    norm: float
     gradient: float
     weight: float
 
     def check(self, cell: object) -> None:
         assert self.loss <= 1e-5, f"{cell}: {self}"
+        assert self.norm <= 1e-4, f"{cell}: {self}"
         assert self.gradient <= 1e-5, f"{cell}: {self}"
         assert self.weight <= 1e-4, f"{cell}: {self}"
 
@@ -149,6 +154,18 @@ def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
 def test_every_router_and_option_in_float64(world: World, layout: Layout, keys: dict[str, Any]) -> None:
     for cell, (error, name) in float64_error(world, "MEM-*E", [layout], **keys).items():
         assert error <= 1e-10, f"{cell}: {name}"
+
+
+def test_balance_over_devices_sees_each_devices_own_tokens(world: World) -> None:
+    """Two tensor peers hold the tokens that two data ranks hold: by device, that is another loss than by all."""
+    keys = {"moe__balance_over": "device", "moe__balance_weight": 1.0}
+    gradients = [
+        assemble([rank[1] for rank in world.run(forward_and_backward, config_of("ME", layout, **keys), ranks=2)])
+        for layout in (Layout(2, 2, 2), Layout(2, 1, 1))
+    ]
+    assert worst(*gradients)[0] <= 1e-10
+    (alone,) = world.run(forward_and_backward, config_of("ME", Layout(1), **keys), ranks=1)
+    assert worst(gradients[0], assemble([alone[1]]))[0] > 1e-6
 
 
 def test_what_the_test_compares_would_see_an_unreduced_x_proj(world: World) -> None:
@@ -216,7 +233,7 @@ def keep(pattern: str, cells: dict[str, dict[str, float]]) -> None:
     about = {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
-        "bounds": {"float64": 1e-10, "loss": 1e-5, "gradient": 1e-5, "weight": 1e-4},
+        "bounds": {"float64": 1e-10, "loss": 1e-5, "norm": 1e-4, "gradient": 1e-5, "weight": 1e-4},
     }
     patterns = known.get("patterns", {}) | {pattern: cells}
     rows = {

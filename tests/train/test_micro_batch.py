@@ -51,7 +51,7 @@ def test_a_gpu_leaves_room_for_the_state(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_devices_that_share_the_model_have_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_of(monkeypatch, 10 * 10**9)
+    gpu_of(monkeypatch, 6 * 10**9)
     keys = {"train.global_batch": 4096}
     whole = choose(load_config(None, keys), 4)
     experts = choose(load_config(None, {**keys, "parallel.expert": 4}), 4)

@@ -1,8 +1,10 @@
 """What ends a run from outside: signals, launchers that end, ranks that die, hang or fail."""
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from world import WorkerError, World
 
 from launch.train import train
 from moe_mamba.errors import RunStopped
-from moe_mamba.train.hub import hang_line
+from moe_mamba.train.hub import Hub, Line, hang_line
 from moe_mamba.train.metrics import read_metrics
 from moe_mamba.train.stop import REASONS, Stop, launchers
 
@@ -129,7 +131,7 @@ def test_a_collective_that_hangs_is_caught_with_the_place(start: Callable[..., J
     assert jobs[0].wait_for_end() == 1
     assert "error: nothing has moved for 3 s (parallel.timeout): rank 0 at step " in jobs[0].output
     assert "in moe_mamba/" in jobs[0].output
-    assert jobs[0].output.rstrip().splitlines()[-1].endswith("; no answer from rank 1") or "rank 1" in jobs[0].output
+    assert "; no answer from rank 1\n" in jobs[0].output, jobs[0].output
     jobs[1].process.send_signal(signal.SIGCONT)
     assert jobs[1].wait_for_end() == 1
 
@@ -269,6 +271,23 @@ def two(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("two") / "run"
     run(world, tiny, folder, ranks=2)
     return folder
+
+
+def test_strangers_at_the_hubs_door_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    hub = Hub(lambda: 7)
+    hub.start()
+    for words in (b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"{}\n", b"\xff\xfe\n", b""):
+        with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
+            stranger.sendall(words)
+    member = Line(socket.create_connection(("127.0.0.1", hub.port)))
+    member.send(rank=1, token=hub.token, host="here", process=1)
+    member.send(fault="the disk is full", is_echo=False)
+    member.connection.settimeout(10)
+    verdict = json.loads(member.connection.recv(65536).splitlines()[0])["verdict"]
+    assert "rank 1 (here, process 1) stopped after step 7: the disk is full" in verdict
+    hub.close()
+    assert not hub.is_alive()
 
 
 def test_a_hang_says_who_stands_where() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pairs import Row, compare
 from torch import Tensor, nn
 
+from benchmarks.pairs import Row, compare
 from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.moe import MoE

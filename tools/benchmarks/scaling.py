@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from pairs import Row, compare
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.pairs import Row, compare
 from moe_mamba.config import Config, DataConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import Topology, World
