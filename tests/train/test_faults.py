@@ -70,19 +70,20 @@ def aimed(aim: str, skipped: int) -> Iterator[None]:
         setattr(owner, name, whole)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("kills", "asynchronous"),
+    [(5, False), pytest.param(100, False, marks=pytest.mark.long), pytest.param(100, True, marks=pytest.mark.long)],
+)
 def test_kills_at_any_instant_change_no_bit(
     world: World, tiny: Path, tmp_path: Path, kills: int, asynchronous: bool
 ) -> None:
-    if kills == 5 and asynchronous:
-        pytest.skip("in the long tests")
-    keys = KILLED | {"train.steps": 8 * kills, "checkpoint.asynchronous": asynchronous}
+    steps = 10 * kills
+    keys = KILLED | {"train.steps": steps, "checkpoint.asynchronous": asynchronous}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    world.run(train, ranks=2, config=str(tiny), **keys | {"run.folder": str(whole)})
+    world.run(train, ranks=2, config=str(tiny), timeout=900, **keys | {"run.folder": str(whole)})
     keys["run.folder"] = str(killed)
     chance, died, tries = random.Random(0), 0, 0
-    while died < kills and not (killed / "checkpoints" / f"step-{8 * kills:08d}").exists():
+    while died < kills and not (killed / "checkpoints" / f"step-{steps:08d}").exists():
         aim, victim = AIMS[tries % len(AIMS)], chance.randrange(2)
         if aim in ("manifest", "name", "removal"):
             victim = 0  # it alone does these
@@ -94,8 +95,8 @@ def test_kills_at_any_instant_change_no_bit(
             died += 1
         tries += 1
         assert newest_step(killed) >= before
-    world.run(train, ranks=2, config=str(tiny), **keys)
-    assert died >= min(kills, 4)
+    world.run(train, ranks=2, config=str(tiny), timeout=900, **keys)
+    assert died >= 0.8 * kills
     assert curve(read_metrics(killed)) == curve(read_metrics(whole))
     same_weights(killed, whole)
 
