@@ -96,8 +96,8 @@ def logical_weights(model: nn.Module, seed: int) -> Iterator[LogicalWeight]:
     """Every parameter and buffer of ``model``, which may lie on the meta device, one after the other.
 
     A module that owns parameters says how they start: ``initializers()`` maps a name inside the module to what
-    fills it. A module with ``first_expert`` holds stacked experts: each slice of the first axis has its own
-    generator, by the expert's index in the whole model.
+    fills it. A module with ``is_stacked`` holds stacked experts: each slice of the first axis has its own generator, by
+    the expert's index.
 
     Raises:
         RuntimeError: a parameter or buffer that no module says how to fill: a fault of ours.
@@ -111,8 +111,8 @@ def logical_weights(model: nn.Module, seed: int) -> Iterator[LogicalWeight]:
             name = f"{prefix}.{local}" if prefix else local
             left.remove(name)
             shape = tensors[name].shape
-            if hasattr(module, "first_expert"):
-                for expert in range(module.first_expert, module.first_expert + shape[0]):
+            if getattr(module, "is_stacked", False):
+                for expert in range(shape[0]):
                     yield LogicalWeight(name, expert, partial(_make, shape[1:], fill, seed, name, expert))
             else:
                 yield LogicalWeight(name, None, partial(_make, shape, fill, seed, name, None))

@@ -43,10 +43,11 @@ class LocalDispatcher:
 class Experts(nn.Module):
     """Stacked experts: two bias-free matrices each, with an activation between them."""
 
-    def __init__(self, config: ModelConfig, experts: int, width: int, first_expert: int = 0) -> None:
+    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
+
+    def __init__(self, config: ModelConfig, experts: int, width: int) -> None:
         super().__init__()
         self.config = config
-        self.first_expert = first_expert
         self.in_proj = nn.Parameter(torch.empty(experts, config.d_model, input_width(config.activation, width)))
         self.out_proj = nn.Parameter(torch.empty(experts, width, config.d_model))
 

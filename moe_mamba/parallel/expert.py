@@ -53,8 +53,7 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         if topology.expert_tensor:
             width //= topology.tensor
         self.router = whole.router
-        first_expert = topology.expert_rank * self.num_local_experts
-        self.experts = Experts(config, self.num_local_experts, width, first_expert)
+        self.experts = Experts(config, self.num_local_experts, width)
         self.shared = whole.shared
         self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert)
         self._tensor = topology.tensor

@@ -40,15 +40,6 @@ def test_order_of_modules_does_not_matter() -> None:
     assert not torch.equal(one["a"].in_proj, one["b"].in_proj)
 
 
-def test_a_subset_of_experts_has_the_weights_of_the_whole() -> None:
-    config = ModelConfig(d_model=8)
-    whole, part = Experts(config, 6, 5), Experts(config, 2, 5, first_expert=3)
-    initialize(whole, 7)
-    initialize(part, 7)
-    assert torch.equal(part.in_proj, whole.in_proj[3:5])
-    assert torch.equal(part.out_proj, whole.out_proj[3:5])
-
-
 def test_meta_device_and_other_dtypes_give_the_same_weights(tiny: Tiny) -> None:
     moe = {"balance": "bias", "experts": 4}
     wanted = tiny("M*-E", moe=moe)
