@@ -296,6 +296,7 @@ def test_a_hang_says_who_stands_where() -> None:
 
 
 def test_a_second_interrupt_is_urgent_and_an_echo_of_the_first_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     stop = Stop()
     stop.begun = True
     stop.start()
