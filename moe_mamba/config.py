@@ -386,10 +386,7 @@ class Config(Section):
                 "weights in fp32, and megatron-core's layers do not cast them: set parallel.zero=2"
             )
         if parallel.zero == 3 and self.train.compile:
-            raise ValueError(
-                "parallel.zero=3 with train.compile=true: its weights come and go by hooks, around which torch.compile "
-                "breaks every graph: set train.compile=false"
-            )
+            raise ValueError("parallel.zero=3 with train.compile=true: its hooks break graphs: set train.compile=false")
         if parallel.zero == 3 and has_experts:
             raise ValueError(
                 f"parallel.zero=3 with model.pattern={self.model.pattern}: DeepSpeed cannot cut the weights of experts "

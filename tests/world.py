@@ -120,13 +120,13 @@ def _work(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     while True:
         try:
             path, rank, ranks, store, timeout, payload = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         sys.path[:] = path
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a run's end ignores it, and a shell's background
         try:
             with _group(rank, ranks, store, timeout):
                 function, arguments, options = pickle.loads(payload)

@@ -1,13 +1,10 @@
 """Any layout loads any other's checkpoint; nothing is lost by a kill, a full disk or a torn file."""
 
-import contextlib
 import errno
 import json
 import math
 import pickle
-import random
 import shutil
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from train.kills import kill_at_any_instant
 from world import World
 
 from moe_mamba.errors import UserError
@@ -328,23 +326,6 @@ def save_for_ever(connection: Connection, folder: Path, step: int) -> None:
 
 
 def test_a_kill_at_any_instant_leaves_a_complete_checkpoint(world: World, tmp_path: Path) -> None:
-    instants, step, finished = random.Random(0), 0, 0
-    for _ in range(12):
-        here, there = world.context.Pipe()
-        process = world.context.Process(target=save_for_ever, args=(there, tmp_path, step))
-        process.start()
-        there.close()
-        finished = here.recv()
-        time.sleep(instants.uniform(0, 0.05))
-        process.kill()
-        process.join()
-        with contextlib.suppress(EOFError):
-            while True:
-                finished = here.recv()
-        path = checkpoint.newest(tmp_path)
-        assert path is not None
-        step = checkpoint.step_of(path)
-        assert step >= finished
-        assert all(torch.equal(checkpoint.read_tensor(path, name), torch.full((64, 64), float(step))) for name in "abc")
+    step = kill_at_any_instant(world, tmp_path, save_for_ever, kills=12, words=1)
     save_here(tmp_path, step + 1)
     assert not list(tmp_path.glob(".step*"))

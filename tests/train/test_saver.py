@@ -2,9 +2,7 @@
 
 import contextlib
 import errno
-import random
 import threading
-import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from train.kills import kill_at_any_instant
 from train.runs import STEPS, curve, run, weights
 from train.test_faults import train_on_a_full_disk
 from world import WorkerError, World
@@ -178,25 +177,7 @@ def save_for_ever(connection: Connection, folder: Path, step: int) -> None:
 
 
 def test_a_kill_while_the_background_writes_leaves_a_complete_checkpoint(world: World, tmp_path: Path) -> None:
-    instants, step, finished = random.Random(0), 0, 0
-    for _ in range(8):
-        here, there = world.context.Pipe()
-        process = world.context.Process(target=save_for_ever, args=(there, tmp_path, step))
-        process.start()
-        there.close()
-        here.recv()
-        finished = here.recv()
-        time.sleep(instants.uniform(0, 0.05))
-        process.kill()
-        process.join()
-        with contextlib.suppress(EOFError):
-            while True:
-                finished = here.recv()
-        path = checkpoint.newest(tmp_path)
-        assert path is not None
-        step = checkpoint.step_of(path)
-        assert step >= finished
-        assert all(torch.equal(checkpoint.read_tensor(path, name), torch.full((64, 64), float(step))) for name in "abc")
+    kill_at_any_instant(world, tmp_path, save_for_ever, kills=8, words=2)
 
 
 def test_a_run_that_saves_in_the_background_is_the_same_run(world: World, tiny: Path, tmp_path: Path) -> None:
