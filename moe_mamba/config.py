@@ -71,9 +71,7 @@ class ModelConfig(Section):
     kv_heads: OptionalPositive = Field(None, description="attention: key and value heads; null: as many as heads")
     positions: Literal["rope", "none"] = Field("rope", description="attention: rotary positions, or none")
     rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="attention: base of the rotary frequencies")
-    d_ff: OptionalPositive = Field(
-        None, description="feed-forward: hidden width; null: 3 x d_model, 4 x with attention"
-    )
+    d_ff: OptionalPositive = Field(None, description="feed-forward: hidden width; null: 3 x d_model, 4 with attention")
     activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = Field(
         "relu", description="feed-forward and experts: activation; swiglu is gated"
     )
@@ -84,7 +82,9 @@ class ModelConfig(Section):
     initialization: Literal["default", "authors"] = Field(
         "default", description="authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it"
     )
-    kernels: Literal["auto", "reference", "torch"] = Field("auto", description="which kernels; auto: the fastest here")
+    kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
+        "auto", description="which kernels, where an operation has them; auto: the fastest here"
+    )
 
     @property
     def layers(self) -> str:
@@ -203,9 +203,7 @@ class DataConfig(Section):
     )
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
-    max_documents: OptionalPositive = Field(
-        None, description="documents to take of each source of documents; null: all"
-    )
+    max_documents: OptionalPositive = Field(None, description="documents to take of each source of them; null: all")
     sequence_length: Positive = Field(256, description="tokens a window")
     reset_at_document: bool = Field(
         True, description="state, convolution and attention start anew at each document of a window"

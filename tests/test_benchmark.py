@@ -7,14 +7,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.gpu_clock import Rates
+from benchmarks.pairs import Absent, pair_row, peer, table
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_STAND_INS = """
+import pytest, benchmark
+from kernels import stand_ins
+stand_ins.install(pytest.MonkeyPatch())
+benchmark.main(only="gpu_scan,gpu_conv,gpu_moe,gpu_step,gpu_profile", tiny=True, repeats=1, output={output!r})
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "tools", "tests"))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def benchmark(*flags: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tools/benchmark.py", *flags]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run("tools/benchmark.py", *flags)
 
 
 def test_table_and_json(tmp_path: Path) -> None:
@@ -23,16 +38,72 @@ def test_table_and_json(tmp_path: Path) -> None:
     done = benchmark("--tiny", "--repeats=1", *inputs, f"--output={tmp_path / 'rows.json'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| what | against | ours | theirs | ratio | goal |")
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    measured = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"}
+    content = json.loads((tmp_path / "rows.json").read_text())
+    rows = content["rows"]
+    measured = {"scan", "training step", "decode step of 2 sequences", "MoE layer", "weak scaling", "preprocessing"}
     assert {row["what"].split(",")[0] for row in rows} == measured
-    assert all(row["ours"] > 0 and row["theirs"] > 0 and row["ratio"] > 0 for row in rows)
-    assert done.stdout.count("\n") == len(rows) + 2
+    assert all(row["ours"] > 0 for row in rows)
+    compared = [row for row in rows if not row["skipped"]]
+    assert all(row["theirs"] > 0 and row["ratio"] > 0 for row in compared)
+    assert {row["against"] for row in rows if row["skipped"]} <= {"mamba.py's parallel scan"}
+    tables = done.stdout.strip().split("\n\n")
+    assert tables[0].count("\n") == len(rows) + 1
+    (profile,) = content["profiles"]
+    assert {"scan", "convolution", "matrix products", "experts", "routing", "norms", "optimizer"} <= set(
+        profile["operations"]
+    )
+    assert all(f"| {operation} | " in tables[1] for operation in profile["operations"])
     alone, two = (row for row in rows if row["what"].startswith("weak scaling"))
     assert alone["collectives"] == {} and "1 process, " in alone["what"]
     assert set(two["collectives"]) == {"all-reduce", "all-gather", "all-to-all"}
     assert min(two["collectives"].values()) > 0 and sum(two["collectives"].values()) < 1
     assert "2 processes, " in two["what"] and two["goal"] == min(1, two["cores"] / 2)
+
+
+def test_rows_of_a_gpu_against_stand_ins(tmp_path: Path) -> None:
+    done = run("-c", WITH_STAND_INS.format(output=str(tmp_path / "rows.json")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| what | against | ours | theirs | ratio | goal | floor |")
+    content = json.loads((tmp_path / "rows.json").read_text())
+    measured = {"scan", "convolution", "MoE layer", "training step"}
+    assert {row["what"].split(",")[0] for row in content["rows"]} == measured
+    for row in content["rows"]:
+        assert row["ours"] > 0 and row["theirs"] > 0 and row["floor"] > 0 and not row["skipped"]
+        assert row["floor_of"] in ("bytes", "operations")
+    assert content["profiles"][0]["operations"]["scan"] > 0
+
+
+def test_an_absent_peer_is_a_gap() -> None:
+    def theirs() -> None:
+        peer("fast_scan.interface", "scan", "fast-scan", "cuda")
+
+    row = pair_row("scan", "fast-scan", lambda: None, theirs, 1, 1.5, floor=(0.25, "bytes"))
+    assert row.theirs is None and row.ratio is None and row.ours >= 0
+    assert "| skipped: fast-scan is not installed: pip install -e '.[cuda]' |  | 1.5 | 0.25 ms (bytes) |" in table(
+        [row]
+    )
+    with pytest.raises(Absent, match=r"^json does not load: module 'json' has no attribute 'none'$"):
+        peer("json", "none", "json")
+
+
+def test_a_peer_that_does_not_fit_is_a_gap() -> None:
+    def theirs() -> None:
+        raise torch.OutOfMemoryError
+
+    assert pair_row("step", "peer", lambda: None, theirs, 1, 1).skipped == "does not fit into the GPU's memory"
+
+
+def test_floor() -> None:
+    rates = Rates(bytes_per_second=2e12, bf16_flops=4e14, fp32_flops=5e13)
+    assert rates.floor(4e9, 5e10) == (2.0, "bytes")
+    assert rates.floor(1e9, 5e10) == (1.0, "operations")
+    assert rates.floor(1e9, 8e11, in_bf16=True) == (2.0, "operations")
+
+
+@pytest.mark.gpu
+def test_rows_of_a_gpu() -> None:
+    done = benchmark("--device=cuda", "--only=gpu_conv", "--repeats=1")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.long
@@ -45,5 +116,13 @@ def test_preprocessing_of_the_built_in_corpus() -> None:
 def test_unknown_row_is_one_line() -> None:
     done = benchmark("--only=speed")
     assert done.returncode == 2
-    known = "scan, step, moe, scaling, preprocess"
+    known = "scan, step, decode, profile, moe, scaling, preprocess"
     assert done.stderr == f"error: --only=speed: no row is called 'speed': choose among {known}\n"
+
+
+def test_no_gpu_is_one_line() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = benchmark("--device=cuda")
+    assert done.returncode == 2
+    assert done.stderr == "error: --device=cuda: torch sees no GPU here: leave it out\n"

@@ -1,9 +1,9 @@
-"""Feed-forward layers, and the activations that experts share with them."""
+"""Feed-forward layers."""
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_mamba.config import ModelConfig
+from moe_mamba.kernels import activation
 from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.sequences import Sequences
 
@@ -11,20 +11,6 @@ from moe_mamba.model.sequences import Sequences
 def input_width(activation: str, width: int) -> int:
     """Columns of the input projection for a hidden width: SwiGLU has a gate beside the values."""
     return 2 * width if activation == "swiglu" else width
-
-
-def activate(hidden: Tensor, activation: str) -> Tensor:
-    """Apply an activation to (..., input_width), giving (..., width).
-
-    ``swiglu`` (Shazeer, 2020) takes its input as [gate | up]; ``squared_relu`` is from Primer (So et al., 2021).
-    """
-    if activation == "swiglu":
-        gate, up = hidden.chunk(2, dim=-1)
-        return functional.silu(gate) * up
-    if activation == "gelu":
-        return functional.gelu(hidden)
-    hidden = functional.relu(hidden)
-    return hidden.square() if activation == "squared_relu" else hidden
 
 
 class FeedForward(nn.Module):
@@ -46,4 +32,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
         """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""
-        return self.out_proj(activate(self.in_proj(x), self.config.activation)), None, None
+        hidden = activation(self.in_proj(x), self.config.activation, self.config.kernels)  # (tokens, width)
+        return self.out_proj(hidden), None, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,7 +50,7 @@ def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Norm, mixer, and the residual stream added."""
+    """Norm and mixer. What the mixer adds to the residual stream is added by the next norm, in one pass with it."""
 
     def __init__(self, letter: str, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
@@ -57,11 +58,12 @@ class Layer(nn.Module):
         self.mixer = build_mixer(letter, config, moe)
 
     def forward(
-        self, stream: Tensor, sequences: Sequences, state: State = None
-    ) -> tuple[Tensor, RouterStatistics | None, State]:
-        """Add the mixer's update to ``stream`` (tokens, d_model); returns (stream, statistics, new state)."""
-        update, statistics, state = self.mixer(self.norm(stream), sequences, state)
-        return stream + update, statistics, state
+        self, stream: Tensor, update: Tensor | None, sequences: Sequences, state: State = None
+    ) -> tuple[Tensor, Tensor, RouterStatistics | None, State]:
+        """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new state)."""
+        normalised, stream = self.norm(stream, update)
+        update, statistics, state = self.mixer(normalised, sequences, state)
+        return stream, update, statistics, state
 
 
 class LanguageModel(nn.Module):
@@ -82,7 +84,9 @@ class LanguageModel(nn.Module):
         self.moe_config = moe
         self.recompute = False
         self.project: Callable[[Tensor, Tensor], Tensor] = functional.linear
-        self.cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = cross_entropy_sum
+        self.cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = partial(
+            cross_entropy_sum, backend=model.kernels
+        )
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.layers = nn.ModuleList(Layer(letter, model, moe) for letter in model.layers)
         self.final_norm = build_norm(model) if model.final_norm else None
@@ -119,25 +123,27 @@ class LanguageModel(nn.Module):
         """As ``forward``, but give the residual stream after the last layer, (tokens, d_model), for logits."""
         sequences = Sequences(tokens.shape[0], tokens.shape[1], starts)
         stream = self.embedding(tokens.flatten())  # (tokens, d_model)
+        update: Tensor | None = None  # of the last layer, not yet in the stream
         statistics: list[RouterStatistics] = []
         new_states: list[State] = []
         for index, layer in enumerate(self.layers):
             if self.recompute and self.training:
-                # Nothing in a layer is random, so no random state needs to be kept.
-                stream, measured, _ = checkpoint(
-                    layer, stream, sequences, use_reentrant=False, preserve_rng_state=False
+                # The sum, so that one tensor is kept a layer; nothing in a layer is random, so no random state is.
+                stream, update, measured, _ = checkpoint(
+                    layer, _sum(stream, update), None, sequences, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                stream, measured, state = layer(stream, sequences, states[index] if states is not None else None)
+                state = states[index] if states is not None else None
+                stream, update, measured, state = layer(stream, update, sequences, state)
                 new_states.append(state)
             if measured is not None:
                 statistics.append(measured)
-        return stream, statistics, new_states if states is not None else None
+        return _sum(stream, update), statistics, new_states if states is not None else None
 
     def logits(self, stream: Tensor) -> Tensor:
         """Turn (tokens, d_model) from the last layer into logits (tokens, vocab)."""
         if self.final_norm is not None:
-            stream = self.final_norm(stream)
+            stream, _ = self.final_norm(stream)
         return self.project(stream, self.embedding.weight if self.head is None else self.head.weight)
 
     def routers(self) -> list[Router]:
@@ -195,6 +201,10 @@ class LanguageModel(nn.Module):
 
     def _mixers(self, kind: type) -> list:
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)]
+
+
+def _sum(stream: Tensor, update: Tensor | None) -> Tensor:
+    return stream if update is None else stream + update
 
 
 def _numel(module: nn.Module) -> int:

@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig
-from moe_mamba.kernels import causal_conv, selective_scan, selective_scan_step
+from moe_mamba.kernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
 from moe_mamba.model.initialize import Initializer, ones, uniform
 from moe_mamba.model.norm import RMSNorm
 from moe_mamba.model.sequences import Sequences
@@ -65,9 +65,9 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         if config.mamba_norms:
-            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon)
-            self.B_norm = RMSNorm(d_state, config.norm_epsilon)
-            self.C_norm = RMSNorm(d_state, config.norm_epsilon)
+            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, config.kernels)
+            self.B_norm = RMSNorm(d_state, config.norm_epsilon, config.kernels)
+            self.C_norm = RMSNorm(d_state, config.norm_epsilon, config.kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters start: as in mamba-ssm, whatever ``model.initialization`` says.
@@ -104,51 +104,57 @@ class Mamba(nn.Module):
         """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, None, new state)."""
         projected = self.in_proj(x).view(sequences.batch, sequences.length, -1)
         x, z = projected.chunk(2, dim=-1)  # (batch, length, d_inner) each; figure 3
-        x, conv_state = causal_conv(
-            x,
-            self.conv1d.weight.to(x.dtype),
-            self.conv1d.bias.to(x.dtype),
-            sequences.starts,
-            None if state is None else state.conv,
-            backend=self.config.kernels,
-        )
+        new_state: MambaState | None
+        if state is not None and sequences.length == 1 and sequences.starts is None:
+            y, new_state = self._step(x, z, state)
+        else:
+            y, new_state = self._pass(x, z, sequences.starts, state)
+        return self.out_proj(y.reshape(sequences.tokens, -1)), None, new_state
+
+    def _pass(
+        self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
+    ) -> tuple[Tensor, MambaState | None]:
+        """Convolution and scan of whole sequences; x and z (batch, length, d_inner)."""
+        weight, bias = self._convolution(x.dtype)
+        before = (None, None) if state is None else (state.conv, state.scan)
+        x, conv_state = causal_conv(x, weight, bias, starts, before[0], self.config.kernels)
         delta, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
-        delta_bias = self.dt_proj.bias
-        if state is not None and sequences.length == 1 and sequences.starts is None:
-            y, scan_state = selective_scan_step(
-                x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], delta_bias, state.scan
-            )
-        else:
-            y, scan_state = selective_scan(
-                x,
-                delta,
-                A,
-                B,
-                C,
-                self.D,
-                z,
-                delta_bias,
-                sequences.starts,
-                None if state is None else state.scan,
-                backend=self.config.kernels,
-            )  # equations 2a, 2b and 4, and the gate
-        new_state = None if state is None else MambaState(conv_state, scan_state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), None, new_state
+        kernels = self.config.kernels
+        if kernels == "vendor" and state is not None:
+            kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
+        y, scan_state = selective_scan(
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, starts, before[1], kernels
+        )  # equations 2a, 2b and 4, and the gate
+        return y, None if state is None else MambaState(conv_state, scan_state)
+
+    def _step(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """What ``_pass`` computes of one more token; x and z (batch, 1, d_inner)."""
+        weight, bias = self._convolution(x.dtype)
+        x, conv_state = causal_conv_step(x[:, 0], weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
+        delta, B, C = self._select(x)
+        A = -torch.exp(self.A_log)
+        y, scan_state = selective_scan_step(
+            x, delta, A, B, C, self.D, z[:, 0], self.dt_proj.bias, state.scan, self.config.kernels
+        )
+        return y, MambaState(conv_state, scan_state)
+
+    def _convolution(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.conv1d.weight.to(dtype), self.conv1d.bias.to(dtype)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What makes the scan selective: delta, B and C from the input (algorithm 2, section 3.6).
 
         Args:
-            x: (batch, length, d_inner).
+            x: (..., d_inner).
 
         Returns:
-            delta before its bias and softplus (batch, length, d_inner); B and C (batch, length, d_state).
+            delta before its bias and softplus (..., d_inner); B and C (..., d_state).
         """
         d_state = self.config.d_state
         dt, B, C = self.x_proj(x).split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
         if self.config.mamba_norms:
-            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+            (dt, _), (B, _), (C, _) = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         return functional.linear(dt, self.dt_proj.weight.to(dt.dtype)), B, C
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.kernels import grouped_matmul
-from moe_mamba.model.feed_forward import FeedForward, activate, input_width
+from moe_mamba.kernels import activation, combine_rows, gather_rows, grouped_matmul
+from moe_mamba.model.feed_forward import FeedForward, input_width
 from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.routing import Router, RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
@@ -20,24 +20,28 @@ class Dispatcher(Protocol):
     """Brings rows to the experts of this device, and their outputs back."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs)."""
+        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs).
 
-    def combine(self, rows: Tensor, handle: Any, tokens: int) -> Tensor:
+        Where the routing has a capacity, all experts have as many rows.
+        """
+
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
 
 
 class LocalDispatcher:
-    """All experts are on this device."""
+    """All experts are on this device; ``kernels`` names the back end of its gather and its sum."""
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Routing]:
+    def __init__(self, kernels: str) -> None:
+        self._kernels = kernels
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """Gather the tokens in the order of the experts."""
-        return x.index_select(0, routing.token), routing.counts, routing
+        return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
 
-    def combine(self, rows: Tensor, handle: Routing, tokens: int) -> Tensor:
-        """Scatter the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
-        weighted = rows * handle.weight[:, None]  # (rows, d_model)
-        total = weighted.new_zeros(tokens, rows.shape[1]).index_add(0, handle.token, weighted)
-        return total.to(rows.dtype)
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+        """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
+        return combine_rows(rows, handle.weight, handle.token, handle.slot, backend=self._kernels)
 
 
 class Experts(nn.Module):
@@ -58,11 +62,18 @@ class Experts(nn.Module):
             "out_proj": matrix(self.config, self.out_proj.shape[1], residual=True),
         }
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Map ``rows`` (rows, d_model), sorted by expert, each by its own; ``counts`` (experts,) rows an expert."""
-        hidden = grouped_matmul(rows, self.in_proj, counts, backend=self.config.kernels)  # (rows, input width)
-        hidden = activate(hidden, self.config.activation)  # (rows, width)
-        return grouped_matmul(hidden, self.out_proj, counts, backend=self.config.kernels)  # (rows, d_model)
+    def forward(self, rows: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
+        """Map ``rows`` (rows, d_model), sorted by expert, each by its own.
+
+        Args:
+            rows: (rows, d_model), sorted by expert.
+            counts: (experts,) rows of each expert.
+            capacity: rows of every expert, where all have as many.
+        """
+        kernels = self.config.kernels
+        hidden = grouped_matmul(rows, self.in_proj, counts, capacity, kernels)  # (rows, input width)
+        hidden = activation(hidden, self.config.activation, kernels)  # (rows, width)
+        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)  # (rows, d_model)
 
 
 class MoE(nn.Module):
@@ -74,7 +85,7 @@ class MoE(nn.Module):
         self.router = Router(config, moe)
         self.experts = Experts(config, moe.experts, width)
         self.shared = FeedForward(config, moe.shared_experts * width) if moe.shared_experts else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(config.kernels)
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, RouterStatistics, None]:
         """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
@@ -87,4 +98,5 @@ class MoE(nn.Module):
         """Give the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
-        return self.dispatcher.combine(self.experts(rows, counts), handle, len(x)), statistics
+        capacity = None if routing.capacity is None else len(rows) // len(counts)
+        return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics

@@ -1,30 +1,26 @@
-"""Normalisation over the last axis, in fp32 whatever the input's dtype."""
+"""Normalisation over the last axis, in fp32 whatever the input's dtype, of the stream and what is added to it."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig
+from moe_mamba.kernels import rms_norm
 from moe_mamba.model.initialize import Initializer, ones, zeros
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich, 2019): ``x / sqrt(mean(x^2) + epsilon) * weight``."""
 
-    def __init__(self, d: int, epsilon: float) -> None:
+    def __init__(self, d: int, epsilon: float, kernels: str = "auto") -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.ones(d))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (..., d); the result has ``x``'s dtype."""
-        wide = _at_least_fp32(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale * self.weight).to(x.dtype)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add ``update`` to ``x`` (..., d), in one pass with the norm; returns (normalised sum, sum) in x's dtype."""
+        return rms_norm(x, self.weight, self.epsilon, residual=update, backend=self.kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters start."""
@@ -40,10 +36,12 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
         self.bias = nn.Parameter(torch.zeros(d))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (..., d); the result has ``x``'s dtype."""
-        wide = _at_least_fp32(x)
-        return functional.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon).to(x.dtype)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add ``update`` to ``x`` (..., d), and normalise; returns (normalised sum, sum) in x's dtype."""
+        total = x if update is None else x + update
+        wide = total.to(torch.promote_types(x.dtype, torch.float32))
+        y = functional.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return y.to(x.dtype), total
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters start."""
@@ -52,5 +50,6 @@ class LayerNorm(nn.Module):
 
 def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """Build the norm over ``d_model`` that the config names."""
-    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-    return kind(config.d_model, config.norm_epsilon)
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, config.norm_epsilon, config.kernels)
+    return LayerNorm(config.d_model, config.norm_epsilon)

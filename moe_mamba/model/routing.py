@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels import Order, sort_by_expert
 from moe_mamba.model.initialize import Initializer, truncated_normal, zeros
 from moe_mamba.model.sequences import Sequences
 
@@ -25,14 +26,19 @@ class Routing:
     Attributes:
         token: (rows,) int64: the row of the stream that goes to the expert.
         weight: (rows,): what the expert's output is multiplied by; 0 in a slot that stayed empty.
+        slot: (tokens, choices) int64: the row of each choice, -1 where the expert had no room; for expert choice,
+            (tokens, experts), -1 where the expert did not take the token.
         counts: (experts,) int64: rows of each expert, empty slots included.
+        assigned: (experts,) int64: assignments of each expert, counted before any is dropped.
         dropped: () assignments that no expert had room for; for expert choice, tokens that no expert took.
         capacity: rows of every expert, where all have as many; None: ``counts`` alone knows.
     """
 
     token: Tensor
     weight: Tensor
+    slot: Tensor
     counts: Tensor
+    assigned: Tensor
     dropped: Tensor
     capacity: int | None = None
 
@@ -70,28 +76,20 @@ def z_loss(statistics: RouterStatistics) -> Tensor:
     return statistics.z / statistics.tokens
 
 
-def _count(expert: Tensor, experts: int) -> Tensor:
-    """How often each expert occurs; unlike bincount, it does not wait for the GPU."""
-    counts = torch.zeros(experts, dtype=torch.int64, device=expert.device)
-    return counts.scatter_add_(0, expert, torch.ones_like(expert))
-
-
-def route_dropless(chosen: Tensor, weight: Tensor, experts: int) -> Routing:
+def route_dropless(chosen: Tensor, weight: Tensor, experts: int, kernels: str = "auto") -> Routing:
     """Give every token to all the experts that it chose.
 
     Args:
         chosen: (tokens, top_k) int64: experts of each token, best first.
         weight: (tokens, top_k).
         experts: how many there are.
+        kernels: back end, as in ``model.kernels``.
     """
-    tokens = len(chosen)
-    expert = chosen.t().reshape(-1)  # (top_k * tokens,)
-    order = expert.argsort(stable=True)
-    counts = _count(expert, experts)
-    return Routing(order % tokens, weight.t().reshape(-1)[order], counts, counts.new_zeros(()))
+    order = sort_by_expert(chosen, experts, backend=kernels)
+    return _routing(order, weight, None)
 
 
-def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: int) -> Routing:
+def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: int, kernels: str = "auto") -> Routing:
     """Fill ``capacity`` slots of each expert by order of position, all first choices before second ones.
 
     Args:
@@ -99,21 +97,18 @@ def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: in
         weight: (tokens, top_k).
         experts: how many there are.
         capacity: slots of each expert. One that stays empty has weight 0 and the number of some token.
+        kernels: back end, as in ``model.kernels``.
     """
-    tokens = len(chosen)
-    expert = chosen.t().reshape(-1)  # (top_k * tokens,)
-    order = expert.argsort(stable=True)
-    counts = _count(expert, experts)
-    expert = expert[order]
-    rank = torch.arange(len(expert), device=expert.device) - (counts.cumsum(0) - counts)[expert]
-    rest = experts * capacity  # one slot more, for all that is dropped
-    slot = torch.where(rank < capacity, expert * capacity + rank, rest)
-    # Empty slots name tokens in turn: were it always the same one, its gradient's sum would be a queue of atomics.
-    token = torch.arange(rest + 1, device=expert.device) % tokens
-    token = token.scatter(0, slot, order % tokens)[:rest]
-    weight = weight.new_zeros(rest + 1).scatter(0, slot, weight.t().reshape(-1)[order])[:rest]
-    dropped = (counts - capacity).clamp(min=0).sum()
-    return Routing(token, weight, torch.full_like(counts, capacity), dropped, capacity)
+    order = sort_by_expert(chosen, experts, capacity, backend=kernels)
+    return _routing(order, weight, capacity)
+
+
+def _routing(order: Order, weight: Tensor, capacity: int | None) -> Routing:
+    """Lay out the weights (tokens, top_k) as the rows are; what is dropped goes to one row more."""
+    rows = len(order.token)
+    place = torch.where(order.slot < 0, rows, order.slot).view(-1)
+    weight = weight.new_zeros(rows + 1).scatter(0, place, weight.reshape(-1))[:rows]
+    return Routing(order.token, weight, order.slot, order.counts, order.assigned, order.dropped, capacity)
 
 
 def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> Routing:
@@ -121,9 +116,12 @@ def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> 
     batch, length, experts = sequences.batch, sequences.length, scores.shape[1]
     weight, place = scores.view(batch, length, experts).permute(2, 0, 1).topk(capacity)  # (experts, batch, capacity)
     token = (place + length * torch.arange(batch, device=place.device)[:, None]).reshape(-1)
-    counts = torch.full((experts,), batch * capacity, device=place.device)
-    taken = counts.new_zeros(sequences.tokens).scatter(0, token, 1)
-    return Routing(token, weight.reshape(-1), counts, sequences.tokens - taken.sum(), batch * capacity)
+    row = torch.arange(len(token), device=token.device)
+    slot = token.new_full((sequences.tokens * experts,), -1)
+    slot = slot.scatter_(0, token * experts + row // (batch * capacity), row).view(-1, experts)
+    counts = torch.full((experts,), batch * capacity, device=token.device)
+    dropped = (slot < 0).all(1).sum()
+    return Routing(token, weight.reshape(-1), slot, counts, counts, dropped, batch * capacity)
 
 
 class Router(nn.Module):
@@ -134,6 +132,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.config = moe
+        self.kernels = config.kernels
         self.weight = nn.Parameter(torch.empty(moe.experts, config.d_model))
         if moe.balance == "bias":
             self.register_buffer("balance_bias", torch.zeros(moe.experts))
@@ -155,14 +154,11 @@ class Router(nn.Module):
             capacity = self._capacity(sequences.length)
             assert capacity is not None, "expert choice without a capacity is refused by the config"
             routing = route_expert_choice(scores, sequences, capacity)
-            assigned = routing.counts
         else:
-            chosen, weight = self._choose(scores)
-            routing = self._route(chosen, weight)
-            assigned = _count(chosen.reshape(-1), self.config.experts)
+            routing = self._route(*self._choose(scores))
         statistics = RouterStatistics(
             probability=share.sum(0),
-            assigned=assigned.to(share.dtype),
+            assigned=routing.assigned.to(share.dtype),
             dropped=routing.dropped.to(share.dtype),
             z=logits.logsumexp(-1).square().sum(),
             entropy=torch.special.entr(share.detach()).sum(),
@@ -187,8 +183,8 @@ class Router(nn.Module):
     def _route(self, chosen: Tensor, weight: Tensor) -> Routing:
         capacity = self._capacity(len(chosen))
         if capacity is None:
-            return route_dropless(chosen, weight, self.config.experts)
-        return route_by_capacity(chosen, weight, self.config.experts, capacity)
+            return route_dropless(chosen, weight, self.config.experts, self.kernels)
+        return route_by_capacity(chosen, weight, self.config.experts, capacity, self.kernels)
 
     def _capacity(self, tokens: int) -> int | None:
         """Slots an expert has for ``tokens`` tokens; None: as many as needed (evaluation, unless told otherwise)."""

@@ -55,7 +55,7 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         self.router = whole.router
         self.experts = Experts(config, self.num_local_experts, width)
         self.shared = whole.shared
-        self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert)
+        self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert, config.kernels)
         self._tensor = topology.tensor
         self._tensor_group = groups.tensor
         self.set_deepspeed_parallelism()  # type: ignore[operator]
@@ -86,7 +86,8 @@ class ExpertDispatcher(LocalDispatcher):
     All ranks of the expert group must pass at once, in the same mode, with as many tokens where there is a capacity.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, kernels: str) -> None:
+        super().__init__(kernels)
         self._ranks = ranks
         self._group: ProcessGroup | None = None
 
@@ -108,10 +109,10 @@ class ExpertDispatcher(LocalDispatcher):
             travel = _VariableTravel.plan(self._group, self._ranks, counts)
         return travel.there(rows), travel.counts, (routing, travel)
 
-    def combine(self, rows: Tensor, handle: Any, tokens: int) -> Tensor:
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Bring the outputs back, and sum a token's weighted ones."""
         routing, travel = handle
-        return super().combine(rows if travel is None else travel.back(rows), routing, tokens)
+        return super().combine(rows if travel is None else travel.back(rows), routing)
 
 
 @dataclass(frozen=True)

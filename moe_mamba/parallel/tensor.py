@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -24,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel, Layer
-from moe_mamba.model.loss import IGNORED
+from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.moe import MoE
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import Shard
@@ -160,7 +159,12 @@ def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str,
         model.head = ColumnLinear(model.head, shards["head.weight"], group)
     (segment,) = shard.segments[0]
     model.project = partial(project, rows=segment.length, group=group)
-    model.cross_entropy = partial(cross_entropy_sum, group=group)
+    model.cross_entropy = partial(
+        cross_entropy_sum,
+        first=group.rank() * shard.local_shape[0],
+        reduce=partial(_reduce, group=group),
+        backend=model.config.kernels,
+    )
 
 
 def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -> Tensor:
@@ -180,49 +184,19 @@ def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -
     return logits
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, *, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """As ``model.loss.cross_entropy_sum``, from this peer's part of the logits, which are never gathered.
+def _reduce(
+    largest: Tensor, total: Tensor, predicted: Tensor, *, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What all peers' parts of the logits have together, (tokens,) each; the logits are never gathered.
 
     Args:
-        logits: (..., rows of a peer).
-        targets: (...) int64, of the whole vocabulary; -100 is not counted.
+        largest: logit.
+        total: sum of exp(logit - largest).
+        predicted: the target's logit, 0 where another peer has it.
         group: the tensor peers.
-
-    Returns:
-        The sum in nats and the number of counted targets, the same on all peers.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-    losses = _VocabularyCrossEntropy.apply(wide, targets.flatten(), group)  # (tokens,)
-    counted = targets != IGNORED
-    return losses.masked_fill(~counted.flatten(), 0.0).sum(), counted.sum()
-
-
-class _VocabularyCrossEntropy(torch.autograd.Function):
-    """Megatron-core's vocabulary-parallel cross entropy, step by step, in the logits' own precision.
-
-    Its own composition of these steps casts to fp32, which float64 parity cannot bear.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: ProcessGroup) -> Tensor:
-        rows = logits.shape[1]
-        first = group.rank() * rows
-        largest = logits.max(dim=-1).values
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        is_elsewhere, row, predicted, total, exponentials = VocabParallelCrossEntropy.calculate_predicted_logits(
-            logits.clone(), targets, largest, first, first + rows
-        )
-        both = torch.stack((predicted, total))
-        dist.all_reduce(both, group=group)
-        softmax, losses = VocabParallelCrossEntropy.calculate_cross_entropy_loss(exponentials, both[0], both[1])
-        ctx.save_for_backward(softmax, is_elsewhere, row)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        softmax, is_elsewhere, row = ctx.saved_tensors
-        softmax, place, update, out = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(
-            softmax.clone(), is_elsewhere
-        )
-        update = update.to(softmax.dtype)
-        return VocabParallelCrossEntropy.calculate_gradients(softmax, place, row, update, out, gradient), None, None
+    highest = largest.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack((total * torch.exp(largest - highest), predicted))
+    dist.all_reduce(sums, group=group)
+    return highest, sums[0], sums[1]

@@ -1,14 +1,16 @@
 """What a run says about itself: the header at its start, and the summary at its end."""
 
+import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_mamba.config import Config
+from moe_mamba.config import Config, ModelConfig
 from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
 from moe_mamba.errors import UserError
-from moe_mamba.kernels.backends import BACKENDS, choose
+from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import Topology, World
@@ -26,6 +28,7 @@ ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-
 def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Topology, micro_batch: int) -> list[str]:
     """The lines that tell, before the first step, what is trained on what, how and where."""
     counts, world = model.parameter_counts(), topology.world
+    kernels, missing = describe_kernels(config, world)
     name = ARCHITECTURES.get(config.model.pattern, "model")
     batch, length = config.train.global_batch, config.data.sequence_length
     threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
@@ -39,10 +42,10 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Top
         f"layout    {world.size} x {world.device.type}{threads}, {describe_layout(config, topology)}"
         f"{config.train.precision}, ZeRO {config.parallel.zero}{', offloaded' * config.parallel.offload_optimizer}; "
         f"{batch} x {length} tokens a step, {micro_batch} sequences at once",
-        f"kernels   {describe_kernels(config, world)}",
+        f"kernels   {kernels}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
-    return lines + warnings(corpora, world)
+    return lines + [f"warning   {line}" for line in (*missing, *damaged_lines(corpora))]
 
 
 def describe_layout(config: Config, topology: Topology) -> str:
@@ -54,26 +57,42 @@ def describe_layout(config: Config, topology: Topology) -> str:
     return f"tensor {topology.tensor} x data {topology.data}{experts}, "
 
 
-def warnings(corpora: Corpora, world: World) -> list[str]:
-    """What the user should know before it costs anything."""
-    lines = [
-        f"warning   {shards.rejects:,} damaged lines of {source} were left out: they are kept in {shards.rejects_file}"
+def damaged_lines(corpora: Corpora) -> list[str]:
+    """What of the text could not be read."""
+    return [
+        f"{shards.rejects:,} damaged lines of {source} were left out: they are kept in {shards.rejects_file}"
         for source, shards in corpora.sources.items()
         if shards.rejects
     ]
-    if world.device.type == "cuda":
-        lines.append(
-            "warning   the selective scan runs as a loop over time in plain torch: many times slower than a fused "
-            "kernel, which this version has none of for GPUs"
-        )
-    return lines
 
 
-def describe_kernels(config: Config, world: World) -> str:
-    """Which back end serves each operation here."""
+def describe_kernels(config: Config, world: World) -> tuple[str, list[str]]:
+    """Which back end serves each operation here, and what a missing one costs.
+
+    Builds or imports them: nothing of that is left for the first step.
+    """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    chosen = {name: choose(name, world.device.type, dtype, config.model.kernels)[0] for name in BACKENDS}
-    return ", ".join(f"{operation}: {backend}" for operation, backend in chosen.items())
+    serves = defaultdict(list)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for operation, size in _operations(config.model).items():
+            serves[choose(operation, world.device.type, dtype, config.model.kernels, size)[0]].append(operation)
+    line = "; ".join(f"{name}: {', '.join(served)}" for name, served in serves.items())
+    return line, list(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _operations(config: ModelConfig) -> dict[str, int]:
+    """Operations of our kernels that a training step does -> the size that a back end may limit, 0 where none does."""
+    used: dict[str, int] = {}
+    if "M" in config.layers:
+        used |= {"selective_scan": config.d_state, "causal_conv": config.d_conv}
+    if "E" in config.layers:
+        used |= dict.fromkeys(("sort_by_expert", "gather_rows", "combine_rows", "grouped_matmul"), 0)
+    if "E" in config.layers or "-" in config.layers:
+        used["activation"] = 0
+    if config.norm == "rmsnorm" or config.mamba_norms:
+        used["rms_norm"] = 0
+    return used | {"cross_entropy": 0}
 
 
 def validation_line(name: str, scores: Scores, shards: Shards) -> str:

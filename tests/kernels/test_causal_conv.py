@@ -1,18 +1,20 @@
 """Every back end of the convolution against the float64 reference and against torch's own convolution."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.available import available, cases, typed_cases
 from torch import Tensor
 
 from moe_mamba.errors import UserError
-from moe_mamba.kernels import causal_conv
+from moe_mamba.kernels import causal_conv, causal_conv_step
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.causal_conv import torch_conv
 
-NAMES = list(BACKENDS["causal_conv"])
+NAMES = ("backend", "on")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
@@ -26,17 +28,23 @@ def operands(batch: int, length: int, channels: int, width: int) -> dict[str, Te
     return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def results(made: dict[str, Tensor], starts: Tensor | None, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-    inputs = {name: value.to(dtype).detach().clone().requires_grad_() for name, value in made.items()}
-    y, final_state = causal_conv(**inputs, starts=starts, backend=backend)
+def widest(backend: str) -> torch.dtype:
+    return torch.float64 if torch.float64 in BACKENDS["causal_conv"][backend].dtypes else torch.float32
+
+
+def results(
+    made: dict[str, Tensor], starts: Tensor | None, dtype: torch.dtype, backend: str, on: str = "cpu"
+) -> dict[str, Tensor]:
+    inputs = {name: value.to(on, dtype).detach().clone().requires_grad_() for name, value in made.items()}
+    y, final_state = causal_conv(**inputs, starts=None if starts is None else starts.to(on), backend=backend)
     assert y.dtype == final_state.dtype == dtype
     generator = torch.Generator().manual_seed(1)
     y_weight, state_weight = (
         torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in (y, final_state)
     )
-    ((y.double() * y_weight).sum() + (final_state.double() * state_weight).sum()).backward()
-    gradients = {f"gradient of {name}": value.grad for name, value in inputs.items()}
-    return {"y": y.detach(), "final state": final_state.detach(), **gradients}
+    ((y.cpu().double() * y_weight).sum() + (final_state.cpu().double() * state_weight).sum()).backward()
+    gradients = {f"gradient of {name}": torch.as_tensor(value.grad).cpu() for name, value in inputs.items()}
+    return {"y": y.detach().cpu(), "final state": final_state.detach().cpu(), **gradients}
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -45,15 +53,13 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance * max(value.norm(), 1e-3), f"{name}: {error / value.norm()}"
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("length", [1, 2, 20])
-@pytest.mark.parametrize("backend", NAMES)
-def test_equals_the_reference(backend: str, length: int, width: int, dtype: torch.dtype) -> None:
-    for starts in (None, torch.rand(3, length) < 0.2):
-        made = operands(3, length, 5, width)
-        expected = results(made, starts, torch.float64, "reference")
-        assert_equal(results(made, starts, dtype, backend), expected, TOLERANCE[dtype])
+@pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 3), (9, 4), (14, 2), (14, 3), (14, 4)])
+@pytest.mark.parametrize((*NAMES, "dtype"), typed_cases("causal_conv"))
+def test_equals_the_reference(backend: str, on: str, dtype: torch.dtype, length: int, width: int) -> None:
+    starts = None if length == 9 else torch.rand(2, length) < 0.25
+    made = operands(2, length, 5, width)
+    expected = results(made, starts, torch.float64, "reference")
+    assert_equal(results(made, starts, dtype, backend, on), expected, TOLERANCE[dtype])
 
 
 def test_equals_the_reference_in_several_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,16 +69,51 @@ def test_equals_the_reference_in_several_blocks_of_rows(monkeypatch: pytest.Monk
     assert_equal(results(made, starts, torch.float64, "torch"), expected, 1e-12)
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_equals_torchs_convolution(backend: str) -> None:
-    made = operands(2, 20, 5, 4)
+@pytest.mark.parametrize(NAMES, cases("causal_conv"))
+def test_equals_the_reference_in_many_blocks_of_channels_and_chunks(
+    backend: str, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        triton_conv = pytest.importorskip("moe_mamba.kernels.causal_conv.triton_causal_conv")
+        monkeypatch.setattr(triton_conv, "BLOCK", 32)
+        monkeypatch.setattr(triton_conv, "SMALLEST_ROWS", 4)
+    for width in (2, 4):
+        made, starts = operands(2, 14, 33, width), torch.rand(2, 14) < 0.2
+        expected = results(made, starts, torch.float64, "reference")
+        assert_equal(results(made, starts, torch.float32, backend, on), expected, 1e-5)
+
+
+@pytest.mark.parametrize(NAMES, cases("causal_conv"))
+def test_strided_inputs_equal_dense_ones(backend: str, on: str) -> None:
+    """Rows of a wider projection, channels that do not lie next to each other, a gradient that is expanded."""
+    made = {name: value.to(on, torch.float32) for name, value in operands(2, 9, 5, 3).items()}
+    starts = (torch.rand(9, 2) < 0.2).to(on).t()
+    expected = causal_conv(**made, starts=starts.contiguous(), backend=backend)[0]
+    projection = torch.cat((made["x"], made["x"] + 1), 2).requires_grad_()
+    strided = made | {"weight": made["weight"].t().contiguous().t(), "x": projection[..., :5]}
+    strided["initial_state"] = made["initial_state"].transpose(0, 2).contiguous().transpose(0, 2)
+    y = causal_conv(**strided, starts=starts, backend=backend)[0]
+    assert y.equal(expected)
+    y.sum().backward()
+    dense = made["x"].clone().requires_grad_()
+    causal_conv(**made | {"x": dense}, starts=starts, backend=backend)[0].backward(torch.ones_like(y))
+    assert projection.grad is not None and dense.grad is not None
+    assert projection.grad[..., :5].equal(dense.grad) and projection.grad[..., 5:].eq(0).all()
+    across = made["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert causal_conv(**made | {"x": across}, starts=starts, backend=backend)[0].equal(expected)
+
+
+@pytest.mark.parametrize(NAMES, cases("causal_conv"))
+def test_equals_torchs_convolution(backend: str, on: str) -> None:
+    dtype = widest(backend)
+    made = {name: value.to(on, dtype) for name, value in operands(2, 20, 5, 4).items()}
     y, final_state = causal_conv(made["x"], made["weight"], made["bias"], backend=backend)
     expected = F.conv1d(made["x"].transpose(1, 2), made["weight"][:, None], made["bias"], padding=3, groups=5)
     torch.testing.assert_close(y, F.silu(expected[..., :20]).transpose(1, 2))
     torch.testing.assert_close(final_state, made["x"][:, -3:])
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", available("causal_conv", "cpu", torch.float64))
 def test_gradcheck(backend: str) -> None:
     made = {name: value.requires_grad_() for name, value in operands(2, 9, 2, 4).items()}
     starts = torch.rand(2, 9) < 0.2
@@ -83,27 +124,32 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(convolve, tuple(made.values()))
 
 
-@pytest.mark.parametrize("backend", NAMES)
-def test_packed_documents_equal_single_ones(backend: str) -> None:
-    """Documents shorter than the filter, and NaN in every other one, which must not leak."""
+@pytest.mark.parametrize(NAMES, cases("causal_conv"))
+def test_packed_documents_equal_single_ones(backend: str, on: str) -> None:
+    """Documents shorter than the filter, and NaN in every other one, which must not leak, nor may its gradient."""
     lengths = (1, 2, 3, 7, 1, 5)
-    made = operands(1, sum(lengths), 3, 4)
-    starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
+    dtype = widest(backend)
+    made = {name: value.to(on, dtype) for name, value in operands(1, sum(lengths), 3, 4).items()}
+    starts = torch.zeros(1, sum(lengths), dtype=torch.bool, device=on)
     starts[0, [0, 1, 3, 6, 13, 14]] = True
     documents = list(made["x"].split(lengths, 1))
     for document in documents[::2]:
         document[:] = math.nan
+    made["x"] = made["x"].clone().requires_grad_()
     y, final_state = causal_conv(**made, starts=starts, backend=backend)
     weights = made["weight"], made["bias"]
     single = [causal_conv(document, *weights, backend="reference") for document in documents]
     torch.testing.assert_close(y, torch.cat([part for part, _ in single], 1), equal_nan=True)
     torch.testing.assert_close(final_state, single[-1][1])
+    (gradient,) = torch.autograd.grad(y.sum(), made["x"])
+    assert gradient.isnan().equal(made["x"].isnan())
 
 
-@pytest.mark.parametrize("backend", NAMES)
-@pytest.mark.parametrize("cuts", [(1,) * 20, (2, 1, 3, 14), (10, 10)])
-def test_pieces_with_the_state_between_equal_the_whole(backend: str, cuts: tuple[int, ...]) -> None:
-    made, starts = operands(2, 20, 3, 4), torch.rand(2, 20) < 0.2
+@pytest.mark.parametrize(NAMES, cases("causal_conv"))
+@pytest.mark.parametrize("cuts", [(1,) * 12, (2, 1, 3, 6)])
+def test_pieces_with_the_state_between_equal_the_whole(backend: str, on: str, cuts: tuple[int, ...]) -> None:
+    made = {name: value.to(on, widest(backend)) for name, value in operands(2, 12, 3, 4).items()}
+    starts = (torch.rand(2, 12) < 0.2).to(on)
     whole, last = causal_conv(**made, starts=starts, backend=backend)
     state, pieces = made["initial_state"], []
     for x, piece_starts in zip(made["x"].split(cuts, 1), starts.split(cuts, 1), strict=True):
@@ -111,6 +157,26 @@ def test_pieces_with_the_state_between_equal_the_whole(backend: str, cuts: tuple
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize((*NAMES, "dtype"), typed_cases("causal_conv_step"))
+def test_stepping_equals_the_parallel_pass(backend: str, on: str, dtype: torch.dtype, width: int) -> None:
+    made = operands(3, 6, 5, width)
+    whole, last = causal_conv(**made, backend="reference")
+    weight, bias, state = (made[name].to(on, dtype) for name in ("weight", "bias", "initial_state"))
+    for t in range(6):
+        y, state = causal_conv_step(made["x"][:, t].to(on, dtype), weight, bias, state, backend=backend)
+        assert y.dtype == state.dtype == dtype
+        assert_equal({"y": y.cpu()}, {"y": whole[:, t]}, TOLERANCE[dtype])
+    torch.testing.assert_close(state.cpu(), last.to(dtype))
+
+
+@pytest.mark.parametrize(NAMES, cases("causal_conv"))
+def test_is_deterministic(backend: str, on: str) -> None:
+    made, starts = operands(2, 14, 33, 4), torch.rand(2, 14) < 0.1
+    first, second = (results(made, starts, torch.float32, backend, on) for _ in range(2))
+    assert all(first[name].equal(second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +190,23 @@ def test_pieces_with_the_state_between_equal_the_whole(backend: str, cuts: tuple
     ],
 )
 def test_bad_input_is_one_line(name: str, value: object, words: str) -> None:
-    made: dict[str, object] = {key: tensor.float() for key, tensor in operands(2, 5, 3, 4).items()}
+    made: dict[str, Any] = {key: tensor.float() for key, tensor in operands(2, 5, 3, 4).items()}
     made[name] = value
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         causal_conv(**made)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_of_a_step_is_one_line() -> None:
+    x, weight, bias, state = torch.zeros(2, 3), torch.zeros(3, 4), torch.zeros(3), torch.zeros(2, 2, 3)
+    with pytest.raises(UserError, match=r"causal_conv_step: state has shape \(2, 2, 3\), and must have \(2, 3, 3\)"):
+        causal_conv_step(x, weight, bias, state)
+    with pytest.raises(UserError, match=r"causal_conv_step: x has shape \(1, 2, 3\), and must be \(batch, channels\)"):
+        causal_conv_step(x[None], weight, bias, state)
+
+
+@pytest.mark.parametrize("backend", [name for name in available("causal_conv") if name in ("cpu", "triton")])
+def test_refuses_a_filter_that_is_too_wide(backend: str) -> None:
+    made = {name: value.float() for name, value in operands(2, 6, 3, 5).items()}
+    with pytest.raises(UserError, match=r"does not take a size of 5 \(at most 4\)"):
+        causal_conv(**made, backend=backend)

@@ -12,9 +12,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 CASES = [(name, dtype) for name, entry in BACKENDS["grouped_matmul"].items() for dtype in entry.dtypes]
 
 
-def results(x: Tensor, weight: Tensor, counts: Tensor, g: Tensor, backend: str) -> list[Tensor]:
+def results(
+    x: Tensor, weight: Tensor, counts: Tensor, g: Tensor, backend: str, capacity: int | None = None
+) -> list[Tensor]:
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight)]
-    y = grouped_matmul(*inputs, counts, backend=backend)
+    y = grouped_matmul(*inputs, counts, capacity, backend)
     y.backward(g)
     return [y.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
 
@@ -35,12 +37,41 @@ def test_equals_the_reference(
         assert (one.double() - other).norm() <= TOLERANCE[dtype] * other.norm()
 
 
+@pytest.mark.parametrize("sizes", [(16, 24), (5, 7)])
+@pytest.mark.parametrize("capacity", [1, 3])
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
-def test_gradient_that_is_expanded(backend: str, dtype: torch.dtype) -> None:
-    x = torch.randn(6, 16).to(dtype).requires_grad_()
+def test_groups_of_one_height_equal_the_reference(
+    backend: str, dtype: torch.dtype, capacity: int, sizes: tuple[int, int]
+) -> None:
+    made = [torch.randn(shape, dtype=torch.float64) for shape in ((4 * capacity, sizes[0]), (4, *sizes))]
+    counts, g = torch.full((4,), capacity), torch.randn(4 * capacity, sizes[1], dtype=torch.float64)
+    expected = results(*made, counts, g, "reference")
+    actual = results(*(tensor.to(dtype) for tensor in made), counts, g.to(dtype), backend, capacity)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() <= TOLERANCE[dtype] * other.norm()
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+def test_operands_that_lie_anywhere_in_memory(backend: str, dtype: torch.dtype, capacity: int | None) -> None:
+    """Rows apart, weights transposed, and both at addresses that no kernel likes."""
+    x = torch.randn(1 + 6 * 40).to(dtype)[1:].view(6, 40)[:, :16]
+    weight = torch.randn(1 + 2 * 24 * 16).to(dtype)[1:].view(2, 24, 16).transpose(1, 2)
+    counts = torch.tensor([3, 3])
+    expected = grouped_matmul(x.double(), weight.double(), counts, backend="reference")
+    actual = grouped_matmul(x, weight, counts, capacity, backend)
+    assert (actual.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+def test_gradient_that_is_expanded(backend: str, dtype: torch.dtype, capacity: int | None) -> None:
+    x = torch.randn(4, 16).to(dtype).requires_grad_()
     weight = torch.randn(2, 16, 8).to(dtype).requires_grad_()
-    grouped_matmul(x, weight, torch.tensor([2, 4]), backend=backend).sum().backward()
-    expected = torch.cat([weight[0].sum(1).expand(2, 16), weight[1].sum(1).expand(4, 16)])
+    counts = torch.tensor([1, 3] if capacity is None else [2, 2])
+    grouped_matmul(x, weight, counts, capacity, backend).sum().backward()
+    expected = torch.cat([matrix.sum(1).expand(count, 16) for matrix, count in zip(weight, counts, strict=True)])
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected, rtol=TOLERANCE[dtype], atol=20 * TOLERANCE[dtype])
 
@@ -65,7 +96,12 @@ def test_bad_input_is_one_line(x: Tensor, weight: Tensor, counts: Tensor, words:
         grouped_matmul(x, weight, counts)
 
 
+def test_a_capacity_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"x has 4 rows, and must have groups x capacity = 6"):
+        grouped_matmul(torch.zeros(4, 5), torch.zeros(2, 5, 6), torch.tensor([2, 2]), 3)
+
+
 def test_a_back_end_that_does_not_fit_is_refused() -> None:
     made = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(2, 5, 6, dtype=torch.float64)
-    with pytest.raises(UserError, match=r"back end 'torch' does not take torch\.float64 tensors on a cpu device"):
+    with pytest.raises(UserError, match=r"back end 'torch' does not take torch\.float64 tensors: choose reference"):
         grouped_matmul(*made, torch.tensor([2, 2]), backend="torch")

@@ -18,12 +18,22 @@ def test_values(kind: str) -> None:
         norm.bias.data.normal_()
         centred = x - x.mean(-1, keepdim=True)
         expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight + norm.bias
-    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm(x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_an_update_is_added_first(kind: str) -> None:
+    norm = build_norm(ModelConfig(d_model=16, norm=kind))
+    x, update = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    y, total = norm(x, update)
+    assert torch.equal(total, x + update) and torch.equal(y, norm(x + update)[0])
+    alone, same = norm(x)
+    assert alone.dtype == torch.bfloat16 and torch.equal(same, x)
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_bf16_is_normalised_in_fp32(kind: type) -> None:
     norm = kind(64, 1e-5)
     x = torch.randn(7, 64).bfloat16()
-    assert norm(x).dtype == torch.bfloat16
-    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), rtol=0, atol=0)
+    assert norm(x)[0].dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x)[0], norm(x.float())[0].bfloat16(), rtol=0, atol=0)

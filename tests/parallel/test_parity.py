@@ -36,7 +36,7 @@ MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements" / "
 STEPS = 20
 SMALLEST_MARGIN = 1e-4
 # Data on which no decision of the run is nearer to a tie than that, so that rounding moves none.
-SEEDS = {"ME": 2, "*E": 0, "M-": 0, "*-": 0, "MEM-*E": 0}
+SEEDS = {"ME": 2, "*E": 0, "M-": 1, "*-": 0, "MEM-*E": 0}
 PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
 
 

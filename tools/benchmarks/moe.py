@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def moe_rows(shapes: MoEShapes, repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in shapes.worlds:
             torch.multiprocessing.spawn(_rank, (ranks, Path(folder), shapes, repeats), ranks)
-            rows += [Row(*fields) for fields in json.loads((Path(folder) / f"rows-{ranks}.json").read_text())]
+            rows += [Row(**fields) for fields in json.loads((Path(folder) / f"rows-{ranks}.json").read_text())]
     return rows
 
 
@@ -80,7 +80,7 @@ def _rank(rank: int, ranks: int, folder: Path, shapes: MoEShapes, repeats: int) 
                 against = "DeepSpeed's MoE" + (" without dropping" if uneven else "")
                 rows.append(Row(name, against, "ms", *pair, goal=2.0 if uneven else 0.95))
     if rank == 0:
-        (folder / f"rows-{ranks}.json").write_text(json.dumps([astuple(row) for row in rows]))
+        (folder / f"rows-{ranks}.json").write_text(json.dumps([asdict(row) for row in rows]))
     finish_world()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_mamba.kernels.backends import choose
 from moe_mamba.kernels.validation import require_bool, require_dimensions, require_same_dtype, require_shapes
 
-__all__ = ["causal_conv"]
+__all__ = ["causal_conv", "causal_conv_step"]
 
 
 def causal_conv(
@@ -28,7 +28,8 @@ def causal_conv(
         bias: (channels), dtype of x.
         starts: (batch, length) bool; no tap reaches from a True position or after it to before it.
         initial_state: (batch, width - 1, channels), the inputs before position 0; None: zeros; dtype of x.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: ``auto``, or one of ``BACKENDS["causal_conv"]``, of which ``cpu``, ``triton`` and ``vendor`` take
+            widths up to 4.
 
     Returns:
         y (batch, length, channels), and the last width - 1 inputs (batch, width - 1, channels) for the tokens to come,
@@ -52,15 +53,51 @@ def causal_conv(
     )
     require_same_dtype("causal_conv", x.dtype, (("weight", weight), ("bias", bias), ("initial_state", initial_state)))
     require_bool("causal_conv", "starts", starts)
-    _, function = choose("causal_conv", x.device.type, x.dtype, backend)
+    _, function = choose("causal_conv", x.device.type, x.dtype, backend, width)
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
     return function(x, weight, bias, starts, initial_state), _final_state(x, starts, initial_state)
 
 
+@torch.no_grad()
+def causal_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Convolve one token of each of many sequences, as generation does; no gradient flows.
+
+    Args:
+        x: (batch, channels).
+        weight: (channels, width); the last tap is the present; dtype of x.
+        bias: (channels), dtype of x.
+        state: (batch, width - 1, channels), the inputs before the token, as ``causal_conv`` gives them; dtype of x.
+        backend: ``auto``, or one of ``BACKENDS["causal_conv_step"]``; ``triton`` takes widths up to 4.
+
+    Returns:
+        y (batch, channels), and the state for the next token; both in the dtype of x.
+
+    Raises:
+        UserError: shapes or dtypes that disagree, or a back end that does not exist.
+    """
+    require_dimensions("causal_conv_step", "x", x, "batch channels")
+    require_dimensions("causal_conv_step", "weight", weight, "channels width")
+    batch, channels = x.shape
+    width = weight.shape[1]
+    shapes = (
+        ("weight", weight, (channels, width)),
+        ("bias", bias, (channels,)),
+        ("state", state, (batch, width - 1, channels)),
+    )
+    require_shapes("causal_conv_step", shapes)
+    require_same_dtype("causal_conv_step", x.dtype, (("weight", weight), ("bias", bias), ("state", state)))
+    _, function = choose("causal_conv_step", x.device.type, x.dtype, backend, width)
+    return function(x, weight, bias, state)
+
+
 def _final_state(x: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
     """The last width - 1 inputs, (batch, width - 1, channels), zeros before the last start."""
     reach = initial_state.shape[1]
+    if starts is None and x.shape[1] >= reach:
+        return x[:, x.shape[1] - reach :].clone()  # not a view, which would keep the whole of x
     tail = torch.cat((initial_state, x[:, max(0, x.shape[1] - reach) :]), 1)
     tail = tail[:, tail.shape[1] - reach :]
     if starts is None or reach == 0:

@@ -19,6 +19,16 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, 
     return _CausalConv.apply(x, weight, bias, initial_state, starts)
 
 
+def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    window = torch.cat((state, x[:, None]), 1)  # (batch, width, channels)
+    out = torch.addcmul(bias.to(work), window[:, 0].to(work), weight[:, 0].to(work))
+    for place in range(1, weight.shape[1]):
+        out.addcmul_(window[:, place].to(work), weight[:, place].to(work))
+    return F.silu(out).to(x.dtype), window[:, 1:]
+
+
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -40,25 +50,27 @@ class _CausalConv(torch.autograd.Function):
         width, length = taps.shape[0], x.shape[1]
         x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
         state_gradient = torch.empty_like(initial_state)
-        taps_gradient, bias_gradient = torch.zeros_like(taps), torch.zeros_like(bias_work)
+        # one sum a batch row, so that the number of threads, by which rows form blocks, does not change the total
+        sums = taps.new_empty(width + 1, x.shape[0], x.shape[2])  # of the taps, the present first, then of the bias
         for rows in _blocks(x):
             past = _past(x, initial_state, rows, taps.dtype)
             row_masks = [mask[rows] for mask in masks]
             out = _convolve(past, taps, bias_work, row_masks)  # (rows, length, channels)
             gradient = torch.ops.aten.silu_backward(y_gradient[rows].to(taps.dtype), out)
-            bias_gradient += gradient.sum((0, 1))
+            sums[width, rows] = gradient.sum(1)
             past_gradient = torch.zeros_like(past)
             for back in range(width):
                 window = slice(width - 1 - back, width - 1 - back + length)
                 tap, seen = past[:, window], gradient
                 if back and row_masks:
                     tap, seen = _hide(tap, row_masks[back - 1]), _hide(seen, row_masks[back - 1])
-                taps_gradient[back] += (seen * tap).sum((0, 1))
+                sums[back, rows] = (seen * tap).sum(1)
                 past_gradient[:, window].addcmul_(seen, taps[back])
             x_gradient[rows] = past_gradient[:, width - 1 :]
             state_gradient[rows] = past_gradient[:, : width - 1]
-        weight_gradient = taps_gradient.flip(0).t()
-        return x_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(bias.dtype), state_gradient, None
+        total = sums.sum(1)
+        weight_gradient = total[:width].flip(0).t()
+        return x_gradient, weight_gradient.to(weight.dtype), total[width].to(bias.dtype), state_gradient, None
 
 
 def _operands(weight: Tensor, bias: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -10,7 +10,9 @@ from moe_mamba.kernels.validation import require_dimensions, require_same_dtype,
 __all__ = ["grouped_matmul"]
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, backend: str = "auto") -> Tensor:
+def grouped_matmul(
+    x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None = None, backend: str = "auto"
+) -> Tensor:
     """Multiply each group's rows by the group's matrix.
 
     Args:
@@ -18,6 +20,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, backend: str = "au
         weight: (groups, in, out), dtype of x.
         counts: (groups) integers on the device of x: rows of each group, 0 included. They sum to ``rows``,
             which is not looked at, because that would wait for an accelerator.
+        capacity: rows of every group, where all have as many: then no number is read from the device, whichever it is.
         backend: ``auto``, ``reference`` or ``torch``.
 
     Returns:
@@ -33,5 +36,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, backend: str = "au
     require_same_dtype("grouped_matmul", x.dtype, (("weight", weight),))
     if counts.dtype not in (torch.int32, torch.int64):
         raise UserError(f"grouped_matmul: counts is {counts.dtype}, and must be torch.int32 or torch.int64")
+    if capacity is not None and len(x) != groups * capacity:
+        raise UserError(f"grouped_matmul: x has {len(x)} rows, and must have groups x capacity = {groups * capacity}")
     _, function = choose("grouped_matmul", x.device.type, x.dtype, backend)
-    return function(x, weight, counts)
+    return function(x, weight, counts, capacity)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
-    parts = x.split(counts.tolist())
+    parts = x.split(counts.tolist() if capacity is None else capacity)
     return torch.cat([rows @ matrix for rows, matrix in zip(parts, weight, strict=True)])

@@ -1,7 +1,15 @@
-"""``torch.nn.functional.grouped_mm``, with its two conditions met.
+"""``torch.nn.functional.grouped_mm``, with its conditions met; where all groups are as high, one batched product.
 
-Its backward wants a gradient with real strides (the one that ``.sum()`` hands down is expanded), and all its row
-strides must be multiples of 16 bytes, so that odd widths are padded with zeros.
+Read in torch's source (2.11 to 2.13), and what follows from it:
+
+- Its kernel is for bf16 on GPUs of compute capability 9.0 and newer alone. Other dtypes and older GPUs, like CPUs, get
+  a loop that reads the offsets, and so waits for the GPU. With a capacity there is nothing to read: ``bmm`` runs on
+  every GPU in every dtype, and its gradients are products of transposed views.
+- Addresses and row strides of all operands, the gradient too, are multiples of 16 bytes: odd widths are padded with
+  zeros, odd addresses copied, and a gradient that is expanded (as ``.sum()`` hands it down) made real.
+- Row-major weights (groups, in, out) are taken as they lie, and transposed views of them in the gradient of x. The
+  gradient of the weights multiplies x transposed, with columns together, by rows: the one layout in which a group may
+  be empty and of any height.
 """
 
 from typing import Any
@@ -11,25 +19,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes
-# torch.compile knows shapes of bf16 products alone (torch 2.13): the others stay outside what it compiles.
-_uncompiled = torch.compiler.disable(F.grouped_mm)
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
+    if capacity is None:
+        return _by_offsets(x, weight, counts)
+    return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
+
+
+@torch.compiler.disable  # it knows shapes of bf16 products alone (torch 2.13), and breaks at every address
+def _by_offsets(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = weight.shape[2]
     multiple = ALIGNMENT // x.element_size()
     pad_in, pad_out = -x.shape[1] % multiple, -out % multiple
     if pad_in or pad_out:
         x, weight = F.pad(x, (0, pad_in)), F.pad(weight, (0, pad_out, 0, pad_in))
-    offsets = counts.cumsum(0).to(torch.int32)  # end of each group
-    multiply = F.grouped_mm if x.dtype == torch.bfloat16 else _uncompiled
-    y = multiply(x.contiguous(), weight.contiguous(), offs=offsets)
-    return _ContiguousGradient.apply(y)[:, :out]
+    offsets = counts.cumsum(0, dtype=torch.int32)  # end of each group
+    y = F.grouped_mm(_aligned(x), _aligned(weight), offs=offsets)
+    return _AlignedGradient.apply(y)[:, :out]
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is contiguous."""
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from an address that is a multiple of 16 bytes; the storage's own is one."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % ALIGNMENT else tensor
+
+
+class _AlignedGradient(torch.autograd.Function):
+    """The identity, whose gradient is aligned."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -37,4 +55,4 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
+        return _aligned(gradient)

@@ -7,9 +7,9 @@ With delta = softplus(delta + delta_bias):
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import choose
 from moe_mamba.kernels.validation import require_bool, require_dimensions, require_same_dtype, require_shapes
 
@@ -43,14 +43,14 @@ def selective_scan(
         starts: (batch, length) bool; nothing before a True position is seen at it or after it.
             True at position 0 discards initial_state.
         initial_state: (batch, d_inner, d_state), the state before position 0; None: zeros.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: ``auto``, ``reference``, ``torch``, ``cpu`` (C++), ``triton`` (GPUs) or ``vendor`` (mamba-ssm).
 
     Returns:
         y (batch, length, d_inner) in the dtype of x, and the state after the last position
         (batch, d_inner, d_state) in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        UserError: shapes or dtypes that disagree, or a back end that does not exist.
+        UserError: shapes or dtypes that disagree, or a back end that does not exist or does not take the operands.
     """
     require_dimensions("selective_scan", "x", x, "batch length d_inner")
     require_dimensions("selective_scan", "A", A, "d_inner d_state")
@@ -72,7 +72,7 @@ def selective_scan(
     )
     require_same_dtype("selective_scan", x.dtype, (("delta", delta), ("B", B), ("C", C), ("z", z)))
     require_bool("selective_scan", "starts", starts)
-    _, function = choose("selective_scan", x.device.type, x.dtype, backend)
+    _, function = choose("selective_scan", x.device.type, x.dtype, backend, d_state)
     return function(x, delta, A, B, C, D, z, delta_bias, starts, initial_state)
 
 
@@ -86,31 +86,48 @@ def selective_scan_step(
     z: Tensor | None,
     delta_bias: Tensor | None,
     state: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence, for generation: what ``selective_scan`` computes at one position.
 
     Args:
-        x: (batch, d_inner); delta and z alike.
-        delta: step sizes before bias and softplus.
+        x: (batch, d_inner).
+        delta: (batch, d_inner), step sizes before bias and softplus; dtype of x.
         A: (d_inner, d_state), negative.
-        B: (batch, d_state); C alike.
-        C: what of the state is read.
-        D: (d_inner).
-        z: gate, or None.
-        delta_bias: (d_inner), or None.
-        state: (batch, d_inner, d_state) before this token, fp32 or fp64.
+        B: (batch, d_state), what of the input enters the state; dtype of x.
+        C: (batch, d_state), what of the state is read; dtype of x.
+        D: (d_inner), weight of the input in the output.
+        z: (batch, d_inner) gate, dtype of x; None: no gate.
+        delta_bias: (d_inner), added to delta before softplus; None: nothing.
+        state: (batch, d_inner, d_state) before this token, fp32 (fp64 for fp64 inputs). It is not changed.
+        backend: ``auto``, ``torch``, which is differentiable, or ``triton``, which is not.
 
     Returns:
         y (batch, d_inner) in the dtype of x, and the state after this token in the dtype of ``state``.
+
+    Raises:
+        UserError: shapes or dtypes that disagree, or a back end that does not exist or does not take the operands.
     """
-    work = state.dtype
-    step = delta.to(work)
-    if delta_bias is not None:
-        step = step + delta_bias
-    step = F.softplus(step)  # (batch, d_inner)
-    entering = (step * x)[..., None] * B.to(work)[:, None]  # (batch, d_inner, d_state)
-    new_state = torch.exp(step[..., None] * A) * state + entering
-    y = torch.einsum("bdn,bn->bd", new_state, C.to(work)) + D * x
-    if z is not None:
-        y = y * F.silu(z.to(work))
-    return y.to(x.dtype), new_state
+    require_dimensions("selective_scan_step", "x", x, "batch d_inner")
+    require_dimensions("selective_scan_step", "A", A, "d_inner d_state")
+    batch, d_inner = x.shape
+    d_state = A.shape[1]
+    require_shapes(
+        "selective_scan_step",
+        (
+            ("delta", delta, (batch, d_inner)),
+            ("A", A, (d_inner, d_state)),
+            ("B", B, (batch, d_state)),
+            ("C", C, (batch, d_state)),
+            ("D", D, (d_inner,)),
+            ("z", z, (batch, d_inner)),
+            ("delta_bias", delta_bias, (d_inner,)),
+            ("state", state, (batch, d_inner, d_state)),
+        ),
+    )
+    require_same_dtype("selective_scan_step", x.dtype, (("delta", delta), ("B", B), ("C", C), ("z", z)))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if state.dtype != wide:
+        raise UserError(f"selective_scan_step: state is {state.dtype}, and must be {wide} beside {x.dtype} inputs")
+    _, function = choose("selective_scan_step", x.device.type, x.dtype, backend, d_state)
+    return function(x, delta, A, B, C, D, z, delta_bias, state)

@@ -48,6 +48,31 @@ def selective_scan(
     return _SelectiveScan.apply(x, delta, A, B, C, D, z, delta_bias, initial_state, starts)
 
 
+def selective_scan_step(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``moe_mamba.kernels.selective_scan_step``; computes in the dtype of the state."""
+    work = state.dtype
+    step = delta.to(work)
+    if delta_bias is not None:
+        step = step + delta_bias
+    step = F.softplus(step)  # (batch, d_inner)
+    entering = (step * x)[..., None] * B.to(work)[:, None]  # (batch, d_inner, d_state)
+    new_state = torch.exp(step[..., None] * A) * state + entering
+    y = torch.einsum("bdn,bn->bd", new_state, C.to(work)) + D * x
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    return y.to(x.dtype), new_state
+
+
 @dataclass
 class _Block:
     """The operands of a block of batch rows, and room for the states of one chunk of time.

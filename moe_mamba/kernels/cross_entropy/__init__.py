@@ -1,0 +1,54 @@
+"""Cross entropy of each token from logits that may be a part of the vocabulary's, never held in fp32 as a whole.
+
+loss = log(sum over j of exp(logits[j])) - logits[target]
+
+A vocabulary may be cut over several peers: each knows its part's largest logit, sum and target, and ``reduce`` makes
+the vocabulary's of them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_mamba.errors import UserError
+from moe_mamba.kernels.backends import choose
+from moe_mamba.kernels.validation import require_dimensions, require_shapes
+
+__all__ = ["IGNORED", "Reduce", "cross_entropy"]
+
+IGNORED = -100
+"""The target of a token that does not count, as in torch."""
+
+Reduce = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(largest, total, predicted) of a part of the vocabulary -> of the whole; (tokens) each."""
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, first: int = 0, reduce: Reduce | None = None, backend: str = "auto"
+) -> Tensor:
+    """The loss of each token; its gradient reaches the logits, in their dtype.
+
+    Args:
+        logits: (tokens, rows), of the vocabulary's rows ``first`` to ``first + rows - 1``; minus infinity is legal.
+        targets: (tokens) int64, of the whole vocabulary; -100 is not counted.
+        first: row of the vocabulary that the first logit belongs to.
+        reduce: makes of this part's largest logit, sum of exp(logit - largest), and logit of the target (0 where the
+            target lies elsewhere), (tokens) each, in fp32 at least, the whole vocabulary's; every part must then see
+            the same results. Largest and sum of a part of nothing but minus infinity are minus infinity and 0.
+            None: the logits are the whole vocabulary's.
+        backend: ``auto``, or one of ``BACKENDS["cross_entropy"]``.
+
+    Returns:
+        (tokens) in fp32, fp64 for fp64 logits: 0, and so its gradient, where the target is -100; NaN where it lies
+        outside the whole vocabulary, which a GPU cannot report otherwise without waiting for it.
+
+    Raises:
+        UserError: shapes or dtypes that disagree, or a back end that does not exist.
+    """
+    require_dimensions("cross_entropy", "logits", logits, "tokens rows")
+    require_shapes("cross_entropy", (("targets", targets, (logits.shape[0],)),))
+    if targets.dtype != torch.int64:
+        raise UserError(f"cross_entropy: targets is {targets.dtype}, and must be torch.int64")
+    _, function = choose("cross_entropy", logits.device.type, logits.dtype, backend)
+    return function(logits, targets, first, reduce)

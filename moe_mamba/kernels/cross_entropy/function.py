@@ -1,0 +1,51 @@
+"""What the torch and the Triton version share: the loss from a part's statistics, and what is kept for its gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_mamba.kernels.cross_entropy import IGNORED, Reduce
+
+Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(logits, local targets) -> largest logit, sum of exp(logit - largest), logit of the target or 0; (tokens) each."""
+
+Gradient = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(logits, local targets, log of the sum of exp(logit), incoming gradient) -> gradient of the logits.
+
+A log of infinity marks a token that does not count; its gradient is 0, whatever its logits are.
+"""
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Keeps the logits as they came, and one number a token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        first: int,
+        reduce: Reduce | None,
+        statistics: Statistics,
+        gradient: Gradient,
+    ) -> Tensor:
+        """Losses (tokens); targets become local: rows of these logits, or outside of [0, rows)."""
+        local = targets - first
+        largest, total, predicted = statistics(logits, local)
+        if reduce is None:
+            predicted = predicted.masked_fill((local < 0) | (local >= logits.shape[1]), torch.nan)
+        else:
+            largest, total, predicted = reduce(largest, total, predicted)
+        log_sum, ignored = total.log() + largest, targets == IGNORED
+        ctx.save_for_backward(logits, local, log_sum.masked_fill(ignored, torch.inf))
+        ctx.gradient = gradient
+        return (log_sum - predicted).masked_fill_(ignored, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the logits alone."""
+        return ctx.gradient(*ctx.saved_tensors, incoming), None, None, None, None, None

@@ -1,0 +1,230 @@
+"""Our C++ kernels (``csrc/``), built on first use by torch's extension builder, once a machine.
+
+The sources do not include torch: they build in seconds, and ctypes calls them with raw pointers and without Python's
+lock. A library lies in the user's cache under everything that its code depends on (sources, flags, compiler, CPU,
+torch), so that neither a stale one nor one of another machine with the same home is ever loaded. It is built in a
+folder of its own, by a process of its own, and moved to its place whole: whoever is killed meanwhile, nothing is left
+that a later run trips over. Of many processes that start at once one builds, and the others wait.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent / "csrc"
+NAME = "moe_mamba_kernels"
+PATIENCE = 300.0  # seconds that a compiler, and another process that builds, is waited for
+# -O3 builds three times as long and runs no faster: loops are vectors already. No -ffast-math: NaN and infinity stay.
+FLAGS = ("-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi")
+_BUILDER = """
+import sys
+from torch.utils.cpp_extension import load
+name, folder, flags, links, *sources = sys.argv[1:]
+load(name, sources, flags.split(), extra_ldflags=links.split(), build_directory=folder, is_python_module=False)
+"""
+
+
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Type in C++
+
+
+class Strided(ctypes.Structure):
+    """``Tensor`` in C++: (batch, steps, channels) with channels side by side; strides in elements."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("step_stride", ctypes.c_int64))
+
+
+class _BuildError(Exception):
+    """Why there is no library, in one line with the mend."""
+
+
+@cache
+def build() -> str | None:
+    """Build the library or load it; gives the reason why that is not possible here, and the mend."""
+    try:
+        library()
+    except _BuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"no folder for the C++ kernels can be written ({error.strerror}): set XDG_CACHE_HOME to one that can"
+    return None
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor itself where the entries of its last dimension lie side by side, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def fill(arguments: ctypes.Structure, tensors: dict[str, Tensor | None]) -> Any:
+    """Point the fields of these names to the tensors, which must outlive the call; None leaves null.
+
+    Returns:
+        The arguments by reference, for a function of the library.
+    """
+    for field in arguments._fields_:
+        name, tensor = field[0], tensors.get(field[0])
+        if tensor is None:
+            continue
+        if field[1] is Strided:
+            setattr(arguments, name, Strided(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
+        else:
+            setattr(arguments, name, tensor.data_ptr())
+    return ctypes.byref(arguments)
+
+
+def sum_in_order(partial: Tensor, dimension: int) -> Tensor:
+    """Sum over a dimension, one entry after the other, whatever the number of threads."""
+    return reduce(torch.add, partial.unbind(dimension))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library, for those who know that ``build`` gave None."""
+    key = _key(shlex.split(os.environ.get("CXX", "c++")))  # the compiler that torch's builder takes
+    with contextlib.suppress(RuntimeError):  # no home folder
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_mamba" / "kernels"
+        try:
+            return _cached(root / key)
+        except OSError as error:
+            why = f"{root} cannot keep the C++ kernels ({error.strerror})"
+            print(f"{why}: building them for this process alone", file=sys.stderr, flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="moe_mamba-"))
+    loaded = ctypes.CDLL(str(_compile(folder)))
+    shutil.rmtree(folder, ignore_errors=True)
+    return loaded
+
+
+def _key(compiler: list[str]) -> str:
+    """Name of the folder for what this compiler makes of our sources on this machine."""
+    try:
+        answer = subprocess.run([*compiler, "--version"], capture_output=True, timeout=PATIENCE, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        tried = " ".join(compiler)
+        raise _BuildError(f"no C++ compiler was found ({tried}): install g++, or name one in CXX") from error
+    parts = [*compiler, answer.stdout.decode(errors="replace"), *map(" ".join, _flags()), torch.__version__, _cpu()]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _flags() -> tuple[list[str], list[str]]:
+    """Those of the compiler and those of the linker."""
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP
+    return [*FLAGS, native, *threads], threads
+
+
+def _cpu() -> str:
+    """What tells this CPU from others that ``native`` would mean something else on."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return platform.machine() + platform.processor()
+    keys = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part", "CPU variant")
+    return "\n".join(line for line in first.splitlines() if line.startswith(keys))
+
+
+def _cached(folder: Path) -> ctypes.CDLL:
+    """The library of this folder, built where it is not there yet, or torn."""
+    path = folder / f"{NAME}.so"
+    begin = time.time()
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+        log = folder / "build.log"
+        if log.exists() and log.stat().st_mtime > begin:  # the one that we waited for has failed
+            raise _failure(log)
+        for left in folder.glob("build-*"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        own = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
+        print(f"building the C++ kernels (once, a few seconds): {folder}", file=sys.stderr, flush=True)
+        try:
+            os.replace(_compile(own, log), path)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+        return ctypes.CDLL(str(path))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that dies with its holder."""
+    end = time.monotonic() + 2 * PATIENCE
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise _BuildError(f"another process holds {path} and does not end: stop it") from None
+                time.sleep(0.05)
+        yield
+
+
+def _compile(folder: Path, log: Path | None = None) -> Path:
+    """Build the library in an empty folder."""
+    log = log or folder / "build.log"
+    compiling, linking = _flags()
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    arguments = [NAME, str(folder), " ".join(compiling), " ".join(linking), *sources]
+    # ninja comes with DeepSpeed, beside Python's executable, which is on the path of an activated environment only
+    paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _BUILDER, *arguments],
+            env={**os.environ, "PATH": paths},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise _BuildError(f"the C++ compiler did not end within {PATIENCE:.0f} s, log at {log}") from None
+        finally:
+            if process.poll() is None:
+                _stop(process)
+    if code != 0:
+        raise _failure(log)
+    log.unlink()
+    return folder / f"{NAME}.so"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a leader of a session with everything that it started; ninja, when asked to end, ends the compilers."""
+    end = time.monotonic() + 2
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            process.poll()
+            os.killpg(process.pid, 0)  # raises when none is left
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _failure(log: Path) -> _BuildError:
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it was killed"]
+    telling = next((line for line in lines if "error:" in line), lines[-1])
+    return _BuildError(f"the C++ compiler failed: {telling.strip()}, log at {log}")

@@ -1,0 +1,26 @@
+"""What the Triton kernels' launches share. It imports no Triton, so that every module may use it."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one, where Triton launches; does nothing for a tensor on a CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def ceil_divide(total: int, part: int) -> int:
+    """How many parts cover the total: the programs along one axis of a grid."""
+    return -(-total // part)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number`` (and at least 1): a block's size must be one."""
+    return 1 << (max(number, 1) - 1).bit_length()
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is dense in memory, else a contiguous copy of it."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,187 @@
+"""The benchmark's rows ``step`` and ``decode`` and its ``profile``: whole models on a CPU, in fp32."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.pairs import Row, Run, pair_row, peer
+from benchmarks.profiling import Profile, profile
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.model.initialize import initialize
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.groups import keep_freed_memory
+
+PROFILED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StepShapes:
+    """What is measured."""
+
+    batch: int = 8
+    length: int = 256
+    d_model: int = 256
+    d_expert: int = 512
+    vocab_size: int = 512
+    pairs: int = 4  # of Mamba and experts
+    sequences: int = 64  # that decode a token at once
+
+    @staticmethod
+    def choose(tiny: bool) -> "StepShapes":
+        """The shapes that the README reports, or tiny ones."""
+        return StepShapes(2, 16, 32, 32, 32, 1, 2) if tiny else StepShapes()
+
+    @property
+    def name(self) -> str:
+        """Of the step."""
+        return f"ME x {self.pairs}, d {self.d_model}, {self.batch} x {self.length} tokens"
+
+
+def step_row(shapes: StepShapes, repeats: int) -> Row:
+    """Forward, backward and AdamW of a whole model, in fp32, against JambaForCausalLM of the same shapes."""
+    keep_freed_memory()  # as in training
+    tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
+    ours = our_model(shapes)
+
+    def their_step() -> Run:
+        theirs = jamba(shapes)
+        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)]
+        if sizes[0] != sizes[1]:
+            raise AssertionError(f"the models differ: {sizes[0]} and {sizes[1]} parameters")
+        return training_step(theirs, lambda: theirs(tokens, use_cache=False).logits, tokens)
+
+    our_step = training_step(ours, lambda: ours(tokens).logits, tokens)
+    return pair_row(f"training step, {shapes.name}", "Transformers' Jamba", our_step, their_step, repeats, 40.0)
+
+
+def step_profile(shapes: StepShapes) -> Profile:
+    """Where the time of our training step goes, by operation."""
+    keep_freed_memory()  # as in training
+    tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
+    model = our_model(shapes)
+    step = training_step(model, lambda: model(tokens).logits, tokens)
+    return profile(f"training step, {shapes.name}", model, step, PROFILED_STEPS)
+
+
+def training_step(model: nn.Module, logits: Callable[[], Tensor], tokens: Tensor) -> Run:
+    """What one step of training does, the same for both."""
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        predicted = logits()[:, :-1].flatten(0, 1)
+        F.cross_entropy(predicted, tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_model(shapes: StepShapes) -> LanguageModel:
+    """``ME`` with Jamba's norms and SwiGLU experts, top-1, dropless."""
+    config = ModelConfig(
+        pattern="ME",
+        repeat=shapes.pairs,
+        d_model=shapes.d_model,
+        vocab_size=shapes.vocab_size,
+        mamba_norms=True,
+        activation="swiglu",
+        d_ff=shapes.d_expert,
+    )
+    model = LanguageModel(config, MoEConfig(experts=8, router="top_k", capacity_factor=None, balance="none"))
+    initialize(model, seed=0)
+    return model
+
+
+def jamba(shapes: StepShapes) -> Any:
+    """The same in Transformers, without attention layers."""
+    configuration, model = (peer("transformers", name, "transformers", "benchmark") for name in JAMBA)
+    return model(
+        configuration(
+            num_hidden_layers=shapes.pairs,
+            attn_layer_period=shapes.pairs + 1,
+            attn_layer_offset=shapes.pairs,
+            expert_layer_period=1,
+            expert_layer_offset=0,
+            hidden_size=shapes.d_model,
+            intermediate_size=shapes.d_expert,
+            vocab_size=shapes.vocab_size,
+            num_experts=8,
+            num_experts_per_tok=1,
+            mamba_d_state=16,
+            mamba_d_conv=4,
+            mamba_expand=2,
+            mamba_dt_rank=-(-shapes.d_model // 16),
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            use_mamba_kernels=False,
+            tie_word_embeddings=False,
+            pad_token_id=None,
+        )
+    )
+
+
+JAMBA = ("JambaConfig", "JambaForCausalLM")
+
+
+def decode_rows(shapes: StepShapes, repeats: int) -> list[Row]:
+    """One further token of many sequences: Mamba alone against Transformers' Mamba, and ``ME`` against plain torch."""
+    layers = 2 * shapes.pairs
+    mamba = LanguageModel(
+        ModelConfig(pattern="M", repeat=layers, d_model=shapes.d_model, vocab_size=shapes.vocab_size), MoEConfig()
+    )
+    initialize(mamba, seed=0)
+    mixture = our_model(shapes)
+    plain = LanguageModel(mixture.config.model_copy(update={"kernels": "torch"}), mixture.moe_config)
+    plain.load_state_dict(mixture.state_dict())
+    tokens = torch.randint(shapes.vocab_size, (shapes.sequences, 1))
+
+    def their_step() -> Run:
+        configuration, model = (peer("transformers", name, "transformers", "benchmark") for name in MAMBA)
+        theirs = model(
+            configuration(
+                vocab_size=shapes.vocab_size,
+                hidden_size=shapes.d_model,
+                num_hidden_layers=layers,
+                tie_word_embeddings=False,
+            )
+        ).eval()
+
+        @torch.no_grad()
+        def step() -> None:
+            theirs(tokens, cache_params=states, use_cache=True)
+
+        with torch.no_grad():
+            states = theirs(tokens, use_cache=True).cache_params
+        return step
+
+    name = f"decode step of {shapes.sequences} sequences, d {shapes.d_model}"
+    return [
+        pair_row(f"{name}, M x {layers}", "Transformers' Mamba", decode(mamba, tokens), their_step, repeats, 1.0),
+        pair_row(
+            f"{name}, ME x {shapes.pairs}",
+            "our torch version",
+            decode(mixture, tokens),
+            lambda: decode(plain, tokens),
+            repeats,
+            0.95,  # on a CPU the step itself is plain torch
+        ),
+    ]
+
+
+MAMBA = ("MambaConfig", "MambaForCausalLM")
+
+
+def decode(model: LanguageModel, tokens: Tensor) -> Run:
+    """The step of generation: a token of each sequence from its states, to logits."""
+    model.eval()
+    states = model.initial_states(len(tokens))
+
+    @torch.no_grad()
+    def step() -> None:
+        model(tokens, states=states)
+
+    return step
