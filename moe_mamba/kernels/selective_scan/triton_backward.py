@@ -30,7 +30,7 @@ INTERVAL = 32  # time steps from one kept state to the next
 
 @triton.jit
 def _scan_interval(h, kept_states, x, delta, bc, starts, a, bias, first, chunks, left, c, state,
-                   X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, BC_STEP: tl.constexpr,
+                   X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, 
                    CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
                    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """Write the state before each chunk of an interval, which starts with h, into kept_states (chunks, N, BLOCK)."""
@@ -41,7 +41,7 @@ def _scan_interval(h, kept_states, x, delta, bc, starts, a, bias, first, chunks,
         rest = left - chunk * STEPS
         xs = load_steps(x + at * X_STEP, X_STEP, c, CHANNELS, rest, STEPS, RAGGED)
         raw = load_steps(delta + at * DELTA_STEP, DELTA_STEP, c, CHANNELS, rest, STEPS, RAGGED)
-        bcs = load_steps(bc + at * BC_STEP, BC_STEP, state, STATES, rest, STEPS, RAGGED)
+        bcs = load_steps(bc + at * 2 * STATES, 2 * STATES, state, STATES, rest, STEPS, RAGGED)
         resets = load_resets(starts if starts is None else starts + at, rest, STEPS, RAGGED)
         deltas = step_sizes(raw, bias, rest, STEPS, RAGGED)
         for i in tl.static_range(STEPS):
@@ -69,18 +69,18 @@ def _states_of_chunk(h, xs, deltas, bcs, resets, starts, a, N: tl.constexpr, STE
 
 
 @triton.jit(do_not_specialize=["zero"])
-def backward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, kept, y_gradient, after, scratch,
+def backward_kernel(x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient, after, scratch,
                     x_gradient, delta_gradient, z_gradient, bc_partial, A_partial, D_partial, bias_partial,
-                    initial_gradient, length, segment_length, x_row, delta_row, B_row, C_row, z_row, y_row,
+                    initial_gradient, length, segment_length, x_row, delta_row, z_row, y_row,
                     zero,
-                    X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, BC_STEP: tl.constexpr, Z_STEP: tl.constexpr,
+                    X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr,
                     Y_STEP: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
                     BLOCK: tl.constexpr, STEPS: tl.constexpr, INTERVAL: tl.constexpr,
                     RAGGED: tl.constexpr):  # fmt: skip
     """Write the gradients of one segment's steps, and its part of the gradients that are sums over steps.
 
-    x, delta, z, y_gradient and the gradients of the first three are (batch, length, CHANNELS), B and C (batch, length,
-    STATES). kept (batch, intervals, STATES, CHANNELS) holds the states that the forward pass kept, and ``after`` the
+    x, delta, z, y_gradient and the gradients of the first three are (batch, length, CHANNELS), bc is (batch, length,
+    2 STATES). kept (batch, intervals, STATES, CHANNELS) holds the states that the forward pass kept, and ``after`` the
     gradient of the state after each segment, (batch, segments, STATES, CHANNELS). bc_partial (blocks of
     channels, batch, length, 2 STATES) has the gradients of B and of C, A_partial is (batch, segments, STATES,
     CHANNELS), D_partial and bias_partial (batch, segments, CHANNELS), and initial_gradient (batch, STATES, CHANNELS) is
@@ -105,15 +105,15 @@ def backward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, kept, y_gradien
     x += row * x_row + c
     delta += row * delta_row + c
     y_gradient += row * y_row + c
-    bc, state = both(B + row * B_row, C + row * C_row, N)
+    place_of_state, state = both(STATES, N)
+    bc += row * length * 2 * STATES + place_of_state
     if z is not None:
         z += row * z_row + c
     if starts is not None:
         starts += row * length
     written = row * length * CHANNELS + c
     rows = tl.num_programs(0) // ((CHANNELS + BLOCK - 1) // BLOCK)
-    bc_partial += (block * rows + row) * length * 2 * STATES
-    bc_partial = both(bc_partial, bc_partial + STATES, N)[0]
+    bc_partial += (block * rows + row) * length * 2 * STATES + place_of_state
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     scratch += program * (INTERVAL // STEPS) * N * BLOCK + tl.arange(0, BLOCK) + zero
     kept += row * tl.cdiv(length, INTERVAL) * STATES * CHANNELS + c + zero
@@ -127,14 +127,14 @@ def backward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, kept, y_gradien
             tl.float32
         )
         _scan_interval(h, scratch, x, delta, bc, starts, a, bias, begin, chunks, left - interval * INTERVAL, c, state,
-                       X_STEP, DELTA_STEP, BC_STEP, CHANNELS, STATES, N, BLOCK, STEPS, RAGGED)  # fmt: skip
+                       X_STEP, DELTA_STEP, CHANNELS, STATES, N, BLOCK, STEPS, RAGGED)  # fmt: skip
         for turn in range(chunks):
             chunk = chunks - 1 - turn
             at = begin + chunk * STEPS
             rest = left - interval * INTERVAL - chunk * STEPS
             xs = load_steps(x + at * X_STEP, X_STEP, c, CHANNELS, rest, STEPS, RAGGED)
             raw = load_steps(delta + at * DELTA_STEP, DELTA_STEP, c, CHANNELS, rest, STEPS, RAGGED)
-            bcs = load_steps(bc + at * BC_STEP, BC_STEP, state, STATES, rest, STEPS, RAGGED)
+            bcs = load_steps(bc + at * 2 * STATES, 2 * STATES, state, STATES, rest, STEPS, RAGGED)
             given = load_steps(y_gradient + at * Y_STEP, Y_STEP, c, CHANNELS, rest, STEPS, RAGGED)
             if z is not None:
                 gates = load_steps(z + at * Z_STEP, Z_STEP, c, CHANNELS, rest, STEPS, RAGGED)
@@ -142,7 +142,7 @@ def backward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, kept, y_gradien
             deltas = step_sizes(raw, bias, rest, STEPS, RAGGED)
             h = tl.load((scratch + chunk * N * BLOCK)[None, :] + n * BLOCK)
             passed = _states_of_chunk(h, xs, deltas, bcs, resets, starts, a, N, STEPS)
-            bcs = load_steps_again(bc + at * BC_STEP, BC_STEP, state, STATES, rest, STEPS, RAGGED)
+            bcs = load_steps_again(bc + at * 2 * STATES, 2 * STATES, state, STATES, rest, STEPS, RAGGED)
             place_in_partial = bc_partial + at * 2 * STATES
             place_in_y = written + at * CHANNELS
             for i in tl.static_range(STEPS - 1, -1, -1):

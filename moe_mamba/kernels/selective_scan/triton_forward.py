@@ -18,15 +18,15 @@ STEPS = 8  # time steps whose loads are under way at once
 
 
 @triton.jit(do_not_specialize=["zero"])
-def forward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, initial_state, y, kept, final_state,
-                   length, segment_length, x_row, delta_row, B_row, C_row, z_row,
+def forward_kernel(x, delta, A, bc, D, z, delta_bias, starts, initial_state, y, kept, final_state,
+                   length, segment_length, x_row, delta_row, z_row,
                    zero,
-                   X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, BC_STEP: tl.constexpr, Z_STEP: tl.constexpr,
+                   X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr,
                    CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
                    STEPS: tl.constexpr, INTERVAL: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """Write y, the state before every INTERVAL steps into kept, and the state after the last segment.
 
-    x, delta, z and y are (batch, length, CHANNELS), B and C (batch, length, STATES), kept (batch, intervals, STATES,
+    x, delta, z and y are (batch, length, CHANNELS), bc is (batch, length, 2 STATES), kept (batch, intervals, STATES,
     CHANNELS) or None, final_state (batch, STATES, CHANNELS). initial_state is the state before each segment,
     (batch, segments, STATES, CHANNELS) or None. A is (STATES,
     CHANNELS), and ``zero`` is 0: see triton_tiles.
@@ -48,7 +48,8 @@ def forward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, initial_state, y
     x += row * x_row + c
     delta += row * delta_row + c
     y += row * length * CHANNELS + c
-    bc, state = both(B + row * B_row, C + row * C_row, N)
+    place_of_state, state = both(STATES, N)
+    bc += row * length * 2 * STATES + place_of_state
     if z is not None:
         z += row * z_row + c
     if starts is not None:
@@ -65,7 +66,7 @@ def forward_kernel(x, delta, A, B, C, D, z, delta_bias, starts, initial_state, y
                 kept += STATES * CHANNELS
         xs = load_steps(x + at * X_STEP, X_STEP, c, CHANNELS, rest, STEPS, RAGGED)
         raw = load_steps(delta + at * DELTA_STEP, DELTA_STEP, c, CHANNELS, rest, STEPS, RAGGED)
-        bcs = load_steps(bc + at * BC_STEP, BC_STEP, state, STATES, rest, STEPS, RAGGED)
+        bcs = load_steps(bc + at * 2 * STATES, 2 * STATES, state, STATES, rest, STEPS, RAGGED)
         if z is not None:
             gates = load_steps(z + at * Z_STEP, Z_STEP, c, CHANNELS, rest, STEPS, RAGGED)
         resets = load_resets(starts if starts is None else starts + at, rest, STEPS, RAGGED)

@@ -22,14 +22,15 @@ from moe_mamba.kernels.selective_scan.triton_tiles import (
 
 
 @triton.jit(do_not_specialize=["zero"])
-def states_from_zero_kernel(x, delta, A, B, C, delta_bias, starts, ends, totals, length, segment_length,
-                            x_row, delta_row, B_row, C_row, zero,
-                            X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, BC_STEP: tl.constexpr,
+def states_from_zero_kernel(x, delta, A, bc, delta_bias, starts, ends, totals, length, segment_length,
+                            x_row, delta_row, zero,
+                            X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, 
                             CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
                             STEPS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """Write each segment's end state from zero, ends (batch, segments, STATES, CHANNELS), and its sum of step sizes.
 
-    A is (STATES, CHANNELS). The sums, totals (batch, segments, CHANNELS), are -1 where a document starts inside the segment.
+    A is (STATES, CHANNELS). The sums, totals (batch, segments, CHANNELS), are -1 where a document starts inside the
+    segment.
     """
     c, _, row, first, left = place(length, segment_length, CHANNELS, BLOCK)
     inside = c < CHANNELS
@@ -41,7 +42,8 @@ def states_from_zero_kernel(x, delta, A, B, C, delta_bias, starts, ends, totals,
         bias = tl.load(delta_bias + c, mask=inside, other=0).to(tl.float32)
     x += row * x_row + c
     delta += row * delta_row + c
-    bc, state = both(B + row * B_row, C + row * C_row, N)
+    place_of_state, state = both(STATES, N)
+    bc += row * length * 2 * STATES + place_of_state
     if starts is not None:
         starts += row * length
 
@@ -53,7 +55,7 @@ def states_from_zero_kernel(x, delta, A, B, C, delta_bias, starts, ends, totals,
         rest = left - chunk * STEPS
         xs = load_steps(x + at * X_STEP, X_STEP, c, CHANNELS, rest, STEPS, RAGGED)
         raw = load_steps(delta + at * DELTA_STEP, DELTA_STEP, c, CHANNELS, rest, STEPS, RAGGED)
-        bcs = load_steps(bc + at * BC_STEP, BC_STEP, state, STATES, rest, STEPS, RAGGED)
+        bcs = load_steps(bc + at * 2 * STATES, 2 * STATES, state, STATES, rest, STEPS, RAGGED)
         resets = load_resets(starts if starts is None else starts + at, rest, STEPS, RAGGED)
         deltas = step_sizes(raw, bias, rest, STEPS, RAGGED)
         for i in tl.static_range(STEPS):
@@ -71,9 +73,9 @@ def states_from_zero_kernel(x, delta, A, B, C, delta_bias, starts, ends, totals,
 
 
 @triton.jit(do_not_specialize=["zero"])
-def gradients_from_zero_kernel(delta, A, B, C, z, delta_bias, starts, y_gradient, ends, length, segment_length,
-                               delta_row, B_row, C_row, z_row, y_row, zero,
-                               DELTA_STEP: tl.constexpr, BC_STEP: tl.constexpr, Z_STEP: tl.constexpr,
+def gradients_from_zero_kernel(delta, A, bc, z, delta_bias, starts, y_gradient, ends, length, segment_length,
+                               delta_row, z_row, y_row, zero,
+                               DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr,
                                Y_STEP: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
                                BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """Write the gradient of the state before each segment, where that of the state after it is zero, into ends."""
@@ -87,7 +89,8 @@ def gradients_from_zero_kernel(delta, A, B, C, z, delta_bias, starts, y_gradient
         bias = tl.load(delta_bias + c, mask=inside, other=0).to(tl.float32)
     delta += row * delta_row + c
     y_gradient += row * y_row + c
-    bc, state = both(B + row * B_row, C + row * C_row, N)
+    place_of_state, state = both(STATES, N)
+    bc += row * length * 2 * STATES + place_of_state
     if z is not None:
         z += row * z_row + c
     if starts is not None:
@@ -101,7 +104,7 @@ def gradients_from_zero_kernel(delta, A, B, C, z, delta_bias, starts, y_gradient
         rest = left - chunk * STEPS
         raw = load_steps(delta + at * DELTA_STEP, DELTA_STEP, c, CHANNELS, rest, STEPS, RAGGED)
         given = load_steps(y_gradient + at * Y_STEP, Y_STEP, c, CHANNELS, rest, STEPS, RAGGED)
-        bcs = load_steps(bc + at * BC_STEP, BC_STEP, state, STATES, rest, STEPS, RAGGED)
+        bcs = load_steps(bc + at * 2 * STATES, 2 * STATES, state, STATES, rest, STEPS, RAGGED)
         if z is not None:
             gates = load_steps(z + at * Z_STEP, Z_STEP, c, CHANNELS, rest, STEPS, RAGGED)
         resets = load_resets(starts if starts is None else starts + at, rest, STEPS, RAGGED)

@@ -118,11 +118,11 @@ class _SelectiveScan(torch.autograd.Function):
         x, delta, A, B, C, D, z, delta_bias, initial_state, starts, is_trained = operands
         x, delta, D = unit_stride(x), unit_stride(delta), D.contiguous()
         z = None if z is None else unit_stride(z)
-        B, C = _alike(B, C)
+        bc = torch.cat((B, C), -1).float()  # (batch, length, 2 d_state)
         delta_bias = None if delta_bias is None else delta_bias.contiguous()
         starts = None if starts is None else starts.contiguous().view(torch.uint8)
         launch = _Launch.of(x, A)
-        dtypes = A.dtype, None if initial_state is None else initial_state.dtype
+        dtypes = A.dtype, B.dtype, None if initial_state is None else initial_state.dtype
         A = A.float().t().contiguous()  # (d_state, d_inner)
         batch, length, channels, states = launch.batch, launch.length, launch.channels, launch.states
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -131,22 +131,23 @@ class _SelectiveScan(torch.autograd.Function):
         before, totals = _channels_last(initial_state), None
         with on_device(x):
             if launch.segments > 1:
-                before, totals = _carry_states(launch, x, delta, A, B, C, delta_bias, starts, before)
+                before, totals = _carry_states(launch, x, delta, A, bc, delta_bias, starts, before)
             forward_kernel[launch.grid](
-                x, delta, A, B, C, D, z, delta_bias, starts, before, y, kept, final, length, launch.segment_length,
-                x.stride(0), delta.stride(0), B.stride(0), C.stride(0), _stride(z, 0), 0, x.stride(1), delta.stride(1), B.stride(1), _stride(z, 1),
+                x, delta, A, bc, D, z, delta_bias, starts, before, y, kept, final, length, launch.segment_length,
+                x.stride(0), delta.stride(0), _stride(z, 0), 0, x.stride(1), delta.stride(1),
+                _stride(z, 1),
                 **launch.options(triton_forward.STEPS), INTERVAL=INTERVAL,
             )  # fmt: skip
-        ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, starts, kept, totals)
+        ctx.save_for_backward(x, delta, A, bc, D, z, delta_bias, starts, kept, totals)
         ctx.launch, ctx.dtypes = launch, dtypes
         return y, final.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, A, B, C, D, z, delta_bias, starts, kept, totals = ctx.saved_tensors
+        x, delta, A, bc, D, z, delta_bias, starts, kept, totals = ctx.saved_tensors
         launch: _Launch = ctx.launch
-        A_dtype, state_dtype = ctx.dtypes
+        A_dtype, B_dtype, state_dtype = ctx.dtypes
         batch, length, channels, states = launch.batch, launch.length, launch.channels, launch.states
         segments, options = launch.segments, launch.options(triton_backward.STEPS)
         y_gradient = unit_stride(y_gradient)
@@ -163,14 +164,15 @@ class _SelectiveScan(torch.autograd.Function):
         with on_device(x):
             after = final_gradient.transpose(1, 2).contiguous()
             if segments > 1:
-                after = _carry_gradients(launch, delta, A, B, C, z, delta_bias, starts, y_gradient, totals, after)
+                after = _carry_gradients(launch, delta, A, bc, z, delta_bias, starts, y_gradient, totals, after)
             backward_kernel[launch.grid](
-                x, delta, A, B, C, D, z, delta_bias, starts, kept, y_gradient, after, scratch, *gradients, bc_partial,
+                x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient, after, scratch, *gradients, bc_partial,
                 A_partial, D_partial, bias_partial, initial_gradient, length, launch.segment_length, x.stride(0),
-                delta.stride(0), B.stride(0), C.stride(0), _stride(z, 0), y_gradient.stride(0), 0, x.stride(1), delta.stride(1), B.stride(1), _stride(z, 1),
+                delta.stride(0), _stride(z, 0), y_gradient.stride(0), 0,
+                x.stride(1), delta.stride(1), _stride(z, 1),
                 y_gradient.stride(1), **options, INTERVAL=INTERVAL,
             )  # fmt: skip
-        B_gradient, C_gradient = bc_partial.sum(0).to(B.dtype).split(states, -1)
+        B_gradient, C_gradient = bc_partial.sum(0).to(B_dtype).split(states, -1)
         return (
             gradients[0],
             gradients[1],
@@ -191,8 +193,7 @@ def _carry_states(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     delta_bias: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
@@ -201,9 +202,9 @@ def _carry_states(
     ends = launch.new(x, launch.batch, launch.segments, launch.states, launch.channels)
     totals = launch.new(x, launch.batch, launch.segments, launch.channels)
     triton_segments.states_from_zero_kernel[launch.grid](
-        x, delta, A, B, C, delta_bias, starts, ends, totals, launch.length, launch.segment_length, x.stride(0),
-        delta.stride(0), B.stride(0), C.stride(0), 0, x.stride(1), delta.stride(1),
-        B.stride(1), **launch.options(triton_forward.STEPS),
+        x, delta, A, bc, delta_bias, starts, ends, totals, launch.length, launch.segment_length, x.stride(0),
+        delta.stride(0), 0, x.stride(1), delta.stride(1),
+        **launch.options(triton_forward.STEPS),
     )  # fmt: skip
     return _carry(launch, A, ends, totals, initial_state, False), totals
 
@@ -212,8 +213,7 @@ def _carry_gradients(
     launch: _Launch,
     delta: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    bc: Tensor,
     z: Tensor | None,
     delta_bias: Tensor | None,
     starts: Tensor | None,
@@ -224,9 +224,9 @@ def _carry_gradients(
     """The gradient of the state after each segment, (batch, segments, d_state, d_inner)."""
     ends = launch.new(delta, launch.batch, launch.segments, launch.states, launch.channels)
     triton_segments.gradients_from_zero_kernel[launch.grid](
-        delta, A, B, C, z, delta_bias, starts, y_gradient, ends, launch.length, launch.segment_length,
-        delta.stride(0), B.stride(0), C.stride(0), _stride(z, 0), y_gradient.stride(0), 0,
-        delta.stride(1), B.stride(1), _stride(z, 1), y_gradient.stride(1), **launch.options(triton_forward.STEPS),
+        delta, A, bc, z, delta_bias, starts, y_gradient, ends, launch.length, launch.segment_length,
+        delta.stride(0), _stride(z, 0), y_gradient.stride(0), 0,
+        delta.stride(1), _stride(z, 1), y_gradient.stride(1), **launch.options(triton_forward.STEPS),
     )  # fmt: skip
     return _carry(launch, A, ends, totals, final_gradient, True)
 
@@ -237,12 +237,6 @@ def _carry(launch: _Launch, A: Tensor, ends: Tensor, totals: Tensor, outer: Tens
         A, ends, totals, outer, carried, launch.segments, 0, **launch.options(), BACKWARDS=backwards,
     )  # fmt: skip
     return carried
-
-
-def _alike(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the same stride along the length: the kernels load them as one vector."""
-    B, C = unit_stride(B), unit_stride(C)
-    return (B, C) if B.stride(1) == C.stride(1) else (B.contiguous(), C.contiguous())
 
 
 def _channels_last(state: Tensor | None) -> Tensor | None:
@@ -256,14 +250,14 @@ def _stride(tensor: Tensor | None, dimension: int) -> int:
 
 def specimens() -> list[Specimen]:
     """Every kernel at 1,536 channels and 16 states, from bf16, where x and z are halves of one projection."""
-    wide = "A D delta_bias initial_state kept final_state after scratch bc_partial A_partial D_partial bias_partial"
+    wide = "A D delta_bias initial_state kept final_state after scratch bc bc_partial A_partial D_partial bias_partial"
     wide += " initial_gradient ends totals outer carried"
-    narrow = "x delta B C z y y_gradient x_gradient delta_gradient z_gradient"
-    rows = "x_row delta_row B_row C_row z_row y_row"
+    narrow = "x delta z y y_gradient x_gradient delta_gradient z_gradient"
+    rows = "x_row delta_row z_row y_row"
     numbers = "length segment_length segments zero"
     types = {name: "*fp32" for name in wide.split()} | {name: "*bf16" for name in narrow.split()}
     types |= {name: "i64" for name in rows.split()} | {name: "i32" for name in numbers.split()}
-    steps = {"X_STEP": 3072, "DELTA_STEP": 1536, "BC_STEP": 80, "Z_STEP": 3072, "Y_STEP": 1536, "INTERVAL": INTERVAL}
+    steps = {"X_STEP": 3072, "DELTA_STEP": 1536, "Z_STEP": 3072, "Y_STEP": 1536, "INTERVAL": INTERVAL}
     launch = _Launch(32, 1024, 1536, 16, 1, 1024)
     made = []
     for kernel, count, starts in (

@@ -1,10 +1,10 @@
 """What the kernels of the scan share: numerics, loads of several time steps, and tiles of states.
 
 A tile of states is (d_state, channels), in memory too. Triton gives each lane of a warp one channel with all of its
-states, so that sums over states stay within a lane, where it finds channels dense in memory and not aligned: the kernels
-add ``zero`` to every pointer to a tile, an argument that is 0, but which Triton is told not to look at. Loads of a
-vector of states that all lanes need go through shared memory if they have at least as many elements as a warp has
-lanes, which is why B and C are loaded as one vector.
+states, so that sums over states stay within a lane, where it finds channels dense in memory and not aligned: the
+kernels add ``zero`` to every pointer to a tile, an argument that is 0, but which Triton is told not to look at. Loads
+of a vector of states that all lanes need go through shared memory if they have at least as many elements as a warp has
+lanes, and in fp32, which is why B and C lie side by side in one tensor bc, in fp32: a hundredth of what x takes.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -105,10 +105,10 @@ def place(length, segment_length, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def both(B, C, N: tl.constexpr):
-    """Pointers (2 N) to N states of B and then of C, and the number of each state."""
-    place = tl.arange(0, 2 * N)
-    return tl.where(place < N, B + place, C + (place - N)), place % N
+def both(STATES: tl.constexpr, N: tl.constexpr):
+    """Where the states of B and then of C lie in bc, (2 N), and the number of each state."""
+    state = tl.arange(0, 2 * N) % N
+    return tl.arange(0, 2 * N) // N * STATES + state, state
 
 
 @triton.jit
