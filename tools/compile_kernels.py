@@ -1,16 +1,20 @@
 """Compile every Triton kernel for several GPUs, without one: ``python tools/compile_kernels.py``."""
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
 from moe_mamba.command_line import run_command
 from moe_mamba.kernels.backends import BACKENDS
-from moe_mamba.kernels.compilation import Specimen, compile_for
+from moe_mamba.kernels.compilation import Resources, Specimen, compile_for
 
 
-def main(capabilities: str = "80,90,100", only: str = "", output: str | None = None) -> None:
+def main(capabilities: int | Sequence[int] = (80, 90, 100), only: str = "", output: str | None = None) -> None:
     """Print registers, spilled bytes and instructions of each kernel at its usual sizes.
 
     Args:
@@ -18,21 +22,26 @@ def main(capabilities: str = "80,90,100", only: str = "", output: str | None = N
         only: part of the name of the kernels to compile; empty: all.
         output: file to write the figures to as well, as JSON.
     """
+    wanted = [capabilities] if isinstance(capabilities, int) else capabilities
+    names = [specimen.name for specimen in specimens()]
+    tasks = [(place, capability) for place, name in enumerate(names) if only in name for capability in wanted]
     figures = []
     print("| kernel | sm | registers | spilled bytes | shared bytes | instructions |")
     print("|---|---|---|---|---|---|")
-    for specimen in specimens():
-        if only not in specimen.name:
-            continue
-        for capability in map(int, str(capabilities).strip("()").split(",")):
-            used = compile_for(specimen, capability)
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as processes:  # with the modules imported already
+        for (place, capability), used in zip(tasks, processes.map(_compile, *zip(*tasks, strict=True)), strict=True):
             total = sum(used.instructions.values())
-            print(f"| {specimen.name} | {capability} | {used.registers} | {used.spilled} | {used.shared} | {total} |")
-            figures.append({"kernel": specimen.name, "capability": capability, **asdict(used)})
+            print(f"| {names[place]} | {capability} | {used.registers} | {used.spilled} | {used.shared} | {total} |")
+            figures.append({"kernel": names[place], "capability": capability, **asdict(used)})
     if output is not None:
         Path(output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+def _compile(place: int, capability: int) -> Resources:
+    return compile_for(specimens()[place], capability)
+
+
+@cache
 def specimens() -> list[Specimen]:
     """Those that the Triton back ends name, each module's once."""
     modules = {table["triton"].module for table in BACKENDS.values() if "triton" in table}

@@ -4,8 +4,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -62,6 +64,34 @@ def peer(module: str, name: str, package: str, extra: str | None = None) -> Any:
         raise Absent(f"{package} does not load: {error}") from error
     except (ImportError, AttributeError) as error:
         raise Absent(f"{package} does not load: {error}") from error
+
+
+class Elsewhere:
+    """A run in a process of its own, whose allocator is as a user of it finds it, whatever we set for ours.
+
+    Args:
+        make: importable; makes the run there, on as many threads as here. May raise ``Absent``.
+    """
+
+    def __init__(self, make: Callable[[], Run]) -> None:
+        self._process = ProcessPoolExecutor(1, get_context("spawn"))
+        self._process.submit(_prepare, make, torch.get_num_threads()).result()
+
+    def __call__(self) -> None:
+        """Run, and wait for the end."""
+        self._process.submit(_run_prepared).result()
+
+
+_prepared: list[Run] = []  # in the other process
+
+
+def _prepare(make: Callable[[], Run], threads: int) -> None:
+    torch.set_num_threads(threads)
+    _prepared.append(make())
+
+
+def _run_prepared() -> None:
+    _prepared[0]()
 
 
 def table(rows: Sequence[Row]) -> str:

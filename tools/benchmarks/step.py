@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.pairs import Row, Run, pair_row, peer
+from benchmarks.pairs import Elsewhere, Row, Run, pair_row, peer
 from benchmarks.profiling import Profile, profile
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.initialize import initialize
@@ -42,20 +43,24 @@ class StepShapes:
 
 
 def step_row(shapes: StepShapes, repeats: int) -> Row:
-    """Forward, backward and AdamW of a whole model, in fp32, against JambaForCausalLM of the same shapes."""
-    keep_freed_memory()  # as in training
+    """Forward, backward and AdamW of a whole model, in fp32, against JambaForCausalLM of the same shapes.
+
+    Each in a process of its own, with its own allocator: ours keeps freed memory, as in training.
+    """
+    keep_freed_memory()
     tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
     ours = our_model(shapes)
-
-    def their_step() -> Run:
-        theirs = jamba(shapes)
-        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)]
-        if sizes[0] != sizes[1]:
-            raise AssertionError(f"the models differ: {sizes[0]} and {sizes[1]} parameters")
-        return training_step(theirs, lambda: theirs(tokens, use_cache=False).logits, tokens)
-
     our_step = training_step(ours, lambda: ours(tokens).logits, tokens)
-    return pair_row(f"training step, {shapes.name}", "Transformers' Jamba", our_step, their_step, repeats, 40.0)
+    theirs = partial(Elsewhere, partial(jamba_step, shapes, sum(parameter.numel() for parameter in ours.parameters())))
+    return pair_row(f"training step, {shapes.name}", "Transformers' Jamba", our_step, theirs, repeats, 40.0)
+
+
+def jamba_step(shapes: StepShapes, parameters: int) -> Run:
+    """A step of Transformers' model, which must have as many parameters."""
+    theirs = jamba(shapes)
+    tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters, "the models differ"
+    return training_step(theirs, lambda: theirs(tokens, use_cache=False).logits, tokens)
 
 
 def step_profile(shapes: StepShapes) -> Profile:
