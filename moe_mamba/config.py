@@ -83,7 +83,7 @@ class ModelConfig(Section):
         "default", description="authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it"
     )
     kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
-        "auto", description="which kernels, where an operation has them; auto: the fastest here"
+        "auto", description="which kernels, where an operation has them; auto: the fastest; vendor: for training"
     )
 
     @property

@@ -19,6 +19,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = (*FLOATS, torch.float64)
 
 
+SIZES = {
+    "selective_scan": "d_state",
+    "selective_scan_step": "d_state",
+    "causal_conv": "width",
+    "causal_conv_step": "width",
+    "rms_norm": "d",
+}
+"""Operation -> the size of its arguments that back ends may limit."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation: where it lies and what it takes.
@@ -28,7 +38,7 @@ class Backend:
         function: in the module.
         dtypes: of the first argument.
         device: type of the device it computes on; None: every one.
-        largest: of the size that the operation tells (d_state of the scan, width of the convolution); None: any.
+        sizes: smallest and largest of what ``SIZES`` names; None: any.
         missing: gives the reason why this machine cannot run it, and the mend; None: it can.
         gain: what is lost without it, where that is worth a warning.
         is_automatic: whether ``auto`` may pick it.
@@ -38,20 +48,19 @@ class Backend:
     function: str
     dtypes: tuple[torch.dtype, ...]
     device: str | None = None
-    largest: int | None = None
+    sizes: tuple[int, int] | None = None
     missing: Callable[[], str | None] = lambda: None
     gain: str = ""
     is_automatic: bool = True
 
-    def refuses(self, device: str, dtype: torch.dtype, size: int) -> str | None:
-        """What of such tensors it does not take, in words; None: it takes them."""
-        if self.device not in (None, device) and not (self.device == "cuda" and is_interpreted()):
-            return f"tensors on a {device} device"
-        if dtype not in self.dtypes:
-            return f"{dtype} tensors"
-        if self.largest is not None and size > self.largest:
-            return f"a size of {size} (at most {self.largest})"
-        return None
+    def takes(self, device: str, dtype: torch.dtype) -> bool:
+        """Whether it computes on such tensors, if their sizes suit it."""
+        is_here = self.device in (None, device) or (self.device == "cuda" and is_interpreted())
+        return is_here and dtype in self.dtypes
+
+    def fits(self, size: int) -> bool:
+        """Whether the size is within its limits."""
+        return self.sizes is None or self.sizes[0] <= size <= self.sizes[1]
 
     def load(self) -> Callable[..., Any]:
         """The function itself; imports what it needs."""
@@ -63,57 +72,45 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton(module: str, function: str, gain: str, largest: int | None = None) -> Backend:
-    return Backend(f"{module}.triton_{module}", function, FLOATS, "cuda", largest, requirements.triton, gain)
+def _triton(room: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
+    return Backend(f"{room}.triton_{room}", function, FLOATS, "cuda", sizes, requirements.triton, gain)
 
+
+def _cpu(room: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
+    return Backend(f"{room}.{function}", room, WIDE, "cpu", sizes, requirements.cpu, gain)
+
+
+def _vendor(room: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
+    return Backend(f"{room}.{module}", room, FLOATS, "cuda", sizes, missing, is_automatic=False)
+
+
+STATES, WIDTHS, ROW = (1, 256), (2, 4), (1, 16_384)  # that kernels keep in registers
+SLOW_SCAN = "without it the scan is a loop over time, many times slower"
+SLOW_CONV = "without it the convolution takes several passes over memory"
+SLOW_CPU_SCAN = "without it the scan takes three times as long"
 
 # Operation -> name -> back end; the first that takes the tensors is what "auto" means.
 BACKENDS: dict[str, dict[str, Backend]] = {
     "selective_scan": {
-        "triton": _triton("selective_scan", "selective_scan", "without it the scan is a loop, many times slower", 256),
-        "cpu": Backend(
-            "selective_scan.cpu_scan",
-            "selective_scan",
-            WIDE,
-            "cpu",
-            missing=requirements.cpu,
-            gain="without it the scan takes more than twice the time",
-        ),
+        "triton": _triton("selective_scan", "selective_scan", STATES, SLOW_SCAN),
+        "cpu": _cpu("selective_scan", "cpu_scan", gain=SLOW_CPU_SCAN),
         "torch": Backend("selective_scan.torch_scan", "selective_scan", WIDE),
         "reference": Backend("selective_scan.reference", "selective_scan", WIDE),
-        "vendor": Backend(
-            "selective_scan.vendor_scan",
-            "selective_scan",
-            FLOATS,
-            "cuda",
-            largest=256,
-            missing=requirements.mamba_ssm,
-            is_automatic=False,
-        ),
+        "vendor": _vendor("selective_scan", "vendor_scan", STATES, requirements.mamba_ssm),
     },
     "selective_scan_step": {
-        "triton": _triton("selective_scan", "selective_scan_step", "", 256),
+        "triton": _triton("selective_scan", "selective_scan_step", STATES),
         "torch": Backend("selective_scan.torch_scan", "selective_scan_step", WIDE),
     },
     "causal_conv": {
-        "triton": _triton("causal_conv", "causal_conv", "without it the convolution is several passes", 4),
-        "cpu": Backend(
-            "causal_conv.cpu_conv", "causal_conv", WIDE, "cpu", largest=4, missing=requirements.cpu, gain=""
-        ),
+        "triton": _triton("causal_conv", "causal_conv", WIDTHS, SLOW_CONV),
+        "cpu": _cpu("causal_conv", "cpu_conv", (1, 4)),
         "torch": Backend("causal_conv.torch_conv", "causal_conv", WIDE),
         "reference": Backend("causal_conv.reference", "causal_conv", WIDE),
-        "vendor": Backend(
-            "causal_conv.vendor_conv",
-            "causal_conv",
-            FLOATS,
-            "cuda",
-            largest=4,
-            missing=requirements.causal_conv1d,
-            is_automatic=False,
-        ),
+        "vendor": _vendor("causal_conv", "vendor_conv", WIDTHS, requirements.causal_conv1d),
     },
     "causal_conv_step": {
-        "triton": _triton("causal_conv", "causal_conv_step", "", 4),
+        "triton": _triton("causal_conv", "causal_conv_step", WIDTHS),
         "torch": Backend("causal_conv.torch_conv", "causal_conv_step", WIDE),
     },
     "grouped_matmul": {
@@ -121,36 +118,35 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "reference": Backend("grouped_matmul.reference", "grouped_matmul", WIDE),
     },
     "sort_by_expert": {
-        "triton": Backend("routing.triton_routing", "sort_by_expert", FLOATS, "cuda", missing=requirements.triton),
+        "triton": _triton("routing", "sort_by_expert"),
         "torch": Backend("routing.torch_routing", "sort_by_expert", WIDE),
         "reference": Backend("routing.reference", "sort_by_expert", WIDE),
     },
     "gather_rows": {
-        "triton": Backend("routing.triton_routing", "gather_rows", FLOATS, "cuda", missing=requirements.triton),
+        "triton": _triton("routing", "gather_rows"),
         "torch": Backend("routing.torch_routing", "gather_rows", WIDE),
         "reference": Backend("routing.reference", "gather_rows", WIDE),
     },
     "combine_rows": {
-        "triton": Backend("routing.triton_routing", "combine_rows", FLOATS, "cuda", missing=requirements.triton),
+        "triton": _triton("routing", "combine_rows"),
         "torch": Backend("routing.torch_routing", "combine_rows", WIDE),
         "reference": Backend("routing.reference", "combine_rows", WIDE),
     },
     "activation": {
-        "triton": Backend("activation.triton_activation", "activation", FLOATS, "cuda", missing=requirements.triton),
+        "triton": _triton("activation", "activation"),
         "torch": Backend("activation.torch_activation", "activation", WIDE),
     },
     "rms_norm": {
-        "triton": Backend("rms_norm.triton_rms_norm", "rms_norm", FLOATS, "cuda", 16_384, requirements.triton),
+        "triton": _triton("rms_norm", "rms_norm", ROW, "without it the norm takes several passes over memory"),
         "torch": Backend("rms_norm.torch_rms_norm", "rms_norm", WIDE),
         "reference": Backend("rms_norm.reference", "rms_norm", WIDE),
     },
     "cross_entropy": {
-        "triton": Backend("cross_entropy.triton_cross_entropy", "cross_entropy", FLOATS, "cuda",
-                          missing=requirements.triton),
+        "triton": _triton("cross_entropy", "cross_entropy"),
         "torch": Backend("cross_entropy.torch_cross_entropy", "cross_entropy", WIDE),
         "reference": Backend("cross_entropy.reference", "cross_entropy", WIDE),
     },
-}  # fmt: skip
+}
 
 
 @cache
@@ -159,7 +155,7 @@ def choose(
 ) -> tuple[str, Callable[..., Any]]:
     """Name and function of the back end that runs ``operation`` on tensors of this device type, dtype and size.
 
-    Where a faster one is missing on this machine, a warning says, once, what that costs and how to get it.
+    Where a faster one cannot, a warning says, once, what that costs and how to get it.
 
     Args:
         operation: a key of ``BACKENDS``.
@@ -167,7 +163,7 @@ def choose(
         dtype: of the inputs.
         forced: name of a back end; an operation that has none of that name takes what ``auto`` gives it. ``auto``:
             the first of the table that takes the tensors and runs here.
-        size: what the operation's back ends may limit, d_state of the scan and width of the convolution.
+        size: of what ``SIZES`` names for the operation.
 
     Raises:
         UserError: no such back end, or it does not compute on such tensors or on this machine.
@@ -176,28 +172,31 @@ def choose(
     if forced not in ("auto", *NAMES):
         raise UserError(f"{operation} has no back end {forced!r}: choose auto or one of {', '.join(table)}")
     if forced in table:
-        return forced, _forced(operation, forced, device, dtype, size)
+        if fault := _fault(operation, forced, device, dtype, size):
+            raise UserError(fault)
+        return forced, table[forced].load()
     for name, backend in table.items():
-        if not backend.is_automatic or backend.refuses(device, dtype, size):
+        is_wrong = is_interpreted() and backend.device not in (None, device)  # the interpreter is for who asks for it
+        if is_wrong or not backend.is_automatic or not backend.takes(device, dtype):
             continue
-        if is_interpreted() and backend.device not in (None, device):
-            continue  # the interpreter is for tests, which ask for it
-        reason = backend.missing()
-        if reason is None:
+        fault = _fault(operation, name, device, dtype, size)
+        if fault is None:
             return name, backend.load()
         if backend.gain:
-            warnings.warn(f"{operation}: {reason}; {backend.gain}", stacklevel=2)
+            warnings.warn(f"{fault}; {backend.gain}", stacklevel=2)
     raise UserError(f"{operation} does not take {dtype} tensors on a {device} device: use fp32 or bf16")
 
 
-def _forced(operation: str, name: str, device: str, dtype: torch.dtype, size: int) -> Callable[..., Any]:
+def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int) -> str | None:
+    """Why a back end does not serve such tensors here, and the mend, in one line; None: it does."""
     backend = BACKENDS[operation][name]
-    fault = backend.refuses(device, dtype, size)
-    if fault is None and (reason := backend.missing()):
-        raise UserError(f"{operation}'s back end {name!r} cannot run here: {reason}")
-    if fault is not None:
+    who = f"{operation}'s back end {name!r}"
+    if not backend.takes(device, dtype):
         others = BACKENDS[operation].items()
-        fitting = [other for other, one in others if not one.refuses(device, dtype, size) and not one.missing()]
+        fitting = [other for other, one in others if one.takes(device, dtype) and one.fits(size) and not one.missing()]
         mend = f"choose {' or '.join(fitting)}" if fitting else "use fp32 or bf16"
-        raise UserError(f"{operation}'s back end {name!r} does not take {fault}: {mend}")
-    return backend.load()
+        return f"{who} does not take {dtype} tensors on a {device} device: {mend}"
+    if backend.sizes is not None and not backend.fits(size):
+        return f"{who} takes {SIZES[operation]} from {backend.sizes[0]} to {backend.sizes[1]:,}, not {size:,}"
+    reason = backend.missing()
+    return reason and f"{who} cannot run here: {reason}"

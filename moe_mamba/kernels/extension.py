@@ -66,11 +66,6 @@ def build() -> str | None:
     return None
 
 
-def side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor itself where the entries of its last dimension lie side by side, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def fill(arguments: ctypes.Structure, tensors: dict[str, Tensor | None]) -> Any:
     """Point the fields of these names to the tensors, which must outlive the call; None leaves null.
 

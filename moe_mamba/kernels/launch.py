@@ -1,4 +1,4 @@
-"""What the Triton kernels' launches share. It imports no Triton, so that every module may use it."""
+"""What launches of kernels share. It imports no Triton, so that every module may use it."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -41,6 +41,40 @@ def require_same_dtype(operation: str, dtype: torch.dtype, arguments: Iterable[t
             raise UserError(f"{operation}: {name} is {tensor.dtype}, and must be {dtype} like the first argument")
 
 
+def require_wide_dtype(operation: str, dtype: torch.dtype, arguments: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Refuse the first argument that is neither of ``dtype`` nor of the one that it is computed in, fp32 at least.
+
+    Raises:
+        UserError: names the operation, the argument, its dtype and the two.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, tensor in arguments:
+        if tensor is not None and tensor.dtype not in (dtype, wide):
+            allowed = f"{dtype} like the first argument" + (f", or {wide}" if wide != dtype else "")
+            raise UserError(f"{operation}: {name} is {tensor.dtype}, and must be {allowed}")
+
+
+def require_one_device(operation: str, first: Tensor, arguments: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Refuse the first argument that lies on another device than ``first``.
+
+    Raises:
+        UserError: names the operation, the argument and both devices.
+    """
+    for name, tensor in arguments:
+        if tensor is not None and tensor.device != first.device:
+            raise UserError(f"{operation}: {name} is on {tensor.device}, and must be on {first.device} like the first")
+
+
+def require_entries(operation: str, name: str, tensor: Tensor) -> None:
+    """Refuse an empty tensor.
+
+    Raises:
+        UserError: names the operation, the argument and its shape.
+    """
+    if tensor.numel() == 0:
+        raise UserError(f"{operation}: {name} has shape {tuple(tensor.shape)}, and must not be empty")
+
+
 def require_bool(operation: str, name: str, tensor: Tensor | None) -> None:
     """Refuse a mask that is not boolean.
 

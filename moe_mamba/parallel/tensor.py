@@ -184,15 +184,13 @@ def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -
     return logits
 
 
-def _reduce(
-    largest: Tensor, total: Tensor, predicted: Tensor, *, group: ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reduce(largest: Tensor, total: Tensor, predicted: Tensor, *, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """What all peers' parts of the logits have together, (tokens,) each; the logits are never gathered.
 
     Args:
         largest: logit.
         total: sum of exp(logit - largest).
-        predicted: the target's logit, 0 where another peer has it.
+        predicted: the target's logit, 0 where another peer has it, or none.
         group: the tensor peers.
     """
     highest = largest.clone()

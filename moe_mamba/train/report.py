@@ -78,7 +78,8 @@ def describe_kernels(config: Config, world: World) -> tuple[str, list[str]]:
         for operation, size in _operations(config.model).items():
             serves[choose(operation, world.device.type, dtype, config.model.kernels, size)[0]].append(operation)
     line = "; ".join(f"{name}: {', '.join(served)}" for name, served in serves.items())
-    return line, list(dict.fromkeys(str(warning.message) for warning in caught))
+    said = (str(warning.message) for warning in caught if warning.category is UserWarning)  # by choose
+    return line, list(dict.fromkeys(said))
 
 
 def _operations(config: ModelConfig) -> dict[str, int]:

@@ -20,7 +20,7 @@ def available(operation: str, on: str | None = None, dtype: torch.dtype | None =
     names = []
     for name, backend in BACKENDS[operation].items():
         kind = dtype or backend.dtypes[0]
-        if backend.refuses(on or device(), kind, 0) is None and backend.missing() is None:
+        if backend.takes(on or device(), kind) and backend.missing() is None:
             names.append(name)
     return names
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.available import available, cases, typed_cases
+from kernels.available import available, cases, device, typed_cases
 from torch import Tensor
 from torch.nn import functional
 
@@ -80,6 +80,16 @@ def test_equals_torchs_cross_entropy(backend: str, on: str) -> None:
     assert_equal(results(logits.to(on, torch.float32), targets, backend), (losses.detach(), leaf.grad), 1e-5)
 
 
+@pytest.mark.parametrize(NAMES, cases("cross_entropy"))
+def test_the_gradient_of_a_sum_which_is_expanded(backend: str, on: str) -> None:
+    logits, targets = operands(70)
+    gradients = []
+    for leaf, name in ((logits, "reference"), (logits.to(on, torch.float32), backend)):
+        losses = cross_entropy(leaf.requires_grad_(), targets.to(leaf.device), backend=name)
+        gradients.append(torch.autograd.grad(losses.sum(), leaf)[0].double().cpu())
+    assert_equal((gradients[1],), (gradients[0],), 1e-5)
+
+
 @pytest.mark.parametrize("backend", available("cross_entropy", "cpu", torch.float64))
 def test_gradcheck(backend: str) -> None:
     logits, targets = operands(6)
@@ -129,9 +139,9 @@ def test_a_part_hands_over_its_statistics(name: str) -> None:
 
     logits = logits.float()
     logits[3] = -math.inf
-    cross_entropy(logits, targets, 20, reduce, name)
+    cross_entropy(logits.to(device()), targets.to(device()), 20, reduce, name)
     for value, wanted in zip(handed, statistics(logits, targets - 20), strict=True):
-        torch.testing.assert_close(value, wanted)
+        torch.testing.assert_close(value.cpu(), wanted)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -155,6 +165,14 @@ def test_a_target_outside_the_vocabulary_gives_nan(backend: str, on: str) -> Non
     logits = torch.randn(3, 5, device=on)
     losses = cross_entropy(logits, torch.tensor([5, -1, 4], device=on), backend=backend)
     assert losses.isnan().tolist() == [True, True, False]
+    parted = cross_entropy(logits, torch.tensor([5, -1, 4], device=on), 0, lambda *parts: parts, backend)
+    torch.testing.assert_close(parted[:2], logits[:2].logsumexp(1))
+
+
+def test_torch_does_not_wait_for_an_accelerator() -> None:
+    """Tensors of the device ``meta`` have no values, and so raise where the host asks for one."""
+    logits = torch.empty(3, 5, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    cross_entropy(logits, torch.empty(3, dtype=torch.int64, device="meta"), backend="torch").sum().backward()
 
 
 @pytest.mark.parametrize(NAMES, cases("cross_entropy"))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernels.available import cases, typed_cases
+from kernels.available import cases, device, typed_cases
 from torch import Tensor
 
 from moe_mamba.errors import UserError
@@ -212,9 +212,9 @@ def test_strided_and_expanded_operands(backend: str, on: str) -> None:
     torch.testing.assert_close(gradients[backend], gradients["reference"])
 
 
-def in_pieces(made: dict[str, Tensor], dtype: torch.dtype, backend: str, piece: int) -> tuple[Tensor, Tensor]:
-    """y and the final state, the state handed on from piece to piece of the length."""
-    given = {name: value.to(dtype) for name, value in made.items()}
+def in_pieces(made: dict[str, Tensor], dtype: torch.dtype, backend: str, on: str, piece: int) -> tuple[Tensor, Tensor]:
+    """y and the final state on the CPU, the state handed on from piece to piece of the length."""
+    given = {name: value.to(on, dtype) for name, value in made.items()}
     pieces, state = [], None
     for first in range(0, given["x"].shape[1], piece):
         steps = slice(first, first + piece)
@@ -222,18 +222,19 @@ def in_pieces(made: dict[str, Tensor], dtype: torch.dtype, backend: str, piece: 
         y, state = selective_scan(**part, initial_state=state, backend=backend)
         pieces.append(y)
     assert state is not None
-    return torch.cat(pieces, 1), state
+    return torch.cat(pieces, 1).cpu(), state.cpu()
 
 
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("length", [50_000, pytest.param(1_000_000, marks=pytest.mark.long)])
-def test_states_handed_on_over_a_long_text(length: int) -> None:
+def test_states_handed_on_over_a_long_text(length: int, on: str) -> None:
+    on_cpu = [str(case.values[0]) for case in CASES if case.values[1] == "cpu"]
+    fast = [name for name in on_cpu if name not in ("triton", "reference")]  # which are loops in Python there
     made = operands(1, length, 2, 2, optional=False)
     made["delta"] -= 3  # memories of hundreds of tokens
-    expected, last = in_pieces(made, torch.float64, "torch", length)
-    for backend in [str(case.values[0]) for case in CASES if case.values[1] == "cpu"]:
-        if backend in ("triton", "reference"):
-            continue  # a loop in Python
-        y, state = in_pieces(made, torch.float32, backend, 65_536 if length > 65_536 else 7_000)
+    expected, last = in_pieces(made, torch.float64, "torch", "cpu", length)
+    for backend in fast if on == "cpu" else ["triton"]:
+        y, state = in_pieces(made, torch.float32, backend, on, 65_536 if length > 65_536 else 7_000)
         sample = torch.randint(length, (1000,))
         assert_equal({"y": y[:, sample], "state": state}, {"y": expected[:, sample], "state": last}, 1e-5)
 
@@ -275,6 +276,9 @@ def test_keeps_a_sixteenth_of_the_states() -> None:
         ("C", torch.zeros(2, 5, 2, dtype=torch.bfloat16), "C is torch.bfloat16, and must be torch.float32"),
         ("starts", torch.zeros(2, 5), "starts is torch.float32, and must be torch.bool"),
         ("A", torch.zeros(3), r"A has shape \(3,\), and must be \(d_inner, d_state\)"),
+        ("A", torch.zeros(3, 2, dtype=torch.int64), "A is torch.int64, and must be torch.float32 like the first"),
+        ("D", torch.zeros(3, device="meta"), "D is on meta, and must be on cpu like the first"),
+        ("delta_bias", torch.zeros(3, dtype=torch.float64), "delta_bias is torch.float64, and must be torch.float32"),
         ("backend", "cuda", "no back end 'cuda': choose auto or one of"),
     ],
 )
@@ -305,6 +309,12 @@ def test_bad_input_of_a_step_is_one_line(name: str, value: object, words: str) -
 
 
 def test_more_states_than_a_back_end_takes_is_one_line() -> None:
-    made = {key: tensor.float() for key, tensor in operands(1, 1, 1, 257).items()}
-    with pytest.raises(UserError, match=r"'triton' does not take a size of 257 \(at most 256\)"):
+    made = {key: tensor.to(device(), torch.float32) for key, tensor in operands(1, 1, 1, 257).items()}
+    with pytest.raises(UserError, match="'triton' takes d_state from 1 to 256, not 257"):
         selective_scan(**made, backend="triton")
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2), (2, 0, 3, 2), (2, 5, 0, 2)])
+def test_an_empty_input_is_one_line(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"selective_scan: x has shape \(.*\), and must not be empty"):
+        selective_scan(**operands(*shape))

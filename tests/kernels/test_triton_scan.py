@@ -9,10 +9,11 @@ from moe_mamba.kernels import requirements, selective_scan
 from moe_mamba.kernels.selective_scan import triton_selective_scan as entry
 from moe_mamba.kernels.selective_scan.triton_selective_scan import _Launch
 
-pytestmark = pytest.mark.skipif(
-    requirements.triton() is not None, reason="Triton runs neither on a GPU nor interpreted"
-)
 ON = device()
+pytestmark = [
+    pytest.mark.skipif(requirements.triton() is not None, reason="Triton runs neither on a GPU nor interpreted"),
+    *([pytest.mark.gpu] if ON == "cuda" else []),
+]
 
 
 @pytest.fixture

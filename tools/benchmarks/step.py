@@ -50,7 +50,7 @@ def step_row(shapes: StepShapes, repeats: int) -> Row:
     keep_freed_memory()
     tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
     ours = our_model(shapes)
-    our_step = training_step(ours, lambda: ours(tokens).logits, tokens)
+    our_step = training_step(ours, lambda: our_loss(ours, tokens))
     theirs = partial(Elsewhere, partial(jamba_step, shapes, sum(parameter.numel() for parameter in ours.parameters())))
     return pair_row(f"training step, {shapes.name}", "Transformers' Jamba", our_step, theirs, repeats, 40.0)
 
@@ -60,7 +60,12 @@ def jamba_step(shapes: StepShapes, parameters: int) -> Run:
     theirs = jamba(shapes)
     tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
     assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters, "the models differ"
-    return training_step(theirs, lambda: theirs(tokens, use_cache=False).logits, tokens)
+
+    def loss() -> Tensor:
+        logits = theirs(tokens, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
+
+    return training_step(theirs, loss)
 
 
 def step_profile(shapes: StepShapes) -> Profile:
@@ -68,17 +73,22 @@ def step_profile(shapes: StepShapes) -> Profile:
     keep_freed_memory()  # as in training
     tokens = torch.randint(shapes.vocab_size, (shapes.batch, shapes.length))
     model = our_model(shapes)
-    step = training_step(model, lambda: model(tokens).logits, tokens)
+    step = training_step(model, lambda: our_loss(model, tokens))
     return profile(f"training step, {shapes.name}", model, step, PROFILED_STEPS)
 
 
-def training_step(model: nn.Module, logits: Callable[[], Tensor], tokens: Tensor) -> Run:
+def our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Mean cross entropy of the next tokens, as training computes it."""
+    total, count = model.cross_entropy(model(tokens).logits, tokens.roll(-1, 1))
+    return total / count
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
     """What one step of training does, the same for both."""
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
-        predicted = logits()[:, :-1].flatten(0, 1)
-        F.cross_entropy(predicted, tokens[:, 1:].flatten()).backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 

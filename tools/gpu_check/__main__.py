@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from gpu_check.report import machine, markdown
+from gpu_check.report import finite, machine, markdown
 from gpu_check.sections import SECTIONS, Result, run_section
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import RunStopped, UserError
@@ -57,7 +57,8 @@ def _write(folder: Path, results: list[Result], device: str) -> None:
     """Write what there is so far, so that a machine that is taken away leaves it behind."""
     about = machine(device, ROOT)
     content = {"machine": about, "sections": [result.as_json() for result in results]}
-    (folder / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(finite(content), indent=1, allow_nan=False)
+    (folder / "gpu_check.json").write_text(text + "\n", encoding="utf-8")
     (folder / "gpu_check.md").write_text(markdown(about, results), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import RunStopped, UserError
-from moe_mamba.kernels import causal_conv, grouped_matmul, selective_scan
+from moe_mamba.kernels import causal_conv, causal_conv_step, grouped_matmul, selective_scan, selective_scan_step
 from moe_mamba.kernels.activation import activation
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.cross_entropy import IGNORED, cross_entropy
@@ -30,6 +30,7 @@ WIDE = (
     "D",
     "delta_bias",
     "initial_state of the scan",
+    "state of the scan",
     "weight of the norm",
     "weight of the rows",
 )  # fp32 beside bf16 inputs
@@ -39,12 +40,16 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """An operation on given operands, the float ones differentiable; ``call`` takes the operands and a back end."""
+    """An operation on given operands, the float ones differentiable where the operation has gradients.
+
+    ``call`` takes the operands and a back end.
+    """
 
     operation: str
     what: str
     operands: Named
     call: Callable[[Named, str], Tensor | tuple[Tensor, ...]]
+    has_gradients: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,9 @@ def cases(tiny: bool) -> Iterator[Case]:
             conv |= {"starts": starts, "initial_state": _normal(batch, 3, d_inner)}
         yield Case("selective_scan", what, scan, _call_scan)
         yield Case("causal_conv", what, conv, lambda named, backend: causal_conv(**named, backend=backend))
+    yield from _steps(batch, d_inner, d_state)
     groups, rows, width = (3, 8, 16) if tiny else (32, 8192 + 40, 512)
-    counts = torch.bincount(torch.randint(groups, (rows,)), minlength=groups)
-    grouped = {"x": _normal(rows, width), "weight": _normal(groups, width, 3 * width) / width**0.5, "counts": counts}
-    yield Case("grouped_matmul", "uneven", grouped, _call_grouped)
+    yield from _grouped(groups, rows, width)
     normed = {"x": _normal(rows, width), "weight of the norm": _normal(width), "residual": _normal(rows, width)}
     yield Case("rms_norm", "with a residual", normed, _call_norm)
     for kind in ("swiglu", "gelu", "squared_relu"):
@@ -120,6 +124,33 @@ def cases(tiny: bool) -> Iterator[Case]:
     targets[1] = IGNORED
     logits = {"logits": 4 * _normal(tokens, vocabulary), "targets": targets}
     yield Case("cross_entropy", "one target ignored", logits, _call_cross_entropy)
+
+
+def _steps(batch: int, d_inner: int, d_state: int) -> Iterator[Case]:
+    """A token of each sequence, as in generation."""
+    token = {
+        name: value[:, 0] if value.dim() == 3 else value for name, value in _scan(batch, 1, d_inner, d_state).items()
+    }
+    scan = token | {"state of the scan": _normal(batch, d_inner, d_state)}
+    yield Case("selective_scan_step", "a token", scan, _call_scan_step, has_gradients=False)
+    conv = {
+        "x": _normal(batch, 2 * d_inner)[:, :d_inner],
+        "weight": _normal(d_inner, 4),
+        "bias": _normal(d_inner),
+        "state": _normal(batch, 3, d_inner),
+    }
+    yield Case("causal_conv_step", "a token", conv, _call_conv_step, has_gradients=False)
+
+
+def _grouped(groups: int, rows: int, width: int) -> Iterator[Case]:
+    """Groups of any height, and groups that are filled up to a capacity."""
+    weight = _normal(groups, width, 3 * width) / width**0.5
+    counts = torch.bincount(torch.randint(groups, (rows,)), minlength=groups)
+    uneven = {"x": _normal(rows, width), "weight": weight, "counts": counts}
+    yield Case("grouped_matmul", "uneven", uneven, partial(_call_grouped, None))
+    capacity = rows // groups
+    even = {"x": _normal(groups * capacity, width), "weight": weight, "counts": torch.full((groups,), capacity)}
+    yield Case("grouped_matmul", "with a capacity", even, partial(_call_grouped, capacity))
 
 
 def _routing(tokens: int, width: int, experts: int) -> Iterator[Case]:
@@ -162,8 +193,18 @@ def _call_scan(named: Named, backend: str) -> tuple[Tensor, ...]:
     return (y,) if state is None else (y, final_state)
 
 
-def _call_grouped(named: Named, backend: str) -> Tensor:
-    return grouped_matmul(named["x"], named["weight"], named["counts"], backend=backend)
+def _call_scan_step(named: Named, backend: str) -> tuple[Tensor, Tensor]:
+    named = dict(named)
+    state = named.pop("state of the scan")
+    return selective_scan_step(**named, state=state, backend=backend)
+
+
+def _call_conv_step(named: Named, backend: str) -> tuple[Tensor, Tensor]:
+    return causal_conv_step(**named, backend=backend)
+
+
+def _call_grouped(capacity: int | None, named: Named, backend: str) -> Tensor:
+    return grouped_matmul(named["x"], named["weight"], named["counts"], capacity, backend)
 
 
 def _call_activation(kind: str, named: Named, backend: str) -> Tensor:
@@ -198,7 +239,7 @@ def compare(case: Case, device: str) -> Iterator[Compared]:
         if case.operation == "grouped_matmul":
             allowed = ALLOWED_PRODUCTS.get(dtype, allowed)
         for backend, entry in BACKENDS[case.operation].items():
-            if backend == "reference" or entry.refuses(device, dtype, 0) or entry.missing():
+            if backend == "reference" or not entry.takes(device, dtype) or entry.missing():
                 continue
             label = str(dtype).removeprefix("torch.")
             try:
@@ -221,18 +262,20 @@ def _dtype(name: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def results(case: Case, operands: Named, backend: str) -> Named:
-    """The outputs, and the gradient of every float operand for the same weights of the outputs."""
+    """The outputs and, where there are any, every float operand's gradient for the same weights of the outputs."""
     leaves = {
         name: value.detach().requires_grad_() if value.is_floating_point() else value
         for name, value in operands.items()
     }
     outputs = case.call(leaves, backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {f"output {place}": value.detach() for place, value in enumerate(outputs)}
+    if not case.has_gradients:
+        return named
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(one.shape, generator=generator).to(one.device, one.dtype) for one in outputs]
     floats = {name: value for name, value in leaves.items() if value.requires_grad}
     gradients = torch.autograd.grad(outputs, list(floats.values()), weights)
-    named = {f"output {place}": value.detach() for place, value in enumerate(outputs)}
     return named | {f"gradient of {name}": one for name, one in zip(floats, gradients, strict=True)}
 
 

@@ -1,5 +1,6 @@
 """The report of a check, in Markdown."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,15 @@ def machine(device: str, root: Path) -> dict[str, Any]:
         except PackageNotFoundError:
             about[package] = "not installed"
     return about
+
+
+def finite(content: Any) -> Any:
+    """The same lists, dictionaries and values, with None for every number that JSON does not have."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _commit(root: Path) -> str:

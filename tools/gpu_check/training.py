@@ -1,6 +1,7 @@
 """The check's section ``training``: a few hundred steps of the paper's MoE-Mamba 25M through launch/train.py."""
 
 import json
+import math
 import runpy
 import statistics
 import threading
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_clock import Rates, rates
+from gpu_check.report import finite
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config
+from moe_mamba.errors import RunStopped
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.train.metrics import read_metrics
 
@@ -71,11 +74,13 @@ def main(output: str, work: str, device: str = "cuda", tiny: bool = False, steps
             peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
             content = figures(folder, overrides, reached, peak, time.monotonic() - begin, device)
             part = Path(f"{output}.part")
-            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
             part.replace(output)
 
     with writing(write):
         runpy.run_path(str(ROOT / "launch" / "train.py"))["train"](config=CONFIG, **overrides)
+    if wrong := fault(losses(read_metrics(folder))):
+        raise RunStopped(wrong)
 
 
 @contextmanager
@@ -113,6 +118,24 @@ def corpus() -> dict[str, str]:
     return {"data.train": "builtin", "data.validation": "builtin:validation", "data.tokenizer": "bytes"}
 
 
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """Of the steps; NaN where the metrics have null."""
+    found = (line["loss"] for line in lines if "tokens_per_second" in line)
+    return [math.nan if loss is None else loss for loss in found]
+
+
+def fault(curve: list[float]) -> str | None:
+    """What is wrong with the losses of a run; None: all are numbers, and the last tenth lies below the first."""
+    if not curve:
+        return "the loss did not fall: the run took no step"
+    tenth = max(1, len(curve) // 10)
+    first, last = statistics.fmean(curve[:tenth]), statistics.fmean(curve[-tenth:])
+    odd = next((loss for loss in curve if not math.isfinite(loss)), last)
+    if math.isfinite(odd) and last < first:
+        return None
+    return f"the loss did not fall: {first:.3g} -> {odd:.3g}"
+
+
 def figures(
     folder: Path, overrides: dict[str, Any], reached: Rates, peak: int, seconds: float, device: str
 ) -> dict[str, Any]:
@@ -123,6 +146,7 @@ def figures(
     operations = model.flops_per_token(config.data.sequence_length)
     lines = read_metrics(folder)
     steps = [line for line in lines if "tokens_per_second" in line]
+    curve = losses(lines)
     timed = [line["tokens_per_second"] for line in steps[int(WARM_UP * len(steps)) :]]
     speed = statistics.median(timed) if timed else 0.0
     sheet = _data_sheet(torch.cuda.get_device_name()) if device == "cuda" else None
@@ -137,7 +161,7 @@ def figures(
         if sheet
         else "not known for this device",
         "peak memory": f"{peak / 2**30:.1f} GiB" if peak else "not measured",
-        "loss, first and last step": f"{steps[0]['loss']:.3f}, {steps[-1]['loss']:.3f}" if steps else "no step",
+        "loss, first and last step": f"{curve[0]:.3f}, {curve[-1]:.3f}" if curve else "no step",
         "the whole run, start and saving included": f"{seconds:.0f} s",
     }
     return {
@@ -147,7 +171,7 @@ def figures(
         "peak_bytes": peak,
         "bf16_flops": reached.bf16_flops,
         "data_sheet_flops": sheet,
-        "losses": [round(line["loss"], 4) for line in steps],
+        "losses": [round(loss, 4) for loss in curve],
         "each_tokens_per_second": [line["tokens_per_second"] for line in steps],
     }
 

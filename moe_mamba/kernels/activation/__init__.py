@@ -11,7 +11,10 @@ KINDS = ("relu", "squared_relu", "gelu", "swiglu")
 
 
 def activation(hidden: Tensor, kind: str, backend: str = "auto") -> Tensor:
-    """Apply an activation element by element, in fp32 at least.
+    """Apply an activation element by element.
+
+    Torch computes as its own functions do, and so rounds silu(gate) to bf16 or fp16 before its product with up. Triton
+    computes in fp32, and rounds once.
 
     Args:
         hidden: (..., width); for ``swiglu`` (..., 2 width), the gate before the values that it gates.

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_mamba.kernels.activation import KINDS
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 
@@ -28,6 +29,7 @@ def _place(width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(hidden, out, hidden_row, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Hidden (rows, width), for swiglu (rows, 2 width), row stride hidden_row; writes out (rows, width)."""
     row, columns = _place(width, BLOCK)
     inside = columns < width
     hidden += row * hidden_row + columns
@@ -47,6 +49,7 @@ def _forward_kernel(hidden, out, hidden_row, width, KIND: tl.constexpr, BLOCK: t
 @triton.jit
 def _backward_kernel(hidden, incoming, gradient, hidden_row, incoming_row, width,
                      KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Hidden as forward, incoming (rows, width), row strides hidden_row, incoming_row; writes gradient like hidden."""
     row, columns = _place(width, BLOCK)
     inside = columns < width
     hidden += row * hidden_row + columns
@@ -117,7 +120,7 @@ def _rows(tensor: Tensor) -> Tensor:
 def specimens() -> list[Specimen]:
     """The kernels for experts of 1,536 in bf16; strides constant, as a launch knows of them."""
     made = []
-    for kind in ("swiglu", "relu", "gelu"):
+    for kind in KINDS:
         hidden_row = 3072 if kind == "swiglu" else 1536
         constants = {"hidden_row": hidden_row, "width": 1536, "KIND": kind, "BLOCK": BLOCK}
         types = {"hidden": "*bf16", "out": "*bf16"}

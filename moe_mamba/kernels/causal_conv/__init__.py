@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.backends import choose
-from moe_mamba.kernels.validation import require_bool, require_dimensions, require_same_dtype, require_shapes
+from moe_mamba.kernels.validation import (
+    require_bool,
+    require_dimensions,
+    require_entries,
+    require_one_device,
+    require_same_dtype,
+    require_shapes,
+)
 
 __all__ = ["causal_conv", "causal_conv_step"]
 
@@ -28,8 +35,7 @@ def causal_conv(
         bias: (channels), dtype of x.
         starts: (batch, length) bool; no tap reaches from a True position or after it to before it.
         initial_state: (batch, width - 1, channels), the inputs before position 0; None: zeros; dtype of x.
-        backend: ``auto``, or one of ``BACKENDS["causal_conv"]``, of which ``cpu``, ``triton`` and ``vendor`` take
-            widths up to 4.
+        backend: ``auto``, or one of ``BACKENDS["causal_conv"]``, which says the widths that each takes.
 
     Returns:
         y (batch, length, channels), and the last width - 1 inputs (batch, width - 1, channels) for the tokens to come,
@@ -51,8 +57,11 @@ def causal_conv(
             ("initial_state", initial_state, (batch, width - 1, channels)),
         ),
     )
-    require_same_dtype("causal_conv", x.dtype, (("weight", weight), ("bias", bias), ("initial_state", initial_state)))
+    others = (("weight", weight), ("bias", bias), ("initial_state", initial_state))
+    require_same_dtype("causal_conv", x.dtype, others)
     require_bool("causal_conv", "starts", starts)
+    require_one_device("causal_conv", x, (*others, ("starts", starts)))
+    require_entries("causal_conv", "x", x)
     _, function = choose("causal_conv", x.device.type, x.dtype, backend, width)
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
@@ -70,7 +79,7 @@ def causal_conv_step(
         weight: (channels, width); the last tap is the present; dtype of x.
         bias: (channels), dtype of x.
         state: (batch, width - 1, channels), the inputs before the token, as ``causal_conv`` gives them; dtype of x.
-        backend: ``auto``, or one of ``BACKENDS["causal_conv_step"]``; ``triton`` takes widths up to 4.
+        backend: ``auto``, or one of ``BACKENDS["causal_conv_step"]``, which says the widths that each takes.
 
     Returns:
         y (batch, channels), and the state for the next token; both in the dtype of x.
@@ -88,7 +97,10 @@ def causal_conv_step(
         ("state", state, (batch, width - 1, channels)),
     )
     require_shapes("causal_conv_step", shapes)
-    require_same_dtype("causal_conv_step", x.dtype, (("weight", weight), ("bias", bias), ("state", state)))
+    others = (("weight", weight), ("bias", bias), ("state", state))
+    require_same_dtype("causal_conv_step", x.dtype, others)
+    require_one_device("causal_conv_step", x, others)
+    require_entries("causal_conv_step", "x", x)
     _, function = choose("causal_conv_step", x.device.type, x.dtype, backend, width)
     return function(x, weight, bias, state)
 

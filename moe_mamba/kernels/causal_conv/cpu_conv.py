@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_mamba.kernels.extension import TYPES, Strided, fill, library, side_by_side, sum_in_order
+from moe_mamba.kernels.extension import TYPES, Strided, fill, library, sum_in_order
+from moe_mamba.kernels.launch import unit_stride
 
 GROUP = 256  # channels of a task, GROUP in C++
 
@@ -39,8 +40,8 @@ class _CausalConv(torch.autograd.Function):
     ) -> Tensor:
         work = torch.promote_types(x.dtype, torch.float32)
         tensors = {
-            "x": side_by_side(x),
-            "initial_state": side_by_side(initial_state),
+            "x": unit_stride(x),
+            "initial_state": unit_stride(initial_state),
             "taps": weight.to(work).t().flip(0).contiguous(),  # (width, channels), the present first
             "bias": bias.to(work).contiguous(),
             "starts": None if starts is None else starts.contiguous(),
@@ -62,7 +63,7 @@ class _CausalConv(torch.autograd.Function):
             "taps_gradient": taps.new_empty(x.shape[0], *taps.shape),
             "bias_gradient": taps.new_empty(x.shape[0], taps.shape[1]),
         }
-        y_gradient = side_by_side(y_gradient)
+        y_gradient = unit_stride(y_gradient)
         library().causal_conv_backward(_arguments({**tensors, **gradients, "y_gradient": y_gradient}))
         return (
             gradients["x_gradient"],

@@ -40,8 +40,9 @@ def cross_entropy(
         backend: ``auto``, or one of ``BACKENDS["cross_entropy"]``.
 
     Returns:
-        (tokens) in fp32, fp64 for fp64 logits: 0, and so its gradient, where the target is -100; NaN where it lies
-        outside the whole vocabulary, which a GPU cannot report otherwise without waiting for it.
+        (tokens) in fp32, fp64 for fp64 logits: 0, and so its gradient, where the target is -100. Where it lies
+        outside the vocabulary, which a GPU cannot report without waiting for it: NaN without ``reduce``; with
+        ``reduce``, where no part knows that none has the target, the loss of a target whose logit is constantly 0.
 
     Raises:
         UserError: shapes or dtypes that disagree, or a back end that does not exist.

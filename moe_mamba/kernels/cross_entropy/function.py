@@ -48,4 +48,5 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the logits alone."""
-        return ctx.gradient(*ctx.saved_tensors, incoming), None, None, None, None, None
+        # contiguous: the gradient of a sum is one number expanded
+        return ctx.gradient(*ctx.saved_tensors, incoming.contiguous()), None, None, None, None, None

@@ -43,7 +43,10 @@ def _gradient(logits: Tensor, local: Tensor, log_sum: Tensor, incoming: Tensor) 
         out.mul_(incoming[chunk, None])
         if not is_wide:
             gradient[chunk] = buffer
-    return gradient.index_fill_(0, (log_sum == torch.inf).nonzero()[:, 0], 0)
+    ignored = log_sum == torch.inf
+    if gradient.device.type == "cpu":  # writes the few ignored tokens only
+        return gradient.index_fill_(0, ignored.nonzero()[:, 0], 0)
+    return gradient.masked_fill_(ignored[:, None], 0)  # nonzero would make the host wait for an accelerator
 
 
 def _chunks(logits: Tensor, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

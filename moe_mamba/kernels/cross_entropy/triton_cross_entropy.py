@@ -18,6 +18,7 @@ WARPS = 8  # 16 logits a lane: two loads of 16 bytes in bf16
 
 @triton.jit
 def _statistics_kernel(logits, local, largest, total, predicted, logits_row, rows, BLOCK: tl.constexpr):
+    """Logits (tokens, rows), row stride logits_row; local (tokens); writes largest, total, predicted (tokens)."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * logits_row
     top = tl.full((), -float("inf"), tl.float32)
@@ -38,6 +39,7 @@ def _statistics_kernel(logits, local, largest, total, predicted, logits_row, row
 
 @triton.jit
 def _gradient_kernel(logits, local, log_sum, incoming, gradient, logits_row, rows, BLOCK: tl.constexpr):
+    """Logits, gradient (tokens, rows), row strides logits_row, rows; local, log_sum, incoming (tokens)."""
     blocks = tl.cdiv(rows, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)

@@ -55,4 +55,9 @@ class _AlignedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _aligned(gradient)
+        # an empty one may be expanded, and counts as contiguous
+        return (
+            _aligned(gradient)
+            if gradient.numel()
+            else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        )

@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         stream = x if residual is None else residual + x
-        rows = stream.reshape(-1, stream.shape[-1])  # (rows, d)
+        rows = _rows(stream)
         work = torch.promote_types(x.dtype, torch.float32)
         scale = rows.new_empty(rows.shape[0], 1, dtype=work)
         y = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
             out = wide.square()
             scale[block] = torch.rsqrt(out.mean(-1, keepdim=True) + epsilon)
             y[block] = torch.mul(wide, scale[block], out=out).mul_(weight)
-        ctx.save_for_backward(rows, weight, scale)
+        ctx.save_for_backward(stream, weight, scale)  # a view of an output would keep the graph alive for ever
         return y.view(x.shape) if residual is None else (y.view(x.shape), stream)
 
     @staticmethod
@@ -44,11 +44,11 @@ class _RMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if y_gradient is None:
             return stream_gradient, None, None, stream_gradient
-        rows, weight, scale = ctx.saved_tensors
-        given = y_gradient.reshape(rows.shape)
+        stream, weight, scale = ctx.saved_tensors
+        rows, given = _rows(stream), _rows(y_gradient)
         gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
         if stream_gradient is not None:
-            stream_gradient = stream_gradient.reshape(rows.shape)
+            stream_gradient = _rows(stream_gradient)
         weight_gradient = torch.zeros(weight.shape, dtype=scale.dtype, device=weight.device)
         for block in _blocks(rows):
             normal = rows[block].to(scale.dtype) * scale[block]  # (rows of the block, d)
@@ -62,6 +62,11 @@ class _RMSNorm(torch.autograd.Function):
             gradient[block] = change
         gradient = gradient.view(y_gradient.shape)
         return gradient, weight_gradient.to(weight.dtype), None, gradient if ctx.needs_input_grad[3] else None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As (rows, d); copied only where that cannot be a view."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

@@ -25,6 +25,7 @@ SUMS = (
 @triton.jit
 def _forward_kernel(x, weight, residual, y, stream, scale, x_row, residual_row, d, epsilon,
                     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """X, residual (rows, d), row strides x_row, residual_row; weight (d); writes y, stream (rows, d), scale (rows)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < d
@@ -44,6 +45,7 @@ def _forward_kernel(x, weight, residual, y, stream, scale, x_row, residual_row, 
 def _backward_kernel(stream, weight, scale, y_gradient, stream_gradient, gradient, sums, rows, count, stream_row,
                      y_row, stream_gradient_row, d, HAS_STREAM_GRADIENT: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
+    """Stream and its gradient, y_gradient (rows, d), strides *_row; writes gradient (rows, d), sums (programs, d)."""
     columns = tl.arange(0, BLOCK)
     inside = columns < d
     factor = tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
@@ -80,7 +82,7 @@ class _RMSNorm(torch.autograd.Function):
         count, d = rows.shape
         added = None if residual is None else _rows(residual)
         y, scale = x.new_empty(x.shape), x.new_empty(count, dtype=torch.float32)
-        stream = rows if added is None else x.new_empty(x.shape)
+        stream = x if added is None else x.new_empty(x.shape)
         block = next_power_of_2(d)
         if count:
             with on_device(x):
@@ -89,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
                     0 if added is None else added.stride(0), d, epsilon, HAS_RESIDUAL=added is not None, BLOCK=block,
                     num_warps=_warps(block),
                 )  # fmt: skip
-        ctx.save_for_backward(stream.view(count, d), weight, scale)
+        ctx.save_for_backward(stream, weight, scale)  # a view of an output would keep the graph alive for ever
         return y if residual is None else (y, stream)
 
     @staticmethod
@@ -100,6 +102,7 @@ class _RMSNorm(torch.autograd.Function):
         if y_gradient is None:
             return stream_gradient, None, None, stream_gradient
         stream, weight, scale = ctx.saved_tensors
+        stream = _rows(stream)
         rows, d = stream.shape
         given = _rows(y_gradient)
         added = None if stream_gradient is None else _rows(stream_gradient)

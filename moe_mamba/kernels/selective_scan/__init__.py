@@ -11,7 +11,15 @@ from torch import Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import choose
-from moe_mamba.kernels.validation import require_bool, require_dimensions, require_same_dtype, require_shapes
+from moe_mamba.kernels.validation import (
+    require_bool,
+    require_dimensions,
+    require_entries,
+    require_one_device,
+    require_same_dtype,
+    require_shapes,
+    require_wide_dtype,
+)
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
@@ -34,7 +42,7 @@ def selective_scan(
     Args:
         x: (batch, length, d_inner), the input of each channel.
         delta: (batch, length, d_inner), step sizes before bias and softplus; dtype of x.
-        A: (d_inner, d_state), negative.
+        A: (d_inner, d_state), negative; dtype of x or fp32, as D, delta_bias and initial_state.
         B: (batch, length, d_state), what of the input enters the state; dtype of x.
         C: (batch, length, d_state), what of the state is read; dtype of x.
         D: (d_inner), weight of the input in the output.
@@ -70,12 +78,18 @@ def selective_scan(
             ("initial_state", initial_state, (batch, d_inner, d_state)),
         ),
     )
-    require_same_dtype("selective_scan", x.dtype, (("delta", delta), ("B", B), ("C", C), ("z", z)))
+    narrow = (("delta", delta), ("B", B), ("C", C), ("z", z))
+    wide = (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state))
+    require_same_dtype("selective_scan", x.dtype, narrow)
+    require_wide_dtype("selective_scan", x.dtype, wide)
     require_bool("selective_scan", "starts", starts)
+    require_one_device("selective_scan", x, (*narrow, *wide, ("starts", starts)))
+    require_entries("selective_scan", "x", x)
     _, function = choose("selective_scan", x.device.type, x.dtype, backend, d_state)
     return function(x, delta, A, B, C, D, z, delta_bias, starts, initial_state)
 
 
+@torch.no_grad()
 def selective_scan_step(
     x: Tensor,
     delta: Tensor,
@@ -88,19 +102,19 @@ def selective_scan_step(
     state: Tensor,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence, for generation: what ``selective_scan`` computes at one position.
+    """One token of the recurrence, for generation: what ``selective_scan`` computes at one position; no gradient flows.
 
     Args:
         x: (batch, d_inner).
         delta: (batch, d_inner), step sizes before bias and softplus; dtype of x.
-        A: (d_inner, d_state), negative.
+        A: (d_inner, d_state), negative; dtype of x or fp32, as D and delta_bias.
         B: (batch, d_state), what of the input enters the state; dtype of x.
         C: (batch, d_state), what of the state is read; dtype of x.
         D: (d_inner), weight of the input in the output.
         z: (batch, d_inner) gate, dtype of x; None: no gate.
         delta_bias: (d_inner), added to delta before softplus; None: nothing.
         state: (batch, d_inner, d_state) before this token, fp32 (fp64 for fp64 inputs). It is not changed.
-        backend: ``auto``, ``torch``, which is differentiable, or ``triton``, which is not.
+        backend: ``auto``, ``torch`` or ``triton``.
 
     Returns:
         y (batch, d_inner) in the dtype of x, and the state after this token in the dtype of ``state``.
@@ -125,9 +139,14 @@ def selective_scan_step(
             ("state", state, (batch, d_inner, d_state)),
         ),
     )
-    require_same_dtype("selective_scan_step", x.dtype, (("delta", delta), ("B", B), ("C", C), ("z", z)))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if state.dtype != wide:
-        raise UserError(f"selective_scan_step: state is {state.dtype}, and must be {wide} beside {x.dtype} inputs")
+    narrow = (("delta", delta), ("B", B), ("C", C), ("z", z))
+    wide = (("A", A), ("D", D), ("delta_bias", delta_bias))
+    require_same_dtype("selective_scan_step", x.dtype, narrow)
+    require_wide_dtype("selective_scan_step", x.dtype, wide)
+    work = torch.promote_types(x.dtype, torch.float32)
+    if state.dtype != work:
+        raise UserError(f"selective_scan_step: state is {state.dtype}, and must be {work} beside {x.dtype} inputs")
+    require_one_device("selective_scan_step", x, (*narrow, *wide, ("state", state)))
+    require_entries("selective_scan_step", "x", x)
     _, function = choose("selective_scan_step", x.device.type, x.dtype, backend, d_state)
     return function(x, delta, A, B, C, D, z, delta_bias, state)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_mamba.kernels.extension import TYPES, Strided, fill, library, side_by_side, sum_in_order
+from moe_mamba.kernels.extension import TYPES, Strided, fill, library, sum_in_order
+from moe_mamba.kernels.launch import unit_stride
 
 CHUNK = 16  # time steps from one kept state to the next, STEPS in C++
 GROUP = 128  # channels of a task, GROUP in C++
@@ -61,11 +62,11 @@ class _SelectiveScan(torch.autograd.Function):
         work = torch.promote_types(x.dtype, torch.float32)
         batch, length, d_inner = x.shape
         tensors = {
-            "x": side_by_side(x),
-            "delta": side_by_side(delta),
-            "z": None if z is None else side_by_side(z),
-            "B": side_by_side(B),
-            "C": side_by_side(C),
+            "x": unit_stride(x),
+            "delta": unit_stride(delta),
+            "z": None if z is None else unit_stride(z),
+            "B": unit_stride(B),
+            "C": unit_stride(C),
             "starts": None if starts is None else starts.contiguous(),
             "decay": (A.to(work).t() * math.log2(math.e)).contiguous(),  # (d_state, d_inner)
             "D": D.to(work).contiguous(),
@@ -106,7 +107,7 @@ class _SelectiveScan(torch.autograd.Function):
             "C_gradient": decay.new_empty(batch, groups, length, decay.shape[0]),
         }
         inputs = {
-            "y_gradient": side_by_side(y_gradient),
+            "y_gradient": unit_stride(y_gradient),
             "final_gradient": _states_first(final_gradient, decay.dtype),
         }
         library().selective_scan_backward(_arguments({**tensors, **inputs, **gradients}))

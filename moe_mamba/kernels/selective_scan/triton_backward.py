@@ -128,6 +128,7 @@ def backward_kernel(x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient,
         )
         _scan_interval(h, scratch, x, delta, bc, starts, a, bias, begin, chunks, left - interval * INTERVAL, c, state,
                        X_STEP, DELTA_STEP, CHANNELS, STATES, N, BLOCK, STEPS, RAGGED)  # fmt: skip
+        tl.debug_barrier()  # lanes may read what others wrote into scratch
         for turn in range(chunks):
             chunk = chunks - 1 - turn
             at = begin + chunk * STEPS
@@ -182,6 +183,7 @@ def backward_kernel(x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient,
                 tl.store(delta_gradient + place_in_y + i * CHANNELS, change, mask=valid)
                 change = (enter * deltas[i] + read * skip).to(x_gradient.dtype.element_ty)
                 tl.store(x_gradient + place_in_y + i * CHANNELS, change, mask=valid)
+        tl.debug_barrier()  # before the next interval writes there
 
     segment = row * tl.num_programs(1) + tl.program_id(1)
     A_partial += segment * STATES * CHANNELS + c + zero
