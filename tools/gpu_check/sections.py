@@ -82,7 +82,7 @@ SECTIONS = (
         110,
         # The fixtures of the other tests are left out: they need packages that kernels do not.
         ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/kernels"),
-        full=("-m", "gpu", "tests/kernels"),
+        full=("-m", "gpu and not long", "tests/kernels"),
         tiny=("-m", "not gpu", "tests/kernels/test_vendor.py"),
         needs=("pytest",),
     ),
