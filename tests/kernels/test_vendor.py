@@ -1,6 +1,7 @@
 """The vendors' kernels behind our signatures: against stand-ins without a GPU, against the real ones with one."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moe_mamba.kernels.causal_conv import reference as conv_reference
 from moe_mamba.kernels.causal_conv import vendor_conv
 from moe_mamba.kernels.selective_scan import reference as scan_reference
 from moe_mamba.kernels.selective_scan import vendor_scan
+from moe_mamba.kernels.selective_scan.operands import Operands
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 WIDE = ("A", "D", "delta_bias")
@@ -62,6 +64,14 @@ def conv_operands(channels: int, width: int, started: bool) -> dict[str, Tensor 
     }
 
 
+def their_scan(**operands: Any) -> tuple[Tensor, Tensor]:
+    return vendor_scan.selective_scan(Operands(**operands))
+
+
+def reference_scan(**operands: Any) -> tuple[Tensor, Tensor]:
+    return scan_reference.selective_scan(Operands(**operands))
+
+
 def with_gradients(function, operands: dict, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """y and the gradient of every float operand."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -91,16 +101,16 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 def test_scan(gated: bool, dtype: torch.dtype, device: str, vendor: None) -> None:
     operands = scan_operands(gated)
     rounded = {name: value if value is None or name in WIDE else value.to(dtype) for name, value in operands.items()}
-    expected = with_gradients(scan_reference.selective_scan, rounded, torch.float64, "cpu")
-    actual = with_gradients(vendor_scan.selective_scan, rounded, dtype, device)
+    expected = with_gradients(reference_scan, rounded, torch.float64, "cpu")
+    actual = with_gradients(their_scan, rounded, dtype, device)
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
 @on_device
 def test_scan_gives_the_final_state(device: str, vendor: None) -> None:
     operands = {name: value if value is None else value.to(device) for name, value in scan_operands(True).items()}
-    _, expected = scan_reference.selective_scan(**operands)
-    _, final_state = vendor_scan.selective_scan(**operands)
+    _, expected = reference_scan(**operands)
+    _, final_state = their_scan(**operands)
     assert final_state.dtype == torch.float32
     torch.testing.assert_close(final_state, expected, rtol=1e-5, atol=1e-5)
 
@@ -135,13 +145,13 @@ def test_conv_takes_any_strides(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_scan_refuses_what_it_cannot_do(name: str, value: Tensor) -> None:
     with pytest.raises(UserError, match=f"^selective_scan: .* does not take {name}: choose --model.kernels=auto$"):
-        vendor_scan.selective_scan(**scan_operands(True) | {name: value})
+        their_scan(**scan_operands(True) | {name: value})
 
 
 def test_scan_refuses_the_gradient_of_the_final_state(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins.install(monkeypatch)
     operands = scan_operands(True)
-    y, final_state = vendor_scan.selective_scan(**operands | {"x": operands["x"].clone().requires_grad_()})
+    y, final_state = their_scan(**operands | {"x": operands["x"].clone().requires_grad_()})
     y.sum().backward(retain_graph=True)
     with pytest.raises(UserError, match=r"no gradient of the final state: choose --model\.kernels=auto$"):
         final_state.sum().backward()
@@ -150,7 +160,7 @@ def test_scan_refuses_the_gradient_of_the_final_state(monkeypatch: pytest.Monkey
 def test_scan_refuses_to_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with pytest.raises(UserError, match="vary from run to run"):
-        vendor_scan.selective_scan(**scan_operands(True))
+        their_scan(**scan_operands(True))
 
 
 @pytest.mark.parametrize("width", [1, 5])
@@ -163,6 +173,6 @@ def test_a_package_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatc
     for name in ("mamba_ssm", "causal_conv1d"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="mamba-ssm is installed but does not load"):
-        vendor_scan.selective_scan(**scan_operands(True))
+        their_scan(**scan_operands(True))
     with pytest.raises(UserError, match="causal-conv1d is installed but does not load"):
         vendor_conv.causal_conv(**conv_operands(8, 4, started=False))

@@ -3,12 +3,11 @@
 ``embedding_bag`` is the one operation of torch that gathers, weighs and sums rows in a single pass, on several threads.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe_mamba.kernels.routing.function import Combine, Gather
 
 # Beyond so many choices a token (expert choice: one for each expert, nearly all empty) a CPU adds up what there is.
 MOST_CHOICES = 8
@@ -39,40 +38,22 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
 
 def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``."""
-    return _Gather.apply(x, token, slot)
+    return Gather.apply(x, token, slot, _gather, _sum)
 
 
 def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``."""
-    return _Combine.apply(rows, weight, token, slot)
+    return Combine.apply(rows, weight, token, slot, _sum, _spread)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (slot,) = ctx.saved_tensors
-        return _sum(gradient, None, slot), None, None
+def _gather(x: Tensor, token: Tensor) -> Tensor:
+    return x.index_select(0, token)
 
 
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, token)
-        return _sum(rows, weight, slot)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weight, token = ctx.saved_tensors
-        gradient = gradient.to(torch.promote_types(rows.dtype, weight.dtype)).index_select(0, token)  # (rows, d)
-        weight_gradient = (rows * gradient).sum(1)
-        return gradient.mul_(weight[:, None]).to(rows.dtype), weight_gradient.to(weight.dtype), None, None
+def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    gradient = gradient.to(torch.promote_types(rows.dtype, weight.dtype)).index_select(0, token)  # (rows, d)
+    weight_gradient = (rows * gradient).sum(1)
+    return gradient.mul_(weight[:, None]).to(rows.dtype), weight_gradient.to(weight.dtype)
 
 
 def _sum(rows: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:

@@ -7,16 +7,14 @@ block's choices of the same expert. The sums are gathers by ``slot``: a program 
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
+from moe_mamba.kernels.routing.function import Combine, Gather
 
 CHOICES = 256  # of a block of the sort
 EXPERTS = 32  # that one program of the sort counts
@@ -184,53 +182,35 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
 @torch.compiler.disable
 def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``; any row stride."""
-    return _Gather.apply(x, token.contiguous(), slot.contiguous())
+    return Gather.apply(x, token.contiguous(), slot.contiguous(), _gather, _sum)
 
 
 @torch.compiler.disable
 def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``; computes in fp32, any row stride."""
-    return _Combine.apply(rows, weight.contiguous(), token.contiguous(), slot.contiguous())
+    return Combine.apply(rows, weight.contiguous(), token.contiguous(), slot.contiguous(), _sum, _spread)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        x, (height, width) = unit_stride(x), _tile(x.shape[1])
-        rows, d = len(token), x.shape[1]
-        out = x.new_empty(rows, d)
-        with on_device(x):
-            grid = ceil_divide(rows, height), ceil_divide(d, width)
-            _gather_kernel[grid](x, token, out, rows, d, x.stride(0), height, width)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (slot,) = ctx.saved_tensors
-        return _sum(gradient, None, slot), None, None
+def _gather(x: Tensor, token: Tensor) -> Tensor:
+    x, (height, width) = unit_stride(x), _tile(x.shape[1])
+    rows, d = len(token), x.shape[1]
+    out = x.new_empty(rows, d)
+    with on_device(x):
+        grid = ceil_divide(rows, height), ceil_divide(d, width)
+        _gather_kernel[grid](x, token, out, rows, d, x.stride(0), height, width)
+    return out
 
 
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, token)
-        return _sum(rows, weight, slot)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weight, token = ctx.saved_tensors
-        rows, gradient = unit_stride(rows), unit_stride(gradient)
-        (count, d), (height, width) = rows.shape, _tile(rows.shape[1])
-        drows, dweight = rows.new_empty(count, d), torch.empty_like(weight)
-        with on_device(rows):
-            _spread_kernel[(ceil_divide(count, height),)](
-                gradient, rows, weight, token, drows, dweight, count, d, gradient.stride(0), rows.stride(0),
-                height, width,
-            )  # fmt: skip
-        return drows, dweight, None, None
+def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    rows, gradient = unit_stride(rows), unit_stride(gradient)
+    (count, d), (height, width) = rows.shape, _tile(rows.shape[1])
+    drows, dweight = rows.new_empty(count, d), torch.empty_like(weight)
+    with on_device(rows):
+        _spread_kernel[(ceil_divide(count, height),)](
+            gradient, rows, weight, token, drows, dweight, count, d, gradient.stride(0), rows.stride(0),
+            height, width,
+        )  # fmt: skip
+    return drows, dweight
 
 
 def _sum(rows: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import choose
+from moe_mamba.kernels.selective_scan.operands import Operands
 from moe_mamba.kernels.validation import (
     require_bool,
     require_dimensions,
@@ -86,7 +87,7 @@ def selective_scan(
     require_one_device("selective_scan", x, (*narrow, *wide, ("starts", starts)))
     require_entries("selective_scan", "x", x)
     _, function = choose("selective_scan", x.device.type, x.dtype, backend, d_state)
-    return function(x, delta, A, B, C, D, z, delta_bias, starts, initial_state)
+    return function(Operands(x, delta, A, B, C, D, z, delta_bias, starts, initial_state))
 
 
 @torch.no_grad()

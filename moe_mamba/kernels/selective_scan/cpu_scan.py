@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_mamba.kernels.extension import TYPES, Strided, fill, library, sum_in_order
 from moe_mamba.kernels.launch import unit_stride
+from moe_mamba.kernels.selective_scan.operands import Operands
 
 CHUNK = 16  # time steps from one kept state to the next, STEPS in C++
 GROUP = 128  # channels of a task, GROUP in C++
@@ -36,29 +37,18 @@ class _Scan(ctypes.Structure):
 
 
 @torch.compiler.disable
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32.
 
     Keeps its inputs and (batch, ceil(length / 16), d_state, d_inner) states for the backward pass.
     """
-    return _SelectiveScan.apply(x, delta, A, B, C, D, z, delta_bias, initial_state, starts)
+    return _SelectiveScan.apply(*operands)
 
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, initial_state, starts = operands
+        x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
         work = torch.promote_types(x.dtype, torch.float32)
         batch, length, d_inner = x.shape
         tensors = {
@@ -125,8 +115,8 @@ class _SelectiveScan(torch.autograd.Function):
             sum_in_order(gradients["D_gradient"], 0).to(D_dtype),
             gradients["z_gradient"],
             bias_gradient,
-            initial_gradient,
             None,
+            initial_gradient,
         )
 
 

@@ -4,20 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_mamba.kernels.selective_scan.operands import Operands
 
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+
+def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32."""
+    x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
     work = torch.promote_types(x.dtype, torch.float32)
     dtype = x.dtype
     x, A, B, C, D = (tensor.to(work) for tensor in (x, A, B, C, D))

@@ -23,29 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_mamba.kernels.selective_scan.operands import Operands
+
 CHUNK = 16  # time steps from one kept state to the next
 BLOCK = 32768  # elements of the states of one time step that a thread works on at once
 
 
 @torch.compiler.disable
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32.
 
     Keeps its inputs and (batch, ceil(length / 16), d_state, d_inner) states for the backward pass. Left out of
     torch.compile, which would unroll the loop over time.
     """
-    return _SelectiveScan.apply(x, delta, A, B, C, D, z, delta_bias, initial_state, starts)
+    return _SelectiveScan.apply(*operands)
 
 
 def selective_scan_step(
@@ -198,7 +189,7 @@ class _Gradients:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, initial_state, starts = operands
+        x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
         blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, starts)
         dtype = blocks[0][1].dtype
         batch, length, d_inner = x.shape
@@ -237,8 +228,8 @@ class _SelectiveScan(torch.autograd.Function):
             gradients.D.to(D.dtype),
             gradients.z,
             None if delta_bias is None else gradients.delta_bias.to(delta_bias.dtype),
-            None if initial_state is None else gradients.initial_state.transpose(1, 2).to(initial_state.dtype),
             None,
+            None if initial_state is None else gradients.initial_state.transpose(1, 2).to(initial_state.dtype),
         )
 
 

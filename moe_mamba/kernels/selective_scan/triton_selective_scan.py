@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 from moe_mamba.kernels.selective_scan import triton_backward, triton_forward, triton_segments
+from moe_mamba.kernels.selective_scan.operands import Operands
 from moe_mamba.kernels.selective_scan.triton_backward import INTERVAL, backward_kernel
 from moe_mamba.kernels.selective_scan.triton_forward import forward_kernel
 from moe_mamba.kernels.selective_scan.triton_step import selective_scan_step, step_specimen
@@ -32,25 +33,13 @@ STATES_OF_A_WARP = 16  # that fit into its registers
 
 
 @torch.compiler.disable
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp32, d_state up to 256.
 
     Keeps its inputs and (batch, ceil(length / 32), d_state, d_inner) states for the backward pass.
     """
-    operands = (x, delta, A, B, C, D, z, delta_bias, initial_state)
     is_trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands)
-    return _SelectiveScan.apply(*operands, starts, is_trained)
+    return _SelectiveScan.apply(*operands, is_trained)
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ class _Launch:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, initial_state, starts, is_trained = operands
+        x, delta, A, B, C, D, z, delta_bias, starts, initial_state, is_trained = operands
         x, delta, D = unit_stride(x), unit_stride(delta), D.contiguous()
         z = None if z is None else unit_stride(z)
         bc = torch.cat((B, C), -1).float()  # (batch, length, 2 d_state)
@@ -182,8 +171,8 @@ class _SelectiveScan(torch.autograd.Function):
             D_partial.sum((0, 1)).to(D.dtype),
             gradients[2],
             None if delta_bias is None else bias_partial.sum((0, 1)).to(delta_bias.dtype),
-            None if state_dtype is None else initial_gradient.transpose(1, 2).to(state_dtype),
             None,
+            None if state_dtype is None else initial_gradient.transpose(1, 2).to(state_dtype),
             None,
         )
 

@@ -11,29 +11,20 @@ import torch
 from torch import Tensor
 
 from moe_mamba.errors import UserError
+from moe_mamba.kernels.selective_scan.operands import Operands
 
 MEND = "choose --model.kernels=auto"
 
 
 @torch.compiler.disable
-def selective_scan(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; states in fp32.
 
     Raises:
         UserError: for starts and initial_state, which their kernel does not know, and in the backward pass for a
             gradient of the final state; where deterministic results are asked for; or where the package does not load.
     """
+    x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
     for name, argument in (("starts", starts), ("initial_state", initial_state)):
         if argument is not None:
             raise UserError(f"selective_scan: mamba-ssm's kernel (kernels=vendor) does not take {name}: {MEND}")
