@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_clock import gpu_row, rates
 from benchmarks.pairs import Row, Run, peer
+from benchmarks.scan import transformers_scan
 from moe_mamba.kernels import causal_conv, selective_scan
 
 DTYPE = torch.bfloat16
@@ -28,19 +29,20 @@ class KernelShapes:
     """What is measured: (batch, length) pairs, and the mixer's sizes."""
 
     sizes: tuple[tuple[int, int], ...] = ((32, 1024), (4, 8192))
+    short: tuple[int, int] = (8, 256)  # for a peer whose backward grows with the square of the length
     d_inner: int = 1536
     d_state: int = 16
 
     @staticmethod
     def choose(tiny: bool) -> "KernelShapes":
         """The shapes that the README reports, or tiny ones."""
-        return KernelShapes(((2, 16),), 16, 4) if tiny else KernelShapes()
+        return KernelShapes(((2, 16),), (2, 8), 16, 4) if tiny else KernelShapes()
 
 
 def scan_rows(device: torch.device, tiny: bool, repeats: int) -> list[Row]:
-    """The scan, forward and both ways, against mamba-ssm's ``selective_scan_fn``."""
+    """The scan, forward and both ways, against mamba-ssm's ``selective_scan_fn``; both ways against Transformers'."""
     shapes = KernelShapes.choose(tiny)
-    rows = []
+    rows = [_transformers_row(shapes, device, repeats)]
     for batch, length in shapes.sizes:
         operands = scan_operands(batch, length, shapes, device)
         wide, narrow = batch * length * shapes.d_inner, batch * length * shapes.d_state
@@ -52,6 +54,18 @@ def scan_rows(device: torch.device, tiny: bool, repeats: int) -> list[Row]:
             theirs = partial(_their_scan, way, operands)
             rows.append(gpu_row(name, "mamba-ssm's CUDA kernel", ours, theirs, repeats, 1.5, device, floor))
     return rows
+
+
+def _transformers_row(shapes: KernelShapes, device: torch.device, repeats: int) -> Row:
+    batch, length = shapes.short
+    operands = scan_operands(batch, length, shapes, device)
+    way = "forward and backward"
+    name = f"scan, {way}, bf16, {batch} x {length:,} x {shapes.d_inner} x {shapes.d_state}"
+
+    def theirs() -> Run:
+        return _passes(way, transformers_scan(), operands)
+
+    return gpu_row(name, "Transformers' loop", _passes(way, _our_scan, operands), theirs, repeats, 1.0, device)
 
 
 def conv_rows(device: torch.device, tiny: bool, repeats: int) -> list[Row]:
