@@ -1,7 +1,6 @@
 """Compile every Triton kernel for several GPUs, without one: ``python tools/compile_kernels.py``."""
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache
@@ -10,11 +9,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from moe_mamba.command_line import run_command
+from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.compilation import Resources, Specimen, compile_for
 
 
-def main(capabilities: int | Sequence[int] = (80, 90, 100), only: str = "", output: str | None = None) -> None:
+def main(capabilities: str = "80,90,100", only: str = "", output: str | None = None) -> None:
     """Print registers, spilled bytes and instructions of each kernel at its usual sizes.
 
     Args:
@@ -22,9 +22,11 @@ def main(capabilities: int | Sequence[int] = (80, 90, 100), only: str = "", outp
         only: part of the name of the kernels to compile; empty: all.
         output: file to write the figures to as well, as JSON.
     """
-    wanted = [capabilities] if isinstance(capabilities, int) else capabilities
+    wanted = capabilities.split(",")
+    if unknown := [one for one in wanted if not one.isdecimal()]:
+        raise UserError(f"--capabilities={capabilities}: {unknown[0]!r} is no compute capability, such as 90")
     names = [specimen.name for specimen in specimens()]
-    tasks = [(place, capability) for place, name in enumerate(names) if only in name for capability in wanted]
+    tasks = [(place, capability) for place, name in enumerate(names) if only in name for capability in map(int, wanted)]
     figures = []
     print("| kernel | sm | registers | spilled bytes | shared bytes | instructions |")
     print("|---|---|---|---|---|---|")
