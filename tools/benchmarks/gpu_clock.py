@@ -86,7 +86,7 @@ def gpu_row(
     repeats: int,
     goal: float,
     device: torch.device,
-    floor: tuple[float, str] | None = None,
+    floor: tuple[float, str],
 ) -> Row:
     """A row timed by the device's clock, after runs of both that compile and take memory; see ``pair_row``."""
 

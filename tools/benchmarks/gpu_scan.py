@@ -45,27 +45,36 @@ def scan_rows(device: torch.device, tiny: bool, repeats: int) -> list[Row]:
     rows = [_transformers_row(shapes, device, repeats)]
     for batch, length in shapes.sizes:
         operands = scan_operands(batch, length, shapes, device)
-        wide, narrow = batch * length * shapes.d_inner, batch * length * shapes.d_state
-        for way, (wides, narrows) in SCAN_TRAFFIC.items():
-            operations = wide * shapes.d_state * SCAN_OPERATIONS * (1 if way == "forward" else 3)
-            floor = rates(device).floor(DTYPE.itemsize * (wides * wide + narrows * narrow), operations)
-            name = f"scan, {way}, bf16, {batch} x {length:,} x {shapes.d_inner} x {shapes.d_state}"
+        for way in SCAN_TRAFFIC:
+            name, floor = _scan_name(shapes, batch, length, way), _scan_floor(shapes, batch, length, way, device)
             ours = _passes(way, _our_scan, operands)
             theirs = partial(_their_scan, way, operands)
             rows.append(gpu_row(name, "mamba-ssm's CUDA kernel", ours, theirs, repeats, 1.5, device, floor))
     return rows
 
 
+def _scan_name(shapes: KernelShapes, batch: int, length: int, way: str) -> str:
+    return f"scan, {way}, bf16, {batch} x {length:,} x {shapes.d_inner} x {shapes.d_state}"
+
+
+def _scan_floor(shapes: KernelShapes, batch: int, length: int, way: str, device: torch.device) -> tuple[float, str]:
+    wide, narrow = batch * length * shapes.d_inner, batch * length * shapes.d_state
+    wides, narrows = SCAN_TRAFFIC[way]
+    operations = wide * shapes.d_state * SCAN_OPERATIONS * (1 if way == "forward" else 3)
+    return rates(device).floor(DTYPE.itemsize * (wides * wide + narrows * narrow), operations)
+
+
 def _transformers_row(shapes: KernelShapes, device: torch.device, repeats: int) -> Row:
     batch, length = shapes.short
     operands = scan_operands(batch, length, shapes, device)
     way = "forward and backward"
-    name = f"scan, {way}, bf16, {batch} x {length:,} x {shapes.d_inner} x {shapes.d_state}"
+    name, floor = _scan_name(shapes, batch, length, way), _scan_floor(shapes, batch, length, way, device)
 
     def theirs() -> Run:
         return _passes(way, transformers_scan(), operands)
 
-    return gpu_row(name, "Transformers' loop", _passes(way, _our_scan, operands), theirs, repeats, 1.0, device)
+    ours = _passes(way, _our_scan, operands)
+    return gpu_row(name, "Transformers' loop", ours, theirs, repeats, 1.0, device, floor)
 
 
 def conv_rows(device: torch.device, tiny: bool, repeats: int) -> list[Row]:
