@@ -30,7 +30,7 @@ INTERVAL = 32  # time steps from one kept state to the next
 
 @triton.jit
 def _scan_interval(h, kept_states, x, delta, bc, starts, a, bias, first, chunks, left, c, state,
-                   X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, 
+                   X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr,
                    CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
                    BLOCK: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """Write the state before each chunk of an interval, which starts with h, into kept_states (chunks, N, BLOCK)."""
@@ -71,8 +71,7 @@ def _states_of_chunk(h, xs, deltas, bcs, resets, starts, a, N: tl.constexpr, STE
 @triton.jit(do_not_specialize=["zero"])
 def backward_kernel(x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient, after, scratch,
                     x_gradient, delta_gradient, z_gradient, bc_partial, A_partial, D_partial, bias_partial,
-                    initial_gradient, length, segment_length, x_row, delta_row, z_row, y_row,
-                    zero,
+                    initial_gradient, length, segment_length, x_row, delta_row, z_row, y_row, zero,
                     X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr,
                     Y_STEP: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
                     BLOCK: tl.constexpr, STEPS: tl.constexpr, INTERVAL: tl.constexpr,
@@ -128,7 +127,6 @@ def backward_kernel(x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient,
         )
         _scan_interval(h, scratch, x, delta, bc, starts, a, bias, begin, chunks, left - interval * INTERVAL, c, state,
                        X_STEP, DELTA_STEP, CHANNELS, STATES, N, BLOCK, STEPS, RAGGED)  # fmt: skip
-        tl.debug_barrier()  # lanes may read what others wrote into scratch
         for turn in range(chunks):
             chunk = chunks - 1 - turn
             at = begin + chunk * STEPS

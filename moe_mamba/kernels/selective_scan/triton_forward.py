@@ -19,8 +19,7 @@ STEPS = 8  # time steps whose loads are under way at once
 
 @triton.jit(do_not_specialize=["zero"])
 def forward_kernel(x, delta, A, bc, D, z, delta_bias, starts, initial_state, y, kept, final_state,
-                   length, segment_length, x_row, delta_row, z_row,
-                   zero,
+                   length, segment_length, x_row, delta_row, z_row, zero,
                    X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr,
                    CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
                    STEPS: tl.constexpr, INTERVAL: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip

@@ -24,7 +24,7 @@ from moe_mamba.kernels.selective_scan.triton_tiles import (
 @triton.jit(do_not_specialize=["zero"])
 def states_from_zero_kernel(x, delta, A, bc, delta_bias, starts, ends, totals, length, segment_length,
                             x_row, delta_row, zero,
-                            X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, 
+                            X_STEP: tl.constexpr, DELTA_STEP: tl.constexpr,
                             CHANNELS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
                             STEPS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """Write each segment's end state from zero, ends (batch, segments, STATES, CHANNELS), and its sum of step sizes.
