@@ -83,6 +83,22 @@ def test_the_launcher_passes_exit_code_2_through(tiny: Path, tmp_path: Path) -> 
     assert (done.stdout + done.stderr).count("error: ") == 1
 
 
+def test_the_screen_says_that_kernels_are_built_and_what_a_missing_one_costs(tiny: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo a compiler && exit\necho error: broken >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    done = call(
+        sys.executable, "launch/train.py", f"--config={tiny}", f"--run.folder={tmp_path / 'run'}", "--train.steps=2",
+        CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    screen = done.stdout + done.stderr
+    assert screen.count(f"building the C++ kernels (once, a few seconds): {tmp_path}") == 1
+    assert "warning   selective_scan's back end 'cpu' cannot run here: the C++ compiler failed: error: broken" in screen
+    assert "without it the scan takes three times as long" in screen
+    assert "kernels   torch: selective_scan" in screen
+
+
 def test_a_broken_run_is_one_line_and_exit_code_1(tiny: Path, tmp_path: Path) -> None:
     done = call(
         sys.executable,

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,19 @@ class Strided(ctypes.Structure):
 
 class _BuildError(Exception):
     """Why there is no library, in one line with the mend."""
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+_announce: Callable[[str], None] = _to_stderr
+
+
+def announce_by(say: Callable[[str], None]) -> None:
+    """Have ``say`` tell the user that a build begins, where standard error is not what the user sees."""
+    global _announce
+    _announce = say
 
 
 @cache
@@ -98,7 +111,7 @@ def library() -> ctypes.CDLL:
             return _cached(root / key)
         except OSError as error:
             why = f"{root} cannot keep the C++ kernels ({error.strerror})"
-            print(f"{why}: building them for this process alone", file=sys.stderr, flush=True)
+            _announce(f"{why}: building them for this process alone")
     folder = Path(tempfile.mkdtemp(prefix="moe_mamba-"))
     loaded = ctypes.CDLL(str(_compile(folder)))
     shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +165,7 @@ def _cached(folder: Path) -> ctypes.CDLL:
         for left in folder.glob("build-*"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
         own = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
-        print(f"building the C++ kernels (once, a few seconds): {folder}", file=sys.stderr, flush=True)
+        _announce(f"building the C++ kernels (once, a few seconds): {folder}")
         try:
             os.replace(_compile(own, log), path)
         finally:

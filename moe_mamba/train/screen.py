@@ -77,7 +77,7 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
             self._print(line)
 
     def shout(self, line: str) -> None:
-        """Print a line on the screen and into the log, from whatever rank; in place of a bar, for it is the last."""
+        """Print a line on the screen and into the log, from whatever rank."""
         print(line, flush=True)
         self._print(line)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_mamba.config import Config
 from moe_mamba.data.loader import Batch, evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
@@ -124,6 +125,7 @@ class Trainer:
         self.micro_steps = share // self.micro_batch
         with torch.device("meta"):
             whole = LanguageModel(config.model, config.moe)
+        announce_by(screen.shout)  # the rank that builds is not always the first
         for line in report.header(config, whole, corpora, topology, self.micro_batch):
             screen.say(line)
         self.held = shards(whole, topology)
