@@ -18,7 +18,7 @@ ALLOWED = {
     "model": {"kernels", "config"},
     "data": {"config"},
     "parallel": {"model", "config"},
-    "hf": {"model", "config"},
+    "hf": {"model", "config", "data"},
     "planning": {"parallel", "model", "config"},
     "train": {"parallel", "model", "kernels", "data", "planning", "hf", "config", "config_file"},
 }
