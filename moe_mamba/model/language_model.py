@@ -74,8 +74,9 @@ class LanguageModel(nn.Module):
     Attributes:
         recompute: in training keep only each layer's input, and compute the rest again in the backward pass.
         project: turns a normalised stream and the (vocab, d_model) weight into logits (tokens, vocab).
-        cross_entropy: sums the loss over logits and targets, see ``loss.cross_entropy_sum``. A layout that cuts the
-            vocabulary puts other functions in the place of these two, and its logits are a rank's part.
+        cross_entropy: sums the loss over logits and targets, see ``loss.cross_entropy_sum``.
+        likeliest: ids of the largest logits. A layout that cuts the vocabulary puts other functions in the place of
+            these three, and its logits are a rank's part.
     """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
@@ -87,6 +88,7 @@ class LanguageModel(nn.Module):
         self.cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = partial(
             cross_entropy_sum, backend=model.kernels
         )
+        self.likeliest: Callable[[Tensor], Tensor] = partial(Tensor.argmax, dim=-1)
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.layers = nn.ModuleList(Layer(letter, model, moe) for letter in model.layers)
         self.final_norm = build_norm(model) if model.final_norm else None
@@ -122,7 +124,12 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
         """As ``forward``, but give the residual stream after the last layer, (tokens, d_model), for logits."""
         sequences = Sequences(tokens.shape[0], tokens.shape[1], starts)
-        stream = self.embedding(tokens.flatten())  # (tokens, d_model)
+        return self.mix(self.embedding(tokens.flatten()), sequences, states)
+
+    def mix(
+        self, stream: Tensor, sequences: Sequences, states: Sequence[State] | None = None
+    ) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
+        """Run the layers over embedded tokens (tokens, d_model); returns the stream, statistics and new states."""
         update: Tensor | None = None  # of the last layer, not yet in the stream
         statistics: list[RouterStatistics] = []
         new_states: list[State] = []
@@ -158,7 +165,7 @@ class LanguageModel(nn.Module):
             if isinstance(module, RMSNorm | LayerNorm | Router):
                 local = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
             elif isinstance(module, Mamba):
-                local = ["A_log", "D", "dt_proj.bias"]
+                local = ["A_log", "D", "dt_proj.bias"] + ["dt_B_C"] * (not self.config.selective)
             names.update(f"{prefix}.{name}" for name in local)
         return names
 

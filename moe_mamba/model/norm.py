@@ -40,7 +40,8 @@ class LayerNorm(nn.Module):
         """Add ``update`` to ``x`` (..., d), and normalise; returns (normalised sum, sum) in x's dtype."""
         total = x if update is None else x + update
         wide = total.to(torch.promote_types(x.dtype, torch.float32))
-        y = functional.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.epsilon)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        y = functional.layer_norm(wide, weight.shape, weight, bias, self.epsilon)
         return y.to(x.dtype), total
 
     def initializers(self) -> dict[str, Initializer]:

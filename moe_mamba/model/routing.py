@@ -144,7 +144,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences) -> tuple[Routing, RouterStatistics]:
         """Route the stream ``x`` (tokens, d_model)."""
-        logits = functional.linear(x.to(self.weight.dtype), self.weight)  # (tokens, experts)
+        logits = self.logits(x)
         if self.config.scores == "softmax":
             scores = share = logits.softmax(dim=-1)
         else:
@@ -165,6 +165,10 @@ class Router(nn.Module):
             tokens=torch.full((), len(x), dtype=share.dtype, device=x.device),
         )
         return routing, statistics
+
+    def logits(self, x: Tensor) -> Tensor:
+        """One logit an expert for each token of ``x`` (tokens, d_model), (tokens, experts)."""
+        return functional.linear(x.to(self.weight.dtype), self.weight)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each token, best first, and their weights, both (tokens, top_k).

@@ -1,7 +1,7 @@
 """Pieces of logical tensors: what a rank owns of the whole, said without its layout."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Size, Tensor
@@ -9,12 +9,17 @@ from torch import Size, Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of the logical tensor `name` of global `shape`, at `offsets`; `tensor` is this rank's memory of it."""
+    """A box of the logical tensor `name` of global `shape`, at `offsets`; `tensor` is this rank's memory of it.
+
+    What is saved need not be in memory: `read` then gives it when its turn to be written comes, and `tensor`, on the
+    meta device, has its shape and dtype alone.
+    """
 
     name: str
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     tensor: Tensor
+    read: Callable[[], Tensor] | None = None
 
 
 def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Size, Size, int]]:

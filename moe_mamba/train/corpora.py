@@ -1,4 +1,4 @@
-"""The tokenizer and the shards of a run."""
+"""The tokenizer and the sources of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,12 @@ from moe_mamba.config import Config
 from moe_mamba.data.loader import Loader
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
 from moe_mamba.data.shards import Shards
+from moe_mamba.data.synthetic import SyntheticLoader, SyntheticTask
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.train.run_folder import RunFolder
+
+Source = Shards | SyntheticTask
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,12 @@ class Corpora:
     """What a run reads: its tokenizer, its training windows in order, its validation sets by name."""
 
     tokenizer: Tokenizer
-    train: dict[str, Shards]
-    loader: Loader
-    validation: dict[str, Shards]
+    train: dict[str, Source]
+    loader: Loader | SyntheticLoader
+    validation: dict[str, Source]
 
     @property
-    def sources(self) -> dict[str, Shards]:
+    def sources(self) -> dict[str, Source]:
         """Every source, training and validation."""
         return self.train | {shards.name: shards for shards in self.validation.values()}
 
@@ -60,12 +63,26 @@ def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None], 
         data.tokenizer, list(data.train_weights), model.vocab_size, folder.tokenizer, data.max_documents
     )
 
-    def open_source(source: str) -> Shards:
+    def open_source(source: str) -> Source:
         return prepare_corpus(source, tokenizer, data.cache, data.max_documents, verify=verify, say=say)
 
     train = {source: open_source(source) for source in data.train_weights}
-    loader = Loader(
-        train, data.train_weights, data.sequence_length, config.run.seed, data.reset_at_document, tokenizer.end_of_text
-    )
+    loader = _loader(config, train, tokenizer)
     validation = {name: open_source(source) for name, source in data.validation_sets.items()}
+    for task in validation.values():
+        if isinstance(task, SyntheticTask):
+            task.check_length(task.length or data.sequence_length)
     return Corpora(tokenizer, train, loader, validation)
+
+
+def _loader(config: Config, train: dict[str, Source], tokenizer: Tokenizer) -> Loader | SyntheticLoader:
+    data, seed = config.data, config.run.seed
+    tasks = [source for source in train.values() if isinstance(source, SyntheticTask)]
+    if not tasks:
+        shards = {name: source for name, source in train.items() if isinstance(source, Shards)}
+        return Loader(
+            shards, data.train_weights, data.sequence_length, seed, data.reset_at_document, tokenizer.end_of_text
+        )
+    if len(train) > 1:
+        raise UserError(f"data.train: {tasks[0].name} is trained on alone: leave the other sources out")
+    return SyntheticLoader(tasks[0], data.sequence_length, seed)

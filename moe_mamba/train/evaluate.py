@@ -14,10 +14,14 @@ from moe_mamba.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Scores:
-    """Cross entropy in nats a token, over `targets` counted tokens."""
+    """Of the `targets` tokens that were counted: cross entropy in nats each, and the share predicted right.
+
+    A prediction is the likeliest token.
+    """
 
     loss: float
     targets: int
+    accuracy: float
 
     @property
     def perplexity(self) -> float:
@@ -39,7 +43,7 @@ def evaluate(
     topology: Topology,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Scores | None:
-    """Cross entropy of `model` on `batches`, which all ranks give alike and share among them.
+    """Cross entropy and accuracy of `model` on `batches`, which all ranks give alike and share among them.
 
     Routing is dropless, unless `moe.evaluation_capacity` says otherwise; experts that choose keep their capacity.
 
@@ -55,19 +59,21 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = topology.world.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in _share(batches, topology):
         if is_stopped():
             model.train(was_training)
             return None
         batch = batch.to(device)
-        loss, count = model.cross_entropy(model(batch.tokens, batch.starts).logits, batch.targets)
-        sums += torch.stack([loss.double(), count.double()])
+        logits = model(batch.tokens, batch.starts).logits
+        loss, count = model.cross_entropy(logits, batch.targets)
+        right = (model.likeliest(logits) == batch.targets).sum()  # no id is -100
+        sums += torch.stack([loss.double(), count.double(), right.double()])
     model.train(was_training)
     if topology.world.size > 1:
         torch.distributed.all_reduce(sums)
-    loss, targets = (sums / topology.tensor).tolist()  # tensor peers have the same sums
-    return Scores(loss / max(1.0, targets), round(targets))
+    loss, targets, right = (sums / topology.tensor).tolist()  # tensor peers have the same sums
+    return Scores(loss / max(1.0, targets), round(targets), right / max(1.0, targets))
 
 
 def _share(batches: Iterable[Batch], topology: Topology) -> Iterator[Batch]:

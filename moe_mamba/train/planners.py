@@ -101,9 +101,10 @@ class PieceSavePlanner(SavePlanner):
         return SavePlan(items, storage_data=new_plan.storage_data)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The memory of a planned box."""
+        """The values of a planned box."""
         assert write_item.index.index is not None
-        return self.pieces[write_item.index.index].tensor
+        piece = self.pieces[write_item.index.index]
+        return piece.tensor if piece.read is None else piece.read()
 
 
 def _write_item(number: int, piece: Piece) -> WriteItem:

@@ -9,12 +9,13 @@ import torch
 
 from moe_mamba.config import Config, ModelConfig
 from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
+from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import Topology, World
-from moe_mamba.train.corpora import Corpora
+from moe_mamba.train.corpora import Corpora, Source
 from moe_mamba.train.evaluate import Scores
 from moe_mamba.train.objective import StepSums
 from moe_mamba.train.plots import plot_expert_load, plot_loss
@@ -32,13 +33,12 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Top
     name = ARCHITECTURES.get(config.model.pattern, "model")
     batch, length = config.train.global_batch, config.data.sequence_length
     threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
-    train_tokens = sum(shards.tokens for shards in corpora.train.values())
     lines = [
         f"model     {name}, {config.model.pattern} x {config.model.repeat}, d_model {config.model.d_model}: "
         f"{_short(counts['total'])} parameters, {_short(counts['active'])} active a token "
         f"(+ {_short(counts['embedding'])} in embedding and head)",
-        f"data      {', '.join(corpora.train)}: {_short(train_tokens)} tokens to train on; "
-        + ", ".join(f"{name} {_short(shards.tokens)}" for name, shards in corpora.validation.items()),
+        f"data      {', '.join(corpora.train)}: {_training_size(corpora)} to train on; "
+        + ", ".join(f"{name} {_validation_size(source)}" for name, source in corpora.validation.items()),
         f"layout    {world.size} x {world.device.type}{threads}, {describe_layout(config, topology)}"
         f"{config.train.precision}, ZeRO {config.parallel.zero}{', offloaded' * config.parallel.offload_optimizer}; "
         f"{batch} x {length} tokens a step, {micro_batch} sequences at once",
@@ -62,7 +62,7 @@ def damaged_lines(corpora: Corpora) -> list[str]:
     return [
         f"{shards.rejects:,} damaged lines of {source} were left out: they are kept in {shards.rejects_file}"
         for source, shards in corpora.sources.items()
-        if shards.rejects
+        if isinstance(shards, Shards) and shards.rejects
     ]
 
 
@@ -96,11 +96,24 @@ def _operations(config: ModelConfig) -> dict[str, int]:
     return used | {"cross_entropy": 0}
 
 
-def validation_line(name: str, scores: Scores, shards: Shards) -> str:
+def figures(scores: Scores, source: Source) -> dict[str, float | None]:
+    """A validation's figures by name."""
+    bits = None if isinstance(source, SyntheticTask) else scores.bits_per_byte(bytes_per_token(source))
+    return {
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "bits_per_byte": bits,
+        "accuracy": scores.accuracy,
+    }
+
+
+def validation_line(name: str, scores: Scores, source: Source) -> str:
     """A validation's figures in one line."""
-    bits = scores.bits_per_byte(bytes_per_token(shards))
+    bits = figures(scores, source)["bits_per_byte"]
     line = f"{name}: loss {scores.loss:.4f} nat, perplexity {scores.perplexity:.2f}"
-    return line if bits is None else f"{line}, {bits:.4f} bits per byte"
+    if bits is not None:
+        line += f", {bits:.4f} bits per byte"
+    return f"{line}, {100 * scores.accuracy:.2f} % right"
 
 
 def against_unigram(scores: Scores, shards: Shards) -> str:
@@ -137,14 +150,7 @@ def routing_metrics(config: Config, sums: StepSums, micro_steps: int) -> dict[st
 
 def validation_metrics(step: int, tokens: int, corpora: Corpora, scores: dict[str, Scores]) -> dict[str, Any]:
     """A line of metrics of a validation; `validation_loss` is the first set's, `validation` holds every set's."""
-    sets = {
-        name: {
-            "loss": score.loss,
-            "perplexity": score.perplexity,
-            "bits_per_byte": score.bits_per_byte(bytes_per_token(corpora.validation[name])),
-        }
-        for name, score in scores.items()
-    }
+    sets = {name: figures(score, corpora.validation[name]) for name, score in scores.items()}
     return {"step": step, "tokens": tokens, "validation_loss": next(iter(scores.values())).loss, "validation": sets}
 
 
@@ -159,11 +165,17 @@ def finish(
 ) -> None:
     """The end of a run: what was reached, the pictures, a sample of text."""
     for name, score in scores.items():
-        screen.say(f"result    {validation_line(name, score, corpora.validation[name])}")
-        screen.say(f"          {against_unigram(score, corpora.validation[name])}")
+        source = corpora.validation[name]
+        screen.say(f"result    {validation_line(name, score, source)}")
+        if isinstance(source, Shards):
+            screen.say(f"          {against_unigram(score, source)}")
     screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
     if config.train.sample_tokens and not topology.is_cut and config.parallel.zero < 3:  # else no device can alone
         screen.say(f"sample    {sample_text(config, model, corpora)}")
+    source = next(iter(corpora.validation.values()))
+    if isinstance(source, SyntheticTask):
+        screen.say(f"next      python tools/evaluate.py --checkpoint {folder.path} --input {source.name}")
+        return
     screen.say(
         f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
     )
@@ -192,8 +204,8 @@ def _pictures(config: Config, folder: RunFolder) -> list[Path]:
 def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
     """A few words of what the model writes, or why it writes none."""
     tokenizer = corpora.tokenizer
-    prompt = tokenizer.encode(PROMPT)
     try:
+        prompt = tokenizer.encode(PROMPT)
         tokens = generate(
             model,
             prompt,
@@ -205,6 +217,15 @@ def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
     except UserError as error:
         return f"none: {error}"
     return tokenizer.decode([*prompt, *tokens])
+
+
+def _training_size(corpora: Corpora) -> str:
+    tokens = [source.tokens for source in corpora.train.values() if isinstance(source, Shards)]
+    return f"{_short(sum(tokens))} tokens" if tokens else "endless sequences"
+
+
+def _validation_size(source: Source) -> str:
+    return _short(source.tokens) if isinstance(source, Shards) else f"{source.sequences} sequences"
 
 
 def _short(number: float) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train import checkpoint
+from moe_mamba.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,64 @@ class Restored:
     path: Path
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint whose weights are left on the disk, and what is known of it.
+
+    Attributes:
+        path: the step's folder.
+        config: of the run.
+        description: of the checkpoint.
+        tokenizer: the run's.
+    """
+
+    path: Path
+    config: Config
+    description: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def run(self) -> RunFolder:
+        """The run's folder, which may be incomplete: a step's folder can stand alone."""
+        return RunFolder(self.path.resolve().parents[1])
+
+
+def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -> Trained:
+    """Open a run's newest checkpoint, or one step's folder, without reading its weights.
+
+    Args:
+        run_or_step: the folder.
+        tokenizer: what ``load_tokenizer`` takes, instead of the run's own folder.
+
+    Raises:
+        UserError: there is no sound checkpoint, or its tokenizer is missing or another one.
+    """
+    path = checkpoint.resolve(run_or_step)
+    description = checkpoint.read_description(path)
+    source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
+    if tokenizer is None and not Path(source).is_dir():
+        raise UserError(
+            f"{source} is missing: bring it back (tools/convert_to_hf.py takes another copy: --tokenizer=gpt2, bytes, "
+            "a folder or a .model file)"
+        )
+    loaded = load_tokenizer(source)
+    if loaded.fingerprint != description["tokenizer"]:
+        raise UserError(f"{source} is not the tokenizer that {path} was trained with: bring that one back")
+    return Trained(path, parse_config(description["config"]), description, loaded)
+
+
 def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     """The model of a run's newest checkpoint, or of one step's folder.
 
     Raises:
-        UserError: there is no such checkpoint, or its tokenizer is missing or another one.
+        UserError: as ``open_trained``.
     """
-    path = checkpoint.resolve(run_or_step)
-    description = checkpoint.read_description(path)
-    config = parse_config(description["config"])
-    tokenizer = load_tokenizer(str(path.parents[1] / "tokenizer"))
-    if tokenizer.fingerprint != description["tokenizer"]:
-        raise UserError(
-            f"{path.parents[1] / 'tokenizer'} is not the tokenizer that {path} was trained with: restore it"
-        )
+    trained = open_trained(run_or_step)
     with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
+        model = LanguageModel(trained.config.model, trained.config.moe)
     model.to_empty(device=device)
-    load_weights(model, path)
-    return Restored(model.eval(), tokenizer, config, path)
+    load_weights(model, trained.path)
+    return Restored(model.eval(), trained.tokenizer, trained.config, trained.path)
 
 
 def find_weights(config: Config, run_or_step: str | Path) -> Path:

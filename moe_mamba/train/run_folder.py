@@ -11,6 +11,8 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import changed_on_resume, load_config, save_config
 from moe_mamba.errors import UserError
 
+STARTING_POINT = "step-00000000"  # of weights that were imported or upcycled: training saves later steps alone
+
 
 class RunFolder:
     """Paths inside a run's folder."""
@@ -71,6 +73,11 @@ class RunFolder:
     def _check_resume(self, config: Config) -> None:
         if not self.config.is_file():
             raise UserError(f"run.folder={self.path} has checkpoints but no config.yaml: choose another run.folder")
+        if [path.name for path in self.checkpoints.glob("step-*")] == [STARTING_POINT]:
+            raise UserError(
+                f"run.folder={self.path} holds weights to start from, and no run to go on with: "
+                f"give --run.folder={self.next_free} --train.warm_start={self.path}"
+            )
         saved = load_config(self.config)
         for key, before, now in changed_on_resume(saved, config):
             raise UserError(

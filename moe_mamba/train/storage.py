@@ -49,6 +49,7 @@ class HashedFile:
     """A file that is hashed while it is written, so that no byte is read twice."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.stream = path.open("xb")
         self.hash = xxhash.xxh3_64()
         self.bytes = 0
@@ -152,6 +153,15 @@ def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
     return head, [len(head) + end for end in ends[:-1]]
 
 
+def _write_box(file: HashedFile, item: WriteItem, planner: SavePlanner, start: int) -> Box:
+    """Append a box; what was read for it alone is let go on return, before the next one is read."""
+    data = planner.resolve_data(item)
+    assert isinstance(data, Tensor) and item.index.offset is not None
+    for slab in _slabs(data.detach()):
+        file.write(slab)
+    return Box(tuple(item.index.offset), tuple(data.shape), file.path.name, start)
+
+
 class Writer(StorageWriter):
     """Storage of torch.distributed.checkpoint: a safetensors file a rank, then JSON by the coordinator.
 
@@ -191,11 +201,7 @@ class Writer(StorageWriter):
                 file.write(head)
                 for item, start in zip(items, starts, strict=True):
                     assert file.bytes == start, f"{item.index} has another size than its plan"
-                    data = planner.resolve_data(item)
-                    assert isinstance(data, Tensor) and item.index.offset is not None
-                    for slab in _slabs(data.detach()):
-                        file.write(slab)
-                    boxes[item.index.fqn].append(Box(tuple(item.index.offset), tuple(data.shape), name, start))
+                    boxes[item.index.fqn].append(_write_box(file, item, planner, start))
             written = Written(name, file.bytes, file.hash.hexdigest(), dict(boxes))
             results = [WriteResult(MetadataIndex(name), file.bytes, written)]
         future: Future[list[WriteResult]] = Future()

@@ -1,0 +1,201 @@
+"""Configuration of a model that moe_mamba trained, as Transformers keeps it.
+
+Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PATTERN_LETTERS = {"M": "Mamba", "*": "attention", "-": "feed-forward", "E": "mixture of experts"}
+
+
+@strict
+@dataclass(kw_only=True)
+class MoEConfig:
+    """Routing and experts of the layers written ``E``: what ``MoEMambaConfig.moe`` holds, as a dictionary.
+
+    Args:
+        experts: routed experts a layer.
+        d_expert: hidden width of an expert; null: model.d_ff's value.
+        router: switch: the best expert a token; top_k: several; expert_choice: experts choose tokens.
+        top_k: experts a token (top_k), or on average (expert_choice).
+        scores: how router logits become scores.
+        renormalize: the weights of a token's chosen experts sum to one (top_k > 1).
+        capacity_factor: tokens an expert takes, in units of an even share, the rest is dropped; null: dropless.
+        evaluation_capacity: capacity factor of evaluation and generation; null: dropless.
+        balance: how the experts' load is kept even.
+        balance_weight: weight of the balance loss (balance=loss).
+        balance_over: whose tokens the balance and z losses of a micro-step are taken over: all devices', or each's.
+        bias_rate: step of the balancing bias, per update (balance=bias).
+        z_loss_weight: weight of the router's z-loss; 0: none.
+        shared_experts: experts that see every token, beside the routed ones.
+    """
+
+    experts: int = 32
+    d_expert: int | None = None
+    router: Literal["switch", "top_k", "expert_choice"] = "switch"
+    top_k: int = 1
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    capacity_factor: float | int | None = 1.0
+    evaluation_capacity: float | int | None = None
+    balance: Literal["loss", "bias", "none"] = "loss"
+    balance_weight: float | int = 0.01
+    balance_over: Literal["all", "device"] = "all"
+    bias_rate: float | int = 0.001
+    z_loss_weight: float | int = 0.0
+    shared_experts: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.experts:
+            raise ValueError(f"moe.top_k={self.top_k} exceeds moe.experts={self.experts}: lower moe.top_k")
+        if self.router == "switch" and self.top_k != 1:
+            raise ValueError(f"moe.top_k={self.top_k} with moe.router=switch, which is top-1: set moe.router=top_k")
+        if self.renormalize and self.router != "top_k":
+            raise ValueError(f"moe.renormalize=true is for moe.router=top_k, not {self.router}: set it to false")
+        if self.renormalize and self.top_k == 1:
+            raise ValueError("moe.renormalize=true with moe.top_k=1 gives the router no gradient: set it to false")
+        if self.router == "expert_choice":
+            if self.capacity_factor is None:
+                raise ValueError(
+                    "moe.capacity_factor=null with moe.router=expert_choice, whose experts choose by capacity: set 1.0"
+                )
+            if self.balance == "bias":
+                raise ValueError(
+                    "moe.balance=bias with moe.router=expert_choice, which is balanced by itself: set moe.balance=none"
+                )
+
+
+@strict
+class MoEMambaConfig(PreTrainedConfig):
+    """The residual stack, a letter a layer, and its sizes.
+
+    Args:
+        pattern: one letter a layer: M Mamba, * attention, - feed-forward, E experts.
+        repeat: how often the pattern is repeated.
+        d_model: width of the residual stream.
+        vocab_size: tokens the embedding and the head know.
+        d_state: Mamba: states a channel.
+        d_conv: Mamba: width of the causal convolution, tokens.
+        expand: Mamba: d_inner = expand x d_model.
+        dt_rank: Mamba: rank of delta's projection; null: ceil(d_model / 16).
+        selective: Mamba: delta, B and C depend on the input; false: they are constants.
+        mamba_norms: Mamba: RMSNorm on dt, B and C, as Jamba has it.
+        heads: attention: query heads.
+        kv_heads: attention: key and value heads; null: as many as heads.
+        positions: attention: rotary positions, or none.
+        rope_base: attention: base of the rotary frequencies.
+        d_ff: feed-forward: hidden width; null: 3 x d_model, 4 with attention.
+        activation: feed-forward and experts: activation; swiglu is gated.
+        norm: normalisation before every layer.
+        norm_epsilon: added to the variance in a norm.
+        final_norm: a norm between the last layer and the head.
+        tied_head: the head is the embedding, transposed.
+        initialization: authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it.
+        moe: routing and experts, keys and defaults as in ``MoEConfig``.
+        use_cache: whether a pass in evaluation returns a cache by default.
+        output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
+        bos_token_id: token that begins a text, if any does.
+        eos_token_id: token that ends a text, if any does.
+        pad_token_id: token that fills batches.
+    """
+
+    model_type = "moe_mamba"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "heads",
+        "tie_word_embeddings": "tied_head",
+    }
+    kernels: ClassVar[str] = "auto"
+
+    pattern: str = "ME"
+    repeat: int = 8
+    d_model: int = 512
+    vocab_size: int = 2048
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    selective: bool = True
+    mamba_norms: bool = False
+    heads: int = 8
+    kv_heads: int | None = None
+    positions: Literal["rope", "none"] = "rope"
+    rope_base: float | int = 10000.0
+    d_ff: int | None = None
+    activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = "relu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: float | int = 1e-5
+    final_norm: bool = True
+    tied_head: bool = False
+    initialization: Literal["default", "authors"] = "default"
+    moe: dict[str, Any] | None = None
+    use_cache: bool = True
+    output_router_logits: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.moe = asdict(MoEConfig(**(self.moe or {})))
+        self._check()
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Letters of the whole pattern."""
+        return len(self.layers)
+
+    @property
+    def layers(self) -> str:
+        """One letter a layer, for the whole model."""
+        return self.pattern * self.repeat
+
+    @property
+    def d_inner(self) -> int:
+        """Channels inside a Mamba mixer."""
+        return self.expand * self.d_model
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        """Rank of delta's projection."""
+        return self.dt_rank or -(-self.d_model // 16)
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def resolved_d_ff(self) -> int:
+        """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
+        return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
+
+    def _check(self) -> None:
+        if not self.pattern:
+            raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
+        for letter in self.pattern:
+            if letter not in PATTERN_LETTERS:
+                known = ", ".join(f"{key} {name}" for key, name in PATTERN_LETTERS.items())
+                raise ValueError(f"model.pattern={self.pattern}: unknown letter {letter!r}; known are {known}")
+        if "*" in self.pattern:
+            if self.d_model % self.heads:
+                raise ValueError(
+                    f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: change one of them"
+                )
+            if self.heads % self.resolved_kv_heads:
+                raise ValueError(
+                    f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
+                )
+            if self.positions == "rope" and self.d_model // self.heads % 2:
+                raise ValueError(
+                    f"model.d_model / model.heads = {self.d_model // self.heads} is odd: "
+                    "rotary positions need an even one, or set model.positions=none"
+                )
+
+
+MoEMambaConfig.register_for_auto_class()  # save_pretrained writes this file, too

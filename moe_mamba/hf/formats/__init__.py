@@ -1,0 +1,30 @@
+"""Checkpoint formats: one table a format says whose view each of its tensors is, and serves both ways."""
+
+from moe_mamba.errors import UserError
+from moe_mamba.hf.formats.base import Configuration, Entry, Format, WayOut
+from moe_mamba.hf.formats.jamba import Jamba
+from moe_mamba.hf.formats.llama import Llama
+from moe_mamba.hf.formats.mamba import Mamba
+from moe_mamba.hf.formats.mixtral import Mixtral
+from moe_mamba.hf.formats.own import Own
+from moe_mamba.hf.formats.state_spaces import StateSpaces
+
+__all__ = ["FORMATS", "NATIVE", "OWN", "Entry", "Format", "WayOut", "detect"]
+
+OWN: WayOut = Own()
+NATIVE: dict[str, WayOut] = {format.name: format for format in (Mamba(), Llama(), Mixtral(), Jamba())}
+FORMATS: dict[str, Format] = {OWN.name: OWN, **NATIVE, "state_spaces": StateSpaces()}
+
+
+def detect(configuration: Configuration) -> Format:
+    """The format whose config.json this is.
+
+    Raises:
+        UserError: none of them.
+    """
+    kind = configuration.get("model_type")
+    if kind is None and {"d_model", "n_layer", "ssm_cfg"} <= configuration.keys():
+        return FORMATS["state_spaces"]
+    if kind in (OWN.name, *NATIVE):
+        return FORMATS[kind]
+    raise UserError(f"config.json: model_type={kind!r} is none that is read: give a model of {', '.join(FORMATS)}")

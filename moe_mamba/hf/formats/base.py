@@ -1,0 +1,249 @@
+"""What a checkpoint format is: which models it holds, its config.json, and whose view each of its tensors is."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from moe_mamba.config import PATTERN_LETTERS, ModelConfig, MoEConfig
+from moe_mamba.errors import UserError
+
+Configuration = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of theirs, as a view of one tensor of ours, so that one table serves both ways.
+
+    Out: ``view(ours)`` is theirs. In: ``view(ours).copy_(theirs)``.
+
+    Attributes:
+        theirs: its name in their files.
+        ours: name of the logical tensor.
+        view: from ours to theirs: slices, transpositions, axes of size one; it never copies.
+    """
+
+    theirs: str
+    ours: str
+    view: Callable[[Tensor], Tensor]
+
+
+class Format(Protocol):
+    """A format that checkpoints come in.
+
+    Attributes:
+        name: as users write it.
+        architecture: the class that reads it.
+    """
+
+    name: str
+    architecture: str
+
+    def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
+        """The model that a config.json describes.
+
+        Raises:
+            UserError: it has what ours has not; the line names the key.
+        """
+
+    def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
+        """Every tensor of theirs, in the order of ours; each tensor of ours is made up by its entries.
+
+        Args:
+            model: sizes.
+            moe: sizes.
+            stacked: experts as Transformers 5 has them in memory, one tensor a layer, where the files on the hub have
+                one a matrix; other formats have one way alone.
+        """
+
+
+class WayOut(Format, Protocol):
+    """A format that ours can be written in as well."""
+
+    def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
+        """Which layer or setting of ours it has not, in one line; None: it holds the model exactly."""
+
+    def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+        """Its config.json, without token ids and dtype."""
+
+
+def same(theirs: str, ours: str) -> Entry:
+    """A tensor that is the same in both."""
+    return Entry(theirs, ours, lambda tensor: tensor)
+
+
+def edges(model: ModelConfig, embedding: str, norm: str) -> tuple[Entry, list[Entry]]:
+    """The embedding's entry, and those of the final norm and the head (none where it is tied)."""
+    last = [same(f"{norm}.weight", "final_norm.weight")]
+    if not model.tied_head:
+        last.append(same("lm_head.weight", "head.weight"))
+    return same(f"{embedding}.weight", "embedding.weight"), last
+
+
+def attention_entries(theirs: str, ours: str) -> Iterator[Entry]:
+    """Attention's four projections, named alike everywhere."""
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        yield same(f"{theirs}.{part}.weight", f"{ours}.{part}.weight")
+
+
+def mamba_entries(theirs: str, ours: str, norms: Mapping[str, str] | None = None) -> Iterator[Entry]:
+    """A Mamba mixer; ``norms``: our name -> their name of those inside."""
+    for part in ("A_log", "D", "in_proj.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"):
+        yield same(f"{theirs}.{part}", f"{ours}.{part}")
+    yield Entry(f"{theirs}.conv1d.weight", f"{ours}.conv1d.weight", lambda weight: weight.unsqueeze(1))
+    yield same(f"{theirs}.out_proj.weight", f"{ours}.out_proj.weight")
+    for our_norm, their_norm in (norms or {}).items():
+        yield same(f"{theirs}.{their_norm}.weight", f"{ours}.{our_norm}.weight")
+
+
+def gated_entries(theirs: str, ours: str, width: int) -> Iterator[Entry]:
+    """A SwiGLU feed-forward layer; the rows of our input projection are [gate | up]."""
+    yield Entry(f"{theirs}.gate_proj.weight", f"{ours}.in_proj.weight", lambda weight: weight[:width])
+    yield Entry(f"{theirs}.up_proj.weight", f"{ours}.in_proj.weight", lambda weight: weight[width:])
+    yield same(f"{theirs}.down_proj.weight", f"{ours}.out_proj.weight")
+
+
+def expert_entries(
+    theirs: str, ours: str, experts: int, width: int, names: tuple[str, str, str], stacked: bool
+) -> Iterator[Entry]:
+    """SwiGLU experts: ours are (experts, in, out) with columns [gate | up], theirs (out, in).
+
+    Args:
+        theirs: their prefix.
+        ours: our prefix.
+        experts: how many.
+        width: hidden width.
+        names: of gate, up and down.
+        stacked: see ``Format.entries``.
+    """
+    if stacked:
+        yield Entry(f"{theirs}.gate_up_proj", f"{ours}.in_proj", lambda weight: weight.transpose(1, 2))
+        yield Entry(f"{theirs}.down_proj", f"{ours}.out_proj", lambda weight: weight.transpose(1, 2))
+        return
+    gate, up, down = names
+    for e in range(experts):
+        yield Entry(f"{theirs}.{e}.{gate}.weight", f"{ours}.in_proj", partial(_columns, expert=e, stop=width))
+        yield Entry(f"{theirs}.{e}.{up}.weight", f"{ours}.in_proj", partial(_columns, expert=e, start=width))
+    for e in range(experts):
+        yield Entry(f"{theirs}.{e}.{down}.weight", f"{ours}.out_proj", partial(_columns, expert=e))
+
+
+def _columns(weight: Tensor, expert: int, start: int | None = None, stop: int | None = None) -> Tensor:
+    """Columns of one expert's matrix (in, out), as (out, in)."""
+    return weight[expert, :, start:stop].t()
+
+
+def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
+    """Hidden width of an expert."""
+    return moe.d_expert or model.resolved_d_ff
+
+
+def describe_layer(model: ModelConfig, index: int) -> str:
+    """A layer in a message: ``layer 3 is attention (*)``."""
+    letter = model.layers[index]
+    return f"layer {index} is {PATTERN_LETTERS[letter]} ({letter})"
+
+
+def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
+    """What no class of Transformers' has that ours are translated to: other norms, other activations."""
+    if model.norm != "rmsnorm":
+        return f"model.norm={model.norm}: {architecture} has RMSNorm alone"
+    if not model.final_norm:
+        return f"model.final_norm=false: {architecture} has a final norm"
+    if ("-" in model.layers or "E" in model.layers) and model.activation != "swiglu":
+        return f"model.activation={model.activation}: {architecture} has SwiGLU alone"
+    if "M" in model.layers and not model.selective:
+        return f"model.selective=false: {architecture} has the selective scan alone"
+    return None
+
+
+def routing_refusal(moe: MoEConfig, architecture: str, renormalize: bool) -> str | None:
+    """Why a class that routes dropless, by the softmax's top-k, does not route as ours does."""
+    if moe.router == "expert_choice":
+        return f"moe.router=expert_choice: in {architecture} tokens choose"
+    if moe.scores != "softmax":
+        return f"moe.scores={moe.scores}: {architecture} has softmax alone"
+    if moe.renormalize != renormalize:
+        does = "always makes a token's weights sum to one" if renormalize else "leaves a token's weights as they are"
+        return f"moe.renormalize={str(moe.renormalize).lower()}: {architecture} {does}"
+    if moe.balance == "bias":
+        return f"moe.balance=bias: {architecture} has no balancing bias"
+    if moe.shared_experts:
+        return f"moe.shared_experts={moe.shared_experts}: {architecture} has none"
+    if moe.evaluation_capacity is not None:
+        return f"moe.evaluation_capacity={moe.evaluation_capacity}: {architecture} drops no token"
+    return None
+
+
+def shortest_pattern(layers: str) -> tuple[str, int]:
+    """The shortest pattern, and how often it is repeated, that give ``layers``."""
+    whole = len(layers)
+    period = next(size for size in range(1, whole + 1) if layers[:size] * (whole // size) == layers)
+    return layers[:period], whole // period
+
+
+def get(configuration: Configuration, key: str, default: Any = None) -> Any:
+    """A value of a config.json, where null is as good as none."""
+    value = configuration.get(key)
+    return default if value is None else value
+
+
+def number(configuration: Configuration, key: str, default: int | None = None) -> int:
+    """A whole number above 0 of a config.json.
+
+    Raises:
+        UserError: it is missing or something else.
+    """
+    value = get(configuration, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        there = "is missing" if value is None else f"is {value!r}"
+        raise UserError(f"config.json: {key} {there}, and a whole number above 0 belongs there: mend the file")
+    return value
+
+
+def refuse(architecture: str, key: str, value: Any, instead: str) -> NoReturn:
+    """Raise the one line for a setting of theirs that ours has not."""
+    raise UserError(f"config.json: {architecture} with {key}={value!r} cannot be read: {instead}")
+
+
+def require(configuration: Configuration, architecture: str, values: Mapping[str, Any], instead: str) -> None:
+    """Refuse keys that are there with another value than ours stands for."""
+    for key, value in values.items():
+        if get(configuration, key, value) != value:
+            refuse(architecture, key, configuration[key], instead)
+
+
+def require_plain_attention(configuration: Configuration, architecture: str, head_dim: int) -> None:
+    """Refuse heads of another width than ``head_dim``, and attention that does not see the whole past."""
+    require(configuration, architecture, {"head_dim": head_dim}, "our heads are hidden_size / heads wide")
+    if configuration.get("sliding_window"):
+        refuse(architecture, "sliding_window", configuration["sliding_window"], "our attention sees the whole past")
+
+
+def dt_rank(architecture: str, key: str, value: Any, d_model: int) -> int:
+    """Rank of delta's projection, from a number or ``auto``."""
+    if value in (None, "auto"):
+        return math.ceil(d_model / 16)
+    if not isinstance(value, int):
+        refuse(architecture, key, value, "it is a number or auto")
+    return value
+
+
+def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig, MoEConfig]:
+    """Our configuration from values of theirs.
+
+    Raises:
+        UserError: the values make no model.
+    """
+    try:
+        return ModelConfig(**model), MoEConfig(**moe)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"config.json makes no model of ours: {key} {first['msg'].removeprefix('Value error, ')}"
+        ) from None

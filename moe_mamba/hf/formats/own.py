@@ -1,0 +1,46 @@
+"""Our own class in Transformers: every model that trains, under its own names."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.hf.formats.base import Configuration, Entry, build, same
+from moe_mamba.model.language_model import LanguageModel
+
+
+class Own:
+    """``MoEMambaForCausalLM``, whose code lies beside the weights; see hf/configuration_moe_mamba.py."""
+
+    name = "moe_mamba"
+    architecture = "MoEMambaForCausalLM"
+
+    def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
+        """It holds every model."""
+        return None
+
+    def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+        """Our keys, flat, and the experts' in a section of their own."""
+        return {
+            "model_type": self.name,
+            "architectures": [self.architecture],
+            "auto_map": {
+                "AutoConfig": "configuration_moe_mamba.MoEMambaConfig",
+                "AutoModelForCausalLM": "modeling_moe_mamba.MoEMambaForCausalLM",
+            },
+            **model.model_dump(exclude={"kernels"}),
+            "moe": moe.model_dump(),
+            "tie_word_embeddings": model.tied_head,
+        }
+
+    def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
+        """See Format; keys of Transformers' own are passed over."""
+        keys = ModelConfig.model_fields.keys() - {"kernels"}
+        return build({key: configuration[key] for key in keys & configuration.keys()}, configuration.get("moe") or {})
+
+    def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
+        """See Format."""
+        with torch.device("meta"):
+            names = LanguageModel(model, moe).state_dict()
+        return (same(f"model.{name}", name) for name in names)

@@ -1,0 +1,187 @@
+"""The README.md of a converted model: what it is, what it was trained on, how well it does, how to load it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_mamba.config import PATTERN_LETTERS, Config
+from moe_mamba.model.language_model import LanguageModel
+
+HYPERPARAMETERS = (
+    "global_batch", "learning_rate", "schedule", "warmup", "minimum_rate", "weight_decay", "beta1", "beta2", "epsilon",
+    "gradient_clip", "precision",
+)  # fmt: skip
+SHAPE = ("d_model", "vocab_size", "norm", "norm_epsilon", "tied_head")
+SHAPE_OF_LAYER = {
+    "M": ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms"),
+    "*": ("heads", "resolved_kv_heads", "positions", "rope_base"),
+    "-": ("resolved_d_ff", "activation"),
+    "E": ("activation",),
+}
+FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4, "accuracy": 4}  # of a validation -> decimals
+RESULTS = ("step", "tokens", "set", "loss (nat a token)", "perplexity", "bits a byte", "share right")
+ROUTING = ("experts", "router", "top_k", "scores", "renormalize", "capacity_factor", "balance", "shared_experts")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells beside the run's config.
+
+    Attributes:
+        name: of the model.
+        architecture: class that loads it.
+        remote_code: its code lies beside the weights.
+        dtype: of the weights.
+        generates: it can write text.
+        tokenizer: kind of tokenizer.
+        step: of the checkpoint.
+        tokens: trained on until then.
+        metrics: the run's lines up to that step; may be none.
+        plots: files in ``plots/``.
+    """
+
+    name: str
+    architecture: str
+    remote_code: bool
+    dtype: str
+    generates: bool
+    tokenizer: str
+    step: int
+    tokens: int
+    metrics: list[dict[str, Any]]
+    plots: list[str]
+
+
+def write(config: Config, facts: Facts) -> str:
+    """The card, Markdown under a head of YAML."""
+    sections = [
+        "\n".join(_head(config, facts)),
+        f"# {facts.name}\n\n{_summary(config, facts)}",
+        f"## How to load it\n\n{_loading(facts)}",
+        f"## Architecture\n\n{_table(_architecture(config))}",
+        f"## Training\n\n{_table(_training(config, facts))}",
+    ]
+    if results := list(_results(facts)):
+        sections.append(f"## Results\n\n{_table(results, RESULTS)}")
+    if facts.plots:
+        pictures = "\n".join(f"![{plot.removesuffix('.png').replace('_', ' ')}](plots/{plot})" for plot in facts.plots)
+        sections.append(f"## Curves\n\n{pictures}")
+    sections.append("Written by `tools/convert_to_hf.py` of moe_mamba.")
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(config: Config, facts: Facts) -> Iterator[str]:
+    letters = {"M": "mamba", "E": "mixture-of-experts", "*": "attention"}
+    tags = ["moe_mamba", *(tag for letter, tag in letters.items() if letter in config.model.layers)]
+    yield from ("---", "library_name: transformers", "pipeline_tag: text-generation", "tags:")
+    yield from (f"- {tag}" for tag in tags + ["custom_code"] * facts.remote_code)
+    if hub := [source.split(":")[1] for source in config.data.train_weights if source.startswith("hf:")]:
+        yield from ("datasets:", *(f"- {name}" for name in dict.fromkeys(hub)))
+    yield "---"
+
+
+def _summary(config: Config, facts: Facts) -> str:
+    with torch.device("meta"):
+        counts = LanguageModel(config.model, config.moe).parameter_counts()
+    whole = counts["total"] + counts["norm"] + counts["embedding"]
+    active = whole - counts["total"] + counts["active"]
+    kinds = [PATTERN_LETTERS[letter] for letter in dict.fromkeys(config.model.layers)]
+    text = (
+        f"A language model of {len(config.model.layers)} layers ({_join(kinds)}; pattern "
+        f"`{config.model.pattern}` x {config.model.repeat}) with {whole:,} parameters"
+    )
+    if active < whole:
+        text += f", of which a token meets {active:,}"
+    text += f" ({counts['embedding']:,} in embedding and head). It was trained on {facts.tokens:,} tokens."
+    if not facts.generates:
+        text += (
+            "\n\n**It scores texts and does not generate**: its experts choose their tokens, and look ahead at "
+            "later ones for that."
+        )
+    return text
+
+
+def _loading(facts: Facts) -> str:
+    trust = ", trust_remote_code=True" if facts.remote_code else ""
+    lines = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'folder = "{facts.name}"  # this folder, or its name on the hub',
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})',
+    ]
+    if facts.generates:
+        lines += [
+            'inputs = tokenizer("The", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        ]
+    text = "\n".join([*lines, "```"])
+    if facts.remote_code:
+        text += "\n\nThe model's code lies in this folder and needs torch and Transformers alone."
+    return text
+
+
+def _architecture(config: Config) -> Iterator[tuple[str, str]]:
+    model, moe = config.model, config.moe
+    yield "layers", f"{len(model.layers)}: `{model.pattern}` x {model.repeat}"
+    shape = dict.fromkeys(SHAPE)
+    for letter in model.layers:
+        shape |= dict.fromkeys(SHAPE_OF_LAYER[letter])
+    for key in shape:
+        yield key.removeprefix("resolved_"), _value(getattr(model, key))
+    if "E" in model.layers:
+        yield "d_expert", _value(moe.d_expert or model.resolved_d_ff)
+        for key in ROUTING:
+            yield key, _value(getattr(moe, key))
+
+
+def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
+    weights = config.data.train_weights
+    total = sum(weights.values())
+    shares = (f"`{source}`" + f" ({weight / total:.0%})" * (len(weights) > 1) for source, weight in weights.items())
+    yield "data", ", ".join(shares)
+    yield "tokenizer", f"{facts.tokenizer}, {config.model.vocab_size:,} tokens in the vocabulary"
+    yield "sequence length", f"{config.data.sequence_length:,} tokens"
+    if config.data.reset_at_document:
+        yield "documents", "each starts anew: nothing is seen of the one before it"
+    yield "steps", f"{facts.step:,} of {config.steps:,}"
+    yield "tokens", f"{facts.tokens:,}"
+    losses = [line["loss"] for line in facts.metrics if line.get("loss") is not None]
+    if losses:
+        yield "last training loss", f"{losses[-1]:.4f} nat a token"
+    for key in HYPERPARAMETERS:
+        yield key, _value(getattr(config.train, key))
+    if "E" in config.model.layers and config.moe.balance == "loss":
+        yield "balance_weight", _value(config.moe.balance_weight)
+    yield "seed", str(config.run.seed)
+
+
+def _results(facts: Facts) -> Iterator[tuple[str, ...]]:
+    """The last validation of every set."""
+    last = next((line for line in reversed(facts.metrics) if "validation" in line), None)
+    for name, scores in (last or {}).get("validation", {}).items():
+        assert last is not None
+        figures = [_figure(scores.get(key), digits) for key, digits in FIGURES.items()]
+        yield f"{last['step']:,}", f"{last['tokens']:,}", name, *figures
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+
+
+def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

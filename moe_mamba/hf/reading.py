@@ -1,0 +1,123 @@
+"""Tensors out of a Hugging Face folder, one at a time: safetensors, or the torch file that state-spaces publishes.
+
+No pickle is executed: `pytorch_model.bin` is one, and goes through torch's restricted reader, which builds tensors and
+refuses everything else. Where both are there, safetensors are read.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_mamba.errors import UserError
+from moe_mamba.hf.safetensors_files import DTYPES, INDEX, ONE_FILE
+
+TORCH_FILE = "pytorch_model.bin"
+MEND = "fetch the folder again"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a folder.
+
+    Attributes:
+        shape: its sizes.
+        dtype: F32, F16, BF16, or whatever else a safetensors file says.
+        read: gives it, on the CPU; a view of the file, read where it is touched.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it is missing, torn, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): {MEND}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object: {MEND}")
+    return content
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Name -> tensor, of all that the folder's weight files hold; only their heads are read.
+
+    Raises:
+        UserError: there is no such file, a shard or a tensor is missing, or a file is torn or refused.
+    """
+    if (folder / ONE_FILE).is_file():
+        return _safetensors(folder / ONE_FILE)
+    if (folder / INDEX).is_file():
+        return _sharded(folder)
+    if (folder / TORCH_FILE).is_file():
+        return _torch_file(folder / TORCH_FILE)
+    raise UserError(
+        f"{folder} holds no weights that are read: it needs {ONE_FILE}, {INDEX} with its shards, or {TORCH_FILE}"
+    )
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            return {
+                name: Stored(tuple(slice.get_shape()), slice.get_dtype(), partial(_read_safetensor, path, name))
+                for name, slice in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is torn, or no safetensors file ({error}): {MEND}") from None
+
+
+def _read_safetensor(path: Path, name: str) -> Tensor:
+    """One tensor; the file is opened for it alone, so that no more of it stays in memory."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _sharded(folder: Path) -> dict[str, Stored]:
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map of tensors to files: {MEND}")
+    found: dict[str, Stored] = {}
+    for shard in sorted(set(index.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise UserError(f"{folder / shard} is missing, and {INDEX} names it: {MEND}")
+        found |= _safetensors(folder / shard)
+    missing = [name for name in index if name not in found]
+    if missing:
+        raise UserError(f"{folder / index[missing[0]]} has no tensor {missing[0]}, which {INDEX} names: {MEND}")
+    return found
+
+
+def _torch_file(path: Path) -> dict[str, Stored]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a reader of pickles has an error for every way in which a file is none
+        reason = " ".join(str(error).split(".")[0].split())
+        raise UserError(
+            f"{path} is torn, or refused because it holds more than tensors ({type(error).__name__}: {reason}): "
+            "convert it to safetensors where you trust it"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} is no mapping of names to tensors: give a folder with {ONE_FILE}")
+    return {
+        name: Stored(tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)), partial(_itself, tensor))
+        for name, tensor in content.items()
+    }
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,1 @@
+"""What is written by hand of the two files for Transformers; ``hf.assemble`` puts the rest around it."""

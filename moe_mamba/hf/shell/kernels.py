@@ -1,0 +1,138 @@
+"""The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
+
+The plain ones are the reference versions, which define what every faster one must give; ``backend`` is not looked at.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_mamba.kernels.activation.torch_activation import activation as plain_activation
+from moe_mamba.kernels.causal_conv import _final_state
+from moe_mamba.kernels.causal_conv.reference import causal_conv as plain_causal_conv
+from moe_mamba.kernels.causal_conv.torch_conv import causal_conv_step as plain_causal_conv_step
+from moe_mamba.kernels.cross_entropy import Reduce
+from moe_mamba.kernels.cross_entropy.reference import cross_entropy as plain_cross_entropy
+from moe_mamba.kernels.grouped_matmul.reference import grouped_matmul as plain_grouped_matmul
+from moe_mamba.kernels.rms_norm.reference import rms_norm as plain_rms_norm
+from moe_mamba.kernels.routing import Order
+from moe_mamba.kernels.routing.reference import combine_rows as plain_combine_rows
+from moe_mamba.kernels.routing.reference import gather_rows as plain_gather_rows
+from moe_mamba.kernels.routing.torch_routing import sort_by_expert as plain_sort_by_expert
+from moe_mamba.kernels.selective_scan.operands import Operands
+from moe_mamba.kernels.selective_scan.reference import selective_scan as plain_selective_scan
+from moe_mamba.kernels.selective_scan.torch_scan import selective_scan_step as plain_selective_scan_step
+
+
+class Plain:
+    """Each operation in torch's own functions."""
+
+    @staticmethod
+    def activation(hidden: Tensor, kind: str, backend: str = "auto") -> Tensor:
+        """See ``moe_mamba.kernels.activation``."""
+        return plain_activation(hidden, kind)
+
+    @staticmethod
+    def causal_conv(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        starts: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """See ``moe_mamba.kernels.causal_conv``."""
+        if initial_state is None:
+            initial_state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+        return plain_causal_conv(x, weight, bias, starts, initial_state), _final_state(x, starts, initial_state)
+
+    @staticmethod
+    @torch.no_grad()
+    def causal_conv_step(
+        x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """See ``moe_mamba.kernels.causal_conv_step``."""
+        return plain_causal_conv_step(x, weight, bias, state)
+
+    @staticmethod
+    def cross_entropy(
+        logits: Tensor, targets: Tensor, first: int = 0, reduce: Reduce | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """See ``moe_mamba.kernels.cross_entropy``."""
+        return plain_cross_entropy(logits, targets, first, reduce)
+
+    @staticmethod
+    def grouped_matmul(
+        x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """See ``moe_mamba.kernels.grouped_matmul``."""
+        return plain_grouped_matmul(x, weight, counts, capacity)
+
+    @staticmethod
+    def rms_norm(
+        x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """See ``moe_mamba.kernels.rms_norm``."""
+        return plain_rms_norm(x, weight, epsilon, residual)
+
+    @staticmethod
+    def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None = None, backend: str = "auto") -> Order:
+        """See ``moe_mamba.kernels.sort_by_expert``."""
+        return Order(*plain_sort_by_expert(chosen, experts, capacity))
+
+    @staticmethod
+    def gather_rows(x: Tensor, token: Tensor, slot: Tensor, backend: str = "auto") -> Tensor:
+        """See ``moe_mamba.kernels.gather_rows``."""
+        return plain_gather_rows(x, token, slot)
+
+    @staticmethod
+    def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor, backend: str = "auto") -> Tensor:
+        """See ``moe_mamba.kernels.combine_rows``."""
+        return plain_combine_rows(rows, weight, token, slot)
+
+    @staticmethod
+    def selective_scan(
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        starts: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """See ``moe_mamba.kernels.selective_scan``."""
+        return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, starts, initial_state))
+
+    @staticmethod
+    @torch.no_grad()
+    def selective_scan_step(
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        state: Tensor,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """See ``moe_mamba.kernels.selective_scan_step``."""
+        return plain_selective_scan_step(x, delta, A, B, C, D, z, delta_bias, state)
+
+
+try:
+    from moe_mamba import kernels as operations
+except ImportError:
+    operations = Plain  # type: ignore[assignment]
+
+activation = operations.activation
+causal_conv, causal_conv_step = operations.causal_conv, operations.causal_conv_step
+cross_entropy = operations.cross_entropy
+grouped_matmul = operations.grouped_matmul
+rms_norm = operations.rms_norm
+sort_by_expert, gather_rows, combine_rows = operations.sort_by_expert, operations.gather_rows, operations.combine_rows
+selective_scan, selective_scan_step = operations.selective_scan, operations.selective_scan_step

@@ -1,0 +1,151 @@
+"""Our tokenizers as files that Transformers' AutoTokenizer loads as a fast one, with the same ids.
+
+A text never holds end-of-text, here as in training: ``split_special_tokens`` has ``<|endoftext|>`` in a text encoded as
+the characters that it is. The ids are the same for every text, but for SentencePiece models that others trained: a
+unigram model may cut a text otherwise where two cuts score alike, and with a dummy prefix (Llama's) a text that holds
+SentencePiece's own mark for a space has other ids.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+from moe_mamba.data.tokenizer import (
+    END_OF_TEXT,
+    SPACE,
+    LibraryTokenizer,
+    SentencePieceTokenizer,
+    SymbolsTokenizer,
+    Tokenizer,
+)
+from moe_mamba.errors import UserError
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+ORIGINAL = "original_tokenizer"  # holds a tokenizer of ours as it was, for the way back in: shards know its fingerprint
+UNIGRAM, BPE = 1, 2  # SentencePiece's own numbers
+
+
+def write(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``; one that they translate also as it is, into a subfolder.
+
+    The tokenizer pads on the left, with end-of-text, as a batch of prompts wants it.
+
+    Raises:
+        UserError: a SentencePiece model of a kind that the ``tokenizers`` library has not.
+    """
+    if isinstance(tokenizer, LibraryTokenizer):
+        content, end = tokenizer.content, tokenizer.end_name
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        content, end = _from_sentencepiece(tokenizer).to_str(), tokenizer.processor.id_to_piece(tokenizer.end_of_text)
+    elif isinstance(tokenizer, SymbolsTokenizer):
+        content, end = _symbols(tokenizer.vocab_size).to_str(), END_OF_TEXT
+    else:
+        content, end = _bytes().to_str(), END_OF_TEXT
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,
+        "padding_side": "left",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not isinstance(tokenizer, LibraryTokenizer):
+        tokenizer.save(folder / ORIGINAL)
+
+
+def _bytes() -> Library:
+    """Every character falls back to its bytes, because the vocabulary has no other one."""
+    vocabulary = {name: byte for byte, name in enumerate(BYTES)} | {END_OF_TEXT: len(BYTES)}
+    library = Library(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    library.add_special_tokens([_special(END_OF_TEXT)])
+    return library
+
+
+def _symbols(vocab_size: int) -> Library:
+    """Numbers with spaces between them; decoding puts the spaces back."""
+    library = Library(models.WordLevel({str(number): number for number in range(vocab_size - 1)}))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens([_special(END_OF_TEXT)])
+    return library
+
+
+def _special(name: str) -> AddedToken:
+    return AddedToken(name, special=True, normalized=False)
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Library:
+    """The model's pieces, with real spaces where they have SentencePiece's mark.
+
+    So a real mark in a text is a character that no piece has, and falls back to its bytes as in our tokenizer.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    proto = ModelProto.FromString(tokenizer.model)
+    spec, rules = proto.trainer_spec, proto.normalizer_spec
+    kinds = {kind.name: kind.number for kind in proto.SentencePiece.DESCRIPTOR.enum_types_by_name["Type"].values}
+    names = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
+    scores = [piece.score for piece in proto.pieces]
+    normal = [piece.type == kinds["NORMAL"] for piece in proto.pieces]
+    fallback = {"byte_fallback": spec.byte_fallback}
+    if spec.model_type == BPE:
+        model: Any = models.BPE(
+            vocab={name: index for index, name in enumerate(names)},
+            merges=_merges(names, scores, normal),
+            unk_token=names[tokenizer.processor.unk_id()],
+            fuse_unk=True,
+            **fallback,
+        )
+    elif spec.model_type == UNIGRAM:
+        model = models.Unigram(list(zip(names, scores, strict=True)), unk_id=tokenizer.processor.unk_id(), **fallback)
+    else:
+        raise UserError(
+            "the tokenizer is a SentencePiece model of words or characters, which the tokenizers library has not: "
+            "only byte-pair and unigram models are exported"
+        )
+    library = Library(model)
+    steps = _normalizers(rules)
+    if steps:
+        library.normalizer = normalizers.Sequence(steps)
+    strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *strip])
+    control = [name for name, piece in zip(names, proto.pieces, strict=True) if piece.type == kinds["CONTROL"]]
+    library.add_special_tokens([_special(name) for name in control])
+    own = [name for name, piece in zip(names, proto.pieces, strict=True) if piece.type == kinds["USER_DEFINED"]]
+    library.add_tokens([AddedToken(name, special=False, normalized=False) for name in own])
+    return library
+
+
+def _normalizers(rules: Any) -> list[Any]:
+    """What a SentencePiece model does to a text first; ours do nothing."""
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    return steps
+
+
+def _merges(names: list[str], scores: list[float], normal: list[bool]) -> list[tuple[str, str]]:
+    """Byte-pair merges, best first: SentencePiece merges any two neighbours that make a piece, the best piece first.
+
+    Of neighbours that make the same piece it takes the leftmost, which merges have no word for; with the longer left
+    part first, a run of one character comes out alike.
+    """
+    known = {name for name, is_normal in zip(names, normal, strict=True) if is_normal}
+    ranked = [
+        (-score, -cut, name[:cut], name[cut:])
+        for name, score, is_normal in zip(names, scores, normal, strict=True)
+        if is_normal
+        for cut in range(1, len(name))
+        if name[:cut] in known and name[cut:] in known
+    ]
+    return [(left, right) for _, _, left, right in sorted(ranked, key=lambda merge: merge[:2])]

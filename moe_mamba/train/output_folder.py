@@ -1,0 +1,57 @@
+"""A folder that a command writes: it appears when it is whole, and takes the place of another one when asked to."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_mamba.errors import UserError
+
+
+def check_output(output: Path, overwrite: bool, mark: str) -> None:
+    """Refuse an output that would lose something, before any work is done.
+
+    Args:
+        output: the folder to write.
+        overwrite: a folder that holds ``mark`` may be replaced.
+        mark: a file that such folders hold.
+
+    Raises:
+        UserError: it is a file, or a folder that is not empty (with ``overwrite``: and holds no ``mark``).
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"--output={output} is no folder: give another name")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--output={output} is not empty: give another folder, or --overwrite to replace it")
+    if not (output / mark).is_file():
+        raise UserError(f"--output={output} holds no {mark}, so --overwrite does not replace it: give another folder")
+
+
+@contextmanager
+def whole_folder(output: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+    """A folder beside ``output`` to write into; it takes that name when the block ends well, and else is removed.
+
+    What a killed command left behind is cleared by the next one: nothing that had the name is lost.
+
+    Raises:
+        UserError: as ``check_output``; or the disk fails.
+    """
+    aside, replaced = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
+    try:
+        if replaced.exists() and not output.exists():  # a kill came between the two renames
+            replaced.rename(output)
+        check_output(output, overwrite, mark)
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        if output.exists():
+            output.rename(replaced)
+        aside.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error}): mend that, or give another") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
