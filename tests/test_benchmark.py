@@ -34,14 +34,16 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
     return run("tools/benchmark.py", *flags)
 
 
-ALL = {"scan", "training step", "decode step of 2 sequences", "MoE layer", "weak scaling", "preprocessing"}
+GENERATION = {"reading 32 tokens", "decoding 2 tokens of 1 sequence", "decoding 2 tokens of 2 sequences"}
+GENERATION |= {"8 tokens after 64", "states after 64 tokens"}
+ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | GENERATION
 
 
 @pytest.mark.parametrize(
     ("flags", "measured"),
     [
         # Processes that import torch again take most of the time: of the rows that start some, one.
-        (("--only=decode,profile,scaling",), {"decode step of 2 sequences", "weak scaling"}),
+        (("--only=prefill,decode,context,profile,scaling",), {"weak scaling"} | GENERATION),
         pytest.param((), ALL, marks=pytest.mark.long),
     ],
     ids=["quick", "whole"],
@@ -127,7 +129,7 @@ def test_preprocessing_of_the_built_in_corpus() -> None:
 
 
 def test_unknown_row_is_one_line() -> None:
-    known = "scan, step, decode, profile, moe, scaling, preprocess"
+    known = "scan, step, prefill, decode, context, profile, moe, scaling, preprocess"
     with pytest.raises(UserError, match=f"^--only=speed: no row is called 'speed': choose among {known}$"):
         main(only="speed")
 

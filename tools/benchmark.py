@@ -18,7 +18,7 @@ from benchmarks.profiling import Profile
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import UserError
 
-CPU_ROWS = ("scan", "step", "decode", "profile", "moe", "scaling", "preprocess")
+CPU_ROWS = ("scan", "step", "prefill", "decode", "context", "profile", "moe", "scaling", "preprocess")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
@@ -34,8 +34,8 @@ def main(
     """Compare with the peers found here, and print a table; a peer that is not installed leaves a gap in it.
 
     Args:
-        only: rows to measure, separated by commas: of scan, step, decode, profile, moe, scaling and preprocess; on a
-            GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of the device's.
+        only: rows to measure, separated by commas: of scan, step, prefill, decode, context, profile, moe, scaling and
+            preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of the device's.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         device: cuda measures a GPU's kernels and steps.
@@ -73,13 +73,16 @@ def _measure(
         from benchmarks.scan import ScanShapes, scan_rows
 
         return scan_rows(ScanShapes.choose(tiny), repeats)
-    if name in ("step", "decode", "profile"):
+    if name in ("step", "profile"):
         from benchmarks import step
 
         shapes = step.StepShapes.choose(tiny)
-        if name == "profile":
-            return [step.step_profile(shapes)]
-        return [step.step_row(shapes, repeats)] if name == "step" else step.decode_rows(shapes, repeats)
+        return [step.step_profile(shapes)] if name == "profile" else [step.step_row(shapes, repeats)]
+    if name in ("prefill", "decode", "context"):
+        from benchmarks import generation
+
+        measure = {"prefill": generation.prefill_rows, "decode": generation.decode_rows}
+        return measure.get(name, generation.context_rows)(generation.GenerationShapes.choose(tiny), repeats)
     if name == "moe":
         from benchmarks.moe import MoEShapes, moe_rows
 

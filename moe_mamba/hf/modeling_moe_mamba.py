@@ -1047,14 +1047,14 @@ class Mamba(nn.Module):
         self, x: Tensor, sequences: Sequences, state: MambaState | None = None
     ) -> tuple[Tensor, None, MambaState | None]:
         """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, None, new state)."""
-        projected = self.in_proj(x).view(sequences.batch, sequences.length, -1)
-        x, z = projected.chunk(2, dim=-1)  # (batch, length, d_inner) each; figure 3
-        new_state: MambaState | None
+        projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
         if state is not None and sequences.length == 1 and sequences.starts is None:
+            x, z = projected.chunk(2, dim=-1)
             y, new_state = self._step(x, z, state)
-        else:
-            y, new_state = self._pass(x, z, sequences.starts, state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), None, new_state
+            return self.out_proj(y), None, new_state
+        x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
+        y, passed_state = self._pass(x, z, sequences.starts, state)
+        return self.out_proj(y.reshape(sequences.tokens, -1)), None, passed_state
 
     def _pass(
         self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
@@ -1074,13 +1074,13 @@ class Mamba(nn.Module):
         return y, None if state is None else MambaState(conv_state, scan_state)
 
     def _step(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """What ``_pass`` computes of one more token; x and z (batch, 1, d_inner)."""
+        """What ``_pass`` computes of one more token; x and z (batch, d_inner)."""
         weight, bias = self._convolution(x.dtype)
-        x, conv_state = causal_conv_step(x[:, 0], weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
+        x, conv_state = causal_conv_step(x, weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
         delta, B, C = self._select(x)
         A = -torch.exp(self.A_log)
         y, scan_state = selective_scan_step(
-            x, delta, A, B, C, self.D, z[:, 0], self.dt_proj.bias, state.scan, self.config.kernels
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, state.scan, self.config.kernels
         )
         return y, MambaState(conv_state, scan_state)
 

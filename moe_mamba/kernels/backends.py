@@ -76,8 +76,8 @@ def _triton(room: str, function: str, sizes: tuple[int, int] | None = None, gain
     return Backend(f"{room}.triton_{room}", function, FLOATS, "cuda", sizes, requirements.triton, gain)
 
 
-def _cpu(room: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
-    return Backend(f"{room}.{function}", room, WIDE, "cpu", sizes, requirements.cpu, gain)
+def _cpu(room: str, module: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
+    return Backend(f"{room}.{module}", function, WIDE, "cpu", sizes, requirements.cpu, gain)
 
 
 def _vendor(room: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
@@ -93,24 +93,26 @@ SLOW_CPU_SCAN = "without it the scan takes three times as long"
 BACKENDS: dict[str, dict[str, Backend]] = {
     "selective_scan": {
         "triton": _triton("selective_scan", "selective_scan", STATES, SLOW_SCAN),
-        "cpu": _cpu("selective_scan", "cpu_scan", gain=SLOW_CPU_SCAN),
+        "cpu": _cpu("selective_scan", "cpu_scan", "selective_scan", gain=SLOW_CPU_SCAN),
         "torch": Backend("selective_scan.torch_scan", "selective_scan", WIDE),
         "reference": Backend("selective_scan.reference", "selective_scan", WIDE),
         "vendor": _vendor("selective_scan", "vendor_scan", STATES, requirements.mamba_ssm),
     },
     "selective_scan_step": {
         "triton": _triton("selective_scan", "selective_scan_step", STATES),
+        "cpu": _cpu("selective_scan", "cpu_step", "selective_scan_step"),
         "torch": Backend("selective_scan.torch_scan", "selective_scan_step", WIDE),
     },
     "causal_conv": {
         "triton": _triton("causal_conv", "causal_conv", WIDTHS, SLOW_CONV),
-        "cpu": _cpu("causal_conv", "cpu_conv", (1, 4)),
+        "cpu": _cpu("causal_conv", "cpu_conv", "causal_conv", (1, 4)),
         "torch": Backend("causal_conv.torch_conv", "causal_conv", WIDE),
         "reference": Backend("causal_conv.reference", "causal_conv", WIDE),
         "vendor": _vendor("causal_conv", "vendor_conv", WIDTHS, requirements.causal_conv1d),
     },
     "causal_conv_step": {
         "triton": _triton("causal_conv", "causal_conv_step", WIDTHS),
+        "cpu": _cpu("causal_conv", "cpu_step", "causal_conv_step"),
         "torch": Backend("causal_conv.torch_conv", "causal_conv_step", WIDE),
     },
     "grouped_matmul": {

@@ -45,7 +45,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 
 class Strided(ctypes.Structure):
-    """``Tensor`` in C++: (batch, steps, channels) with channels side by side; strides in elements."""
+    """``Tensor`` in C++: (batch, steps, channels) or one step, channels side by side; strides in elements."""
 
     _fields_ = (("data", ctypes.c_void_p), ("batch_stride", ctypes.c_int64), ("step_stride", ctypes.c_int64))
 
@@ -94,6 +94,11 @@ def fill(arguments: ctypes.Structure, tensors: dict[str, Tensor | None]) -> Any:
         else:
             setattr(arguments, name, tensor.data_ptr())
     return ctypes.byref(arguments)
+
+
+def rows(tensor: Tensor | None) -> tuple[int | None, int, int]:
+    """What ``Strided`` takes to point to (batch, channels), which must outlive the call; None leaves null."""
+    return (None, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), 0)
 
 
 def sum_in_order(partial: Tensor, dimension: int) -> Tensor:

@@ -60,9 +60,10 @@ def require_one_device(operation: str, first: Tensor, arguments: Iterable[tuple[
     Raises:
         UserError: names the operation, the argument and both devices.
     """
+    device = first.device
     for name, tensor in arguments:
-        if tensor is not None and tensor.device != first.device:
-            raise UserError(f"{operation}: {name} is on {tensor.device}, and must be on {first.device} like the first")
+        if tensor is not None and tensor.device != device:
+            raise UserError(f"{operation}: {name} is on {tensor.device}, and must be on {device} like the first")
 
 
 def require_entries(operation: str, name: str, tensor: Tensor) -> None:

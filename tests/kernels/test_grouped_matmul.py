@@ -46,6 +46,16 @@ def test_equals_the_reference(
     assert_equals_the_reference(torch.tensor(counts), sizes, None, backend, on, dtype)
 
 
+@pytest.mark.parametrize("counts", [(3, 1, 6, 2), (0, 1, 0, 0), (0, 0, 0, 0)])
+@every_case
+def test_without_gradients_as_in_generation(backend: str, on: str, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+    x, weight = torch.randn(sum(counts), 5).to(on, dtype), torch.randn(4, 5, 7).to(on, dtype)
+    expected = grouped_matmul(x.double(), weight.double(), torch.tensor(counts, device=on), backend="reference")
+    with torch.no_grad():
+        actual = grouped_matmul(x, weight, torch.tensor(counts, device=on), backend=backend)
+    assert actual.dtype == dtype and (actual.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
 @pytest.mark.parametrize("sizes", [(16, 24), (5, 7)])
 @pytest.mark.parametrize("capacity", [1, 3])
 @every_case

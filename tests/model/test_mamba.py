@@ -9,6 +9,7 @@ from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from moe_mamba.config import ModelConfig
+from moe_mamba.kernels import selective_scan
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.mamba import Mamba, MambaState
 from moe_mamba.model.sequences import Sequences
@@ -91,10 +92,11 @@ def test_equals_transformers(norms: bool) -> None:
         torch.testing.assert_close(parameter.grad, expected_gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 
+@pytest.mark.parametrize("selective", [True, False])
 @pytest.mark.parametrize("norms", [False, True])
 @torch.no_grad()
-def test_steps_equal_the_parallel_pass(norms: bool) -> None:
-    mixer = build(norms)
+def test_steps_equal_the_parallel_pass(norms: bool, selective: bool) -> None:
+    mixer = build(norms, selective=selective)
     x = torch.randn(BATCH, LENGTH, 32)
     expected, _, _ = mixer(x.flatten(0, 1), Sequences(BATCH, LENGTH))
     state = mixer.initial_state(BATCH)
@@ -161,3 +163,29 @@ def test_parameters_as_published(d_model: int, parameters: int) -> None:
     with torch.device("meta"):
         mixer = Mamba(ModelConfig(pattern="M", d_model=d_model))
     assert sum(parameter.numel() for parameter in mixer.parameters()) == parameters
+
+
+def test_without_selection_the_scan_is_a_convolution() -> None:
+    """The states' part of the output is the channels' inputs times one kernel, the same at every token."""
+    mixer = build(selective=False).double()
+    torch.nn.init.normal_(mixer.dt_B_C)
+    x = torch.randn(1, LENGTH, mixer.config.d_inner, dtype=torch.float64)
+    raw, B, C = mixer._select(x)
+    delta = torch.nn.functional.softplus(raw[0, 0] + mixer.dt_proj.bias)  # (d_inner)
+    decay = (delta[:, None] * -mixer.A_log.exp())[..., None] * torch.arange(LENGTH)  # (d_inner, d_state, length)
+    kernel = torch.einsum("n,n,dnl,d->dl", B[0, 0], C[0, 0], decay.exp(), delta)
+    kernel[:, 0] += mixer.D
+    expected = torch.nn.functional.conv1d(
+        torch.nn.functional.pad(x.mT, (LENGTH - 1, 0)), kernel.flip(-1)[:, None], groups=mixer.config.d_inner
+    ).mT
+    found, _ = selective_scan(x, raw, -mixer.A_log.exp(), B, C, mixer.D, delta_bias=mixer.dt_proj.bias)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_without_selection_the_constants_learn_and_start_as_s4d_does() -> None:
+    mixer = build(selective=False)
+    dt, B, _ = mixer.dt_B_C.split((mixer.config.resolved_dt_rank, 4, 4))
+    assert not dt.any() and (B == 1).all()
+    assert "x_proj.weight" not in dict(mixer.named_parameters())
+    mixer(torch.randn(BATCH * LENGTH, 32), Sequences(BATCH, LENGTH))[0].square().sum().backward()
+    assert (mixer.dt_B_C.grad != 0).all()

@@ -1,4 +1,4 @@
-"""The benchmark's rows ``step`` and ``decode`` and its ``profile``: whole models on a CPU, in fp32."""
+"""The benchmark's row ``step`` and its ``profile``: training steps of whole models on a CPU, in fp32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +29,11 @@ class StepShapes:
     d_expert: int = 512
     vocab_size: int = 512
     pairs: int = 4  # of Mamba and experts
-    sequences: int = 64  # that decode a token at once
 
     @staticmethod
     def choose(tiny: bool) -> "StepShapes":
         """The shapes that the README reports, or tiny ones."""
-        return StepShapes(2, 16, 32, 32, 32, 1, 2) if tiny else StepShapes()
+        return StepShapes(2, 16, 32, 32, 32, 1) if tiny else StepShapes()
 
     @property
     def name(self) -> str:
@@ -140,63 +139,3 @@ def jamba(shapes: StepShapes) -> Any:
 
 
 JAMBA = ("JambaConfig", "JambaForCausalLM")
-
-
-def decode_rows(shapes: StepShapes, repeats: int) -> list[Row]:
-    """One further token of many sequences: Mamba alone against Transformers' Mamba, and ``ME`` against plain torch."""
-    layers = 2 * shapes.pairs
-    mamba = LanguageModel(
-        ModelConfig(pattern="M", repeat=layers, d_model=shapes.d_model, vocab_size=shapes.vocab_size), MoEConfig()
-    )
-    initialize(mamba, seed=0)
-    mixture = our_model(shapes)
-    plain = LanguageModel(mixture.config.model_copy(update={"kernels": "torch"}), mixture.moe_config)
-    plain.load_state_dict(mixture.state_dict())
-    tokens = torch.randint(shapes.vocab_size, (shapes.sequences, 1))
-
-    def their_step() -> Run:
-        configuration, model = (peer("transformers", name, "transformers", "benchmark") for name in MAMBA)
-        theirs = model(
-            configuration(
-                vocab_size=shapes.vocab_size,
-                hidden_size=shapes.d_model,
-                num_hidden_layers=layers,
-                tie_word_embeddings=False,
-            )
-        ).eval()
-
-        @torch.no_grad()
-        def step() -> None:
-            theirs(tokens, cache_params=states, use_cache=True)
-
-        with torch.no_grad():
-            states = theirs(tokens, use_cache=True).cache_params
-        return step
-
-    name = f"decode step of {shapes.sequences} sequences, d {shapes.d_model}"
-    return [
-        pair_row(f"{name}, M x {layers}", "Transformers' Mamba", decode(mamba, tokens), their_step, repeats, 1.0),
-        pair_row(
-            f"{name}, ME x {shapes.pairs}",
-            "our torch version",
-            decode(mixture, tokens),
-            lambda: decode(plain, tokens),
-            repeats,
-            0.95,  # on a CPU the step itself is plain torch
-        ),
-    ]
-
-
-MAMBA = ("MambaConfig", "MambaForCausalLM")
-
-
-def decode(model: LanguageModel, tokens: Tensor) -> Run:
-    """The step of generation: a token of each sequence from its states, to logits."""
-    model.eval()
-    states = model.initial_states(len(tokens))
-
-    @torch.no_grad()
-    def step() -> None:
-        model(tokens, states=states)
-
-    return step

@@ -24,8 +24,21 @@ ALIGNMENT = 16  # bytes
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
     if capacity is None:
-        return _by_offsets(x, weight, counts)
+        is_plain = x.device.type == "cpu" and not torch.is_grad_enabled()
+        return _by_group(x, weight, counts) if is_plain else _by_offsets(x, weight, counts)
     return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
+
+
+@torch.compiler.disable  # the counts decide on the products
+def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """One product for each group that has rows: the few tokens of a step of generation go to a few of the experts."""
+    y = x.new_empty(len(x), weight.shape[2])
+    first = 0
+    for group, count in enumerate(counts.tolist()):
+        if count:
+            torch.mm(x[first : first + count], weight[group], out=y[first : first + count])
+            first += count
+    return y
 
 
 @torch.compiler.disable  # it knows shapes of bf16 products alone (torch 2.13), and breaks at every address

@@ -38,11 +38,15 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
 
 def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``."""
+    if not torch.is_grad_enabled():  # a token of generation is too short for what autograd costs
+        return _gather(x, token)
     return Gather.apply(x, token, slot, _gather, _sum)
 
 
 def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``."""
+    if not torch.is_grad_enabled():
+        return _sum(rows, weight, slot)
     return Combine.apply(rows, weight, token, slot, _sum, _spread)
 
 
