@@ -11,9 +11,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGURATION, MODELING = "configuration_moe_mamba.py", "modeling_moe_mamba.py"
-NOTICE = '''"""{title}
+NOTICE = '''# SPDX-License-Identifier: Apache-2.0
+"""{title}
 
-Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here.
+Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here. Where a docstring
+names one of its modules, more stands there; nothing of it is needed.
 """'''
 LOCAL_IMPORTS = f"""from .{CONFIGURATION.removesuffix(".py")} import MoEConfig, MoEMambaConfig
 

@@ -37,7 +37,7 @@ class Facts:
         generates: it can write text.
         tokenizer: kind of tokenizer.
         step: of the checkpoint.
-        tokens: trained on until then.
+        tokens: trained on until then; 0: imported or upcycled weights.
         metrics: the run's lines up to that step; may be none.
         plots: files in ``plots/``.
     """
@@ -61,8 +61,9 @@ def write(config: Config, facts: Facts) -> str:
         f"# {facts.name}\n\n{_summary(config, facts)}",
         f"## How to load it\n\n{_loading(facts)}",
         f"## Architecture\n\n{_table(_architecture(config))}",
-        f"## Training\n\n{_table(_training(config, facts))}",
     ]
+    if facts.tokens:  # else the config's data and schedule are nobody's choice yet
+        sections.append(f"## Training\n\n{_table(_training(config, facts))}")
     if results := list(_results(facts)):
         sections.append(f"## Results\n\n{_table(results, RESULTS)}")
     if facts.plots:
@@ -94,7 +95,11 @@ def _summary(config: Config, facts: Facts) -> str:
     )
     if active < whole:
         text += f", of which a token meets {active:,}"
-    text += f" ({counts['embedding']:,} in embedding and head). It was trained on {facts.tokens:,} tokens."
+    text += f" ({counts['embedding']:,} in embedding and head). "
+    if facts.tokens:
+        text += f"It was trained on {facts.tokens:,} tokens."
+    else:
+        text += "Its weights were imported or upcycled, and not trained since."
     if not facts.generates:
         text += (
             "\n\n**It scores texts and does not generate**: its experts choose their tokens, and look ahead at "
@@ -144,6 +149,8 @@ def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
     shares = (f"`{source}`" + f" ({weight / total:.0%})" * (len(weights) > 1) for source, weight in weights.items())
     yield "data", ", ".join(shares)
     yield "tokenizer", f"{facts.tokenizer}, {config.model.vocab_size:,} tokens in the vocabulary"
+    if config.train.warm_start:
+        yield "starts from", f"the weights of `{config.train.warm_start}`"
     yield "sequence length", f"{config.data.sequence_length:,} tokens"
     if config.data.reset_at_document:
         yield "documents", "each starts anew: nothing is seen of the one before it"

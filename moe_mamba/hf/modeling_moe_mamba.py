@@ -1,6 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """MoEMambaForCausalLM: a language model of Mamba, attention and mixtures of experts, for Transformers.
 
-Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here.
+Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here. Where a docstring
+names one of its modules, more stands there; nothing of it is needed.
 """
 
 import math

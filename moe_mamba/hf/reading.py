@@ -92,8 +92,9 @@ def _sharded(folder: Path) -> dict[str, Stored]:
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise UserError(f"{folder / INDEX} has no weight_map of tensors to files: {MEND}")
     found: dict[str, Stored] = {}
+    here = {path.name for path in folder.iterdir() if path.is_file()}  # an index may name files outside the folder
     for shard in sorted(set(index.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
+        if shard not in here:
             raise UserError(f"{folder / shard} is missing, and {INDEX} names it: {MEND}")
         found |= _safetensors(folder / shard)
     missing = [name for name in index if name not in found]
@@ -111,12 +112,17 @@ def _torch_file(path: Path) -> dict[str, Stored]:
             f"{path} is torn, or refused because it holds more than tensors ({type(error).__name__}: {reason}): "
             "convert it to safetensors where you trust it"
         ) from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} is no mapping of names to tensors: give a folder with {ONE_FILE}")
+    if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
+        raise UserError(f"{path} is no mapping of names to plain tensors: give a folder with {ONE_FILE}")
     return {
         name: Stored(tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)), partial(_itself, tensor))
         for name, tensor in content.items()
     }
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor whose values are there, neither sparse nor on the meta device."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def _itself(tensor: Tensor) -> Tensor:

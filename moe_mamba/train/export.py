@@ -94,7 +94,7 @@ def export(
             be written.
     """
     output = Path(os.path.abspath(output))  # so that it has a name, and a folder beside it
-    check_output(output, overwrite, CONFIG)
+    check_output(output, overwrite, CONFIG, run_or_step)
     trained = open_trained(run_or_step, tokenizer)
     model, moe = trained.config.model, trained.config.moe
     chosen, why_not = choose_format(format, model, moe)
@@ -141,12 +141,13 @@ def _write_configs(trained: Trained, chosen: WayOut, folder: Path, dtype: str, g
 
 def _write_card(trained: Trained, chosen: WayOut, folder: Path, dtype: str, name: str, generates: bool) -> None:
     run, step = trained.run, trained.description["step"]
-    plots = sorted(run.plots.glob("*.png")) if run.plots.is_dir() else []
+    is_whole = trained.path.resolve().parent.name == run.checkpoints.name  # else the step's folder stands alone
+    plots = sorted(run.plots.glob("*.png")) if is_whole else []
     if plots:
         (folder / "plots").mkdir()
     for plot in plots:
         shutil.copyfile(plot, folder / "plots" / plot.name)
-    metrics = read_metrics(run.path) if (run.path / "metrics.jsonl").is_file() else []
+    metrics = read_metrics(run.path) if is_whole and (run.path / "metrics.jsonl").is_file() else []
     facts = model_card.Facts(
         name=name,
         architecture=chosen.architecture,

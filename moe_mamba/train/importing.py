@@ -47,7 +47,7 @@ def import_folder(
         UserError: `folder` is foreign, torn, or of a model that ours cannot hold; there is no tokenizer; `output` is
             not empty.
     """
-    check_output(output, overwrite, MARK)
+    check_output(output, overwrite, MARK, folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is no model's folder, for it holds no config.json: give config.json and weights of one of "

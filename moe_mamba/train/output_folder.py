@@ -1,5 +1,6 @@
 """A folder that a command writes: it appears when it is whole, and takes the place of another one when asked to."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,19 +9,25 @@ from pathlib import Path
 from moe_mamba.errors import UserError
 
 
-def check_output(output: Path, overwrite: bool, mark: str) -> None:
+def check_output(output: Path, overwrite: bool, mark: str, source: str | Path | None = None) -> None:
     """Refuse an output that would lose something, before any work is done.
 
     Args:
         output: the folder to write.
         overwrite: a folder that holds ``mark`` may be replaced.
         mark: a file that such folders hold.
+        source: what is read, which the output must not take the place of.
 
     Raises:
-        UserError: it is a file, or a folder that is not empty (with ``overwrite``: and holds no ``mark``).
+        UserError: it is a file, the working folder or ``source`` or one above them, or a folder that is not empty (with
+            ``overwrite``: and holds no ``mark``).
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"--output={output} is no folder: give another name")
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise UserError(f"--output={output} holds the working folder, which cannot be replaced: give another folder")
+    if source is not None and Path(source).resolve().is_relative_to(output.resolve()):
+        raise UserError(f"--output={output} holds {source}, which is read: give another folder")
     if not output.exists() or not any(output.iterdir()):
         return
     if not overwrite:
@@ -38,6 +45,7 @@ def whole_folder(output: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     Raises:
         UserError: as ``check_output``; or the disk fails.
     """
+    output = Path(os.path.abspath(output))  # so that it has a name, whatever it was written as
     aside, replaced = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
     try:
         if replaced.exists() and not output.exists():  # a kill came between the two renames

@@ -4,6 +4,7 @@ Training does not go on in it (there are no moments, and its data and schedule a
 weights with `train.warm_start`. Everything that reads a trained run reads it too.
 """
 
+import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -62,7 +63,5 @@ def _unused(output: Path) -> AbstractContextManager[None]:
 def how_to_train(output: Path) -> str:
     """The line that says how to start a run from these weights."""
     folder = RunFolder(output)
-    return (
-        f"train on with: python launch/train.py --config {folder.config} --run.folder={folder.next_free} "
-        f"--train.warm_start={output}"
-    )
+    config, free, start = (shlex.quote(str(path)) for path in (folder.config, folder.next_free, output))
+    return f"train on with: python launch/train.py --config {config} --run.folder={free} --train.warm_start={start}"

@@ -65,12 +65,10 @@ def upcycle(
         The run's configuration, and the step's folder.
 
     Raises:
-        UserError: there is nothing to upcycle, or `output` is not empty.
+        UserError: there is nothing to upcycle, or `output` is not empty, or holds `dense`.
     """
-    check_output(output, overwrite, MARK)
+    check_output(output, overwrite, MARK, dense)
     trained = open_trained(dense)
-    if output.exists() and output.samefile(trained.run.path):
-        raise UserError(f"--output={output} is the dense run itself: give another folder")
     config = upcycled_config(trained.config, moe, every)
     pieces = list(upcycled_pieces(trained.path, config, seed, noise))
     return config, write_starting_point(output, config, trained.tokenizer, pieces, overwrite)

@@ -254,3 +254,12 @@ def test_the_last_line_trains_on(imported: Path, tmp_path: Path, capsys: pytest.
     assert said[1].endswith(
         f"--config {run_folder}/config.yaml --run.folder={run_folder}-2 --train.warm_start={run_folder}"
     )
+    main(str(tmp_path / "in"), str(tmp_path / "two words"))
+    assert f" --train.warm_start='{tmp_path}/two words'" in capsys.readouterr().out
+
+
+def test_its_card_claims_no_training_of_ours(imported: Path, tmp_path: Path) -> None:
+    export(imported, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "imported or upcycled, and not trained since" in card
+    assert "## Training" not in card and "builtin" not in card

@@ -163,12 +163,22 @@ def test_the_card_tells_what_the_run_knows(plain: Path, tmp_path: Path) -> None:
     assert all(f"(plots/{name})" in card for name in pictures)
 
 
+def test_the_card_names_the_weights_that_the_run_started_from(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", {"pattern": "M"}, warm_start="runs/first")
+    main(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert "| starts from | the weights of `runs/first` |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_step_alone_converts_with_the_tokenizer_named(run: Path, tmp_path: Path) -> None:
     step = shutil.copytree(run / "checkpoints" / "step-00000010", tmp_path / "alone" / "step-00000010")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "holiday.png").touch()  # lies where a run's would, and is none
+    (tmp_path / "metrics.jsonl").write_text("of something else")
     with pytest.raises(UserError, match=r"tokenizer is missing.*--tokenizer"):
         main(str(step), str(tmp_path / "out"))
     main(str(step), str(tmp_path / "out"), tokenizer="bytes")
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "plots").exists()
 
 
 def test_native_that_does_not_fit_names_the_layer_and_the_format_that_does(tmp_path: Path) -> None:
@@ -202,6 +212,7 @@ def test_bad_input_is_one_line_and_changes_nothing(run: Path, tmp_path: Path) ->
     refused("is not empty.*--overwrite", output=run)
     refused("holds no config.json, so --overwrite does not replace it", output=run, overwrite=True)
     refused("is no folder", output=run / "config.yaml")
+    refused("holds the working folder", output=Path("."))
     refused("--max_shard_size=5 boxes", max_shard_size="5 boxes")
     refused("is not the tokenizer that", tokenizer=str(_other_tokenizer(tmp_path)))
     weights = step / "rank-00000.safetensors"

@@ -139,6 +139,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     },
     "state_spaces": {"d_model": 16, "n_layer": 2, "vocab_size": 50277, "ssm_cfg": {}},
 }
+THEIRS["moe_mamba"] = {"model_type": "moe_mamba"}
 THEIRS["mixtral"] = THEIRS["llama"] | {"model_type": "mixtral"}
 THEIRS["jamba"] = THEIRS["llama"] | {"model_type": "jamba", "num_key_value_heads": 2}
 
@@ -159,11 +160,15 @@ THEIRS["jamba"] = THEIRS["llama"] | {"model_type": "jamba", "num_key_value_heads
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": 3}, "rope_parameters is 3, and an object belongs there"),
+        ("llama", {"rope_scaling": ["linear"]}, "rope_scaling is ['linear']"),
         ("llama", {"hidden_size": 18}, "not divisible by model.heads=4"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
         ("jamba", {"mamba_proj_bias": True}, "mamba_proj_bias=True"),
         ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms=False"),
+        ("moe_mamba", {"moe": 3}, "moe is 3"),
+        ("state_spaces", {"ssm_cfg": []}, "ssm_cfg is []"),
         ("state_spaces", {"ssm_cfg": {"layer": "Mamba2"}}, "layer='Mamba2'"),
         ("state_spaces", {"attn_layer_idx": [1]}, "attn_layer_idx=[1]"),
         ("state_spaces", {"d_intermediate": 64}, "d_intermediate=64"),

@@ -109,7 +109,7 @@ def test_a_torn_file(folder: Path) -> None:
 def test_a_missing_shard_and_a_shard_without_its_tensor(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     index = folder / "model.safetensors.index.json"
-    for shard in ("b.safetensors", "../in/a.safetensors"):
+    for shard in ("b.safetensors", "../in/a.safetensors", "a" * 300):
         index.write_text(json.dumps({"weight_map": {NORM: "a.safetensors", "x": shard}}))
         refused(folder, f"{shard} is missing, and")
     index.write_text(json.dumps({"weight_map": {NORM: "a.safetensors", "x": "a.safetensors"}}))
@@ -136,8 +136,9 @@ def test_no_pickle_is_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.save({NORM: torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-500])
     refused(folder, r"pytorch_model\.bin is torn, or refused")
-    torch.save({NORM: 1}, path)
-    refused(folder, "is no mapping of names to tensors")
+    for value in (1, torch.ones(16).to_sparse(), torch.ones(16, device="meta")):
+        torch.save({NORM: value}, path)
+        refused(folder, "is no mapping of names to plain tensors")
     assert not Path("evil").exists()
 
 
@@ -155,6 +156,15 @@ def test_tokenizers(folder: Path, shared_data: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((shared_data / "gpt2" / name).read_bytes())
     refused(folder, r"the tokenizer has 50257 tokens")
+
+
+def test_the_working_folder_is_no_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds the working folder"):
+        import_folder(folder, Path("."))
+    import_folder(folder, Path("../other/../run"))
+    assert (tmp_path / "run" / "config.yaml").is_file()
 
 
 def test_an_output_that_is_there(folder: Path) -> None:

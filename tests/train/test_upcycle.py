@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path
         routing(experts=2, top_k=3)
     with pytest.raises(UserError, match="no folder"):
         upcycle(tmp_path / "nothing", output, routing(experts=4))
-    with pytest.raises(UserError, match="the dense run itself"):
+    with pytest.raises(UserError, match="which is read"):
         upcycle(dense(), dense(), routing(experts=4), overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is no folder: give another name"):

@@ -192,6 +192,18 @@ def get(configuration: Configuration, key: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+def section(configuration: Configuration, key: str) -> Configuration:
+    """An object inside a config.json; where it is missing, an empty one.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = get(configuration, key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"config.json: {key} is {value!r}, and an object belongs there: mend the file")
+    return value
+
+
 def number(configuration: Configuration, key: str, default: int | None = None) -> int:
     """A whole number above 0 of a config.json.
 

@@ -18,6 +18,7 @@ from moe_mamba.hf.formats.base import (
     require,
     require_plain_attention,
     same,
+    section,
     stack_refusal,
 )
 
@@ -114,7 +115,7 @@ def read_transformer(
 
 def _rope_base(configuration: Configuration, architecture: str, default: float) -> float:
     """Base of the rotary frequencies: Transformers 4 writes rope_theta and rope_scaling, 5 rope_parameters."""
-    rope = get(configuration, "rope_parameters") or get(configuration, "rope_scaling", {})
+    rope = section(configuration, "rope_parameters") or section(configuration, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         refuse(architecture, "rope_type", kind, "our rotary frequencies are not scaled")

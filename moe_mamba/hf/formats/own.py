@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.hf.formats.base import Configuration, Entry, build, same
+from moe_mamba.hf.formats.base import Configuration, Entry, build, same, section
 from moe_mamba.model.language_model import LanguageModel
 
 
@@ -37,7 +37,7 @@ class Own:
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format; keys of Transformers' own are passed over."""
         keys = ModelConfig.model_fields.keys() - {"kernels"}
-        return build({key: configuration[key] for key in keys & configuration.keys()}, configuration.get("moe") or {})
+        return build({key: configuration[key] for key in keys & configuration.keys()}, section(configuration, "moe"))
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
         """See Format."""

@@ -15,6 +15,7 @@ from moe_mamba.hf.formats.base import (
     refuse,
     require,
     same,
+    section,
 )
 
 
@@ -26,7 +27,7 @@ class StateSpaces:
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format; the vocabulary is the padded one, which the tensors have."""
-        mixer = get(configuration, "ssm_cfg", {})
+        mixer = section(configuration, "ssm_cfg")
         require(mixer, self.architecture, {"layer": "Mamba1"}, "ours is Mamba-1")
         require(mixer, self.architecture, {"conv_bias": True, "bias": False}, "our convolution alone has a bias")
         for key in ("attn_layer_idx", "d_intermediate"):
