@@ -66,6 +66,7 @@ class ModelConfig(Section):
     d_conv: Positive = Field(4, description="Mamba: width of the causal convolution, tokens")
     expand: Positive = Field(2, description="Mamba: d_inner = expand x d_model")
     dt_rank: OptionalPositive = Field(None, description="Mamba: rank of delta's projection; null: ceil(d_model / 16)")
+    selective: bool = Field(True, description="Mamba: delta, B and C depend on the input; false: they are constants")
     mamba_norms: bool = Field(False, description="Mamba: RMSNorm on dt, B and C, as Jamba has it")
     heads: Positive = Field(8, description="attention: query heads")
     kv_heads: OptionalPositive = Field(None, description="attention: key and value heads; null: as many as heads")
@@ -190,7 +191,8 @@ class DataConfig(Section):
 
     A source is ``builtin`` or ``builtin:validation`` (the English inside CPython), a folder or prefix of shards
     that ``tools/preprocess_c4.py`` wrote, a file or glob of documents (``.txt``, ``.jsonl``, ``.json.gz``,
-    ``.parquet``), or a Hugging Face dataset, streamed: ``hf:allenai/c4:en:train``.
+    ``.parquet``), or a Hugging Face dataset, streamed: ``hf:allenai/c4:en:train``. Or a synthetic task:
+    ``synthetic:induction_heads`` or ``synthetic:selective_copying`` (data/synthetic.py has the rules and options).
     """
 
     train: Sources = Field(["builtin"], description="sources to train on; a mapping gives each its weight")
@@ -199,7 +201,7 @@ class DataConfig(Section):
     )
     tokenizer: Text = Field(
         "sentencepiece",
-        description="gpt2, bytes, a folder, a .model file, or sentencepiece (model.vocab_size pieces, from data.train)",
+        description="gpt2, bytes, a folder, a .model file, symbols (for tasks), or sentencepiece (from data.train)",
     )
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")

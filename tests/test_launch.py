@@ -130,7 +130,8 @@ def test_generation_and_evaluation_of_a_run(plain: Path, corpus: Path, tmp_path:
     expected = next(line["validation"]["validation"] for line in reversed(read_metrics(plain)) if "validation" in line)
     assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert scores["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
-    assert scores.keys() == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    assert scores["accuracy"] == pytest.approx(expected["accuracy"])
+    assert scores.keys() == {"loss", "perplexity", "bits_per_byte", "accuracy", "tokens"}
 
     (tmp_path / "text.txt").write_text("3 plus 3 is 6; twice that is 12.")
     for source in (tmp_path / "text.txt", next((corpus / "cache").glob("*/manifest.json")).parent):

@@ -5,45 +5,15 @@ windows share an input, and the last target of one is the first input of the nex
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from moe_mamba.data.batch import UNCOUNTED, Batch
 from moe_mamba.data.order import blend, permute
 from moe_mamba.data.shards import Shards
+from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
-
-UNCOUNTED = -100  # target that the loss leaves out
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of tokens.
-
-    Attributes:
-        tokens: (sequences, length) int64.
-        targets: (sequences, length) int64, the token that follows; -100: not counted.
-        starts: (sequences, length) bool, True where a document or a window starts; None: documents run together.
-    """
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    starts: torch.Tensor | None
-
-    @property
-    def counted(self) -> int:
-        """Targets that the loss counts."""
-        return int((self.targets != UNCOUNTED).sum())
-
-    def uncounted(self) -> "Batch":
-        """The same windows, of which the loss counts nothing."""
-        return Batch(self.tokens, torch.full_like(self.targets, UNCOUNTED), self.starts)
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), starts)
 
 
 class Loader:
@@ -107,12 +77,12 @@ class Loader:
 
 
 def evaluation_batches(
-    shards: Shards, sequence_length: int, batch: int, end_of_text: int, reset_at_document: bool
+    shards: Shards | SyntheticTask, sequence_length: int, batch: int, end_of_text: int, reset_at_document: bool
 ) -> Iterator[Batch]:
     """Go over a corpus in order: each token is a target once, but for the first.
 
     Args:
-        shards: the corpus.
+        shards: the corpus; of a synthetic task, its validation set, whose sequences may have a length of their own.
         sequence_length: tokens a window; the last window is filled with end-of-text and uncounted targets.
         batch: windows a batch; the last batch is filled with windows of uncounted targets.
         end_of_text: id of that token.
@@ -121,6 +91,9 @@ def evaluation_batches(
     Raises:
         UserError: the corpus has no two tokens.
     """
+    if isinstance(shards, SyntheticTask):
+        yield from shards.evaluation_batches(sequence_length, batch)
+        return
     if shards.tokens < 2:
         raise UserError(f"{shards.name}: {shards.tokens} tokens leave nothing to predict: give more text")
     starts = range(0, shards.tokens - 1, sequence_length)

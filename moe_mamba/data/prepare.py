@@ -1,4 +1,4 @@
-"""What a run needs of its data before it starts: a tokenizer, and every source as shards."""
+"""What a run needs of its data before it starts: a tokenizer, and every source as shards or as a synthetic task."""
 
 import hashlib
 import json
@@ -10,8 +10,10 @@ from moe_mamba.data.corpus import Corpus
 from moe_mamba.data.manifest import load_manifest
 from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.shards import Shards, is_shards, tokenizer_folder
+from moe_mamba.data.synthetic import SyntheticTask, is_synthetic
 from moe_mamba.data.tokenizer import (
     TRAINING_CHARACTERS,
+    SymbolsTokenizer,
     Tokenizer,
     holds_tokenizer,
     load_tokenizer,
@@ -30,7 +32,8 @@ def prepare_tokenizer(
     """Load the tokenizer of a run, or train it, and keep it in ``folder``; the second call finds it there.
 
     Args:
-        spec: ``sentencepiece`` to train on ``sources``, or what ``load_tokenizer`` takes.
+        spec: ``sentencepiece`` to train on ``sources``, ``symbols`` for synthetic tasks, or what ``load_tokenizer``
+            takes.
         sources: the run's training sources.
         vocab_size: pieces to train; another tokenizer must not have more tokens.
         folder: where it is kept.
@@ -42,7 +45,7 @@ def prepare_tokenizer(
     """
     kept = load_tokenizer(folder) if holds_tokenizer(folder) else None
     if spec != "sentencepiece":
-        tokenizer = load_tokenizer(spec)
+        tokenizer = SymbolsTokenizer(vocab_size) if spec == "symbols" else load_tokenizer(spec)
         if kept and kept.fingerprint != tokenizer.fingerprint:
             raise UserError(f"data.tokenizer={spec} is not the tokenizer in {folder}: give a new run.folder")
         if kept is None:
@@ -67,8 +70,10 @@ def prepare_corpus(
     *,
     verify: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Shards:
-    """Open a source as shards; documents are tokenized into ``cache_folder`` first, unless they were before.
+) -> Shards | SyntheticTask:
+    """Open a source as shards, or as a synthetic task.
+
+    Documents are tokenized into ``cache_folder`` first, unless they were before.
 
     Args:
         source: in the syntax of ``data.train``.
@@ -81,6 +86,8 @@ def prepare_corpus(
     Raises:
         UserError: no such source, no documents in it, or shards that do not fit or are damaged.
     """
+    if is_synthetic(source):
+        return _synthetic_task(source, tokenizer)
     folder = Path(source)
     if not is_shards(source):
         corpus = Corpus(source)
@@ -90,6 +97,12 @@ def prepare_corpus(
             say(f"sharding {source} into {folder}")
         preprocess(source, tokenizer, folder, _workers(corpus, max_documents), max_documents)
     return Shards.open(folder, tokenizer, verify="checksums" if verify else False)
+
+
+def _synthetic_task(source: str, tokenizer: Tokenizer) -> SyntheticTask:
+    if not isinstance(tokenizer, SymbolsTokenizer):
+        raise UserError(f"{source} is a task of symbols, and not of text: set data.tokenizer=symbols")
+    return SyntheticTask.parse(source, tokenizer.vocab_size)
 
 
 def _workers(corpus: Corpus, max_documents: int | None) -> int:
@@ -108,6 +121,8 @@ def _cache_key(corpus: Corpus, tokenizer: Tokenizer, max_documents: int | None) 
 def _training_texts(sources: Sequence[str], max_documents: int | None) -> Iterator[str]:
     """Text of the sources to train a tokenizer on, as much of each."""
     for source in sources:
+        if is_synthetic(source):
+            raise UserError(f"{source} is a task of symbols, and not of text: set data.tokenizer=symbols")
         if is_shards(source):
             folder = tokenizer_folder(source) or "the folder of its tokenizer"
             raise UserError(

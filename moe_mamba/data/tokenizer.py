@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's (or any of the ``tokenizers`` library), SentencePiece, and bytes.
+"""Tokenizers: GPT-2's (or any of the ``tokenizers`` library), SentencePiece, bytes, and numbered symbols.
 
 All of them give back the very text they were given, know one end-of-text token, and save themselves into a folder
 that ``load_tokenizer`` restores.
@@ -8,78 +8,20 @@ import hashlib
 import io
 import json
 import os
-import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from moe_mamba.data.plain_tokenizers import END_OF_TEXT, BytesTokenizer, SymbolsTokenizer, Tokenizer, write_file
 from moe_mamba.data.quiet import quiet_hub
 from moe_mamba.errors import UserError
 
-END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # tried where a tokenizer's folder names none
 SPACE = "▁"  # what SentencePiece writes for a space; it takes a real one in a text for a space too
 USE_REGEX = ("use_regex", True)  # the default, which older files of the tokenizers library leave out
 TRAINING_CHARACTERS = 8_000_000  # SentencePiece is trained on so much of the corpus at most
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back.
-
-    Attributes:
-        vocab_size: number of token ids; every id is below it.
-        end_of_text: id of the token that ends a document; no text encodes to it.
-        fingerprint: sha256 of what decides the encoding; shards carry it.
-    """
-
-    vocab_size: int
-    end_of_text: int
-    fingerprint: str
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without end-of-text."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-
-    @abstractmethod
-    def save(self, folder: str | Path) -> None:
-        """Write into ``folder`` what ``load_tokenizer(folder)`` needs."""
-
-    def use_one_thread(self) -> None:  # noqa: B027 (bytes have no threads)
-        """Encode on one thread from now on, for a process beside others."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text, without end-of-text."""
-        return self.encode_batch([text])[0]
-
-
-class BytesTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and end-of-text."""
-
-    FILE = "bytes.json"
-
-    def __init__(self) -> None:
-        self.vocab_size, self.end_of_text = 257, 256
-        self.fingerprint = hashlib.sha256(b"256 bytes, then end-of-text").hexdigest()
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The bytes of each text."""
-        return [list(text.encode("utf-8")) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes; end-of-text reads as <|endoftext|>."""
-        end = END_OF_TEXT.encode()
-        return b"".join(bytes([i]) if i < 256 else end for i in ids).decode("utf-8", "replace")
-
-    def save(self, folder: str | Path) -> None:
-        """Write a file that names the kind."""
-        _write(folder, self.FILE, b'{"tokenizer": "bytes"}\n')
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -137,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write the model."""
-        _write(folder, self.FILE, self.model)
+        write_file(folder, self.FILE, self.model)
 
 
 class LibraryTokenizer(Tokenizer):
@@ -187,8 +129,8 @@ class LibraryTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write the end-of-text token's name as Transformers has it, then tokenizer.json, which marks the folder."""
-        _write(folder, self.CONFIG, (json.dumps({"eos_token": self.end_name}) + "\n").encode("utf-8"))
-        _write(folder, self.FILE, self.content.encode("utf-8"))
+        write_file(folder, self.CONFIG, (json.dumps({"eos_token": self.end_name}) + "\n").encode("utf-8"))
+        write_file(folder, self.FILE, self.content.encode("utf-8"))
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -205,6 +147,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return BytesTokenizer()
     if spec == "sentencepiece":
         raise UserError("tokenizer sentencepiece is trained from a run's corpus: give that run's tokenizer folder here")
+    if spec == "symbols":
+        raise UserError("tokenizer symbols has as many ids as a run's model.vocab_size: give its tokenizer folder here")
     path = Path(spec)
     if path.is_dir():
         return _load_folder(path)
@@ -217,7 +161,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 def holds_tokenizer(folder: str | Path) -> bool:
     """Whether a tokenizer was saved into ``folder``."""
-    kinds = (LibraryTokenizer, SentencePieceTokenizer, BytesTokenizer)
+    kinds = (LibraryTokenizer, SentencePieceTokenizer, BytesTokenizer, SymbolsTokenizer)
     return any((Path(folder) / kind.FILE).is_file() for kind in kinds)
 
 
@@ -286,6 +230,8 @@ def _load_folder(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer((folder / SentencePieceTokenizer.FILE).read_bytes(), str(folder))
     if (folder / BytesTokenizer.FILE).is_file():
         return BytesTokenizer()
+    if (folder / SymbolsTokenizer.FILE).is_file():
+        return SymbolsTokenizer(_parse(folder / SymbolsTokenizer.FILE)["vocab_size"])
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return LibraryTokenizer(_gpt2_content(folder), str(folder))
     raise UserError(
@@ -379,14 +325,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}: give the file as it was published") from error
-
-
-def _write(folder: str | Path, name: str, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also where several processes write it at once."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    aside = Path(folder) / f"{name}.{secrets.token_hex(8)}.tmp"
-    try:
-        aside.write_bytes(content)
-        aside.replace(Path(folder) / name)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -59,7 +59,10 @@ class Mamba(nn.Module):
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
         self.conv1d = DepthwiseConv(d_inner, config.d_conv)
-        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        if config.selective:
+            self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        else:
+            self.dt_B_C = nn.Parameter(torch.empty(dt_rank + 2 * d_state))  # the same for every token
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
@@ -81,7 +84,7 @@ class Mamba(nn.Module):
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
             "conv1d.bias": uniform(config.d_conv),
-            "x_proj.weight": uniform(config.d_inner),
+            **({"x_proj.weight": uniform(config.d_inner)} if config.selective else {"dt_B_C": self._constants}),
             "dt_proj.weight": uniform(config.resolved_dt_rank),
             "dt_proj.bias": _delta_bias,
             "A_log": _A_log,
@@ -102,14 +105,14 @@ class Mamba(nn.Module):
         self, x: Tensor, sequences: Sequences, state: MambaState | None = None
     ) -> tuple[Tensor, None, MambaState | None]:
         """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, None, new state)."""
-        projected = self.in_proj(x).view(sequences.batch, sequences.length, -1)
-        x, z = projected.chunk(2, dim=-1)  # (batch, length, d_inner) each; figure 3
-        new_state: MambaState | None
+        projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
         if state is not None and sequences.length == 1 and sequences.starts is None:
+            x, z = projected.chunk(2, dim=-1)
             y, new_state = self._step(x, z, state)
-        else:
-            y, new_state = self._pass(x, z, sequences.starts, state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), None, new_state
+            return self.out_proj(y), None, new_state
+        x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
+        y, passed_state = self._pass(x, z, sequences.starts, state)
+        return self.out_proj(y.reshape(sequences.tokens, -1)), None, passed_state
 
     def _pass(
         self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
@@ -129,13 +132,13 @@ class Mamba(nn.Module):
         return y, None if state is None else MambaState(conv_state, scan_state)
 
     def _step(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """What ``_pass`` computes of one more token; x and z (batch, 1, d_inner)."""
+        """What ``_pass`` computes of one more token; x and z (batch, d_inner)."""
         weight, bias = self._convolution(x.dtype)
-        x, conv_state = causal_conv_step(x[:, 0], weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
+        x, conv_state = causal_conv_step(x, weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
         delta, B, C = self._select(x)
         A = -torch.exp(self.A_log)
         y, scan_state = selective_scan_step(
-            x, delta, A, B, C, self.D, z[:, 0], self.dt_proj.bias, state.scan, self.config.kernels
+            x, delta, A, B, C, self.D, z, self.dt_proj.bias, state.scan, self.config.kernels
         )
         return y, MambaState(conv_state, scan_state)
 
@@ -145,6 +148,9 @@ class Mamba(nn.Module):
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What makes the scan selective: delta, B and C from the input (algorithm 2, section 3.6).
 
+        Without ``model.selective`` they are learned constants: the scan is linear and time-invariant, which is a long
+        convolution (algorithm 1; here B and C are shared among channels).
+
         Args:
             x: (..., d_inner).
 
@@ -152,10 +158,18 @@ class Mamba(nn.Module):
             delta before its bias and softplus (..., d_inner); B and C (..., d_state).
         """
         d_state = self.config.d_state
-        dt, B, C = self.x_proj(x).split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
+        made = self.x_proj(x) if self.config.selective else self.dt_B_C.to(x.dtype).expand(*x.shape[:-1], -1)
+        dt, B, C = made.split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
         if self.config.mamba_norms:
             (dt, _), (B, _), (C, _) = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         return functional.linear(dt, self.dt_proj.weight.to(dt.dtype)), B, C
+
+    def _constants(self, weight: Tensor, generator: Generator) -> None:
+        """As S4D starts (Gu et al., arXiv 2206.11893): delta is its bias alone, B is one, C standard normal."""
+        dt, B, C = weight.split((self.config.resolved_dt_rank, self.config.d_state, self.config.d_state))
+        dt.zero_()
+        B.fill_(1.0)
+        C.normal_(generator=generator)
 
 
 def _A_log(weight: Tensor, generator: Generator) -> None:

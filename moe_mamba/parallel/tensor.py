@@ -165,6 +165,7 @@ def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str,
         reduce=partial(_reduce, group=group),
         backend=model.config.kernels,
     )
+    model.likeliest = partial(_likeliest, first=group.rank() * shard.local_shape[0], group=group)
 
 
 def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -> Tensor:
@@ -182,6 +183,22 @@ def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -
     logits = functional.linear(gather_from_sequence_parallel_region(stream, group=group), weight)
     logits[:, rows:] = -torch.inf
     return logits
+
+
+def _likeliest(logits: Tensor, *, first: int, group: ProcessGroup) -> Tensor:
+    """Ids of the largest logits over all peers' parts of the vocabulary, of equal ones the first: (..., rows) -> (...).
+
+    Args:
+        logits: this peer's part.
+        first: id of its first row.
+        group: the tensor peers.
+    """
+    largest, row = logits.max(-1)
+    highest = largest.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    best = torch.where(largest == highest, row + first, torch.iinfo(row.dtype).max)
+    dist.all_reduce(best, op=dist.ReduceOp.MIN, group=group)
+    return best
 
 
 def _reduce(largest: Tensor, total: Tensor, predicted: Tensor, *, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

@@ -130,6 +130,12 @@ class Errors:
         assert self.weight <= 1e-4, f"{cell}: {self}"
 
 
+def test_outputs_and_gradients_without_selection(world: World) -> None:
+    """Each tensor peer's channels use the same constants: their gradient is the sum over the peers."""
+    for layout, (error, name) in float64_error(world, "M-", [Layout(2, 2)], model__selective=False).items():
+        assert error <= 1e-10, f"{layout}: {name}"
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
     layouts = [Layout(2, 2), Layout(4, 4)]
