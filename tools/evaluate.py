@@ -130,4 +130,6 @@ def _score_tasks(
 
 
 if __name__ == "__main__":
+    # Of this folder nothing is imported, and it would hide the package `evaluate` from the harness's tasks.
+    sys.path = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
     run_command(main)

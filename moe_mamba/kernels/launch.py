@@ -24,3 +24,8 @@ def next_power_of_2(number: int) -> int:
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is dense in memory, else a contiguous copy of it."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where it is contiguous and of that dtype, else a copy that is; asking first is quicker."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

@@ -68,7 +68,7 @@ def alone(config: Config) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_layout_starts_from_the_same_bits(world: Processes, kind: str) -> None:
-    for layout in LAYOUTS:
+    for layout in LAYOUTS if kind == "everything" else LAYOUTS[-3:]:
         config = config_of("M*-E", layout, **MODELS[kind])
         expected = alone(config)
         ranks = world.run(parts, config, ranks=layout.ranks)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.extension import TYPES, Strided, library, rows
-from moe_mamba.kernels.launch import unit_stride
+from moe_mamba.kernels.launch import dense, unit_stride
 
 
 class _ConvStep(ctypes.Structure):
@@ -23,7 +23,7 @@ class _ConvStep(ctypes.Structure):
 def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
     (batch, channels), width = x.shape, weight.shape[1]
-    x, state, weight, bias = unit_stride(x), unit_stride(state), weight.contiguous(), bias.contiguous()
+    x, state, weight, bias = unit_stride(x), unit_stride(state), dense(weight, x.dtype), dense(bias, x.dtype)
     y, new_state = x.new_empty(batch, channels), x.new_empty(batch, width - 1, channels)
     step = _ConvStep(
         batch, channels, width, TYPES[x.dtype], torch.get_num_threads(), rows(x), rows(y),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.extension import TYPES, Strided, library, rows
-from moe_mamba.kernels.launch import unit_stride
+from moe_mamba.kernels.launch import dense, unit_stride
 
 
 class _ScanStep(ctypes.Structure):
@@ -39,8 +39,8 @@ def selective_scan_step(
     (batch, d_inner), d_state = x.shape, A.shape[1]
     x, delta, B, C = unit_stride(x), unit_stride(delta), unit_stride(B), unit_stride(C)
     z = None if z is None else unit_stride(z)
-    A, D = A.to(work).contiguous(), D.to(work).contiguous()
-    delta_bias = None if delta_bias is None else delta_bias.to(work).contiguous()
+    A, D = dense(A, work), dense(D, work)
+    delta_bias = None if delta_bias is None else dense(delta_bias, work)
     before = state.transpose(1, 2).contiguous()
     y, new_state = x.new_empty(batch, d_inner), state.new_empty(batch, d_state, d_inner)
     step = _ScanStep(
