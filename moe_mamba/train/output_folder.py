@@ -19,21 +19,21 @@ def check_output(output: Path, overwrite: bool, mark: str, source: str | Path | 
         source: what is read, which the output must not take the place of.
 
     Raises:
-        UserError: it is a file, the working folder or ``source`` or one above them, or a folder that is not empty (with
-            ``overwrite``: and holds no ``mark``).
+        UserError: it is a file, the working folder or one above it, or a folder that is not empty (with ``overwrite``:
+            and holds no ``mark``, or holds ``source``).
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"--output={output} is no folder: give another name")
     if Path.cwd().is_relative_to(output.resolve()):
         raise UserError(f"--output={output} holds the working folder, which cannot be replaced: give another folder")
-    if source is not None and Path(source).resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--output={output} holds {source}, which is read: give another folder")
     if not output.exists() or not any(output.iterdir()):
         return
     if not overwrite:
         raise UserError(f"--output={output} is not empty: give another folder, or --overwrite to replace it")
     if not (output / mark).is_file():
         raise UserError(f"--output={output} holds no {mark}, so --overwrite does not replace it: give another folder")
+    if source is not None and Path(source).resolve().is_relative_to(output.resolve()):
+        raise UserError(f"--output={output} holds {source}, which is read: give another folder")
 
 
 @contextmanager
