@@ -144,7 +144,7 @@ def test_runs_that_make_no_sense_end_before_they_begin(
 @pytest.mark.parametrize("selective", [True, False])
 @pytest.mark.parametrize("task", ["induction_heads", "selective_copying"])
 def test_the_shipped_configs_solve_their_tasks_by_selection(task: str, selective: bool, tmp_path: Path) -> None:
-    """About 2 minutes for induction heads and 12 for copying, on an idle core."""
+    """About 2.5 minutes for induction heads and 10 for copying, on one core."""
     command = [sys.executable, "launch/train.py", f"--config=configs/synthetic/{task}.yaml"]
     command += [f"--run.folder={tmp_path}", f"--model.selective={str(selective).lower()}"]
     begin = time.monotonic()
