@@ -142,6 +142,17 @@ def test_no_pickle_is_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not Path("evil").exists()
 
 
+def test_no_code_of_the_folder_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    for name in ("__init__", "configuration_evil", "modeling_evil", "tokenization_evil"):
+        (folder / f"{name}.py").write_text("import os\nos.mkdir('evil')\n")
+    auto = {"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    configure(folder, auto_map=auto)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_evil.T"]}}))
+    import_folder(folder, folder.parent / "run")
+    assert not Path("evil").exists()
+
+
 def test_a_head_that_is_not_the_embedding_it_is_tied_to(folder: Path) -> None:
     configure(folder, tie_word_embeddings=True)
     refused(folder, r"ties the head to the embedding, but lm_head\.weight differs")

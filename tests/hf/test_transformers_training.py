@@ -31,6 +31,7 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by its older name, too
 def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair) -> None:
     _, model = pair("MEM-*E", {"capacity_factor": 1.0})
     model.train()
@@ -52,6 +53,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair) -> None:
         model.activation_checkpointing_enable(offload=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("keys", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
 def test_the_trainer_takes_steps_and_the_loss_falls(pair: Pair, tmp_path: Path, keys: dict[str, Any]) -> None:
     pytest.importorskip("accelerate")
