@@ -336,7 +336,10 @@ class CheckpointConfig(Section):
     """When a run is saved, and what is kept."""
 
     every: NonNegative = Field(100, description="steps between checkpoints; 0: at the end alone")
-    keep: Positive = Field(2, description="newest checkpoints kept; besides, the best of those with a validation loss")
+    keep: Positive = Field(
+        2,
+        description="newest checkpoints kept (2 until a step follows the newest); besides, the best by validation loss",
+    )
     grace: Positive = Field(
         20, description="seconds to end the step and save in, when SIGTERM asks to stop; launchers kill after 30"
     )

@@ -56,6 +56,8 @@ def settle(config: Config, folder: RunFolder, screen: Screen, topology: Topology
         UserError: checkpoints, weights or corpora are missing, damaged, or do not fit.
     """
     newest = checkpoint.newest(folder.checkpoints, screen.say)
+    if newest is None and any(folder.checkpoints.glob("step-*")):
+        screen.say("anew      no checkpoint serves to go on from: training starts from step 0")
     done = checkpoint.step_of(newest) if newest else 0
     warm = find_weights(config, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:

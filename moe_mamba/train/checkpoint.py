@@ -1,18 +1,15 @@
 """Checkpoints of logical tensors: any layout loads any other's.
 
 A rank offers boxes (`Piece`) of logical tensors, to save or to fill; torch.distributed.checkpoint plans who writes
-and who reads what, and nothing is gathered. A step is written aside, checked and renamed, so that what has its name
-is complete; the newest sound one is found at start. Where torch.distributed is initialized, `save` and `load` are
-called by every rank of the group, and fail on every rank when one fails; the other functions are of one process.
-A run saves through saver.py, at once or in the background.
+and who reads what, and nothing is gathered. NaN and Inf are not saved. A step is written aside, checked and renamed,
+so that what has its name is complete; the newest valid one is found at start. Where torch.distributed is initialized,
+`save` and `load` are called by every rank of the group, and fail on every rank when one fails; the other functions are
+of one process. A run saves through saver.py, at once or in the background; what stays is in retention.py.
 """
 
 import errno
-import json
 import logging
-import math
 import os
-import re
 import shutil
 import traceback
 import warnings
@@ -30,12 +27,34 @@ from torch.distributed.checkpoint import CheckpointException
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train import storage
-from moe_mamba.train.manifest import MANIFEST, DamagedError, read_description, read_index, verify
+from moe_mamba.train.divergence import DivergedError, first_not_finite, has_diverged, read_next_step
+from moe_mamba.train.manifest import MANIFEST, DamagedError, read_description, read_index
 from moe_mamba.train.planners import PieceLoadPlanner, PieceSavePlanner
+from moe_mamba.train.retention import (
+    STEP_NAME,
+    check,
+    check_next_step,
+    clear,
+    name_and_prune,
+    name_of,
+    note_next_step,
+    restore_replaced,
+    step_of,
+    steps_in,
+)
 
-__all__ = ["load", "logical_tensors", "newest", "read_description", "read_tensor", "resolve", "save", "step_of"]
+__all__ = [
+    "load",
+    "logical_tensors",
+    "newest",
+    "note_next_step",
+    "read_description",
+    "read_tensor",
+    "resolve",
+    "save",
+    "step_of",
+]
 
-STEP_NAME = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -80,96 +99,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Folders of complete steps, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def step_of(path: Path) -> int:
-    """Number of the step that a step's folder holds."""
-    return int(path.name.removeprefix("step-"))
-
-
-def _restore(folder: Path) -> None:
-    """Give a step back its name, if a kill came between moving it aside and naming the one that replaces it."""
-    for aside in folder.glob(".step-*.replaced"):
-        name = folder / aside.name[1:].removesuffix(".replaced")
-        if not name.exists():
-            aside.rename(name)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what killed saves left behind."""
-    _restore(folder)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-
-
-def _remove(path: Path) -> None:
-    """Remove a step; hidden first, so that no half of it is ever taken for a checkpoint."""
-    aside = path.with_name(f".{path.name}.old")
-    path.rename(aside)
-    shutil.rmtree(aside)
-
-
-def _name_and_prune(partial: Path, final: Path, keep: int) -> None:
-    """Give a finished step its name; then keep the newest `keep` and the best."""
-    aside = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        final.rename(aside)
-    partial.rename(final)
-    storage.synchronize_folder(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
-    steps = []
-    for path in _steps(final.parent):
-        if step_of(path) <= step_of(final):
-            steps.append(path)
-        elif _is_damaged(path):  # a later step that this run could not resume from
-            _remove(path)
-    best = _best(steps)
-    if best is not None:
-        _write_best(final.parent, *best)
-    for path in steps[:-keep]:
-        if best is None or path != best[0]:
-            _remove(path)
-
-
-def _is_damaged(path: Path) -> bool:
-    try:
-        verify(path)
-    except DamagedError:
-        return True
-    except UserError:  # another format version: not ours to judge
-        return False
-    return False
-
-
-def _best(steps: Sequence[Path]) -> tuple[Path, float] | None:
-    """The step with the lowest validation loss, the earliest of equals; None where no step has one."""
-    losses = []
-    for path in steps:
-        try:
-            loss = read_description(path).get("validation_loss")
-        except UserError:
-            continue
-        if loss is not None and math.isfinite(loss):
-            losses.append((loss, path))
-    if not losses:
-        return None
-    loss, path = min(losses, key=lambda pair: pair[0])
-    return path, loss
-
-
-def _write_best(folder: Path, path: Path, loss: float) -> None:
-    new = folder / ".best.json"
-    new.write_text(json.dumps({"step": step_of(path), "checkpoint": path.name, "validation_loss": loss}) + "\n")
-    new.replace(folder / "best.json")
-
-
 def save(
     folder: Path,
     step: int,
@@ -178,7 +107,7 @@ def save(
     keep: int = 2,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Save a step: write aside, check, rename, and drop old ones.
+    """Save a step, if all its numbers are finite: write aside, check, rename, and drop old ones.
 
     Args:
         folder: the run's folder of checkpoints, seen by every rank.
@@ -187,28 +116,31 @@ def save(
             are written once.
         description: what is not a tensor, as JSON; the coordinator's (rank 0) is taken. `validation_loss` in it
             decides which checkpoint is the best.
-        keep: newest checkpoints that stay; the best stays besides, and `best.json` names it.
+        keep: newest checkpoints that stay; the best stays besides, and `best.json` names it; so does the one before
+            this until `note_next_step` says that a step was made from this.
         group: the ranks that save, all if None.
 
     Returns:
         The step's folder, `step-00000100`.
 
     Raises:
-        UserError: on every rank, when a rank cannot write; what was there before is kept.
+        UserError: on every rank, when a rank cannot write, or has NaN or Inf; what was there before is kept.
     """
     folder = Path(folder)
-    final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    final, partial = folder / name_of(step), folder / f".{name_of(step)}.partial"
     rank, _ = _rank_and_size(group)
 
     def start() -> None:
+        if (name := first_not_finite(pieces)) is not None:
+            raise _NotFiniteError(name)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            _clear(folder)
+            clear(folder)
             partial.mkdir()
 
     def finish() -> None:
         if rank == 0:
-            _name_and_prune(partial, final, keep)
+            name_and_prune(partial, final, keep)
 
     try:
         _agree(start, group)
@@ -223,13 +155,24 @@ def save(
     return final
 
 
+class _NotFiniteError(Exception):
+    """Names a tensor of what was to be saved."""
+
+
 def _save_error(error: CheckpointException, folder: Path, step: int) -> Exception:
-    """The line for the user when a disk fails; a plain error otherwise (CheckpointException is no Exception)."""
+    """The line for the user when numbers are not finite, what is read late is refused, or a disk fails.
+
+    A plain error otherwise (CheckpointException is no Exception).
+    """
+    before = [path for path in steps_in(folder) if not has_diverged(path)]
+    kept = f"the last complete checkpoint, {before[-1].name}, is kept" if before else "there is no earlier checkpoint"
+    if (name := _first_error(error, _NotFiniteError)) is not None:
+        return UserError(f"step {step} is not saved, for {name} holds NaN or Inf: lower train.learning_rate; {kept}")
+    if (refusal := _first_error(error, UserError)) is not None:
+        return UserError(str(refusal))
     cause = _first_error(error, OSError)
     if cause is None:
         return RuntimeError(f"step {step} could not be saved: {error}")
-    before = _steps(folder)
-    kept = f"the last complete checkpoint, {before[-1].name}, is kept" if before else "there is no earlier checkpoint"
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"no space left for the checkpoint of step {step} in {folder}: free some, or lower checkpoint.keep; {kept}"
@@ -293,49 +236,57 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def newest(folder: Path, warn: Callable[[str], None] = log.warning) -> Path | None:
-    """The newest complete checkpoint whose sizes and checksums hold; asked by one process, not by all at once.
+    """The newest complete checkpoint that is valid: sizes and checksums hold, all is finite, it has not diverged.
+
+    Asked by one process, not by all at once.
 
     Args:
         folder: the run's folder of checkpoints; it need not exist.
-        warn: told of each damaged checkpoint, and which one is used in its place.
+        warn: told of each that is not valid, and which one is used in its place.
 
     Returns:
-        The step's folder, or None where no checkpoint was ever completed.
+        The step's folder, or None where no checkpoint was ever completed, or all have diverged.
 
     Raises:
-        UserError: there are checkpoints and all are damaged, or one is of another format version.
+        UserError: there are checkpoints, none is valid and not all have diverged; or one is of another format version.
     """
     folder = Path(folder)
     if folder.is_dir():
-        _restore(folder)
-    damages: list[str] = []
-    for path in reversed(_steps(folder)):
+        restore_replaced(folder)
+    faults: list[DamagedError] = []
+    found = None
+    for path in reversed(steps_in(folder)):
         try:
-            verify(path)
+            check_next_step(path)
+            check(path)
         except DamagedError as error:
-            damages.append(str(error).removesuffix(": use another checkpoint"))
-            continue
-        for damage in damages:
-            warn(f"{damage}: {path.name} is used instead")
-        return path
-    if damages:
-        raise UserError(f"no checkpoint in {folder} is sound ({'; '.join(damages)}): remove them to start anew")
-    return None
+            faults.append(error)
+        else:
+            found = path
+            break
+    texts = [str(error).removesuffix(": use another checkpoint") for error in faults]
+    if found is None and not all(isinstance(error, DivergedError) for error in faults):
+        raise UserError(f"no checkpoint in {folder} is valid ({'; '.join(texts)}): remove them to start anew")
+    for text in texts:
+        warn(f"{text}: {f'{found.name} is used instead' if found else 'no older one is left'}")
+    return found
 
 
 def resolve(run_or_step: str | os.PathLike[str]) -> Path:
-    """The step's folder that a user means by a run's folder (its newest sound checkpoint) or by a step's own.
+    """The step's folder that a user means by a run's folder (its newest valid checkpoint) or by a step's own.
 
     Raises:
-        UserError: neither, or the step is damaged.
+        UserError: neither, or the step is damaged or not finite.
     """
     path = Path(run_or_step)
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give a run's folder or one of its checkpoints/step-...")
     if (path / MANIFEST).exists() or STEP_NAME.fullmatch(path.name):
-        verify(path)
+        check(path)
+        if has_diverged(path):
+            log.warning("%s has diverged (its next step: %s)", path, read_next_step(path))
         return path
     found = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
-        raise UserError(f"{path} holds no complete checkpoint: train first, or give another run's folder")
+        raise UserError(f"{path} holds no complete checkpoint that serves: train first, or give another run's folder")
     return found

@@ -5,6 +5,7 @@ A step's folder holds
     index.json              logical tensor -> dtype, shape, and where each of its boxes lies
     description.json        everything that is not a tensor
     manifest.json           format version; size and checksum of every other file: written last
+and, once training went on from there, next_step.json (divergence.py).
 """
 
 import json
@@ -90,6 +91,11 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     if not names_are_plain or not {INDEX, DESCRIPTION} <= files.keys():
         raise DamagedError(f"{folder / MANIFEST} is not a checkpoint's manifest: use another checkpoint")
     return files
+
+
+def is_marked_finite(folder: Path) -> bool:
+    """Whether the writer of a valid manifest says that no number is NaN or Inf; older versions did not look."""
+    return _read_json(folder / MANIFEST).get("finite") is True
 
 
 def read_index(folder: Path) -> dict[str, Stored]:

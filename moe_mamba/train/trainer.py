@@ -1,14 +1,15 @@
 """A training run, from top to bottom: corpora, world, model, engine, checkpoint, loop, report."""
 
 import errno
+import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from moe_mamba.train import checkpoint, report
 from moe_mamba.train.beginning import Beginning, accumulation_changes, check, settle
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.diagnose import first_bad_output, first_bad_parameter
+from moe_mamba.train.divergence import NextStep
 from moe_mamba.train.evaluate import Scores, evaluate
 from moe_mamba.train.metrics import MetricsWriter
 from moe_mamba.train.objective import Objective, StepSums
@@ -40,13 +42,15 @@ from moe_mamba.train.screen import Screen
 from moe_mamba.train.stop import REASONS
 from moe_mamba.train.watch import Watch
 
+log = logging.getLogger(__name__)
+
 
 def train(config: Config, folder: RunFolder, screen: Screen) -> None:
     """Train as `config` says, in `folder`, going on from its newest checkpoint if there is one.
 
     Raises:
         UserError: the input is wrong; raised before any process group is made.
-        RunStopped: the loss is no number any more, or the disk or a GPU's memory is full.
+        RunStopped: the run has diverged, or the disk or a GPU's memory is full.
     """
     world = World.from_environment()
     topology = check(config, world)
@@ -118,7 +122,7 @@ class Trainer:
         self.world = world = topology.world
         self.corpora = corpora
         self.watch = watch
-        self.step = self.saved = watch.step = beginning.done
+        self.begun = self.step = self.saved = watch.step = beginning.done
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
         self.micro_batch = beginning.micro_batch
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
@@ -221,10 +225,13 @@ class Trainer:
         assert sums is not None
         loss = self._sum(sums.cross_entropy) / targets
         if not math.isfinite(loss):
-            self._stop(f"the loss is {loss}", batches)
+            self._stop(f"the loss is {loss} at step {self.step + 1}", NextStep(loss, None), batches)
         norm = engines.step(self.engine, self.config.train.gradient_clip)
+        next_step = NextStep(loss, norm)
         if not math.isfinite(norm):
-            self._stop(f"the loss is {loss:.4f} but its gradient's norm is {norm}", [])
+            self._stop(f"the loss is {loss:.4f} but its gradient's norm is {norm} at step {self.step + 1}", next_step)
+        if self.saved == self.step and self.world.is_first:
+            self.saver.note_next_step(self.step, next_step)
         self._update_balance_biases(sums)
         self.step += 1
         self.watch.step = self.step
@@ -247,20 +254,43 @@ class Trainer:
         """What this rank owns of the run's state."""
         return engines.state_pieces(self.engine, self.held)
 
-    def _stop(self, fault: str, batches: list[Batch]) -> None:
-        """End the run at a step that went wrong, before anything of it is saved; names the first bad value."""
+    def _stop(self, fault: str, next_step: NextStep | None = None, batches: Sequence[Batch] = ()) -> NoReturn:
+        """End a run that has diverged, before anything of it is saved.
+
+        Args:
+            fault: what is not finite, and where.
+            next_step: that was to be made from the weights as they are, and is noted beside a checkpoint of them.
+            batches: of that step, for a look at where the first bad value is.
+        """
         places = from_all(first_bad_parameter(self.model) if batches else None)
-        if not any(places):
+        if any(places):  # spoilt in memory, for what is saved is finite
+            next_step = None
+        else:
             for batch in batches:
                 places += from_all(first_bad_output(self.model, batch.tokens, batch.starts))
         place = next((f"; the first bad value is in {place}" for place in places if place), "")
-        self.saver.wait()
-        kept = from_first(checkpoint.newest(self.folder.checkpoints) if self.world.is_first else None)
-        raise RunStopped(
-            f"{fault} at step {self.step + 1}{place}. "
-            + (f"{kept} is kept" if kept else "No checkpoint was saved yet")
-            + ": lower train.learning_rate, or look at the data of this step"
-        )
+        try:
+            self.saver.wait()
+        except UserError as error:
+            log.warning("%s", error)
+        raise RunStopped(f"{fault}{place}. {from_first(self._way_on(next_step) if self.world.is_first else None)}")
+
+    def _way_on(self, next_step: NextStep | None) -> str:
+        """Note that training cannot go on from here, and say from where it can."""
+        folder = self.folder.checkpoints
+        if next_step is not None:
+            checkpoint.note_next_step(folder, self.step, next_step, self.config.checkpoint.keep)
+        try:
+            kept = checkpoint.newest(folder)
+        except UserError as error:
+            return str(error)
+        is_given = self.step == 0 and self.config.train.warm_start  # the rate has changed nothing yet
+        advice = "give train.warm_start other weights" if is_given else "lower train.learning_rate"
+        advice += ", or look at the data of this step"
+        if kept is None:
+            return f"No valid checkpoint is there: {advice}; the same line then starts anew"
+        again = ", as this run did; if that does not help, remove it" if checkpoint.step_of(kept) == self.begun else ""
+        return f"{kept} is kept: {advice}; the same line then goes on from it{again}"
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds
@@ -280,7 +310,11 @@ class Trainer:
         self.metrics.write(line)
 
     def _validate(self) -> dict[str, Scores]:
-        """Scores of every validation set, on the screen and in the metrics; none where the run is asked to stop."""
+        """Scores of every validation set, on the screen and in the metrics; none where the run is asked to stop.
+
+        Raises:
+            RunStopped: a loss is not finite, and so no model to save.
+        """
         scores = {}
         data, limit = self.config.data, self.config.train.validation_batches
         end_of_text = self.corpora.tokenizer.end_of_text
@@ -293,6 +327,8 @@ class Trainer:
             score = evaluate(self.model, batches, self.topology, lambda: self._agree(0)[1] is not None)
             if score is None:
                 return {}
+            if not math.isfinite(score.loss):
+                self._stop(f"the loss on {name} is {score.loss} after step {self.step}")
             scores[name] = score
             self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, score, corpus)}")
         self.metrics.write(report.validation_metrics(self.step, self.step * self.tokens_per_step, self.corpora, scores))
