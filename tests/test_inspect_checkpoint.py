@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from train.runs import save_as_before
 
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train import checkpoint
+from moe_mamba.train.divergence import NextStep
 from moe_mamba.train.inspection import inspect, inspect_tensor
 from tools.inspect_checkpoint import main
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHT = torch.tensor([[1.0, -2.0], [math.nan, 4.0]])
+WEIGHT = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
 
 
 @pytest.fixture
@@ -56,8 +59,13 @@ def test_everything_inside_is_listed(step: Path) -> None:
 def test_a_tensor_has_boxes_and_statistics(step: Path) -> None:
     found = inspect_tensor(step, "weights/w")
     assert [(box["offsets"], box["sizes"]) for box in found["boxes"]] == [((0, 0), (1, 2)), ((1, 0), (1, 2))]
-    assert {key: found[key] for key in ("nan", "min", "max", "mean")} == {"nan": 1, "min": -2, "max": 4, "mean": 1}
-    assert found["norm"] == pytest.approx(math.sqrt(21))
+    assert {key: found[key] for key in ("nan", "min", "max", "mean")} == {
+        "nan": 0,
+        "min": -2,
+        "max": 4,
+        "mean": 0.875,
+    }
+    assert found["norm"] == pytest.approx(math.sqrt(21.25))
     assert inspect_tensor(step, "weights/scale")["norm"] == 2
     with pytest.raises(UserError, match="has no tensor weights/none: run without --tensor"):
         inspect_tensor(step, "weights/none")
@@ -76,7 +84,36 @@ def test_people_and_programs_are_told(step: Path, capsys: pytest.CaptureFixture[
     main(str(step), json=True)
     assert json.loads(capsys.readouterr().out) == inspect(step) | {"sound": True}
     main(str(step), tensor="weights/w", json=True)
-    assert json.loads(capsys.readouterr().out)["nan"] == 1
+    assert json.loads(capsys.readouterr().out)["nan"] == 0
+
+
+@pytest.mark.parametrize(("value", "counted"), [(math.nan, 1), (math.inf, 0)])
+def test_a_tensor_that_an_older_version_let_be_poisoned_is_named_and_can_be_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, counted: int
+) -> None:
+    pieces = [Piece(name, (2,), (0,), torch.tensor([1.0, number])) for name, number in (("a", 2.0), ("b", value))]
+    step = save_as_before(tmp_path, 1, pieces)
+    with pytest.raises(UserError, match=r"step-00000001: b holds NaN or Inf: use another checkpoint$"):
+        main(str(step))
+    main(str(step), tensor="b")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{step}: b holds NaN or Inf"
+    main(str(step), tensor="b", json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["nan"], found["sound"]) == (counted, False)
+    main(str(step), tensor="a", json=True)
+    assert json.loads(capsys.readouterr().out)["sound"]
+
+
+def test_what_the_next_step_gave_is_told(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (inspect(step)["next_step"], inspect(step)["diverged"]) == (None, None)
+    checkpoint.note_next_step(step.parent, 10, NextStep(math.nan, None), 2)
+    main(str(step))
+    assert re.search(r"next step +loss nan: it has diverged$", capsys.readouterr().out, re.MULTILINE)
+    assert inspect(step)["diverged"] is True
+    checkpoint.note_next_step(step.parent, 10, NextStep(2.5, 0.125), 2)
+    main(str(step.parents[1]))
+    assert re.search(r"next step +loss 2.5000, gradient norm 0.125$", capsys.readouterr().out, re.MULTILINE)
+    assert inspect(step)["diverged"] is False
 
 
 def test_a_checkpoint_that_says_little_is_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

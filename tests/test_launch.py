@@ -71,6 +71,20 @@ def test_every_launcher_trains_on_two_processes(tiny: Path, tmp_path: Path, laun
     assert len(curve(read_metrics(folder))) == STEPS
 
 
+def test_a_diverged_run_ends_in_one_line_and_the_same_line_trains_at_a_lower_rate(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = sys.executable, "launch/train.py", f"--config={tiny}", f"--run.folder={folder}", "--checkpoint.every=1"
+    done = call(*line, "--train.learning_rate=1e6")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the loss is nan at step 2; the first bad value is in the output of ")
+    assert done.stderr.endswith("; the same line then starts anew\n")
+    assert done.stderr.count("\n") == 1
+    done = call(*line, "--train.learning_rate=1e-3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step-00000001 has diverged (step 2: loss nan): no older one is left\n" in done.stdout
+    assert len(curve(read_metrics(folder))) == STEPS
+
+
 def test_the_launcher_passes_exit_code_2_through(tiny: Path, tmp_path: Path) -> None:
     done = call(
         str(BIN / "deepspeed"),

@@ -1,6 +1,7 @@
 """Say what is inside a checkpoint, and whether it is sound."""
 
 import json as json_format
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +13,24 @@ from moe_mamba.train.inspection import inspect, inspect_tensor
 def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None:
     """List what a checkpoint holds, after checking it: checksums, and that the boxes of each tensor make it up.
 
-    Ends with "sound", or with exit code 2 and one line that names the damage.
+    Ends with "sound", or with exit code 2 and one line that names the damage, or the tensor that holds NaN or Inf.
 
     Args:
-        checkpoint: a run's folder (its newest sound checkpoint is used) or one of its checkpoints/step-... folders.
+        checkpoint: a run's folder (its newest valid checkpoint is used) or one of its checkpoints/step-... folders.
         tensor: show this tensor alone: where its boxes lie, and statistics of its values.
         json: print one JSON object instead.
     """
-    path = resolve(checkpoint)
+    path = resolve(checkpoint, finite=tensor is None)
     if tensor is not None:
         found = inspect_tensor(path, tensor)
         show = tensor_table
+        is_sound = not found["nan"] and all(math.isfinite(found[key] or 0) for key in ("min", "max"))
     else:
         found = inspect(path)
         show = table
-    print(json_format.dumps(found | {"sound": True}) if json else f"{show(found)}\n\n{path}: sound")
+        is_sound = True
+    end = "sound" if is_sound else f"{tensor} holds NaN or Inf"
+    print(json_format.dumps(found | {"sound": is_sound}) if json else f"{show(found)}\n\n{path}: {end}")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -39,6 +43,7 @@ def table(found: dict[str, Any]) -> str:
         "model": None if model is None else _pairs(model),
         "layout": None if layout is None else _pairs(layout),
         "processes": _number(found["processes"]),
+        "next step": f"{found['next_step']}: it has diverged" if found["diverged"] else found["next_step"],
     }
     kinds = [
         (f"  {name}", *(f"{kind[key]:,}" for key in ("tensors", "elements", "bytes")))

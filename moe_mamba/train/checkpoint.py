@@ -28,7 +28,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train import storage
 from moe_mamba.train.divergence import DivergedError, first_not_finite, has_diverged, read_next_step
-from moe_mamba.train.manifest import MANIFEST, DamagedError, read_description, read_index
+from moe_mamba.train.manifest import MANIFEST, DamagedError, read_description, read_index, verify
 from moe_mamba.train.planners import PieceLoadPlanner, PieceSavePlanner
 from moe_mamba.train.retention import (
     STEP_NAME,
@@ -272,8 +272,12 @@ def newest(folder: Path, warn: Callable[[str], None] = log.warning) -> Path | No
     return found
 
 
-def resolve(run_or_step: str | os.PathLike[str]) -> Path:
+def resolve(run_or_step: str | os.PathLike[str], finite: bool = True) -> Path:
     """The step's folder that a user means by a run's folder (its newest valid checkpoint) or by a step's own.
+
+    Args:
+        run_or_step: the folder.
+        finite: refuse a step whose tensors hold NaN or Inf; False: to look at it.
 
     Raises:
         UserError: neither, or the step is damaged or not finite.
@@ -282,7 +286,7 @@ def resolve(run_or_step: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give a run's folder or one of its checkpoints/step-...")
     if (path / MANIFEST).exists() or STEP_NAME.fullmatch(path.name):
-        check(path)
+        (check if finite else verify)(path)
         if has_diverged(path):
             log.warning("%s has diverged (its next step: %s)", path, read_next_step(path))
         return path

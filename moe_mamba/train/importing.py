@@ -19,6 +19,7 @@ from moe_mamba.hf.reading import Stored, read_json, stored_tensors
 from moe_mamba.hf.tokenizer_files import ORIGINAL
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.pieces import Piece
+from moe_mamba.train.divergence import is_finite
 from moe_mamba.train.output_folder import check_output
 from moe_mamba.train.restore import weight_pieces
 from moe_mamba.train.starting_point import MARK, write_starting_point
@@ -44,8 +45,8 @@ def import_folder(
         The format that was read, the run's configuration, and the step's folder.
 
     Raises:
-        UserError: `folder` is foreign, torn, or of a model that ours cannot hold; there is no tokenizer; `output` is
-            not empty.
+        UserError: `folder` is foreign, torn, or of a model that ours cannot hold, or a tensor holds NaN or Inf; there
+            is no tokenizer; `output` is not empty.
     """
     check_output(output, overwrite, MARK, folder)
     if not (folder / "config.json").is_file():
@@ -130,17 +131,30 @@ def lazy_pieces(
                 "that are not quantised"
             )
     return [
-        Piece(piece.name, piece.shape, piece.offsets, piece.tensor, partial(_assemble, piece.shape, made_of, stored))
+        Piece(
+            piece.name,
+            piece.shape,
+            piece.offsets,
+            piece.tensor,
+            partial(_assemble, folder, piece.shape, made_of, stored),
+        )
         for piece in weight_pieces(model)
         for made_of in (parts[piece.name.removeprefix("weights/")],)
     ]
 
 
-def _assemble(shape: Sequence[int], entries: Sequence[Entry], stored: Mapping[str, Stored]) -> Tensor:
-    """One tensor of ours, fp32."""
+def _assemble(folder: Path, shape: Sequence[int], entries: Sequence[Entry], stored: Mapping[str, Stored]) -> Tensor:
+    """One tensor of ours, fp32.
+
+    Raises:
+        UserError: one of theirs holds NaN or Inf.
+    """
     tensor = torch.empty(shape)
     for entry in entries:
-        entry.view(tensor).copy_(stored[entry.theirs].read())
+        theirs = stored[entry.theirs].read()
+        if not is_finite([theirs]):
+            raise UserError(f"{folder}: {entry.theirs} holds NaN or Inf: fetch the folder again, or give another")
+        entry.view(tensor).copy_(theirs)
     return tensor
 
 

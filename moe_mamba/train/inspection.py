@@ -8,6 +8,7 @@ import torch
 
 from moe_mamba.errors import UserError
 from moe_mamba.train.boxes import fault_of_cover
+from moe_mamba.train.divergence import read_next_step
 from moe_mamba.train.manifest import (
     DTYPE_NAMES,
     INDEX,
@@ -33,7 +34,9 @@ def inspect(path: Path) -> dict[str, Any]:
     Returns:
         A JSON object. ``step``, ``tokens``, ``validation_loss``, ``model``, ``layout`` (keys of the configuration)
         and ``processes`` are None where whoever saved did not say; ``files`` maps names to bytes; ``kinds`` sums up
-        ``tensors`` (name -> shape, dtype, elements, bytes, boxes) by the first part of their names.
+        ``tensors`` (name -> shape, dtype, elements, bytes, boxes) by the first part of their names. ``next_step``
+        says what the step that training made from it gave, and ``diverged`` whether that was not finite; None where
+        it was not made.
 
     Raises:
         UserError: the folder is damaged; names the tensor or the file.
@@ -48,6 +51,7 @@ def inspect(path: Path) -> dict[str, Any]:
         for key, value in (("tensors", 1), ("elements", tensor["elements"]), ("bytes", tensor["bytes"])):
             kind[key] += value
     files = {name: size for name, (size, _) in read_manifest(path).items()}
+    next_step = read_next_step(path)
     return {
         "path": str(path),
         "step": description.get("step"),
@@ -56,6 +60,8 @@ def inspect(path: Path) -> dict[str, Any]:
         "model": _keys(config.get("model"), MODEL_KEYS),
         "layout": _keys(config.get("parallel"), LAYOUT_KEYS),
         "processes": description.get("processes"),
+        "next_step": None if next_step is None else str(next_step),
+        "diverged": None if next_step is None else not next_step.is_finite,
         "kinds": kinds,
         "files": files,
         "tensors": tensors,

@@ -36,7 +36,8 @@ def write_starting_point(
         The step's folder.
 
     Raises:
-        UserError: there is something at `output`, the tokenizer has more tokens than the model, or the disk is full.
+        UserError: there is something at `output`, the tokenizer has more tokens than the model, a tensor holds NaN or
+            Inf, or the disk is full.
     """
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(

@@ -1,6 +1,7 @@
 """Folders that cannot be read end in one line, and nothing in them is run."""
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -94,6 +95,14 @@ def test_a_wrong_shape_or_kind(folder: Path) -> None:
     refused(folder, rf"{NORM} has the shape \[17\], and config\.json makes it \[16\]")
     change(folder, lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.int8)}))
     refused(folder, rf"{NORM} is I8, and only F32, F16, BF16 are read")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.float32), (-math.inf, torch.float16)])
+def test_weights_that_are_not_finite(folder: Path, value: float, dtype: torch.dtype) -> None:
+    weight = torch.ones(16, dtype=dtype)
+    weight[7] = value
+    change(folder, lambda tensors: tensors.update({NORM: weight}))
+    refused(folder, rf"^{folder}: {NORM} holds NaN or Inf: fetch the folder again, or give another$")
 
 
 def test_a_torn_file(folder: Path) -> None:

@@ -1,12 +1,16 @@
 """Small whole runs, for the tests to look at."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from world import World
 
 from launch.train import train
+from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train import checkpoint
 from moe_mamba.train.metrics import read_metrics
 
@@ -35,3 +39,14 @@ def same_weights(folder: Path, other: Path) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def save_as_before(folder: Path, step: int, pieces: Sequence[Piece], description: dict[str, Any] | None = None) -> Path:
+    """Save as versions did that looked for no NaN."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "first_not_finite", lambda _: None)
+        path = checkpoint.save(folder, step, pieces, description or {}, keep=99)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["finite"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path

@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, h
     with pytest.raises(UserError, match=r"step-00000002/.*: use another checkpoint$"):
         checkpoint.resolve(after)
     shutil.rmtree(before)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is sound .*step-00000002.*: remove them to start anew"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid .*step-00000002.*: remove them to start anew"):
         checkpoint.newest(tmp_path)
 
 

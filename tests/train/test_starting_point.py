@@ -1,5 +1,6 @@
 """Weights that are written one after the other, into a folder that is whole or not there."""
 
+import math
 import weakref
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert (len(read.given), read.most) == (6, 1)
     for number in range(6):
         assert torch.equal(checkpoint.read_tensor(step, f"weights/{number}"), torch.full((3, 5), float(number)))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    pieces = [later(n, Reader()) for n in range(4)]
+    pieces.append(
+        Piece("weights/bad", (2,), (0,), torch.empty(2, device="meta"), lambda: torch.tensor([1.0, math.inf]))
+    )
+    with pytest.raises(UserError, match="^weights/bad holds NaN or Inf: give other weights$"):
+        write_starting_point(tmp_path / "run", Config(), BytesTokenizer(), pieces)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(5, "Input/output error")])
