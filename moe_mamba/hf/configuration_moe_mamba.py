@@ -5,11 +5,17 @@ Assembled from the source of the package moe_mamba by tools/assemble_hf.py: chan
 names one of its modules, more stands there; nothing of it is needed.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PretrainedConfig
+
+OLDEST = "4.57"  # version of Transformers that this was tested with
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
+    raise ImportError(f"MoEMamba needs transformers {OLDEST} or newer, and {transformers.__version__} is installed")
 
 PATTERN_LETTERS = {"M": "Mamba", "*": "attention", "-": "feed-forward", "E": "mixture of experts"}
 
@@ -72,8 +78,9 @@ class MoEConfig:
 
 
 @strict
-class MoEMambaConfig(PreTrainedConfig):
-    """The residual stack, a letter a layer, and its sizes.
+@dataclass(kw_only=True)
+class StackConfig:
+    """The residual stack, a letter a layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
 
     Args:
         pattern: one letter a layer: M Mamba, * attention, - feed-forward, E experts.
@@ -97,21 +104,8 @@ class MoEMambaConfig(PreTrainedConfig):
         final_norm: a norm between the last layer and the head.
         tied_head: the head is the embedding, transposed.
         initialization: authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it.
-        moe: routing and experts, keys and defaults as in ``MoEConfig``.
-        use_cache: whether a pass in evaluation returns a cache by default.
-        output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
-        bos_token_id: token that begins a text, if any does.
-        eos_token_id: token that ends a text, if any does.
-        pad_token_id: token that fills batches.
     """
 
-    model_type = "moe_mamba"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "heads",
-        "tie_word_embeddings": "tied_head",
-    }
     kernels: ClassVar[str] = "auto"
 
     pattern: str = "ME"
@@ -135,22 +129,6 @@ class MoEMambaConfig(PreTrainedConfig):
     final_norm: bool = True
     tied_head: bool = False
     initialization: Literal["default", "authors"] = "default"
-    moe: dict[str, Any] | None = None
-    use_cache: bool = True
-    output_router_logits: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.moe = asdict(MoEConfig(**(self.moe or {})))
-        self._check()
-        super().__post_init__(**kwargs)
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Letters of the whole pattern."""
-        return len(self.layers)
 
     @property
     def layers(self) -> str:
@@ -177,7 +155,7 @@ class MoEMambaConfig(PreTrainedConfig):
         """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         if not self.pattern:
             raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
         for letter in self.pattern:
@@ -198,6 +176,69 @@ class MoEMambaConfig(PreTrainedConfig):
                     f"model.d_model / model.heads = {self.d_model // self.heads} is odd: "
                     "rotary positions need an even one, or set model.positions=none"
                 )
+
+
+class MoEMambaConfig(PretrainedConfig):
+    """The residual stack, a letter a layer, and its sizes.
+
+    Args:
+        moe: routing and experts, keys and defaults as in ``MoEConfig``.
+        use_cache: whether a pass in evaluation returns a cache by default.
+        output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
+        bos_token_id: token that begins a text, if any does.
+        eos_token_id: token that ends a text, if any does.
+        pad_token_id: token that fills batches.
+        kwargs: keys of the stack, with types and defaults as in ``StackConfig``, and what Transformers keeps in any
+            configuration.
+
+    Raises:
+        ValueError: values that make no model.
+    """
+
+    model_type = "moe_mamba"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "heads",
+        "tie_word_embeddings": "tied_head",
+    }
+
+    def __init__(
+        self,
+        moe: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        output_router_logits: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        stack = StackConfig(
+            **{field.name: kwargs.pop(field.name) for field in fields(StackConfig) if field.name in kwargs}
+        )
+        for field in fields(StackConfig):
+            setattr(self, field.name, getattr(stack, field.name))
+        self.moe = asdict(MoEConfig(**(moe or {})))
+        self.use_cache = use_cache
+        self.output_router_logits = output_router_logits
+        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**tokens, tie_word_embeddings=stack.tied_head, **kwargs)
+
+    @property
+    def stack(self) -> StackConfig:
+        """The keys of the stack as they are now, checked, and what follows from them."""
+        return StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+
+    @property
+    def layers(self) -> str:
+        """One letter a layer, for the whole model."""
+        return self.pattern * self.repeat
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Letters of the whole pattern."""
+        return len(self.layers)
 
 
 MoEMambaConfig.register_for_auto_class()  # save_pretrained writes this file, too

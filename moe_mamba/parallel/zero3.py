@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.mamba import Mamba
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
 from moe_mamba.parallel.placement import Shard
@@ -64,7 +63,7 @@ def partition_model(
         deepspeed.zero.Init(
             module=module, data_parallel_group=groups.data, dtype=torch.float32, mem_efficient_linear=False
         )
-    _register_foreign_reads(model)
+    _give_logits_a_module(model)
     if in_bf16:
         model.embedding.register_forward_hook(_to_bf16)
 
@@ -137,12 +136,8 @@ def _replace_linears(model: LanguageModel) -> None:
         model.project = _Product.apply
 
 
-def _register_foreign_reads(model: LanguageModel) -> None:
-    """Make known which modules read parameters of others, whose own forward is never called."""
-    for module in model.modules():
-        if isinstance(module, Mamba):
-            for parameter in (*module.conv1d.parameters(), *module.dt_proj.parameters()):
-                deepspeed.zero.register_external_parameter(module, parameter)
+def _give_logits_a_module(model: LanguageModel) -> None:
+    """Make known where the vocabulary's weight is read, which is not in its owner's forward."""
     (weight,) = (model.embedding if model.head is None else model.head).parameters()
     logits = Logits(model.logits, weight)
     model.add_module("output", logits)

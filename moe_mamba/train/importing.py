@@ -25,7 +25,11 @@ from moe_mamba.train.starting_point import MARK, write_starting_point
 
 READ_DTYPES = ("F32", "F16", "BF16")  # fp32, as checkpoints have weights, holds them exactly
 HEADS = ("lm_head.weight", "model.head.weight")
-OLDER_NAMES = {"backbone.embeddings.weight": "backbone.embedding.weight"}  # the first conversions of Mamba
+OLDER_NAMES = {
+    "mamba": {"backbone.embeddings.weight": "backbone.embedding.weight"},  # the first conversions
+    "moe_mamba": {"lm_head.weight": "model.head.weight"},  # exports from before the head had its own place
+}
+"""Format -> name of a tensor -> its name in older folders."""
 COMPUTED = ("rotary_emb.inv_freq",)  # ends of names: buffers that older files hold and that follow from the config
 
 
@@ -75,8 +79,8 @@ def match(
     Raises:
         UserError: a tensor is missing, or there is one that the model has not.
     """
-    for name, older in OLDER_NAMES.items():
-        if older in stored and name not in stored and format.name == "mamba":
+    for name, older in OLDER_NAMES.get(format.name, {}).items():
+        if older in stored and name not in stored:
             stored[name] = stored.pop(older)
     layouts = [list(format.entries(model, moe, stacked)) for stacked in (False, True)]
     entries = min(layouts, key=lambda entries: sum(entry.theirs not in stored for entry in entries))

@@ -22,7 +22,7 @@ def model(request: pytest.FixtureRequest, pair: Pair) -> Any:
     """One of a few families, with its random weights scaled up so that its choices are clear."""
     _, theirs = pair(request.param, TOP_2)
     with torch.no_grad():
-        theirs.model.head.weight *= 4
+        theirs.lm_head.weight *= 4
     return theirs
 
 

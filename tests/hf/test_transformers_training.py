@@ -18,7 +18,7 @@ TOKENS = torch.arange(2, 26).view(3, 8)
 def _layers_run(model: Any, action: Callable[[], Any]) -> int:
     """How many layers run while something is done, those that are run again included."""
     runs: list[Any] = []
-    handles = [layer.register_forward_pre_hook(lambda *args: runs.append(args)) for layer in model.model.layers]
+    handles = [layer.mixer.register_forward_pre_hook(lambda *args: runs.append(args)) for layer in model.model.layers]
     action()
     for handle in handles:
         handle.remove()

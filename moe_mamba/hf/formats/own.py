@@ -9,6 +9,13 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import Configuration, Entry, build, same, section
 from moe_mamba.model.language_model import LanguageModel
 
+CLASSES = {
+    "AutoModel": "MoEMambaModel",
+    "AutoModelForCausalLM": "MoEMambaForCausalLM",
+    "AutoModelForSequenceClassification": "MoEMambaForSequenceClassification",
+}
+"""What Transformers' Auto classes load -> the class of the modeling file."""
+
 
 class Own:
     """``MoEMambaForCausalLM``, whose code lies beside the weights; see hf/configuration_moe_mamba.py."""
@@ -27,7 +34,7 @@ class Own:
             "architectures": [self.architecture],
             "auto_map": {
                 "AutoConfig": "configuration_moe_mamba.MoEMambaConfig",
-                "AutoModelForCausalLM": "modeling_moe_mamba.MoEMambaForCausalLM",
+                **{auto: f"modeling_moe_mamba.{name}" for auto, name in CLASSES.items()},
             },
             **model.model_dump(exclude={"kernels"}),
             "moe": moe.model_dump(),
@@ -43,4 +50,4 @@ class Own:
         """See Format."""
         with torch.device("meta"):
             names = LanguageModel(model, moe).state_dict()
-        return (same(f"model.{name}", name) for name in names)
+        return (same(f"model.{name}" if name != "head.weight" else "lm_head.weight", name) for name in names)
