@@ -59,7 +59,8 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
 
 def returned_cache(output: Any) -> Any:
     """What a pass or ``generate`` kept, by the name that this version gives it."""
-    return output["cache"] if "cache" in output else output.past_key_values
+    name = "cache" if "cache" in output else "past_key_values"
+    return output[name]
 
 
 def check_logits(ours: Any, theirs: Any, folder: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-import class_under_version as script  # noqa: E402  (it imports Transformers)
-from hf.checkpoints import make_run  # noqa: E402
-from hf.other_transformers import COMPANIONS, environment  # noqa: E402
+import class_under_version as script
+from hf.checkpoints import make_run
+from hf.other_transformers import COMPANIONS, environment
 
-from moe_mamba.data.tokenizer import BytesTokenizer  # noqa: E402
-from moe_mamba.hf.versions import NEWEST, OLDEST, TESTED  # noqa: E402
-from moe_mamba.train.export import export  # noqa: E402
+from moe_mamba.data.tokenizer import BytesTokenizer
+from moe_mamba.hf.versions import NEWEST, OLDEST, TESTED
+from moe_mamba.train.export import export
 
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
@@ -74,6 +74,13 @@ def test_exported_models_are_right_under(version: str, exported: Path, tmp_path:
             reasons.setdefault(why, []).append(name)
     lines = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
     assert not lines, "\n".join([f"of {len(checks)} checks fail under Transformers {version}:", *lines])
+
+
+def test_the_card_says_which_were_tested(exported: Path) -> None:
+    cards = {name: (exported / name / "README.md").read_text() for name in EXPORTED}
+    assert all(f"Tested with Transformers {OLDEST} to {NEWEST}" in card for card in cards.values())
+    assert {name for name, card in cards.items() if "an older one is refused" in card} == {"moe_mamba"}
+    assert {name for name, card in cards.items() if "`use_mamba_kernels=False`" in card} == {"jamba"}
 
 
 @pytest.mark.long
