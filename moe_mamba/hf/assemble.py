@@ -9,7 +9,7 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_mamba.hf.versions import OLDEST
+from moe_mamba.hf.versions import NEWEST, OLDEST
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGURATION, MODELING = "configuration_moe_mamba.py", "modeling_moe_mamba.py"
@@ -307,10 +307,11 @@ def _configuration() -> str:
             text = text.replace(line, "\n".join(lines) + "\n")
     nodes = source.tree.body
     letters = next(source.of(nodes, place) for place, node in enumerate(nodes) if _name(node) == "PATTERN_LETTERS")
-    oldest = "from moe_mamba.hf.versions import OLDEST\n"
-    if text.count(oldest) != 1:
-        raise ValueError(f"hf/shell/configuration.py lacks the one line {oldest.strip()!r}")
-    text = text.replace(oldest, f'OLDEST = "{OLDEST}"  # version of Transformers that this was tested with\n')
+    versions = "from moe_mamba.hf.versions import NEWEST, OLDEST\n"
+    if text.count(versions) != 1:
+        raise ValueError(f"hf/shell/configuration.py lacks the one line {versions.strip()!r}")
+    tested = f'OLDEST, NEWEST = "{OLDEST}", "{NEWEST}"  # versions of Transformers that this was tested with\n'
+    text = text.replace(versions, tested)
     text = text.replace("\n\n@strict", f"\n{letters}\n\n\n@strict", 1)
     return NOTICE.format(title=ast.get_docstring(shell.tree) or "") + "\n\n" + text
 

@@ -12,10 +12,10 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
 
-OLDEST = "4.57"  # version of Transformers that this was tested with
+OLDEST, NEWEST = "4.57", "5.24"  # versions of Transformers that this was tested with
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
-    raise ImportError(f"MoEMamba needs transformers {OLDEST} or newer, and {transformers.__version__} is installed")
+    raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
 
 PATTERN_LETTERS = {"M": "Mamba", "*": "attention", "-": "feed-forward", "E": "mixture of experts"}
 

@@ -23,6 +23,8 @@ from moe_mamba.train.objective import Objective
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 301, 8, 24
 DECISIVE = 8.0  # routers start with larger weights than in a run, so that fewer of their decisions are near a tie
+# Least distance of a decision from a tie, in scores: a hundred times what rounding moves them by in some steps.
+MARGIN, MARGIN_FLOAT64 = 2e-4, 1e-6
 
 
 @dataclass(frozen=True, order=True)
@@ -229,6 +231,22 @@ def train(config: Config, steps: int) -> Trained:
                     for name, shape, offsets, values in pieces_of(engine, built.held, "moment1/")
                 ]
     return Trained(losses, norms, gradients, pieces_of(engine, built.held, "weights/"), min(margins, default=1.0))
+
+
+def train_far_from_ties(
+    world: Any, pattern: str, layout: Layout, steps: int, accumulation: int = 1, **keys: Any
+) -> tuple[int, list[Trained]]:
+    """Train on data on which no routing decision comes near a tie, so that rounding moves none.
+
+    Returns:
+        The first seed of such data, and what each rank trained on it.
+    """
+    for seed in range(50):
+        config = config_of(pattern, layout, accumulation, run__seed=seed, **keys)
+        trained = world.run(train, config, steps, ranks=layout.ranks)
+        if min(rank.margin for rank in trained) >= MARGIN:
+            return seed, trained
+    raise AssertionError(f"{pattern}: {steps} steps come within {MARGIN} of a tie on each of 50 seeds")
 
 
 def pieces_of(engine: Any, held: dict[str, Shard], kind: str) -> Boxes:

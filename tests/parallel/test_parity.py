@@ -12,6 +12,7 @@ import pytest
 from parallel.layouts import (
     GLOBAL_BATCH,
     LENGTH,
+    MARGIN_FLOAT64,
     VOCABULARY,
     Boxes,
     Layout,
@@ -23,8 +24,10 @@ from parallel.layouts import (
     difference,
     legal_layouts,
     mean_over_data_ranks,
+    routing_margins,
     share_of,
     train,
+    train_far_from_ties,
 )
 from torch import Tensor
 from world import World
@@ -34,9 +37,6 @@ from moe_mamba.train.objective import Objective
 
 MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements" / "parity.json"
 STEPS = 20
-SMALLEST_MARGIN = 1e-4
-# Data on which no decision of the run is nearer to a tie than that, so that rounding moves none.
-SEEDS = {"ME": 2, "*E": 0, "M-": 1, "*-": 0, "MEM-*E": 0}
 PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
 
 
@@ -50,11 +50,13 @@ def forward_and_backward(config: Config) -> tuple[Boxes, Boxes]:
     counted = int((targets != -100).sum())
     objective = Objective(config.moe, model.cross_entropy, counted, micro_steps, built.topology)
     outputs: Boxes = []
-    for number in range(micro_steps):
-        mine = [share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, starts)]
-        output = model(mine[0], mine[2])
-        (objective(output.logits, mine[1], output.statistics) / micro_steps).backward()
-        outputs.append(logits_box(output.logits, built.topology, number))
+    with routing_margins(model) as margins:
+        for number in range(micro_steps):
+            mine = [share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, starts)]
+            output = model(mine[0], mine[2])
+            (objective(output.logits, mine[1], output.statistics) / micro_steps).backward()
+            outputs.append(logits_box(output.logits, built.topology, number))
+    assert min(margins, default=1.0) >= MARGIN_FLOAT64, "a routing decision lies near a tie: take another seed"
     gradients = {name: mean_over_data_ranks(built, parameter) for name, parameter in model.named_parameters()}
     return outputs, boxes_of(gradients, built.held)
 
@@ -93,11 +95,9 @@ def float64_error(world: World, pattern: str, layouts: Iterable[Layout], **keys:
 def engine_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: Any) -> dict[Layout, "Errors"]:
     """Worst errors of 20 steps under the engine on each layout, against one process with the same micro-steps."""
     accumulation = keys.pop("accumulation", 1)
-    keys = {"train__learning_rate": 1e-3, "run__seed": SEEDS[pattern]} | keys
-    alone_config = config_of(pattern, Layout(1), accumulation, **keys)
-    (alone,) = world.run(train, alone_config, STEPS, ranks=1)
-    assert alone.margin >= SMALLEST_MARGIN, f"a routing decision of {pattern} lies {alone.margin} from a tie"
-    assert max(alone.norms) > alone_config.train.gradient_clip > 0, "clipping is at work"
+    keys = {"train__learning_rate": 1e-3} | keys
+    keys["run__seed"], (alone,) = train_far_from_ties(world, pattern, Layout(1), STEPS, accumulation, **keys)
+    assert max(alone.norms) > config_of(pattern, Layout(1), **keys).train.gradient_clip > 0, "clipping is at work"
     weights, gradients = assemble([alone.weights]), assemble([alone.gradients])
     errors = {}
     for layout in layouts:

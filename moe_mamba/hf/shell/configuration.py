@@ -7,10 +7,10 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
 
-from moe_mamba.hf.versions import OLDEST
+from moe_mamba.hf.versions import NEWEST, OLDEST
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
-    raise ImportError(f"MoEMamba needs transformers {OLDEST} or newer, and {transformers.__version__} is installed")
+    raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
 
 
 @strict
