@@ -277,10 +277,10 @@ _TYPES = {
     "Text": "str",
     "Positive": "int",
     "NonNegative": "int",
-    "NonNegativeFloat": "float | int",
-    "Annotated[float, Field(gt=0)]": "float | int",
-    "OptionalPositive": "int | None",
-    "OptionalFactor": "float | int | None",
+    "NonNegativeFloat": "Union[float, int]",
+    "Annotated[float, Field(gt=0)]": "Union[float, int]",
+    "OptionalPositive": "Optional[int]",
+    "OptionalFactor": "Optional[Union[float, int]]",
     "bool": "bool",
 }
 """A type of ``config.py`` -> what Transformers checks in its place."""

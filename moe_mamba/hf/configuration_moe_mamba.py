@@ -6,7 +6,7 @@ names one of its modules, more stands there; nothing of it is needed.
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Optional, Union
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -43,18 +43,18 @@ class MoEConfig:
     """
 
     experts: int = 32
-    d_expert: int | None = None
+    d_expert: Optional[int] = None
     router: Literal["switch", "top_k", "expert_choice"] = "switch"
     top_k: int = 1
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = False
-    capacity_factor: float | int | None = 1.0
-    evaluation_capacity: float | int | None = None
+    capacity_factor: Optional[Union[float, int]] = 1.0
+    evaluation_capacity: Optional[Union[float, int]] = None
     balance: Literal["loss", "bias", "none"] = "loss"
-    balance_weight: float | int = 0.01
+    balance_weight: Union[float, int] = 0.01
     balance_over: Literal["all", "device"] = "all"
-    bias_rate: float | int = 0.001
-    z_loss_weight: float | int = 0.0
+    bias_rate: Union[float, int] = 0.001
+    z_loss_weight: Union[float, int] = 0.0
     shared_experts: int = 0
 
     def __post_init__(self) -> None:
@@ -115,17 +115,17 @@ class StackConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    dt_rank: int | None = None
+    dt_rank: Optional[int] = None
     selective: bool = True
     mamba_norms: bool = False
     heads: int = 8
-    kv_heads: int | None = None
+    kv_heads: Optional[int] = None
     positions: Literal["rope", "none"] = "rope"
-    rope_base: float | int = 10000.0
-    d_ff: int | None = None
+    rope_base: Union[float, int] = 10000.0
+    d_ff: Optional[int] = None
     activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = "relu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_epsilon: float | int = 1e-5
+    norm_epsilon: Union[float, int] = 1e-5
     final_norm: bool = True
     tied_head: bool = False
     initialization: Literal["default", "authors"] = "default"

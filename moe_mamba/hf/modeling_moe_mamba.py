@@ -1536,10 +1536,8 @@ CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputW
 """What this version of Transformers calls a cache: ``cache`` since 5.24, ``past_key_values`` before."""
 
 
-class MoEMambaCache(DynamicCache):
-    """What the layers keep between passes: Mamba's states of constant size, keys and values of attention alone.
-
-    A new one is empty, and fits any batch. A pass changes it in place and returns it.
+class StateCache(Cache):
+    """What the layers keep between passes: Mamba's states of constant size, and attention's keys and values.
 
     Attributes:
         states: one for each layer, None for feed-forward layers and experts; empty before the first pass.
@@ -1604,7 +1602,9 @@ class MoEMambaCache(DynamicCache):
         Raises:
             ValueError: always.
         """
-        raise ValueError("MoEMambaCache.crop: a state cannot forget its last tokens; keep a copy.deepcopy from before")
+        raise ValueError(
+            f"{type(self).__name__}.crop: a state cannot forget its last tokens; keep a copy.deepcopy from before"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the states of the beams that live on."""
@@ -1639,7 +1639,11 @@ class MoEMambaCache(DynamicCache):
         self.seen += length
 
 
-class MoEMambaStaticCache(MoEMambaCache, StaticCache):
+class MoEMambaCache(StateCache, DynamicCache):
+    """A cache for any number of tokens. A new one is empty, and fits any batch; a pass changes it and returns it."""
+
+
+class MoEMambaStaticCache(StateCache, StaticCache):
     """A cache with room for a number of tokens, none of whose tensors ever moves or grows: for compiled steps.
 
     Args:
@@ -1755,7 +1759,7 @@ class Reading:
 def read(
     batch: int,
     length: int,
-    cache: MoEMambaCache | None,
+    cache: StateCache | None,
     mask: Tensor | None,
     position_ids: Tensor | None,
     starts: Tensor | None,
@@ -1800,7 +1804,7 @@ def read(
     return _around_padding(new, restarts, cache, past)
 
 
-def _new_columns(mask: Tensor, batch: int, length: int, cache: MoEMambaCache | None, past: int) -> Tensor:
+def _new_columns(mask: Tensor, batch: int, length: int, cache: StateCache | None, past: int) -> Tensor:
     """The mask's columns of the new tokens, (batch, length) bool."""
     room = None if cache is None else cache.max_cache_len
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + length, room):
@@ -1814,7 +1818,7 @@ def _new_columns(mask: Tensor, batch: int, length: int, cache: MoEMambaCache | N
     return mask[:, past : past + length].bool()
 
 
-def _checked(mask: Tensor, new: Tensor, cache: MoEMambaCache | None, past: int) -> Tensor | None:
+def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> Tensor | None:
     """The new columns; None where all of them are text, and there was some in every row if there was any token.
 
     Raises:
@@ -1833,7 +1837,7 @@ def _checked(mask: Tensor, new: Tensor, cache: MoEMambaCache | None, past: int) 
     return None if is_plain else new
 
 
-def _around_padding(new: Tensor, restarts: Tensor | None, cache: MoEMambaCache | None, past: int) -> Reading:
+def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | None, past: int) -> Reading:
     """How rows with padding are read, among the new tokens or before them; ``new`` (batch, length) bool."""
     batch = len(new)
     begun = torch.zeros(batch, dtype=torch.bool, device=new.device)
@@ -1842,9 +1846,11 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: MoEMambaCache |
     first = new & (new.cumsum(1) == 1) & ~begun[:, None]
     starts = _either(None if restarts is None else restarts & new, first)
     padding = ~new
-    behind_text = (padding & (new.cumsum(1) > 0)).any()
+    behind_text = padding & (new.cumsum(1) > 0)
     held_up = (padding & begun[:, None]).any()
-    needs_order, waits = torch.stack((behind_text | held_up, held_up)).tolist()
+    # Padding that ends a row is seen by no token; only the state that is kept would have read it.
+    harms = behind_text if cache is not None else new & (behind_text.cumsum(1) > 0)
+    needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
     if not needs_order:
         return Reading(_starts(starts, past), new)
     order = new.int().argsort(dim=1, stable=True)  # padding first
@@ -1865,7 +1871,8 @@ def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
     first = visible & (visible.cumsum(1) == 1)
     since = torch.where(restarts | first, place, 0).cummax(1).values  # where the run of positions began
     offset = positions - visible.cumsum(1)
-    skips = (visible & (offset != offset.gather(1, since))).any()
+    # Beside padding the mask says where a text goes on, and what Transformers counts behind padding is not looked at.
+    skips = visible.all() & (offset != offset.gather(1, since)).any()
     goes_on = (first & (positions != 0)).any()
     are_skipped, go_on = torch.stack((skips, goes_on)).tolist()
     if go_on and not past:
@@ -2148,14 +2155,14 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        past_key_values: StateCache | None = None,
         **documents: Any,
     ) -> MoEMambaModelOutput | tuple:
         """Read tokens.
@@ -2215,16 +2222,14 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         output = MoEMambaModelOutput(last_hidden_state=stream, **{CACHE: cache}, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _cache(
-        self, given: MoEMambaCache | None, older: MoEMambaCache | None, use_cache: bool | None
-    ) -> MoEMambaCache | None:
+    def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache that this pass fills, or None."""
         if given is not None and older is not None:
             raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
         given = older if given is None else given
         if given is not None or use_cache:
             self.check_that_it_generates()
-        if given is not None and not isinstance(given, MoEMambaCache):
+        if given is not None and not isinstance(given, StateCache):
             raise ValueError(f"the cache is a {type(given).__name__}: pass a MoEMambaCache, or None for a new one")
         if given is not None and use_cache is False:
             raise ValueError("a cache with use_cache=False: leave out one of them")
@@ -2260,7 +2265,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             )
 
     def _mix(
-        self, embedded: Tensor, cache: MoEMambaCache | None, reading: Reading, recording: Recording
+        self, embedded: Tensor, cache: StateCache | None, reading: Reading, recording: Recording
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
@@ -2283,7 +2288,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             cache.count(batch, length, reading.visible)
         return reordered(stream.view(embedded.shape), reading.places), statistics
 
-    def _states(self, cache: MoEMambaCache, embedded: Tensor) -> list[State]:
+    def _states(self, cache: StateCache, embedded: Tensor) -> list[State]:
         """The cache's states, or those before any token. All are zeros: quantised or offloaded weights make none."""
         batch, length, _ = embedded.shape
         if cache.batch_size not in (-1, batch):
@@ -2292,6 +2297,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
                 "see its batch_repeat_interleave"
             )
         room = cache.max_cache_len
+        if torch.compiler.is_compiling() and cache.states:
+            return cache.states
         if room is not None and not torch.compiler.is_compiling() and int(cache.seen) + length > room:
             raise ValueError(
                 f"the cache has room for {room} tokens, {int(cache.seen)} are in it and {length} come: make it larger"
@@ -2348,7 +2355,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -2358,7 +2365,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        past_key_values: StateCache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple:
         """Predict the token after each one.
@@ -2435,7 +2442,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         moe, auxiliary, loss = self.config.moe, None, None
         share: float | Tensor = 1.0
         if targets is not None:
-            loss, count = cross_entropy_sum(logits, targets.to(logits.device), backend=self.config.stack.kernels)
+            loss, count = cross_entropy_sum(logits, targets.to(logits.device))
             items = count if items is None else torch.as_tensor(items, device=loss.device)
             # Micro-steps are added up: each has its share of the batch in the routers' losses, too.
             loss, share = loss / items, count / items
@@ -2498,8 +2505,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
                 raise ValueError(f"cache_implementation={wanted} beside a cache: pass one of them")
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            room = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs[CACHE] = MoEMambaStaticCache(room) if wanted == "static" else MoEMambaCache()
+            model_kwargs[CACHE] = MoEMambaCache()
+            if wanted == "static":
+                # As large as any before, so that a compiled step fits again.
+                asked = getattr(generation_config, "max_cache_len", None) or 0
+                self._room = max(max_cache_length, asked, getattr(self, "_room", 0))
+                model_kwargs[CACHE] = MoEMambaStaticCache(self._room)
 
 
 MoEMambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained writes this file, too
@@ -2536,7 +2547,7 @@ class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -2544,7 +2555,7 @@ class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        past_key_values: StateCache | None = None,
     ) -> SequenceClassifierOutputWithPast | tuple:
         """Score each text by its last token.
 

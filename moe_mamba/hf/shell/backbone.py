@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
-from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache
+from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, StateCache
 from moe_mamba.hf.shell.configuration import MoEConfig
 from moe_mamba.hf.shell.kernels import Plain, operations
 from moe_mamba.hf.shell.order import reordered, reordered_attention, run_with_waiting
@@ -74,14 +74,14 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        past_key_values: StateCache | None = None,
         **documents: Any,
     ) -> MoEMambaModelOutput | tuple:
         """Read tokens.
@@ -141,16 +141,14 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         output = MoEMambaModelOutput(last_hidden_state=stream, **{CACHE: cache}, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _cache(
-        self, given: MoEMambaCache | None, older: MoEMambaCache | None, use_cache: bool | None
-    ) -> MoEMambaCache | None:
+    def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache that this pass fills, or None."""
         if given is not None and older is not None:
             raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
         given = older if given is None else given
         if given is not None or use_cache:
             self.check_that_it_generates()
-        if given is not None and not isinstance(given, MoEMambaCache):
+        if given is not None and not isinstance(given, StateCache):
             raise ValueError(f"the cache is a {type(given).__name__}: pass a MoEMambaCache, or None for a new one")
         if given is not None and use_cache is False:
             raise ValueError("a cache with use_cache=False: leave out one of them")
@@ -186,7 +184,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             )
 
     def _mix(
-        self, embedded: Tensor, cache: MoEMambaCache | None, reading: Reading, recording: Recording
+        self, embedded: Tensor, cache: StateCache | None, reading: Reading, recording: Recording
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
@@ -209,7 +207,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             cache.count(batch, length, reading.visible)
         return reordered(stream.view(embedded.shape), reading.places), statistics
 
-    def _states(self, cache: MoEMambaCache, embedded: Tensor) -> list[State]:
+    def _states(self, cache: StateCache, embedded: Tensor) -> list[State]:
         """The cache's states, or those before any token. All are zeros: quantised or offloaded weights make none."""
         batch, length, _ = embedded.shape
         if cache.batch_size not in (-1, batch):
@@ -218,6 +216,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
                 "see its batch_repeat_interleave"
             )
         room = cache.max_cache_len
+        if torch.compiler.is_compiling() and cache.states:
+            return cache.states
         if room is not None and not torch.compiler.is_compiling() and int(cache.seen) + length > room:
             raise ValueError(
                 f"the cache has room for {room} tokens, {int(cache.seen)} are in it and {length} come: make it larger"

@@ -18,10 +18,8 @@ CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputW
 """What this version of Transformers calls a cache: ``cache`` since 5.24, ``past_key_values`` before."""
 
 
-class MoEMambaCache(DynamicCache):
-    """What the layers keep between passes: Mamba's states of constant size, keys and values of attention alone.
-
-    A new one is empty, and fits any batch. A pass changes it in place and returns it.
+class StateCache(Cache):
+    """What the layers keep between passes: Mamba's states of constant size, and attention's keys and values.
 
     Attributes:
         states: one for each layer, None for feed-forward layers and experts; empty before the first pass.
@@ -86,7 +84,9 @@ class MoEMambaCache(DynamicCache):
         Raises:
             ValueError: always.
         """
-        raise ValueError("MoEMambaCache.crop: a state cannot forget its last tokens; keep a copy.deepcopy from before")
+        raise ValueError(
+            f"{type(self).__name__}.crop: a state cannot forget its last tokens; keep a copy.deepcopy from before"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the states of the beams that live on."""
@@ -121,7 +121,11 @@ class MoEMambaCache(DynamicCache):
         self.seen += length
 
 
-class MoEMambaStaticCache(MoEMambaCache, StaticCache):
+class MoEMambaCache(StateCache, DynamicCache):
+    """A cache for any number of tokens. A new one is empty, and fits any batch; a pass changes it and returns it."""
+
+
+class MoEMambaStaticCache(StateCache, StaticCache):
     """A cache with room for a number of tokens, none of whose tensors ever moves or grows: for compiled steps.
 
     Args:

@@ -8,7 +8,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from moe_mamba.hf.shell.backbone import MoEMambaModel
-from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, MoEMambaStaticCache
+from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, MoEMambaStaticCache, StateCache
 from moe_mamba.hf.shell.pretrained import MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, head_weight
 from moe_mamba.model.loss import cross_entropy_sum
@@ -59,7 +59,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -69,7 +69,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        past_key_values: StateCache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple:
         """Predict the token after each one.
@@ -146,7 +146,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         moe, auxiliary, loss = self.config.moe, None, None
         share: float | Tensor = 1.0
         if targets is not None:
-            loss, count = cross_entropy_sum(logits, targets.to(logits.device), backend=self.config.stack.kernels)
+            loss, count = cross_entropy_sum(logits, targets.to(logits.device))
             items = count if items is None else torch.as_tensor(items, device=loss.device)
             # Micro-steps are added up: each has its share of the batch in the routers' losses, too.
             loss, share = loss / items, count / items
@@ -209,8 +209,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
                 raise ValueError(f"cache_implementation={wanted} beside a cache: pass one of them")
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            room = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs[CACHE] = MoEMambaStaticCache(room) if wanted == "static" else MoEMambaCache()
+            model_kwargs[CACHE] = MoEMambaCache()
+            if wanted == "static":
+                # As large as any before, so that a compiled step fits again.
+                asked = getattr(generation_config, "max_cache_len", None) or 0
+                self._room = max(max_cache_length, asked, getattr(self, "_room", 0))
+                model_kwargs[CACHE] = MoEMambaStaticCache(self._room)
 
 
 MoEMambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained writes this file, too

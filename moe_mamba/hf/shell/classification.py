@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from moe_mamba.hf.shell.backbone import MoEMambaModel
-from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache
+from moe_mamba.hf.shell.cache import CACHE, StateCache
 from moe_mamba.hf.shell.pretrained import MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, normal
 
@@ -39,7 +39,7 @@ class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -47,7 +47,7 @@ class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        past_key_values: StateCache | None = None,
     ) -> SequenceClassifierOutputWithPast | tuple:
         """Score each text by its last token.
 

@@ -1,7 +1,7 @@
 """Configuration of a model that moe_mamba trained, as Transformers keeps it."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Optional, Union
 
 import transformers
 from huggingface_hub.dataclasses import strict

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_mamba.hf.shell.cache import MoEMambaCache
+from moe_mamba.hf.shell.cache import StateCache
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reading:
 def read(
     batch: int,
     length: int,
-    cache: MoEMambaCache | None,
+    cache: StateCache | None,
     mask: Tensor | None,
     position_ids: Tensor | None,
     starts: Tensor | None,
@@ -81,7 +81,7 @@ def read(
     return _around_padding(new, restarts, cache, past)
 
 
-def _new_columns(mask: Tensor, batch: int, length: int, cache: MoEMambaCache | None, past: int) -> Tensor:
+def _new_columns(mask: Tensor, batch: int, length: int, cache: StateCache | None, past: int) -> Tensor:
     """The mask's columns of the new tokens, (batch, length) bool."""
     room = None if cache is None else cache.max_cache_len
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + length, room):
@@ -95,7 +95,7 @@ def _new_columns(mask: Tensor, batch: int, length: int, cache: MoEMambaCache | N
     return mask[:, past : past + length].bool()
 
 
-def _checked(mask: Tensor, new: Tensor, cache: MoEMambaCache | None, past: int) -> Tensor | None:
+def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> Tensor | None:
     """The new columns; None where all of them are text, and there was some in every row if there was any token.
 
     Raises:
@@ -114,7 +114,7 @@ def _checked(mask: Tensor, new: Tensor, cache: MoEMambaCache | None, past: int) 
     return None if is_plain else new
 
 
-def _around_padding(new: Tensor, restarts: Tensor | None, cache: MoEMambaCache | None, past: int) -> Reading:
+def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | None, past: int) -> Reading:
     """How rows with padding are read, among the new tokens or before them; ``new`` (batch, length) bool."""
     batch = len(new)
     begun = torch.zeros(batch, dtype=torch.bool, device=new.device)
@@ -123,9 +123,11 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: MoEMambaCache |
     first = new & (new.cumsum(1) == 1) & ~begun[:, None]
     starts = _either(None if restarts is None else restarts & new, first)
     padding = ~new
-    behind_text = (padding & (new.cumsum(1) > 0)).any()
+    behind_text = padding & (new.cumsum(1) > 0)
     held_up = (padding & begun[:, None]).any()
-    needs_order, waits = torch.stack((behind_text | held_up, held_up)).tolist()
+    # Padding that ends a row is seen by no token; only the state that is kept would have read it.
+    harms = behind_text if cache is not None else new & (behind_text.cumsum(1) > 0)
+    needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
     if not needs_order:
         return Reading(_starts(starts, past), new)
     order = new.int().argsort(dim=1, stable=True)  # padding first
@@ -146,7 +148,8 @@ def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
     first = visible & (visible.cumsum(1) == 1)
     since = torch.where(restarts | first, place, 0).cummax(1).values  # where the run of positions began
     offset = positions - visible.cumsum(1)
-    skips = (visible & (offset != offset.gather(1, since))).any()
+    # Beside padding the mask says where a text goes on, and what Transformers counts behind padding is not looked at.
+    skips = visible.all() & (offset != offset.gather(1, since)).any()
     goes_on = (first & (positions != 0)).any()
     are_skipped, go_on = torch.stack((skips, goes_on)).tolist()
     if go_on and not past:
