@@ -279,7 +279,7 @@ _TYPES = {
     "OptionalFactor": "float | int | None",
     "bool": "bool",
 }
-"""A type of ``config.py`` -> what Transformers checks in its place."""
+"""A type of ``config_model.py`` -> what Transformers checks in its place."""
 
 _CHECKS = {"ModelConfig": "_check", "MoEConfig": "__post_init__"}
 """Section -> what its check is called in the assembled file."""
@@ -289,7 +289,7 @@ _NOT_SAVED = ("kernels",)
 
 
 def _configuration() -> str:
-    source = _Source((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    source = _Source((PACKAGE / "config_model.py").read_text(encoding="utf-8"))
     shell = _Source((PACKAGE / "hf" / "shell" / "configuration.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.tree.body if isinstance(node, ast.ClassDef)}
     text = "\n".join(shell.lines[shell.tree.body[0].end_lineno :]).strip() + "\n"
