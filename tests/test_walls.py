@@ -24,12 +24,10 @@ ALLOWED = {
     "planning": {"parallel", "model", "config"},
     "train": {"parallel", "model", "kernels", "data", "planning", "hf", "config", "config_file"},
 }
+CONFIGURATION = ("config_types", "config_model", "config", "config_file")
 # room: packages from outside, beside the standard library's, that it must not know
 FOREIGN = {
-    **dict.fromkeys(
-        ("config_types", "config_model", "config", "config_file"),
-        {"torch", "deepspeed", "megatron", "transformers", "datasets"},
-    ),
+    **{room: {"torch", "deepspeed", "megatron", "transformers", "datasets"} for room in CONFIGURATION},
     "kernels": {"deepspeed", "megatron", "transformers", "datasets", "torch.distributed"},
     "model": {"deepspeed", "megatron", "transformers", "datasets", "torch.distributed"},
     "data": {"deepspeed", "transformers"},
