@@ -4,7 +4,7 @@ JSON and tensors alone are read: Transformers is not needed, and code in the fol
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from moe_mamba.config import Config, ModelConfig, MoEConfig, TrainConfig
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
-from moe_mamba.hf.formats import FORMATS, Entry, Format, detect
+from moe_mamba.hf.formats import FORMATS, OWN, Entry, Format, detect
+from moe_mamba.hf.formats.settings import notes
 from moe_mamba.hf.reading import Stored, read_json, stored_tensors
 from moe_mamba.hf.tokenizer_files import ORIGINAL
 from moe_mamba.model.language_model import LanguageModel
@@ -30,7 +31,11 @@ COMPUTED = ("rotary_emb.inv_freq",)  # ends of names: buffers that older files h
 
 
 def import_folder(
-    folder: Path, output: Path, tokenizer: str | None = None, overwrite: bool = False
+    folder: Path,
+    output: Path,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
 ) -> tuple[Format, Config, Path]:
     """Write a run's folder with the weights, the configuration and the tokenizer of `folder`.
 
@@ -39,6 +44,7 @@ def import_folder(
         output: the run's folder; it appears when it is whole.
         tokenizer: as `load_tokenizer` takes it; None: the folder's own.
         overwrite: replace a run's folder at `output`.
+        say: is told what of config.json is left out on purpose.
 
     Returns:
         The format that was read, the run's configuration, and the step's folder.
@@ -56,6 +62,8 @@ def import_folder(
     configuration = read_json(folder / "config.json")
     format = detect(configuration)
     model, moe = format.read(configuration)
+    for note in notes(configuration, format.architecture) if format is not OWN else ():
+        say(f"note: {note}")
     stored = stored_tensors(folder)
     with torch.device("meta"):
         whole = LanguageModel(model, moe)

@@ -63,7 +63,8 @@ def refused(folder: Path, line: str, **keys: Any) -> None:
 
 def test_foreign_folders(folder: Path, tmp_path: Path) -> None:
     refused(
-        tmp_path / "nothing", r"nothing is no model's folder.*moe_mamba, mamba, llama, mixtral, jamba, state_spaces"
+        tmp_path / "nothing",
+        r"nothing is no model's folder.*moe_mamba, mamba, llama, mistral, mixtral, jamba, state_spaces",
     )
     configure(folder, model_type="gpt2")
     refused(folder, r"model_type='gpt2' is none that is read.*mamba")
