@@ -26,10 +26,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
 TOP_2: dict[str, Any] = {"router": "top_k", "top_k": 2}
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mamba", {"pattern": "MM", "tied_head": True}, {}),
     ("llama", {"pattern": "*-*-", **SWIGLU}, {}),
+    ("llama", {"pattern": "*-*-", **SWIGLU, **BIASES, **LLAMA_3, "head_dim": 6}, {}),
+    ("mistral", {"pattern": "*-*-", **SWIGLU, **LLAMA_3, "sliding_window": 5}, {}),
     ("mixtral", {"pattern": "*E*E", **SWIGLU}, TOP_2 | {"renormalize": True}),
+    ("mixtral", {"pattern": "*E", **SWIGLU, "sliding_window": 5, "head_dim": 6}, TOP_2 | {"renormalize": True}),
+    ("moe_mamba", {"pattern": "*-", **SWIGLU, **BIASES, **LLAMA_3, "sliding_window": 5, "head_dim": 6}, {}),
     ("jamba", {"pattern": "M-*EM-*E", **JAMBA}, TOP_2),
     ("moe_mamba", {"pattern": "ME"}, {}),
     ("moe_mamba", {"pattern": "MEM-*E", "norm": "layernorm", "tied_head": True}, TOP_2 | {"shared_experts": 1}),
