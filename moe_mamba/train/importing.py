@@ -18,6 +18,7 @@ from moe_mamba.hf.formats import FORMATS, OWN, Entry, Format, detect
 from moe_mamba.hf.formats.settings import notes
 from moe_mamba.hf.reading import Stored, read_json, stored_tensors
 from moe_mamba.hf.tokenizer_files import ORIGINAL
+from moe_mamba.model.attention import rotary_frequencies
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train.output_folder import check_output
@@ -27,7 +28,7 @@ from moe_mamba.train.starting_point import MARK, write_starting_point
 READ_DTYPES = ("F32", "F16", "BF16")  # fp32, as checkpoints have weights, holds them exactly
 HEADS = ("lm_head.weight", "model.head.weight")
 OLDER_NAMES = {"backbone.embeddings.weight": "backbone.embedding.weight"}  # the first conversions of Mamba
-COMPUTED = ("rotary_emb.inv_freq",)  # ends of names: buffers that older files hold and that follow from the config
+FREQUENCIES = "rotary_emb.inv_freq"  # end of names: buffers that older files hold and that follow from the config
 
 
 def import_folder(
@@ -98,8 +99,9 @@ def match(
             f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) wants: "
             "fetch the folder again"
         )
+    if "*" in model.layers:
+        _drop_frequencies(folder, model, stored)
     surplus = stored.keys() - {entry.theirs for entry in entries}
-    surplus = {name for name in surplus if not name.endswith(COMPUTED)}
     if surplus:
         raise UserError(
             f"{folder} has the tensor {_first(sorted(surplus))}, which {format.architecture} as its config.json "
@@ -161,6 +163,18 @@ def _drop_tied_head(folder: Path, embedding: str, head: str, stored: dict[str, S
             f"{folder}: config.json ties the head to the embedding, but {head} differs from {embedding}: "
             "set its tie_word_embeddings (state-spaces: tie_embeddings) to false"
         )
+
+
+def _drop_frequencies(folder: Path, model: ModelConfig, stored: dict[str, Stored]) -> None:
+    """Leave out rotary frequencies where they are those of config.json, perhaps rounded to half precision."""
+    expected = rotary_frequencies(model, torch.float32, torch.device("cpu"))
+    for name in [name for name in stored if name.endswith(FREQUENCIES)]:
+        found = stored.pop(name).read().float()
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
+            raise UserError(
+                f"{folder}: {name} has other rotary frequencies than config.json: set its rope_theta, rope_scaling and "
+                "head_dim to those that the model was trained with"
+            )
 
 
 def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:

@@ -15,6 +15,7 @@ from world import World
 
 from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer, train_sentencepiece
+from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
@@ -110,6 +111,20 @@ def test_stacked_experts_come_in_too(tmp_path: Path, case: str) -> None:
     main(str(write_folder(tmp_path / "in", name, model, stacked=True)), str(tmp_path / "run"))
     found = restore(tmp_path / "run", CPU).model.state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frequencies_that_older_files_hold_must_be_those_of_the_config(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_folder(tmp_path / "in", "llama", build(*MODELS["llama"][1:]))
+    shard = folder / "model-1.safetensors"
+    frequency = 500.0 ** -torch.tensor([0.0, 0.5])
+    save_file(load_file(shard) | {"model.layers.0.self_attn.rotary_emb.inv_freq": frequency.to(dtype)}, shard)
+    main(str(folder), str(tmp_path / "run"))
+    configuration = json.loads((folder / "config.json").read_text())
+    configuration["rope_theta"] = configuration["rope_parameters"]["rope_theta"] = 10000.0
+    (folder / "config.json").write_text(json.dumps(configuration))
+    with pytest.raises(UserError, match=r"inv_freq has other rotary frequencies than config\.json: set its rope_theta"):
+        main(str(folder), str(tmp_path / "other"))
 
 
 def test_dropout_and_foreign_code_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

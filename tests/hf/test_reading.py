@@ -85,9 +85,9 @@ def test_a_tensor_too_many(folder: Path) -> None:
     refused(folder, r"has the tensor adapter\.weight \(and 1 more\), which")
 
 
-def test_buffers_that_follow_from_the_config_are_passed_over(folder: Path) -> None:
+def test_rotary_frequencies_of_a_model_without_attention_are_no_tensor_of_it(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({"layers.0.rotary_emb.inv_freq": torch.ones(2)}))
-    import_folder(folder, folder.parent / "run")
+    refused(folder, r"has the tensor layers\.0\.rotary_emb\.inv_freq, which MambaForCausalLM")
 
 
 def test_a_wrong_shape_or_kind(folder: Path) -> None:

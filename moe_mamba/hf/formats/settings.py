@@ -21,7 +21,7 @@ INERT = frozenset(
         *("return_dict", "return_dict_in_generate", "torch_dtype", "use_cache"),
         # tokens and lengths, which the tokenizer and the run's own configuration say here
         *("bos_token_id", "decoder_start_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id"),
-        *("prefix", "sep_token_id"),
+        *("max_sequence_length", "prefix", "sep_token_id"),
         # where training started, and other tasks
         *("finetuning_task", "id2label", "initializer_range", "label2id", "problem_type", "task_specific_params"),
         # how text is drawn
