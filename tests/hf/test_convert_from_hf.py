@@ -225,7 +225,16 @@ def test_it_generates_and_is_evaluated(
     assert 4 < json.loads(capsys.readouterr().out)["loss"] < 8
 
 
-def test_it_trains_on_in_any_layout(world: World, tiny: Path, corpus: Path, imported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [("jamba", {"parallel__tensor": 2, "parallel__expert": 2}), ("own, window and biases", {"parallel__tensor": 2})],
+)
+def test_it_trains_on_in_any_layout(
+    world: World, corpus: Path, tmp_path: Path, case: str, layout: dict[str, int]
+) -> None:
+    name, keys, moe = MODELS[case]
+    imported = tmp_path / "imported"
+    main(str(write_folder(tmp_path / "in", name, build(keys, moe))), str(imported))
     data = {
         "data__train": str(corpus / "train.jsonl"), "data__validation": str(corpus / "validation.jsonl"),
         "data__cache": str(corpus / "cache"), "data__sequence_length": 32,
@@ -233,10 +242,10 @@ def test_it_trains_on_in_any_layout(world: World, tiny: Path, corpus: Path, impo
         "train__validate_every": 0, "train__sample_tokens": 0, "moe__balance": "none",
     }  # fmt: skip
     warm = data | {"train__warm_start": str(imported)}
-    layouts = {"alone": {"ranks": 1}, "cut": {"ranks": 2, "parallel__tensor": 2, "parallel__expert": 2}}
+    layouts = {"alone": {"ranks": 1}, "cut": {"ranks": 2, **layout}}
     losses = {
-        name: curve(run(world, imported / "config.yaml", tmp_path / name, **warm, **layout))
-        for name, layout in layouts.items()
+        name: curve(run(world, imported / "config.yaml", tmp_path / name, **warm, **where))
+        for name, where in layouts.items()
     }
     assert losses["cut"] == pytest.approx(losses["alone"], rel=1e-4)
     assert losses["alone"][-1] < losses["alone"][0] - 0.1
