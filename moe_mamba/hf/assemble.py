@@ -283,14 +283,14 @@ _TYPES = {
     "OptionalFactor": "Optional[Union[float, int]]",
     "bool": "bool",
 }
-"""A type of ``config.py`` -> what Transformers checks in its place."""
+"""A type of ``config_model.py`` -> what Transformers checks in its place."""
 
 _NOT_SAVED = ("kernels",)
 """Fields that say how a model runs, not what it is."""
 
 
 def _configuration() -> str:
-    source = _Source((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    source = _Source((PACKAGE / "config_model.py").read_text(encoding="utf-8"))
     shell = _Source((PACKAGE / "hf" / "shell" / "configuration.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.tree.body if isinstance(node, ast.ClassDef)}
     text = "\n".join(shell.lines[shell.tree.body[0].end_lineno :]).strip() + "\n"

@@ -96,8 +96,17 @@ class StackConfig:
         heads: attention: query heads.
         kv_heads: attention: key and value heads; null: as many as heads.
         positions: attention: rotary positions, or none.
+        head_dim: attention: width of a head; null: d_model / heads.
+        sliding_window: attention: tokens that a token sees, itself included; null: all before it.
+        attention_bias: attention: biases on its four projections.
         rope_base: attention: base of the rotary frequencies.
+        rope_type: attention: scaling of the rotary frequencies: none, all, or the low ones.
+        rope_factor: linear, llama3: what scaled frequencies are divided by.
+        rope_original_length: llama3: context before the scaling, tokens.
+        rope_low_freq_factor: llama3: frequencies of at most so many turns in that context are scaled.
+        rope_high_freq_factor: llama3: frequencies of at least so many turns are left; in between is a blend.
         d_ff: feed-forward: hidden width; null: 3 x d_model, 4 with attention.
+        mlp_bias: feed-forward: biases on both projections; experts have none.
         activation: feed-forward and experts: activation; swiglu is gated.
         norm: normalisation before every layer.
         norm_epsilon: added to the variance in a norm.
@@ -121,8 +130,17 @@ class StackConfig:
     heads: int = 8
     kv_heads: Optional[int] = None
     positions: Literal["rope", "none"] = "rope"
+    head_dim: Optional[int] = None
+    sliding_window: Optional[int] = None
+    attention_bias: bool = False
     rope_base: Union[float, int] = 10000.0
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    rope_factor: Union[float, int] = 1.0
+    rope_original_length: int = 8192
+    rope_low_freq_factor: Union[float, int] = 1.0
+    rope_high_freq_factor: Union[float, int] = 4.0
     d_ff: Optional[int] = None
+    mlp_bias: bool = False
     activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = "relu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_epsilon: Union[float, int] = 1e-5
@@ -151,6 +169,11 @@ class StackConfig:
         return self.kv_heads or self.heads
 
     @property
+    def resolved_head_dim(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.heads
+
+    @property
     def resolved_d_ff(self) -> int:
         """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
@@ -163,19 +186,39 @@ class StackConfig:
                 known = ", ".join(f"{key} {name}" for key, name in PATTERN_LETTERS.items())
                 raise ValueError(f"model.pattern={self.pattern}: unknown letter {letter!r}; known are {known}")
         if "*" in self.pattern:
-            if self.d_model % self.heads:
-                raise ValueError(
-                    f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: change one of them"
-                )
-            if self.heads % self.resolved_kv_heads:
-                raise ValueError(
-                    f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
-                )
-            if self.positions == "rope" and self.d_model // self.heads % 2:
-                raise ValueError(
-                    f"model.d_model / model.heads = {self.d_model // self.heads} is odd: "
-                    "rotary positions need an even one, or set model.positions=none"
-                )
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: "
+                "change one of them, or set model.head_dim"
+            )
+        if self.heads % self.resolved_kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
+            )
+        if self.positions == "rope" and self.resolved_head_dim % 2:
+            width = "model.d_model / model.heads" if self.head_dim is None else "model.head_dim"
+            raise ValueError(
+                f"{width} = {self.resolved_head_dim} is odd: "
+                "rotary positions need an even one, or set model.positions=none"
+            )
+        if self.rope_type != "default" and self.positions != "rope":
+            raise ValueError(
+                f"model.rope_type={self.rope_type} with model.positions={self.positions}, which has no rotary "
+                "frequencies: set model.rope_type=default, or model.positions=rope"
+            )
+        if self.rope_type == "default" and self.rope_factor != 1:
+            raise ValueError(
+                f"model.rope_factor={self.rope_factor:g} with model.rope_type=default, which scales nothing: "
+                "set model.rope_type=linear or llama3"
+            )
+        if self.rope_type == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g} is not below "
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}: change one of them"
+            )
 
 
 class MoEMambaConfig(PretrainedConfig):

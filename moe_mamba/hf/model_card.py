@@ -17,8 +17,11 @@ HYPERPARAMETERS = (
 SHAPE = ("d_model", "vocab_size", "norm", "norm_epsilon", "tied_head")
 SHAPE_OF_LAYER = {
     "M": ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms"),
-    "*": ("heads", "resolved_kv_heads", "positions", "rope_base"),
-    "-": ("resolved_d_ff", "activation"),
+    "*": (
+        *("heads", "resolved_kv_heads", "resolved_head_dim", "sliding_window", "attention_bias"),
+        *("positions", "rope_base", "rope_type"),
+    ),
+    "-": ("resolved_d_ff", "activation", "mlp_bias"),
     "E": ("activation",),
 }
 FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4, "accuracy": 4}  # of a validation -> decimals

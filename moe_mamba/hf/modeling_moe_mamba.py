@@ -693,18 +693,23 @@ def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 # From moe_mamba/model/attention.py:
 # Causal attention (Vaswani et al., 2017) with rotary positions or none, and grouped key and value heads.
 #
+# Over all of a document so far, or over a sliding window of it.
+#
 # Symbols: b batch, l length (new tokens), p past tokens in a state, h query heads, g key and value heads, e width of
 # a head.
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What attention keeps between passes: it grows by the tokens seen, or has room for a fixed number of them.
+    """What attention keeps between passes: it grows by the tokens seen, to at most ``model.sliding_window`` - 1.
+
+    Or it has room for a fixed number of tokens, none of which it leaves behind.
 
     Attributes:
         key: (batch, kv_heads, past, head_dim), already rotated.
         value: (batch, kv_heads, past, head_dim).
-        start: (batch,) int64: place among the past tokens where the current document starts.
+        start: (batch,) int64: place among the past tokens where the current document starts; below 0 where that is a
+            token that the window has left behind.
         seen: () int64, how many of the places hold a token, the first ones; None: all do.
     """
 
@@ -715,44 +720,68 @@ class AttentionState:
 
     @property
     def past(self) -> int | Tensor:
-        """Tokens seen."""
+        """Tokens that are kept."""
         return self.key.shape[2] if self.seen is None else self.seen
 
-    def extend(self, key: Tensor, value: Tensor, start: Tensor) -> "AttentionState":
-        """Take up new tokens; where there is room for them, in place.
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of new tokens behind them; where there is room for them, in place.
 
         Args:
             key: (batch, kv_heads, new, head_dim).
             value: (batch, kv_heads, new, head_dim).
-            start: (batch,) as in the class.
         """
         if self.seen is None:
-            key = torch.cat((self.key.to(key.dtype), key), dim=2)
-            value = torch.cat((self.value.to(value.dtype), value), dim=2)
-            return AttentionState(key, value, start)
+            return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
+                (self.value.to(value.dtype), value), dim=2
+            )
         place = torch.arange(key.shape[2], device=key.device) + self.seen
         self.key.index_copy_(2, place, key.to(self.key.dtype))
         self.value.index_copy_(2, place, value.to(self.value.dtype))
-        return AttentionState(self.key, self.value, start, self.seen + key.shape[2])
+        return self.key, self.value
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotary_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angles that each pair of a head's channels turns by from token to token (Su et al., 2021, section 3.2.2).
+
+    ``linear`` slows all of them (position interpolation; Chen et al., arXiv 2306.15595, section 2.3). ``llama3`` slows
+    those that turn at most ``rope_low_freq_factor`` times in the original context, leaves those that turn at least
+    ``rope_high_freq_factor`` times, and blends the two by the number of turns in between (Llama 3.1; ``apply_scaling``
+    of Meta's reference implementation in llama-models).
+
+    Args:
+        config: has base, width of a head, and scaling.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        (head_dim / 2,), radians: ``base ** (-2 i / head_dim)``, scaled.
+    """
+    half = config.resolved_head_dim // 2
+    frequency = config.rope_base ** -(torch.arange(half, dtype=dtype, device=device) / half)
+    if config.rope_type == "default":
+        return frequency
+    if config.rope_type == "linear":
+        return frequency / config.rope_factor
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the frequency that is left as it is
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def rotate(x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
     """Rotary positions (Su et al., 2021, eq. 34), pairs half a head apart as in GPT-NeoX and Llama.
 
     Args:
         x: (b, heads, l, e), e even.
         positions: (b or 1, l) integers: tokens since the document's start.
-        base: of the frequencies ``base ** (-2 i / e)``.
+        frequency: (e / 2,), from ``rotary_frequencies``; its dtype is that of the angles and the products.
 
     Returns:
-        ``x`` rotated, in its dtype; the angles and the products are fp32 at least.
+        ``x`` rotated, in its dtype.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    frequency = base ** -(torch.arange(half, dtype=wide, device=x.device) / half)
-    angle = (positions.to(wide)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
+    angle = (positions.to(frequency.dtype)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
     cosine, sine = angle.cos(), angle.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
+    first, second = x.to(frequency.dtype).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
@@ -779,23 +808,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tu
 
 
 class Attention(nn.Module):
-    """Attention over the documents of each sequence; bias-free projections, named as in Llama."""
+    """Attention over the documents of each sequence, or over a window of them; projections named as in Llama."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = config.d_model // config.heads
-        kv_width = config.resolved_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.head_dim, bias = config.resolved_head_dim, config.attention_bias
+        width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
-        d_model = self.config.d_model
-        inputs = {f"{name}.weight": matrix(self.config, d_model) for name in ("q_proj", "k_proj", "v_proj")}
-        return inputs | {"o_proj.weight": matrix(self.config, d_model, residual=True)}
+        inputs = ("q_proj", "k_proj", "v_proj")
+        fills = {f"{name}.weight": matrix(self.config, self.config.d_model) for name in inputs}
+        fills["o_proj.weight"] = matrix(self.config, self.config.heads * self.head_dim, residual=True)
+        if self.config.attention_bias:
+            fills |= {f"{name}.bias": zeros for name in (*inputs, "o_proj")}
+        return fills
 
     def initial_state(
         self,
@@ -827,15 +859,14 @@ class Attention(nn.Module):
         )  # (b, h, l, e), (b, g, l, e), (b, g, l, e)
         place, start = self._places(sequences, state, x.device)  # (l,), (b or 1, l)
         if self.config.positions == "rope":
-            query = rotate(query, place - start, self.config.rope_base)
-            key = rotate(key, place - start, self.config.rope_base)
-        mask = None
+            wide = torch.promote_types(query.dtype, torch.float32)
+            frequency = rotary_frequencies(self.config, wide, x.device)
+            query, key = rotate(query, place - start, frequency), rotate(key, place - start, frequency)
+        mask, window = None, self.config.sliding_window or sequences.length
         if state is not None:
-            state = state.extend(key, value, start[:, -1].expand(sequences.batch))
-            key, value = state.key, state.value  # (b, g, p + l, e)
-        if state is not None or sequences.starts is not None:
-            other = torch.arange(key.shape[2], device=x.device)  # (p + l,)
-            mask = ((other <= place[:, None]) & (other >= start[..., None]))[:, None]  # (b or 1, 1, l, p + l)
+            key, value = state.extended(key, value)  # (b, g, p + l, e)
+        if state is not None or sequences.starts is not None or sequences.length > window:
+            mask = self._mask(place, start, key.shape[2])
         if sequences.recording.attentions is not None:
             y, weight = attend(query, key, value, mask)
             sequences.recording.attentions.append(weight)
@@ -843,7 +874,30 @@ class Attention(nn.Module):
             y = functional.scaled_dot_product_attention(
                 query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
             )  # (b, h, l, e)
+        if state is not None:
+            last = start[:, -1].expand(sequences.batch)
+            seen = None if state.seen is None else state.seen + sequences.length
+            state = self._kept(key, value, last) if seen is None else AttentionState(key, value, last, seen)
         return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), None, state
+
+    def _mask(self, place: Tensor, start: Tensor, seen: int) -> Tensor:
+        """Which of ``seen`` tokens, past ones first, each new one attends to, (b or 1, 1, l, seen) bool.
+
+        None before its document; with a window of W, itself and the W - 1 tokens before it (Mistral 7B; Jiang et al.,
+        arXiv 2310.06825, section 2).
+        """
+        window = self.config.sliding_window
+        first = start if window is None else start.maximum(place - window + 1)  # (b or 1, l)
+        other = torch.arange(seen, device=place.device)
+        return ((other <= place[:, None]) & (other >= first[..., None]))[:, None]
+
+    def _kept(self, key: Tensor, value: Tensor, start: Tensor) -> AttentionState:
+        """What tokens to come may attend to of keys and values (b, g, p + l, e); ``start`` (b,) is among them."""
+        window = self.config.sliding_window
+        dropped = 0 if window is None else max(0, key.shape[2] - window + 1)
+        if dropped:  # copies, so that what is dropped lets go of its memory
+            key, value = key[:, :, dropped:].clone(), value[:, :, dropped:].clone()
+        return AttentionState(key, value, start - dropped)
 
     def _places(
         self, sequences: Sequences, state: AttentionState | None, device: torch.device
@@ -866,21 +920,24 @@ def input_width(activation: str, width: int) -> int:
 
 
 class FeedForward(nn.Module):
-    """Two bias-free matrices with an activation between them."""
+    """Two matrices, with biases or without, and an activation between them."""
 
-    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.config = config
         self.width = width or config.resolved_d_ff
-        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=False)
-        self.out_proj = nn.Linear(self.width, config.d_model, bias=False)
+        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
+        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
-        return {
+        fills = {
             "in_proj.weight": matrix(self.config, self.config.d_model),
             "out_proj.weight": matrix(self.config, self.width, residual=True),
         }
+        if self.in_proj.bias is not None:
+            fills |= {"in_proj.bias": zeros, "out_proj.bias": zeros}
+        return fills
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
         """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""
@@ -1413,7 +1470,7 @@ def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
     if letter == "*":
         return Attention(config)
     if letter == "-":
-        return FeedForward(config)
+        return FeedForward(config, bias=config.mlp_bias)
     return MoE(config, moe)
 
 
@@ -1981,15 +2038,18 @@ def _held(old: State, new: State, waits: Tensor, tokens: int) -> State:
     if not isinstance(new, AttentionState):
         pairs = {name: (getattr(old, name), getattr(new, name)) for name in vars(new)}
         return replace(new, **{name: _where(waits, was, now.to(was.dtype)) for name, (was, now) in pairs.items()})
+    if new.seen is None:  # the last of what it was, where a window keeps no more of it
+        kept, length = new.key.shape[2], old.key.shape[2]
+        source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
+        key, value = (
+            _where(waits, was[:, :, source], now) for was, now in ((old.key, new.key), (old.value, new.value))
+        )
+        return replace(new, key=key, value=value, start=torch.where(waits, old.start + kept - length, new.start))
     place = torch.arange(new.key.shape[2], device=waits.device)
-    moved = torch.where((place >= tokens) & (place < new.past), place - tokens, place)
+    moved = torch.where((place >= tokens) & (place < new.seen), place - tokens, place)
     source = torch.where(waits[:, None], moved, place)[:, None, :, None].expand_as(new.key)
-    return replace(
-        new,
-        key=new.key.gather(2, source),
-        value=new.value.gather(2, source),
-        start=torch.where(waits, old.start + tokens, new.start),
-    )
+    key, value = new.key.gather(2, source), new.value.gather(2, source)
+    return replace(new, key=key, value=value, start=torch.where(waits, old.start + tokens, new.start))
 
 
 def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:

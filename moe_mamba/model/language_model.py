@@ -134,7 +134,8 @@ class LanguageModel(nn.Module):
 
         6 for each weight of a matrix that a token meets (a multiplication and an addition forward, twice that
         backward), the head's and the convolution's included, the embedding's not, since looking up is no product;
-        6 x length x d_model for each attention layer (queries with keys, weights with values, half of them masked);
+        6 x length x heads x head_dim for each attention layer (queries with keys, weights with values, half of them
+        masked; with a sliding window of w < length tokens, 2 w - w^2 / length in the place of length);
         27 x d_inner x d_state for each Mamba layer (9 a state forward, as Mamba's section 4.5 counts the scan,
         three times that for both). Recomputation and empty slots of experts are not counted.
         """
@@ -144,7 +145,10 @@ class LanguageModel(nn.Module):
         if self.head is not None:
             matrices -= self.embedding.weight.numel()
         matrices -= sum(mixer.A_log.numel() for mixer in self._mixers(Mamba))
-        attention = 6 * length * config.d_model * len(self._mixers(Attention))
+        window = min(config.sliding_window or length, length)
+        seen = 2 * window * length - window**2  # twice the keys that a sequence's tokens see in all
+        width = config.heads * config.resolved_head_dim
+        attention = 6 * seen * width // length * len(self._mixers(Attention))
         scan = 27 * config.d_inner * config.d_state * len(self._mixers(Mamba))
         return 6 * matrices + attention + scan
 

@@ -27,7 +27,7 @@ def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
     if letter == "*":
         return Attention(config)
     if letter == "-":
-        return FeedForward(config)
+        return FeedForward(config, bias=config.mlp_bias)
     return MoE(config, moe)
 
 

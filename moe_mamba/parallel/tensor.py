@@ -109,13 +109,16 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Each peer has some inputs; partial sums are reduce-scattered over tokens."""
+    """Each peer has some inputs; partial sums are reduce-scattered over tokens, and only then is a bias added.
+
+    So it is added once to each token. Every peer has the whole bias, and its gradient from its own tokens: a replica's.
+    """
 
     def __init__(self, linear: nn.Linear, group: ProcessGroup, sequence_parallel: bool = True) -> None:
         super().__init__(
             linear.in_features,
             linear.out_features,
-            bias=False,
+            bias=linear.bias is not None,
             input_is_parallel=True,
             skip_bias_add=False,
             **_settings(group, sequence_parallel),

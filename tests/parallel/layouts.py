@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
+from moe_mamba.model import attention, feed_forward
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import Router, update_balance_bias
 from moe_mamba.parallel import engine as engines
@@ -130,10 +132,16 @@ def build(config: Config) -> Built:
         whole = LanguageModel(config.model, config.moe)
     held = shards(whole, topology)
     groups = start_groups(topology, held)
-    model = build_model(config, whole, held, groups)
+    with mock.patch.object(attention, "zeros", _spread), mock.patch.object(feed_forward, "zeros", _spread):
+        model = build_model(config, whole, held, groups)
     for router in model.routers():
         router.weight.data *= DECISIVE
     return Built(topology, groups, held, model)
+
+
+def _spread(weight: Tensor, generator: torch.Generator) -> None:
+    """What biases of projections start as here: zeros would hide one that is added twice."""
+    weight.copy_(torch.linspace(-1, 1, len(weight)))
 
 
 Boxes = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]

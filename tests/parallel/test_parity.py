@@ -38,6 +38,16 @@ from moe_mamba.train.objective import Objective
 MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements" / "parity.json"
 STEPS = 20
 PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
+# What imported models of attention have beside the plain ones' layers.
+IMPORTED: dict[str, Any] = {
+    "model__head_dim": 6,
+    "model__sliding_window": 3,
+    "model__attention_bias": True,
+    "model__mlp_bias": True,
+    "model__rope_type": "llama3",
+    "model__rope_factor": 4.0,
+    "model__rope_original_length": 32,
+}
 
 
 def forward_and_backward(config: Config) -> tuple[Boxes, Boxes]:
@@ -154,8 +164,13 @@ def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
         (Layout(4, 2, 2, expert_tensor=True), {"moe__top_k": 2, "moe__router": "top_k", "moe__shared_experts": 2}),
         (Layout(4, 4, 1, expert_tensor=True), {"model__activation": "relu", "model__norm": "layernorm"}),
         (Layout(4, 4, 2), {"model__kv_heads": 1, "model__mamba_norms": False, "train__recompute": True}),
+        (Layout(4, 4, 2), {"moe__shared_experts": 1, **IMPORTED}),
+        (Layout(4, 2, 2), {"model__kv_heads": 1, "model__activation": "gelu", **IMPORTED}),
     ],
-    ids=["top-2, shared, accumulation", "sigmoid, bias, tied", "expert choice", "experts cut", "experts cut 4", "MQA"],
+    ids=[
+        *("top-2, shared, accumulation", "sigmoid, bias, tied", "expert choice", "experts cut", "experts cut 4"),
+        *("MQA", "imported", "imported, MQA"),
+    ],
 )
 def test_every_router_and_option_in_float64(world: World, layout: Layout, keys: dict[str, Any]) -> None:
     for cell, (error, name) in float64_error(world, "MEM-*E", [layout], **keys).items():
@@ -203,6 +218,11 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Boxes, Boxes]:
 )
 def test_training_under_the_engine(world: World, pattern: str, layouts: list[Layout]) -> None:
     for layout, errors in engine_error(world, pattern, layouts, accumulation=1 + (pattern == "M-")).items():
+        errors.check(layout)
+
+
+def test_training_with_biases_and_a_window(world: World) -> None:
+    for layout, errors in engine_error(world, "*-", [Layout(4, 2, zero=2)], **IMPORTED).items():
         errors.check(layout)
 
 

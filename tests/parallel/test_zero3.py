@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parallel.layouts import Layout, Trained, assemble, batch_of, build, config_of, train
-from parallel.test_parity import STEPS, Errors, worst
+from parallel.test_parity import IMPORTED, STEPS, Errors, worst
 from torch import Tensor, nn
 from train.runs import curve, run, weights
 from world import World
@@ -64,6 +64,10 @@ def test_same_curve_as_one_process(world: World, pattern: str) -> None:
 
 def test_tensor_peers(world: World) -> None:
     check_same_curve(world, "M-", [Layout(2, 2, zero=3), Layout(4, 2, zero=3)])
+
+
+def test_biases(world: World) -> None:
+    check_same_curve(world, "*-", [Layout(2, zero=3), Layout(4, 2, zero=3)], **IMPORTED)
 
 
 def test_recomputation(world: World) -> None:

@@ -46,15 +46,18 @@ def _held(old: State, new: State, waits: Tensor, tokens: int) -> State:
     if not isinstance(new, AttentionState):
         pairs = {name: (getattr(old, name), getattr(new, name)) for name in vars(new)}
         return replace(new, **{name: _where(waits, was, now.to(was.dtype)) for name, (was, now) in pairs.items()})
+    if new.seen is None:  # the last of what it was, where a window keeps no more of it
+        kept, length = new.key.shape[2], old.key.shape[2]
+        source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
+        key, value = (
+            _where(waits, was[:, :, source], now) for was, now in ((old.key, new.key), (old.value, new.value))
+        )
+        return replace(new, key=key, value=value, start=torch.where(waits, old.start + kept - length, new.start))
     place = torch.arange(new.key.shape[2], device=waits.device)
-    moved = torch.where((place >= tokens) & (place < new.past), place - tokens, place)
+    moved = torch.where((place >= tokens) & (place < new.seen), place - tokens, place)
     source = torch.where(waits[:, None], moved, place)[:, None, :, None].expand_as(new.key)
-    return replace(
-        new,
-        key=new.key.gather(2, source),
-        value=new.value.gather(2, source),
-        start=torch.where(waits, old.start + tokens, new.start),
-    )
+    key, value = new.key.gather(2, source), new.value.gather(2, source)
+    return replace(new, key=key, value=value, start=torch.where(waits, old.start + tokens, new.start))
 
 
 def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
