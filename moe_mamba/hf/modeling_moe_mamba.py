@@ -1279,10 +1279,10 @@ class DepthwiseConv(nn.Module):
             state: (batch, width - 1, channels), the inputs before; None: zeros.
         """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        state = None if state is None else state.to(x.dtype)
         if x.dim() == 2:
-            return causal_conv_step(x, weight, bias, state, self.kernels)
-        return causal_conv(x, weight, bias, starts, state, self.kernels)
+            assert state is not None, "one more token goes on from a state"
+            return causal_conv_step(x, weight, bias, state.to(x.dtype), self.kernels)
+        return causal_conv(x, weight, bias, starts, None if state is None else state.to(x.dtype), self.kernels)
 
 
 class StepProjection(nn.Module):
@@ -1549,12 +1549,13 @@ def initial_states(
     """
     states: list[State] = []
     for layer in layers:
-        mixer, state = layer.mixer, None
+        mixer = layer.mixer
         if isinstance(mixer, Mamba):
-            state = mixer.initial_state(batch, dtype, device)
+            states.append(mixer.initial_state(batch, dtype, device))
         elif isinstance(mixer, Attention):
-            state = mixer.initial_state(batch, dtype, device, room)
-        states.append(state)
+            states.append(mixer.initial_state(batch, dtype, device, room))
+        else:
+            states.append(None)
     return states
 
 
@@ -1563,9 +1564,10 @@ def map_rows(state: State, function: Callable[[Tensor], Tensor]) -> State:
     if state is None:
         return None
     values = {field.name: getattr(state, field.name) for field in fields(state)}
-    return replace(
-        state, **{name: function(value) for name, value in values.items() if value is not None and value.dim()}
-    )
+    rows: dict[str, Any] = {
+        name: function(value) for name, value in values.items() if value is not None and value.dim()
+    }
+    return replace(state, **rows)
 
 
 def fp32_parameter_names(model: nn.Module) -> set[str]:
@@ -1606,7 +1608,7 @@ class StateCache(Cache):
     max_cache_len: int | None = None
     is_compileable = False
     is_croppable = False  # a state cannot forget its last tokens
-    is_linear = (False,)  # all([]) is True, and Transformers then reads again what was seen
+    is_linear: Any = (False,)  # all([]) is True, and Transformers then reads again what was seen
 
     def __init__(self) -> None:
         Cache.__init__(self, layers=[])
@@ -1758,17 +1760,19 @@ def _written(old: State, new: State) -> State:
             return value
         return target.copy_(value)
 
-    return replace(
-        new, **{field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)}
-    )
+    values: dict[str, Any] = {
+        field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)
+    }
+    return replace(new, **values)
 
 
 def map_state(state: State, function: Callable[[Tensor], Tensor]) -> Any:
     """A layer's state with every tensor changed."""
     if state is None:
         return None
-    values = {field.name: getattr(state, field.name) for field in fields(state)}
-    return replace(state, **{name: value if value is None else function(value) for name, value in values.items()})
+    values: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(state)}
+    values = {name: value if value is None else function(value) for name, value in values.items()}
+    return replace(state, **values)
 
 
 def _state_to(state: State, device: Any, non_blocking: bool = False) -> Any:
@@ -2038,6 +2042,7 @@ def _held(old: State, new: State, waits: Tensor, tokens: int) -> State:
     if not isinstance(new, AttentionState):
         pairs = {name: (getattr(old, name), getattr(new, name)) for name in vars(new)}
         return replace(new, **{name: _where(waits, was, now.to(was.dtype)) for name, (was, now) in pairs.items()})
+    assert isinstance(old, AttentionState)
     if new.seen is None:  # the last of what it was, where a window keeps no more of it
         kept, length = new.key.shape[2], old.key.shape[2]
         source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
@@ -2122,7 +2127,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """Fill what no checkpoint has filled, from torch's random numbers, as the trainer's models start."""
         for model in self.modules():
             if isinstance(model, MoEMambaPreTrainedModel):
-                model._fills = _fills(model)
+                vars(model)["_fills"] = _fills(model)
         super().initialize_weights()
 
     @torch.no_grad()
@@ -2138,7 +2143,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """Eager and sdpa, which attention asks for at each pass."""
         return True
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
         """Let layers compute again; without reentrance, which would lose the gradient of the routers' losses."""
@@ -2207,8 +2212,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another embedding in its place."""
-        value._is_hf_initialized = True  # type: ignore[assignment]
-        self.embedding = value
+        vars(value)["_is_hf_initialized"] = True
+        self.embedding = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -2270,7 +2275,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         stream, statistics = self._mix(inputs_embeds, cache, reading, recording)  # (batch, length, d_model)
         if self.final_norm is not None:
             stream, _ = self.final_norm(stream)
-        recorded: dict[str, Any] = {}
+        recorded: dict[str, Any] = {CACHE: cache}
         if wants_streams:
             recorded["hidden_states"] = (*(reordered(one, reading.places) for one in recording.streams or []), stream)
         if wants_attentions:
@@ -2279,7 +2284,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             recorded["router_logits"] = tuple(recording.router_logits or [])
             recorded["router_statistics"] = statistics
-        output = MoEMambaModelOutput(last_hidden_state=stream, **{CACHE: cache}, **recorded)
+        output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
@@ -2407,7 +2412,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another head in its place."""
-        new_embeddings._is_hf_initialized = True  # type: ignore[assignment]
+        vars(new_embeddings)["_is_hf_initialized"] = True
         self.lm_head = new_embeddings
 
     def forward(
@@ -2532,7 +2537,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         inputs.pop("token_type_ids", None)
         return inputs
 
-    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The mask that Transformers guesses from pad tokens, less those that stand inside a text: they are text."""
         mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
         return (mask.cumsum(-1) > 0).to(mask.dtype)
@@ -2553,7 +2558,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """Give ``generate`` the one kind of cache that fits."""
         self.model.check_that_it_generates()
         wanted = generation_config.cache_implementation
@@ -2690,8 +2695,11 @@ class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
         kind = self.config.problem_type
         if kind is None:
             is_class = labels.dtype in (torch.int64, torch.int32)
-            several = "single_label_classification" if is_class else "multi_label_classification"
-            kind = self.config.problem_type = "regression" if self.num_labels == 1 else several
+            if self.num_labels == 1:
+                kind = "regression"
+            else:
+                kind = "single_label_classification" if is_class else "multi_label_classification"
+            self.config.problem_type = kind
         if kind == "regression":
             return nn.functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
         if kind == "single_label_classification":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +112,13 @@ def initial_states(
     """
     states: list[State] = []
     for layer in layers:
-        mixer, state = layer.mixer, None
+        mixer = layer.mixer
         if isinstance(mixer, Mamba):
-            state = mixer.initial_state(batch, dtype, device)
+            states.append(mixer.initial_state(batch, dtype, device))
         elif isinstance(mixer, Attention):
-            state = mixer.initial_state(batch, dtype, device, room)
-        states.append(state)
+            states.append(mixer.initial_state(batch, dtype, device, room))
+        else:
+            states.append(None)
     return states
 
 
@@ -125,9 +127,10 @@ def map_rows(state: State, function: Callable[[Tensor], Tensor]) -> State:
     if state is None:
         return None
     values = {field.name: getattr(state, field.name) for field in fields(state)}
-    return replace(
-        state, **{name: function(value) for name, value in values.items() if value is not None and value.dim()}
-    )
+    rows: dict[str, Any] = {
+        name: function(value) for name, value in values.items() if value is not None and value.dim()
+    }
+    return replace(state, **rows)
 
 
 def fp32_parameter_names(model: nn.Module) -> set[str]:

@@ -59,10 +59,10 @@ class DepthwiseConv(nn.Module):
             state: (batch, width - 1, channels), the inputs before; None: zeros.
         """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        state = None if state is None else state.to(x.dtype)
         if x.dim() == 2:
-            return causal_conv_step(x, weight, bias, state, self.kernels)
-        return causal_conv(x, weight, bias, starts, state, self.kernels)
+            assert state is not None, "one more token goes on from a state"
+            return causal_conv_step(x, weight, bias, state.to(x.dtype), self.kernels)
+        return causal_conv(x, weight, bias, starts, None if state is None else state.to(x.dtype), self.kernels)
 
 
 class StepProjection(nn.Module):

@@ -66,8 +66,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another embedding in its place."""
-        value._is_hf_initialized = True  # type: ignore[assignment]
-        self.embedding = value
+        vars(value)["_is_hf_initialized"] = True
+        self.embedding = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -129,7 +129,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         stream, statistics = self._mix(inputs_embeds, cache, reading, recording)  # (batch, length, d_model)
         if self.final_norm is not None:
             stream, _ = self.final_norm(stream)
-        recorded: dict[str, Any] = {}
+        recorded: dict[str, Any] = {CACHE: cache}
         if wants_streams:
             recorded["hidden_states"] = (*(reordered(one, reading.places) for one in recording.streams or []), stream)
         if wants_attentions:
@@ -138,7 +138,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             recorded["router_logits"] = tuple(recording.router_logits or [])
             recorded["router_statistics"] = statistics
-        output = MoEMambaModelOutput(last_hidden_state=stream, **{CACHE: cache}, **recorded)
+        output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:

@@ -31,7 +31,7 @@ class StateCache(Cache):
     max_cache_len: int | None = None
     is_compileable = False
     is_croppable = False  # a state cannot forget its last tokens
-    is_linear = (False,)  # all([]) is True, and Transformers then reads again what was seen
+    is_linear: Any = (False,)  # all([]) is True, and Transformers then reads again what was seen
 
     def __init__(self) -> None:
         Cache.__init__(self, layers=[])
@@ -183,17 +183,19 @@ def _written(old: State, new: State) -> State:
             return value
         return target.copy_(value)
 
-    return replace(
-        new, **{field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)}
-    )
+    values: dict[str, Any] = {
+        field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)
+    }
+    return replace(new, **values)
 
 
 def map_state(state: State, function: Callable[[Tensor], Tensor]) -> Any:
     """A layer's state with every tensor changed."""
     if state is None:
         return None
-    values = {field.name: getattr(state, field.name) for field in fields(state)}
-    return replace(state, **{name: value if value is None else function(value) for name, value in values.items()})
+    values: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(state)}
+    values = {name: value if value is None else function(value) for name, value in values.items()}
+    return replace(state, **values)
 
 
 def _state_to(state: State, device: Any, non_blocking: bool = False) -> Any:

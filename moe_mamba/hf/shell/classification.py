@@ -122,8 +122,11 @@ class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
         kind = self.config.problem_type
         if kind is None:
             is_class = labels.dtype in (torch.int64, torch.int32)
-            several = "single_label_classification" if is_class else "multi_label_classification"
-            kind = self.config.problem_type = "regression" if self.num_labels == 1 else several
+            if self.num_labels == 1:
+                kind = "regression"
+            else:
+                kind = "single_label_classification" if is_class else "multi_label_classification"
+            self.config.problem_type = kind
         if kind == "regression":
             return nn.functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
         if kind == "single_label_classification":

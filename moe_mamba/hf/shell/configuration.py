@@ -87,8 +87,8 @@ class MoEMambaConfig(PretrainedConfig):
         self.moe = asdict(MoEConfig(**(moe or {})))
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
-        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        super().__init__(**tokens, tie_word_embeddings=stack.tied_head, **kwargs)
+        kwargs |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs, tie_word_embeddings=self.tied_head)  # type: ignore[call-arg]  # 4.57 has a default
 
     @property
     def stack(self) -> StackConfig:

@@ -46,6 +46,7 @@ def _held(old: State, new: State, waits: Tensor, tokens: int) -> State:
     if not isinstance(new, AttentionState):
         pairs = {name: (getattr(old, name), getattr(new, name)) for name in vars(new)}
         return replace(new, **{name: _where(waits, was, now.to(was.dtype)) for name, (was, now) in pairs.items()})
+    assert isinstance(old, AttentionState)
     if new.seen is None:  # the last of what it was, where a window keeps no more of it
         kept, length = new.key.shape[2], old.key.shape[2]
         source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)

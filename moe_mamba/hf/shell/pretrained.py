@@ -51,7 +51,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """Fill what no checkpoint has filled, from torch's random numbers, as the trainer's models start."""
         for model in self.modules():
             if isinstance(model, MoEMambaPreTrainedModel):
-                model._fills = _fills(model)
+                vars(model)["_fills"] = _fills(model)
         super().initialize_weights()
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """Eager and sdpa, which attention asks for at each pass."""
         return True
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
         """Let layers compute again; without reentrance, which would lose the gradient of the routers' losses."""
