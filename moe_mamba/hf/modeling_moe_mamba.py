@@ -724,7 +724,7 @@ class AttentionState:
         return self.key.shape[2] if self.seen is None else self.seen
 
     def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with those of new tokens behind them; where there is room for them, in place.
+        """Keys and values with those of new tokens behind them; where there is room, in place and without gradient.
 
         Args:
             key: (batch, kv_heads, new, head_dim).
@@ -735,8 +735,8 @@ class AttentionState:
                 (self.value.to(value.dtype), value), dim=2
             )
         place = torch.arange(key.shape[2], device=key.device) + self.seen
-        self.key.index_copy_(2, place, key.to(self.key.dtype))
-        self.value.index_copy_(2, place, value.to(self.value.dtype))
+        self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
+        self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
         return self.key, self.value
 
 
@@ -1728,10 +1728,11 @@ class MoEMambaStaticCache(StateCache, StaticCache):
             tensor.zero_()
 
     def keep(self, states: list[State]) -> None:
-        """Take new states, in the tensors that it has where they are as large."""
+        """Take new states, in the tensors that it has where they are as large; no gradient flows through them."""
         if self.states:
-            states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
-        self.states = states
+            self.states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
+        else:
+            self.states = [map_state(state, lambda tensor: tensor.detach().clone()) for state in states]
 
     def count(self, batch: int, length: int, visible: Tensor | None) -> None:
         """Count new tokens; ``visible`` (batch, length) bool says which are text, None: all."""
@@ -1758,7 +1759,7 @@ def _written(old: State, new: State) -> State:
     def write(target: Tensor | None, value: Tensor | None) -> Tensor | None:
         if target is None or value is None or target is value or target.shape != value.shape:
             return value
-        return target.copy_(value)
+        return target.copy_(value.detach())
 
     values: dict[str, Any] = {
         field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)
@@ -1870,7 +1871,7 @@ def _new_columns(mask: Tensor, batch: int, length: int, cache: StateCache | None
     room = None if cache is None else cache.max_cache_len
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + length, room):
         hint = f"the {past} tokens of the cache before the {length} new ones"
-        if cache is None and mask.dim() == 2 and mask.shape[1] > length:
+        if not past and mask.dim() == 2 and mask.shape[1] > length:
             hint = "a longer one goes on from earlier tokens, whose cache must be passed as well"
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, and must be ({batch}, {past + length}), "

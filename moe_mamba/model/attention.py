@@ -43,7 +43,7 @@ class AttentionState:
         return self.key.shape[2] if self.seen is None else self.seen
 
     def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with those of new tokens behind them; where there is room for them, in place.
+        """Keys and values with those of new tokens behind them; where there is room, in place and without gradient.
 
         Args:
             key: (batch, kv_heads, new, head_dim).
@@ -54,8 +54,8 @@ class AttentionState:
                 (self.value.to(value.dtype), value), dim=2
             )
         place = torch.arange(key.shape[2], device=key.device) + self.seen
-        self.key.index_copy_(2, place, key.to(self.key.dtype))
-        self.value.index_copy_(2, place, value.to(self.value.dtype))
+        self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
+        self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
         return self.key, self.value
 
 

@@ -151,10 +151,11 @@ class MoEMambaStaticCache(StateCache, StaticCache):
             tensor.zero_()
 
     def keep(self, states: list[State]) -> None:
-        """Take new states, in the tensors that it has where they are as large."""
+        """Take new states, in the tensors that it has where they are as large; no gradient flows through them."""
         if self.states:
-            states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
-        self.states = states
+            self.states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
+        else:
+            self.states = [map_state(state, lambda tensor: tensor.detach().clone()) for state in states]
 
     def count(self, batch: int, length: int, visible: Tensor | None) -> None:
         """Count new tokens; ``visible`` (batch, length) bool says which are text, None: all."""
@@ -181,7 +182,7 @@ def _written(old: State, new: State) -> State:
     def write(target: Tensor | None, value: Tensor | None) -> Tensor | None:
         if target is None or value is None or target is value or target.shape != value.shape:
             return value
-        return target.copy_(value)
+        return target.copy_(value.detach())
 
     values: dict[str, Any] = {
         field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)

@@ -86,7 +86,7 @@ def _new_columns(mask: Tensor, batch: int, length: int, cache: StateCache | None
     room = None if cache is None else cache.max_cache_len
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + length, room):
         hint = f"the {past} tokens of the cache before the {length} new ones"
-        if cache is None and mask.dim() == 2 and mask.shape[1] > length:
+        if not past and mask.dim() == 2 and mask.shape[1] > length:
             hint = "a longer one goes on from earlier tokens, whose cache must be passed as well"
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, and must be ({batch}, {past + length}), "
