@@ -1,11 +1,14 @@
 """The model without a head, the classifier, and what loads them; the weights that a resize leaves alone."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from moe_mamba.hf.formats.own import CLASSES
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
@@ -33,7 +36,12 @@ def test_the_model_without_a_head(pair: Pair, tmp_path: Path, tied: bool) -> Non
 
 
 def _auto(name: str) -> Callable[..., Any]:
+    """Load as from a folder that was exported, whose config.json names all classes."""
+
     def load(folder: Path, **keys: Any) -> Any:
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] |= {auto: f"modeling_moe_mamba.{kind}" for auto, kind in CLASSES.items()}
+        (folder / "config.json").write_text(json.dumps(config))
         return getattr(transformers, name).from_pretrained(folder, trust_remote_code=True, **keys)
 
     return load
