@@ -283,5 +283,35 @@ class MoEMambaConfig(PretrainedConfig):
         """Letters of the whole pattern."""
         return len(self.layers)
 
+    @property
+    def num_experts(self) -> int:
+        """Routed experts a layer, as Mixtral's users ask for them; ``moe`` holds the value."""
+        return self._of_experts("experts")
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Routed experts a token."""
+        return self._of_experts("top_k")
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Weight of the balance loss; 0 where the load is balanced otherwise. Who trains may set it, as TRL does."""
+        weight = self._of_experts("balance_weight")
+        return weight if self.moe["balance"] == "loss" else 0.0
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, weight: float) -> None:
+        if weight == self.router_aux_loss_coef:
+            return
+        if self.moe["balance"] != "loss":
+            raise ValueError(f"router_aux_loss_coef={weight} with moe.balance={self.moe['balance']}, which has no loss")
+        self.moe["balance_weight"] = weight
+
+    def _of_experts(self, key: str) -> Any:
+        """A value of ``moe``; a model without experts has none, as ``hasattr`` shall say."""
+        if "E" not in self.layers:
+            raise AttributeError(f"a model of pattern {self.pattern} has no experts")
+        return self.moe[key]
+
 
 MoEMambaConfig.register_for_auto_class()  # save_pretrained writes this file, too

@@ -2078,6 +2078,11 @@ def reordered(tensor: Tensor, places: Tensor | None) -> Tensor:
     return tensor if places is None else tensor.gather(1, places[..., None].expand_as(tensor))
 
 
+def reordered_rows(rows: Tensor, places: Tensor | None) -> Tensor:
+    """(batch x length, ...) from other places of each row of the batch, (batch, length) int64; None: as they stand."""
+    return rows if places is None else reordered(rows.unflatten(0, places.shape), places).flatten(0, 1)
+
+
 def reordered_attention(weight: Tensor, places: Tensor | None) -> Tensor:
     """(batch, heads, length, past + length) weights, queries and new keys from other places of each row."""
     if places is None:
@@ -2283,7 +2288,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             weights = recording.attentions or []
             recorded["attentions"] = tuple(reordered_attention(weight, reading.places) for weight in weights)
         if wants_routers:
-            recorded["router_logits"] = tuple(recording.router_logits or [])
+            logits = recording.router_logits or []
+            recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
             recorded["router_statistics"] = statistics
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

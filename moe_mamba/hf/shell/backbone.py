@@ -12,7 +12,7 @@ from transformers.utils import logging
 from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, StateCache
 from moe_mamba.hf.shell.configuration import MoEConfig
 from moe_mamba.hf.shell.kernels import Plain, operations
-from moe_mamba.hf.shell.order import reordered, reordered_attention, run_with_waiting
+from moe_mamba.hf.shell.order import reordered, reordered_attention, reordered_rows, run_with_waiting
 from moe_mamba.hf.shell.padding import Reading, document_starts, read
 from moe_mamba.hf.shell.pretrained import MoEMambaLayer, MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, embedding_weight
@@ -136,7 +136,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             weights = recording.attentions or []
             recorded["attentions"] = tuple(reordered_attention(weight, reading.places) for weight in weights)
         if wants_routers:
-            recorded["router_logits"] = tuple(recording.router_logits or [])
+            logits = recording.router_logits or []
+            recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
             recorded["router_statistics"] = statistics
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -81,6 +81,11 @@ def reordered(tensor: Tensor, places: Tensor | None) -> Tensor:
     return tensor if places is None else tensor.gather(1, places[..., None].expand_as(tensor))
 
 
+def reordered_rows(rows: Tensor, places: Tensor | None) -> Tensor:
+    """(batch x length, ...) from other places of each row of the batch, (batch, length) int64; None: as they stand."""
+    return rows if places is None else reordered(rows.unflatten(0, places.shape), places).flatten(0, 1)
+
+
 def reordered_attention(weight: Tensor, places: Tensor | None) -> Tensor:
     """(batch, heads, length, past + length) weights, queries and new keys from other places of each row."""
     if places is None:
