@@ -183,6 +183,7 @@ SCALED["original_max_position_embeddings"] = 8192
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type='dynamic' cannot be read"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type='yarn'"),
         ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+        ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type=['linear'] cannot be read"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing, and a number above 0"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "type='dynamic'"),
         ("llama", {"rope_scaling": {"factor": 2.0}}, "has the key rope_scaling.factor=2.0, which is not known"),

@@ -147,7 +147,7 @@ def _read_rope(settings: Settings, base: float) -> dict[str, Any]:
     """Rotary frequencies, wherever a version writes them: see ``_rope_configuration``."""
     rope = settings.section("rope_parameters", "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE:
+    if not isinstance(kind, str) or kind not in ROPE:
         rope.refuse("rope_type" if rope.get("rope_type") else "type", f"our rotary frequencies are {', '.join(ROPE)}")
     rope.require({"type": kind}, "rope_type says otherwise")
     for place in (settings, rope):
