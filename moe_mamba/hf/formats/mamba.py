@@ -59,6 +59,7 @@ class Mamba:
             "use_conv_bias": True,
             "residual_in_fp32": False,  # our stream has the dtype of the weights
             "tie_word_embeddings": model.tied_head,
+            "pad_vocab_size_multiple": 1,  # llama.cpp else takes 8, pads its list of tokens and then misses weights
         }
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
