@@ -11,7 +11,9 @@ PACKAGE = ROOT / "moe_mamba"
 # room: rooms of ours that it may import, beside itself and errors
 ALLOWED = {
     "errors": set(),
-    "config": set(),
+    "config_types": set(),
+    "config_model": {"config_types"},
+    "config": {"config_model", "config_types"},
     "config_file": {"config"},
     "command_line": set(),
     "kernels": set(),
@@ -22,10 +24,10 @@ ALLOWED = {
     "planning": {"parallel", "model", "config"},
     "train": {"parallel", "model", "kernels", "data", "planning", "hf", "config", "config_file"},
 }
+CONFIGURATION = ("config_types", "config_model", "config", "config_file")
 # room: packages from outside, beside the standard library's, that it must not know
 FOREIGN = {
-    "config": {"torch", "deepspeed", "megatron", "transformers", "datasets"},
-    "config_file": {"torch", "deepspeed", "megatron", "transformers", "datasets"},
+    **{room: {"torch", "deepspeed", "megatron", "transformers", "datasets"} for room in CONFIGURATION},
     "kernels": {"deepspeed", "megatron", "transformers", "datasets", "torch.distributed"},
     "model": {"deepspeed", "megatron", "transformers", "datasets", "torch.distributed"},
     "data": {"deepspeed", "transformers"},

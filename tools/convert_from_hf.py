@@ -8,10 +8,11 @@ from moe_mamba.train.starting_point import how_to_train
 
 
 def main(input: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:
-    """Read a folder of MoEMambaForCausalLM, MambaForCausalLM, JambaForCausalLM, MixtralForCausalLM or LlamaForCausalLM.
+    """Read a folder of MoEMamba-, Mamba-, Jamba-, Mixtral-, Mistral- or LlamaForCausalLM.
 
     Or a state-spaces Mamba (pytorch_model.bin goes through torch's restricted reader, which builds tensors alone). No
-    code of the folder is run. What is written can be trained on in any layout, generated from and evaluated.
+    code of the folder is run, and no key of config.json that may change what the model computes is passed over. What is
+    written can be trained on in any layout, generated from and evaluated.
 
     Args:
         input: the folder, with config.json, weights, and a tokenizer.

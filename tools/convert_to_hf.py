@@ -23,7 +23,7 @@ def main(
     """Write safetensors, config, fast tokenizer, generation config and a model card; nothing is whole in memory.
 
     AutoModelForCausalLM and AutoTokenizer then load the folder. Where a class of Transformers' own holds the model
-    exactly (Mamba, Llama, Mixtral, Jamba), it needs no remote code.
+    exactly (Mamba, Llama, Mistral, Mixtral, Jamba), it needs no remote code.
 
     Args:
         checkpoint: a run's folder (its newest checkpoint is used) or one of its checkpoints/step-... folders.

@@ -1,9 +1,9 @@
-"""Two noisy libraries, used without their noise."""
+"""Noisy libraries, used without their noise."""
 
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from types import ModuleType
 
@@ -11,17 +11,22 @@ from types import ModuleType
 @lru_cache(maxsize=1)
 def indexed_dataset() -> ModuleType:
     """The module megatron.core.datasets.indexed_dataset. Its import takes seconds: call it where it is needed."""
-    with warnings.catch_warnings():
+    # From 0.17 on it imports torch's extension builder, which warns where CUDA is without a GPU.
+    with warnings.catch_warnings(), _errors_only("torch.utils.cpp_extension"):
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from megatron.core.datasets import indexed_dataset as module
     return module
 
 
-@contextmanager
-def quiet_hub() -> Iterator[None]:
+def quiet_hub() -> AbstractContextManager[None]:
     """Without the hub client's line for each retry: its error says it once."""
-    logger = logging.getLogger("huggingface_hub")
+    return _errors_only("huggingface_hub")
+
+
+@contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -9,6 +9,8 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_mamba.hf.versions import NEWEST, OLDEST
+
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGURATION, MODELING = "configuration_moe_mamba.py", "modeling_moe_mamba.py"
 NOTICE = '''# SPDX-License-Identifier: Apache-2.0
@@ -17,9 +19,9 @@ NOTICE = '''# SPDX-License-Identifier: Apache-2.0
 Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here. Where a docstring
 names one of its modules, more stands there; nothing of it is needed.
 """'''
-LOCAL_IMPORTS = f"""from .{CONFIGURATION.removesuffix(".py")} import MoEConfig, MoEMambaConfig
+LOCAL_IMPORTS = f"""from .{CONFIGURATION.removesuffix(".py")} import MoEConfig, MoEMambaConfig, StackConfig
 
-ModelConfig = MoEMambaConfig  # it has all that the model reads"""
+ModelConfig = StackConfig  # what the layers read"""
 WIDTH = 120
 
 
@@ -45,17 +47,15 @@ class Part:
 _WITH_REDUCE = """    if reduce is not None:
         return torch_cross_entropy.cross_entropy(logits, targets, first, reduce)
 """
-_INITIALIZERS = ("Initializer", "ones", "zeros", "normal", "truncated_normal", "uniform", "matrix")
-_UNUSED = (  # of LanguageModel: what the shell does itself, what layouts put in the place of, and what counts
-    *("forward", "hidden", "logits", "project", "cross_entropy", "likeliest"),
-    *("parameter_counts", "_idle_parameters", "flops_per_token"),
+_INITIALIZERS = (
+    *("Initializer", "ones", "zeros", "normal", "truncated_normal", "uniform", "matrix"),
+    *("embedding_weight", "head_weight"),
 )
-
 PARTS = (
     Part("kernels/routing/__init__.py", only=("Order",)),
     Part("kernels/routing/torch_routing.py", only=("sort_by_expert",), prefix="plain_"),
     Part("kernels/routing/reference.py", only=("gather_rows", "combine_rows"), prefix="plain_"),
-    Part("kernels/grouped_matmul/reference.py", prefix="plain_"),
+    Part("hf/shell/grouped.py"),
     Part("kernels/activation/torch_activation.py", prefix="plain_"),
     Part("kernels/rms_norm/reference.py", prefix="plain_"),
     Part("kernels/cross_entropy/__init__.py", only=("IGNORED", "Reduce")),
@@ -64,8 +64,9 @@ PARTS = (
     Part("kernels/causal_conv/reference.py", prefix="plain_"),
     Part("kernels/causal_conv/torch_conv.py", only=("causal_conv_step",), prefix="plain_"),
     Part("kernels/selective_scan/operands.py"),
-    Part("kernels/selective_scan/reference.py", prefix="plain_"),
+    Part("kernels/selective_scan/chunked_scan.py", prefix="plain_"),
     Part("kernels/selective_scan/torch_scan.py", only=("selective_scan_step",), prefix="plain_"),
+    Part("model/precision.py"),
     Part("hf/shell/kernels.py"),
     Part("model/initialize.py", only=_INITIALIZERS),
     Part("model/sequences.py"),
@@ -76,12 +77,14 @@ PARTS = (
     Part("model/moe.py"),
     Part("model/mamba.py"),
     Part("model/loss.py"),
-    Part(
-        "model/language_model.py",
-        without=("Output", "_numel", *(f"LanguageModel.{name}" for name in _UNUSED)),
-    ),
+    Part("model/layer.py", without=("build_layers",)),
     Part("hf/shell/cache.py"),
-    Part("hf/shell/modeling.py"),
+    Part("hf/shell/padding.py"),
+    Part("hf/shell/order.py"),
+    Part("hf/shell/pretrained.py"),
+    Part("hf/shell/backbone.py"),
+    Part("hf/shell/causal_lm.py"),
+    Part("hf/shell/classification.py"),
 )
 
 
@@ -127,7 +130,8 @@ def _modeling() -> str:
         pieces.append(text)
     body = "\n\n\n".join(pieces)
     title = "MoEMambaForCausalLM: a language model of Mamba, attention and mixtures of experts, for Transformers."
-    end = '__all__ = ["MoEMambaCache", "MoEMambaForCausalLM", "MoEMambaPreTrainedModel"]'
+    names = ("Cache", "ForCausalLM", "ForSequenceClassification", "Model", "PreTrainedModel", "StaticCache")
+    end = "__all__ = [\n" + "".join(f'    "MoEMamba{name}",\n' for name in names) + "]"
     head = "\n\n".join((NOTICE.format(title=title), _imports(imports, body), LOCAL_IMPORTS))
     return f"{head}\n\n{body}\n\n\n{end}\n"
 
@@ -273,23 +277,20 @@ _TYPES = {
     "Text": "str",
     "Positive": "int",
     "NonNegative": "int",
-    "NonNegativeFloat": "float | int",
-    "Annotated[float, Field(gt=0)]": "float | int",
-    "OptionalPositive": "int | None",
-    "OptionalFactor": "float | int | None",
+    "NonNegativeFloat": "Union[float, int]",
+    "Annotated[float, Field(gt=0)]": "Union[float, int]",
+    "OptionalPositive": "Optional[int]",
+    "OptionalFactor": "Optional[Union[float, int]]",
     "bool": "bool",
 }
-"""A type of ``config.py`` -> what Transformers checks in its place."""
-
-_CHECKS = {"ModelConfig": "_check", "MoEConfig": "__post_init__"}
-"""Section -> what its check is called in the assembled file."""
+"""A type of ``config_model.py`` -> what Transformers checks in its place."""
 
 _NOT_SAVED = ("kernels",)
 """Fields that say how a model runs, not what it is."""
 
 
 def _configuration() -> str:
-    source = _Source((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    source = _Source((PACKAGE / "config_model.py").read_text(encoding="utf-8"))
     shell = _Source((PACKAGE / "hf" / "shell" / "configuration.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.tree.body if isinstance(node, ast.ClassDef)}
     text = "\n".join(shell.lines[shell.tree.body[0].end_lineno :]).strip() + "\n"
@@ -306,6 +307,11 @@ def _configuration() -> str:
             text = text.replace(line, "\n".join(lines) + "\n")
     nodes = source.tree.body
     letters = next(source.of(nodes, place) for place, node in enumerate(nodes) if _name(node) == "PATTERN_LETTERS")
+    versions = "from moe_mamba.hf.versions import NEWEST, OLDEST\n"
+    if text.count(versions) != 1:
+        raise ValueError(f"hf/shell/configuration.py lacks the one line {versions.strip()!r}")
+    tested = f'OLDEST, NEWEST = "{OLDEST}", "{NEWEST}"  # versions of Transformers that this was tested with\n'
+    text = text.replace(versions, tested)
     text = text.replace("\n\n@strict", f"\n{letters}\n\n\n@strict", 1)
     return NOTICE.format(title=ast.get_docstring(shell.tree) or "") + "\n\n" + text
 
@@ -335,4 +341,4 @@ def _plain_method(text: str, section: str) -> str:
     if not text.startswith(decorator):
         return text
     text = text.removeprefix(decorator).removesuffix("\n        return self")
-    return text.replace(signature, f"{_CHECKS[section]}(self) -> None:", 1)
+    return text.replace(signature, "__post_init__(self) -> None:", 1)

@@ -5,11 +5,17 @@ Assembled from the source of the package moe_mamba by tools/assemble_hf.py: chan
 names one of its modules, more stands there; nothing of it is needed.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Optional, Union
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PretrainedConfig
+
+OLDEST, NEWEST = "4.57", "5.24"  # versions of Transformers that this was tested with
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
+    raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
 
 PATTERN_LETTERS = {"M": "Mamba", "*": "attention", "-": "feed-forward", "E": "mixture of experts"}
 
@@ -37,18 +43,18 @@ class MoEConfig:
     """
 
     experts: int = 32
-    d_expert: int | None = None
+    d_expert: Optional[int] = None
     router: Literal["switch", "top_k", "expert_choice"] = "switch"
     top_k: int = 1
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalize: bool = False
-    capacity_factor: float | int | None = 1.0
-    evaluation_capacity: float | int | None = None
+    capacity_factor: Optional[Union[float, int]] = 1.0
+    evaluation_capacity: Optional[Union[float, int]] = None
     balance: Literal["loss", "bias", "none"] = "loss"
-    balance_weight: float | int = 0.01
+    balance_weight: Union[float, int] = 0.01
     balance_over: Literal["all", "device"] = "all"
-    bias_rate: float | int = 0.001
-    z_loss_weight: float | int = 0.0
+    bias_rate: Union[float, int] = 0.001
+    z_loss_weight: Union[float, int] = 0.0
     shared_experts: int = 0
 
     def __post_init__(self) -> None:
@@ -72,8 +78,9 @@ class MoEConfig:
 
 
 @strict
-class MoEMambaConfig(PreTrainedConfig):
-    """The residual stack, a letter a layer, and its sizes.
+@dataclass(kw_only=True)
+class StackConfig:
+    """The residual stack, a letter a layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
 
     Args:
         pattern: one letter a layer: M Mamba, * attention, - feed-forward, E experts.
@@ -89,29 +96,25 @@ class MoEMambaConfig(PreTrainedConfig):
         heads: attention: query heads.
         kv_heads: attention: key and value heads; null: as many as heads.
         positions: attention: rotary positions, or none.
+        head_dim: attention: width of a head; null: d_model / heads.
+        sliding_window: attention: tokens that a token sees, itself included; null: all before it.
+        attention_bias: attention: biases on its four projections.
         rope_base: attention: base of the rotary frequencies.
+        rope_type: attention: scaling of the rotary frequencies: none, all, or the low ones.
+        rope_factor: linear, llama3: what scaled frequencies are divided by.
+        rope_original_length: llama3: context before the scaling, tokens.
+        rope_low_freq_factor: llama3: frequencies of at most so many turns in that context are scaled.
+        rope_high_freq_factor: llama3: frequencies of at least so many turns are left; in between is a blend.
         d_ff: feed-forward: hidden width; null: 3 x d_model, 4 with attention.
+        mlp_bias: feed-forward: biases on both projections; experts have none.
         activation: feed-forward and experts: activation; swiglu is gated.
         norm: normalisation before every layer.
         norm_epsilon: added to the variance in a norm.
         final_norm: a norm between the last layer and the head.
         tied_head: the head is the embedding, transposed.
         initialization: authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it.
-        moe: routing and experts, keys and defaults as in ``MoEConfig``.
-        use_cache: whether a pass in evaluation returns a cache by default.
-        output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
-        bos_token_id: token that begins a text, if any does.
-        eos_token_id: token that ends a text, if any does.
-        pad_token_id: token that fills batches.
     """
 
-    model_type = "moe_mamba"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "d_model",
-        "num_attention_heads": "heads",
-        "tie_word_embeddings": "tied_head",
-    }
     kernels: ClassVar[str] = "auto"
 
     pattern: str = "ME"
@@ -121,36 +124,29 @@ class MoEMambaConfig(PreTrainedConfig):
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    dt_rank: int | None = None
+    dt_rank: Optional[int] = None
     selective: bool = True
     mamba_norms: bool = False
     heads: int = 8
-    kv_heads: int | None = None
+    kv_heads: Optional[int] = None
     positions: Literal["rope", "none"] = "rope"
-    rope_base: float | int = 10000.0
-    d_ff: int | None = None
+    head_dim: Optional[int] = None
+    sliding_window: Optional[int] = None
+    attention_bias: bool = False
+    rope_base: Union[float, int] = 10000.0
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    rope_factor: Union[float, int] = 1.0
+    rope_original_length: int = 8192
+    rope_low_freq_factor: Union[float, int] = 1.0
+    rope_high_freq_factor: Union[float, int] = 4.0
+    d_ff: Optional[int] = None
+    mlp_bias: bool = False
     activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = "relu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_epsilon: float | int = 1e-5
+    norm_epsilon: Union[float, int] = 1e-5
     final_norm: bool = True
     tied_head: bool = False
     initialization: Literal["default", "authors"] = "default"
-    moe: dict[str, Any] | None = None
-    use_cache: bool = True
-    output_router_logits: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.moe = asdict(MoEConfig(**(self.moe or {})))
-        self._check()
-        super().__post_init__(**kwargs)
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Letters of the whole pattern."""
-        return len(self.layers)
 
     @property
     def layers(self) -> str:
@@ -173,11 +169,16 @@ class MoEMambaConfig(PreTrainedConfig):
         return self.kv_heads or self.heads
 
     @property
+    def resolved_head_dim(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.heads
+
+    @property
     def resolved_d_ff(self) -> int:
         """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         if not self.pattern:
             raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
         for letter in self.pattern:
@@ -185,19 +186,132 @@ class MoEMambaConfig(PreTrainedConfig):
                 known = ", ".join(f"{key} {name}" for key, name in PATTERN_LETTERS.items())
                 raise ValueError(f"model.pattern={self.pattern}: unknown letter {letter!r}; known are {known}")
         if "*" in self.pattern:
-            if self.d_model % self.heads:
-                raise ValueError(
-                    f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: change one of them"
-                )
-            if self.heads % self.resolved_kv_heads:
-                raise ValueError(
-                    f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
-                )
-            if self.positions == "rope" and self.d_model // self.heads % 2:
-                raise ValueError(
-                    f"model.d_model / model.heads = {self.d_model // self.heads} is odd: "
-                    "rotary positions need an even one, or set model.positions=none"
-                )
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: "
+                "change one of them, or set model.head_dim"
+            )
+        if self.heads % self.resolved_kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
+            )
+        if self.positions == "rope" and self.resolved_head_dim % 2:
+            width = "model.d_model / model.heads" if self.head_dim is None else "model.head_dim"
+            raise ValueError(
+                f"{width} = {self.resolved_head_dim} is odd: "
+                "rotary positions need an even one, or set model.positions=none"
+            )
+        if self.rope_type != "default" and self.positions != "rope":
+            raise ValueError(
+                f"model.rope_type={self.rope_type} with model.positions={self.positions}, which has no rotary "
+                "frequencies: set model.rope_type=default, or model.positions=rope"
+            )
+        if self.rope_type == "default" and self.rope_factor != 1:
+            raise ValueError(
+                f"model.rope_factor={self.rope_factor:g} with model.rope_type=default, which scales nothing: "
+                "set model.rope_type=linear or llama3"
+            )
+        if self.rope_type == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g} is not below "
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}: change one of them"
+            )
+
+
+class MoEMambaConfig(PretrainedConfig):
+    """The residual stack, a letter a layer, and its sizes.
+
+    Args:
+        moe: routing and experts, keys and defaults as in ``MoEConfig``.
+        use_cache: whether a pass in evaluation returns a cache by default.
+        output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
+        bos_token_id: token that begins a text, if any does.
+        eos_token_id: token that ends a text, if any does.
+        pad_token_id: token that fills batches.
+        kwargs: keys of the stack, with types and defaults as in ``StackConfig``, and what Transformers keeps in any
+            configuration.
+
+    Raises:
+        ValueError: values that make no model.
+    """
+
+    model_type = "moe_mamba"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "heads",
+        "tie_word_embeddings": "tied_head",
+    }
+
+    def __init__(
+        self,
+        moe: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        output_router_logits: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        stack = StackConfig(
+            **{field.name: kwargs.pop(field.name) for field in fields(StackConfig) if field.name in kwargs}
+        )
+        for field in fields(StackConfig):
+            setattr(self, field.name, getattr(stack, field.name))
+        self.moe = asdict(MoEConfig(**(moe or {})))
+        self.use_cache = use_cache
+        self.output_router_logits = output_router_logits
+        kwargs |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs, tie_word_embeddings=self.tied_head)  # type: ignore[call-arg]  # 4.57 has a default
+
+    @property
+    def stack(self) -> StackConfig:
+        """The keys of the stack as they are now, checked, and what follows from them."""
+        return StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+
+    @property
+    def layers(self) -> str:
+        """One letter a layer, for the whole model."""
+        return self.pattern * self.repeat
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Letters of the whole pattern."""
+        return len(self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts a layer, as Mixtral's users ask for them; ``moe`` holds the value."""
+        return self._of_experts("experts")
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Routed experts a token."""
+        return self._of_experts("top_k")
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Weight of the balance loss; 0 where the load is balanced otherwise. Who trains may set it, as TRL does."""
+        weight = self._of_experts("balance_weight")
+        return weight if self.moe["balance"] == "loss" else 0.0
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, weight: float) -> None:
+        if weight == self.router_aux_loss_coef:
+            return
+        if self.moe["balance"] != "loss":
+            raise ValueError(f"router_aux_loss_coef={weight} with moe.balance={self.moe['balance']}, which has no loss")
+        self.moe["balance_weight"] = weight
+
+    def _of_experts(self, key: str) -> Any:
+        """A value of ``moe``; a model without experts has none, as ``hasattr`` shall say."""
+        if "E" not in self.layers:
+            raise AttributeError(f"a model of pattern {self.pattern} has no experts")
+        return self.moe[key]
 
 
 MoEMambaConfig.register_for_auto_class()  # save_pretrained writes this file, too

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_mamba.config import PATTERN_LETTERS, Config
+from moe_mamba.hf.versions import NEWEST, OLDEST
 from moe_mamba.model.language_model import LanguageModel
 
 HYPERPARAMETERS = (
@@ -16,8 +17,11 @@ HYPERPARAMETERS = (
 SHAPE = ("d_model", "vocab_size", "norm", "norm_epsilon", "tied_head")
 SHAPE_OF_LAYER = {
     "M": ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms"),
-    "*": ("heads", "resolved_kv_heads", "positions", "rope_base"),
-    "-": ("resolved_d_ff", "activation"),
+    "*": (
+        *("heads", "resolved_kv_heads", "resolved_head_dim", "sliding_window", "attention_bias"),
+        *("positions", "rope_base", "rope_type"),
+    ),
+    "-": ("resolved_d_ff", "activation", "mlp_bias"),
     "E": ("activation",),
 }
 FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4, "accuracy": 4}  # of a validation -> decimals
@@ -124,9 +128,15 @@ def _loading(facts: Facts) -> str:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]
     text = "\n".join([*lines, "```"])
+    text += f"\n\nTested with Transformers {OLDEST} to {NEWEST}"
     if facts.remote_code:
-        text += "\n\nThe model's code lies in this folder and needs torch and Transformers alone."
-    return text
+        text += "; an older one is refused. The model's code lies in this folder and needs torch and Transformers alone"
+    if facts.architecture == "JambaForCausalLM":
+        text += (
+            "; before 5.10 this class needs mamba-ssm and a GPU unless `from_pretrained` is given "
+            "`use_mamba_kernels=False`"
+        )
+    return text + "."
 
 
 def _architecture(config: Config) -> Iterator[tuple[str, str]]:

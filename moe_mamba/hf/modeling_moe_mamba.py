@@ -6,10 +6,10 @@ names one of its modules, more stands there; nothing of it is needed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial, wraps
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,13 +17,18 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.utils import logging
 
-from .configuration_moe_mamba import MoEConfig, MoEMambaConfig
+from .configuration_moe_mamba import MoEConfig, MoEMambaConfig, StackConfig
 
-ModelConfig = MoEMambaConfig  # it has all that the model reads
+ModelConfig = StackConfig  # what the layers read
 
 # From moe_mamba/kernels/routing/__init__.py:
 # From tokens to rows sorted by expert, and back: what stands around a mixture's grouped products.
@@ -91,14 +96,59 @@ def plain_combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
     return weighted.new_zeros(len(slot), rows.shape[1]).index_add(0, token, weighted).to(rows.dtype)
 
 
-# From moe_mamba/kernels/grouped_matmul/reference.py:
-# A loop over groups, any dtype, plain autograd. It defines what the other back ends must give.
+# From moe_mamba/hf/shell/grouped.py:
+# Experts' products in plain torch: as many rows each as the router sent, or, with a capacity, all alike.
+#
+# How many rows an expert has is known on the device alone, so what traces a graph (compile, export) sees one operator
+# where there is no capacity, and not a loop.
 
 
 def plain_grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
-    parts = x.split(counts.tolist() if capacity is None else capacity)
+    if capacity is not None:
+        return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
+    return grouped_product(x, weight, counts) if torch.compiler.is_compiling() else _products(x, weight, counts)
+
+
+def _products(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Each group's rows times its matrix: (rows, in), (groups, in, out), (groups,) -> (rows, out)."""
+    parts = x.split(counts.tolist())
     return torch.cat([rows @ matrix for rows, matrix in zip(parts, weight, strict=True)])
+
+
+@torch.library.custom_op("moe_mamba_plain::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """``_products`` as one operator."""
+    return _products(x, weight, counts)
+
+
+@torch.library.custom_op("moe_mamba_plain::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, gradient: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of the matrices: (rows, in), (rows, out), (groups,) -> (groups, in, out)."""
+    parts = zip(x.split(counts.tolist()), gradient.split(counts.tolist()), strict=True)
+    return torch.stack([rows.t() @ part for rows, part in parts])
+
+
+def _product_shape(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+def _outer_shape(x: Tensor, gradient: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], x.shape[1], gradient.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, counts = ctx.saved_tensors
+    return grouped_product(gradient, weight.transpose(1, 2), counts), grouped_outer(x, gradient, counts), None
+
+
+grouped_product.register_fake(_product_shape)
+grouped_outer.register_fake(_outer_shape)
+grouped_product.register_autograd(_gradients, setup_context=_keep)
 
 
 # From moe_mamba/kernels/activation/torch_activation.py:
@@ -224,30 +274,56 @@ class Operands(NamedTuple):
     initial_state: Tensor | None
 
 
-# From moe_mamba/kernels/selective_scan/reference.py:
-# The recurrence written down: a loop over time, plain autograd. It defines what the other back ends must give.
+# From moe_mamba/kernels/selective_scan/chunked_scan.py:
+# The recurrence in torch's own operations, in about 2 sqrt(length) steps in the place of length ones.
+#
+# The length is split into sqrt(length) chunks that advance side by side. A first pass finds what each chunk adds to the
+# state that enters it; those are carried from chunk to chunk; a second pass starts every chunk from its own entering
+# state and reads. Nothing but plain operations, so it is differentiable, and what traces a graph sees all of it; the
+# graph grows with the square root of the length, which must be known when it is traced.
 
 
 def plain_selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32."""
     x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
-    work = torch.promote_types(x.dtype, torch.float32)
-    dtype = x.dtype
+    dtype, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    batch, length, _ = x.shape
+    size = math.isqrt(length - 1) + 1
     x, A, B, C, D = (tensor.to(work) for tensor in (x, A, B, C, D))
-    step = delta.to(work) if delta_bias is None else delta.to(work) + delta_bias.to(work)
-    step = F.softplus(step)  # (batch, length, d_inner)
-    h = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(work)
-    read = []
-    for t, (x_t, step_t, B_t, C_t) in enumerate(zip(*(v.unbind(1) for v in (x, step, B, C)), strict=True)):
-        if starts is not None:  # select, because 0 x NaN is NaN
-            h = h.masked_fill(starts[:, t, None, None], 0)
-        decay = torch.exp(step_t[..., None] * A)  # (batch, d_inner, d_state)
-        h = decay * h + (step_t * x_t)[..., None] * B_t[:, None]
-        read.append((h @ C_t[..., None])[..., 0])  # (batch, d_inner)
-    y = torch.stack(read, 1) + D * x  # (batch, length, d_inner)
+    step = F.softplus(delta.to(work) if delta_bias is None else delta.to(work) + delta_bias.to(work))
+
+    def chunks(tensor: Tensor) -> Tensor:
+        """(batch, length, ...) as (batch, chunks, size, ...); a step of zero behind the end leaves the state alone."""
+        padding = (0, 0) * (tensor.dim() - 2) + (0, -length % size)
+        return F.pad(tensor, padding).unflatten(1, (-1, size))
+
+    steps, entering, B, C = (chunks(tensor) for tensor in (step, step * x, B, C))
+    resets = None if starts is None else chunks(starts)
+
+    def advance(h: Tensor, t: int) -> Tensor:
+        """The states (batch, chunks, d_inner, d_state) after the chunks' tokens number ``t``."""
+        if resets is not None:  # select, because 0 x NaN is NaN
+            h = h.masked_fill(resets[:, :, t, None, None], 0)
+        return torch.exp(steps[:, :, t, :, None] * A) * h + entering[:, :, t, :, None] * B[:, :, t, None]
+
+    added = x.new_zeros(batch, steps.shape[1], *A.shape)
+    for t in range(size):
+        added = advance(added, t)
+    decay = torch.exp(steps.sum(2)[..., None] * A)
+    carried = [x.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(work)]
+    for chunk in range(steps.shape[1]):
+        passed = decay[:, chunk] * carried[-1]
+        if resets is not None:
+            passed = passed.masked_fill(resets[:, chunk].any(1)[:, None, None], 0)
+        carried.append(passed + added[:, chunk])
+    h, read = torch.stack(carried[:-1], 1), []
+    for t in range(size):
+        h = advance(h, t)
+        read.append((h @ C[:, :, t, :, None])[..., 0])  # (batch, chunks, d_inner)
+    y = torch.stack(read, 2).flatten(1, 2)[:, :length] + D * x
     if z is not None:
         y = y * F.silu(z.to(work))
-    return y.to(dtype), h
+    return y.to(dtype), carried[-1]
 
 
 # From moe_mamba/kernels/selective_scan/torch_scan.py:
@@ -279,10 +355,34 @@ def plain_selective_scan_step(
     return y.to(x.dtype), new_state
 
 
+# From moe_mamba/model/precision.py:
+# What has a precision of its own, whatever an autocast around the model says.
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function whose operations name their dtypes outside of autocast, which would cast their products.
+
+    Args:
+        function: one of its positional arguments is a tensor, which says the type of the device.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 # From moe_mamba/hf/shell/kernels.py:
 # The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
 #
-# The plain ones are the reference versions, which define what every faster one must give; ``backend`` is not looked at.
+# The plain ones compute what the reference versions define; ``backend`` is not looked at. What traces a graph (compile,
+# export) gets them too, since it cannot see into compiled kernels. Under autocast an operation computes as it would
+# without: its inputs have the dtype that the products before it gave them, and experts' products are cast here.
 
 
 class Plain:
@@ -391,13 +491,39 @@ try:
 except ImportError:
     operations = Plain  # type: ignore[assignment]
 
-activation = operations.activation
-causal_conv, causal_conv_step = operations.causal_conv, operations.causal_conv_step
-cross_entropy = operations.cross_entropy
-grouped_matmul = operations.grouped_matmul
-rms_norm = operations.rms_norm
-sort_by_expert, gather_rows, combine_rows = operations.sort_by_expert, operations.gather_rows, operations.combine_rows
-selective_scan, selective_scan_step = operations.selective_scan, operations.selective_scan_step
+
+def _operation(name: str) -> Callable[..., Any]:
+    """The operation of this name: ``operations`` has it, or ``Plain`` for what traces a graph."""
+
+    @without_autocast
+    def run(*args: Any, **kwargs: Any) -> Any:
+        chosen = Plain if torch.compiler.is_compiling() else operations
+        return getattr(chosen, name)(*args, **kwargs)
+
+    return run
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The experts' products, which autocast casts as it does a linear layer's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _grouped_matmul(x, weight, *args, **kwargs)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None, backend: str = "auto") -> Any:
+    """The norm of the stream and its update, which autocast gives in another dtype than the stream's."""
+    return _rms_norm(x, weight, epsilon, None if residual is None else residual.to(x.dtype), backend)
+
+
+activation = _operation("activation")
+causal_conv, causal_conv_step = _operation("causal_conv"), _operation("causal_conv_step")
+cross_entropy = _operation("cross_entropy")
+sort_by_expert = _operation("sort_by_expert")
+gather_rows, combine_rows = _operation("gather_rows"), _operation("combine_rows")
+selective_scan, selective_scan_step = _operation("selective_scan"), _operation("selective_scan_step")
+_grouped_matmul, _rms_norm = _operation("grouped_matmul"), _operation("rms_norm")
 
 
 # From moe_mamba/model/initialize.py:
@@ -460,8 +586,34 @@ def matrix(config: ModelConfig, fan_in: int, residual: bool = False) -> Initiali
     return uniform(fan_in, 1.0 / math.sqrt(len(config.layers)) if residual else 1.0)
 
 
+def embedding_weight(config: ModelConfig) -> Initializer:
+    """How the embedding starts; the authors' counts a fan-in of one."""
+    return truncated_normal(1) if config.initialization == "authors" else normal(0.02)
+
+
+def head_weight(config: ModelConfig) -> Initializer:
+    """How the head starts."""
+    return truncated_normal(config.d_model) if config.initialization == "authors" else normal(0.02)
+
+
 # From moe_mamba/model/sequences.py:
-# How the flat residual stream is cut into sequences, and where documents start in them.
+# What goes with the flat residual stream to every layer: its sequences, and what a caller wants to see of the pass.
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Intermediate results that a caller asked for, appended layer by layer; a None list is not asked for.
+
+    Attributes:
+        streams: the residual stream (batch, length, d_model) before each layer.
+        attentions: (batch, heads, length, past + length) weights of each attention layer; asking for them makes
+            attention compute them, which takes memory by the square of the length.
+        router_logits: (tokens, experts) of each router, in the dtype of its weight.
+    """
+
+    streams: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    router_logits: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -473,11 +625,13 @@ class Sequences:
         length: tokens a sequence.
         starts: (batch, length) bool, True where a document starts and nothing before may be seen;
             None: a sequence is one document that may go on from a state passed in.
+        recording: what the pass shall keep; by default nothing.
     """
 
     batch: int
     length: int
     starts: Tensor | None = None
+    recording: Recording = field(default_factory=Recording)
 
     @property
     def tokens(self) -> int:
@@ -539,69 +693,161 @@ def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 # From moe_mamba/model/attention.py:
 # Causal attention (Vaswani et al., 2017) with rotary positions or none, and grouped key and value heads.
 #
+# Over all of a document so far, or over a sliding window of it.
+#
 # Symbols: b batch, l length (new tokens), p past tokens in a state, h query heads, g key and value heads, e width of
 # a head.
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What attention keeps between passes: it grows by the tokens seen.
+    """What attention keeps between passes: it grows by the tokens seen, to at most ``model.sliding_window`` - 1.
+
+    Or it has room for a fixed number of tokens, none of which it leaves behind.
 
     Attributes:
         key: (batch, kv_heads, past, head_dim), already rotated.
         value: (batch, kv_heads, past, head_dim).
-        start: (batch,) int64: place among the past tokens where the current document starts.
+        start: (batch,) int64: place among the past tokens where the current document starts; below 0 where that is a
+            token that the window has left behind.
+        seen: () int64, how many of the places hold a token, the first ones; None: all do.
     """
 
     key: Tensor
     value: Tensor
     start: Tensor
+    seen: Tensor | None = None
+
+    @property
+    def past(self) -> int | Tensor:
+        """Tokens that are kept."""
+        return self.key.shape[2] if self.seen is None else self.seen
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of new tokens behind them; where there is room, in place and without gradient.
+
+        Args:
+            key: (batch, kv_heads, new, head_dim).
+            value: (batch, kv_heads, new, head_dim).
+        """
+        if self.seen is None:
+            return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
+                (self.value.to(value.dtype), value), dim=2
+            )
+        place = torch.arange(key.shape[2], device=key.device) + self.seen
+        self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
+        self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
+        return self.key, self.value
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotary_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angles that each pair of a head's channels turns by from token to token (Su et al., 2021, section 3.2.2).
+
+    ``linear`` slows all of them (position interpolation; Chen et al., arXiv 2306.15595, section 2.3). ``llama3`` slows
+    those that turn at most ``rope_low_freq_factor`` times in the original context, leaves those that turn at least
+    ``rope_high_freq_factor`` times, and blends the two by the number of turns in between (Llama 3.1; ``apply_scaling``
+    of Meta's reference implementation in llama-models).
+
+    Args:
+        config: has base, width of a head, and scaling.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        (head_dim / 2,), radians: ``base ** (-2 i / head_dim)``, scaled.
+    """
+    half = config.resolved_head_dim // 2
+    frequency = config.rope_base ** -(torch.arange(half, dtype=dtype, device=device) / half)
+    if config.rope_type == "default":
+        return frequency
+    if config.rope_type == "linear":
+        return frequency / config.rope_factor
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the frequency that is left as it is
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def rotate(x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
     """Rotary positions (Su et al., 2021, eq. 34), pairs half a head apart as in GPT-NeoX and Llama.
 
     Args:
         x: (b, heads, l, e), e even.
         positions: (b or 1, l) integers: tokens since the document's start.
-        base: of the frequencies ``base ** (-2 i / e)``.
+        frequency: (e / 2,), from ``rotary_frequencies``; its dtype is that of the angles and the products.
 
     Returns:
-        ``x`` rotated, in its dtype; the angles and the products are fp32 at least.
+        ``x`` rotated, in its dtype.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    frequency = base ** -(torch.arange(half, dtype=wide, device=x.device) / half)
-    angle = (positions.to(wide)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
+    angle = (positions.to(frequency.dtype)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
     cosine, sine = angle.cos(), angle.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
+    first, second = x.to(frequency.dtype).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention (Vaswani et al., 2017, eq. 1) written down, which gives its weights too.
+
+    Args:
+        query: (b, h, l, e).
+        key: (b, g, p, e), g a divisor of h.
+        value: (b, g, p, e).
+        mask: (b or 1, 1, l, p) bool, True where a query sees a key; None: causal, l = p.
+
+    Returns:
+        (b, h, l, e), and the weights (b, h, l, p), both in the dtype of the query; the softmax is fp32 at least.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (kept.to(query.dtype).repeat_interleave(groups, dim=1) for kept in (key, value))
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    score = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5  # (b, h, l, p)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weight = score.to(wide).masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
+    return weight @ value, weight
+
+
 class Attention(nn.Module):
-    """Attention over the documents of each sequence; bias-free projections, named as in Llama."""
+    """Attention over the documents of each sequence, or over a window of them; projections named as in Llama."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = config.d_model // config.heads
-        kv_width = config.resolved_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.head_dim, bias = config.resolved_head_dim, config.attention_bias
+        width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
-        d_model = self.config.d_model
-        inputs = {f"{name}.weight": matrix(self.config, d_model) for name in ("q_proj", "k_proj", "v_proj")}
-        return inputs | {"o_proj.weight": matrix(self.config, d_model, residual=True)}
+        inputs = ("q_proj", "k_proj", "v_proj")
+        fills = {f"{name}.weight": matrix(self.config, self.config.d_model) for name in inputs}
+        fills["o_proj.weight"] = matrix(self.config, self.config.heads * self.head_dim, residual=True)
+        if self.config.attention_bias:
+            fills |= {f"{name}.bias": zeros for name in (*inputs, "o_proj")}
+        return fills
 
-    def initial_state(self, batch: int) -> AttentionState:
-        """Return the state before any token."""
-        weight = self.k_proj.weight
-        empty = weight.new_zeros(batch, self.config.resolved_kv_heads, 0, self.head_dim)
-        return AttentionState(empty, empty, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+    def initial_state(
+        self,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        room: int | None = None,
+    ) -> AttentionState:
+        """Return the state before any token.
+
+        Args:
+            batch: sequences.
+            dtype: of the activations.
+            device: of the state.
+            room: tokens that may come; None: any number, and the state grows.
+        """
+        shape = (batch, self.config.resolved_kv_heads, room or 0, self.head_dim)
+        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        seen = None if room is None else torch.zeros((), dtype=torch.int64, device=device)
+        return AttentionState(key, value, torch.zeros(batch, dtype=torch.int64, device=device), seen)
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: AttentionState | None = None
@@ -613,27 +859,51 @@ class Attention(nn.Module):
         )  # (b, h, l, e), (b, g, l, e), (b, g, l, e)
         place, start = self._places(sequences, state, x.device)  # (l,), (b or 1, l)
         if self.config.positions == "rope":
-            query = rotate(query, place - start, self.config.rope_base)
-            key = rotate(key, place - start, self.config.rope_base)
-        mask = None
+            wide = torch.promote_types(query.dtype, torch.float32)
+            frequency = rotary_frequencies(self.config, wide, x.device)
+            query, key = rotate(query, place - start, frequency), rotate(key, place - start, frequency)
+        mask, window = None, self.config.sliding_window or sequences.length
         if state is not None:
-            key = torch.cat((state.key, key), dim=2)  # (b, g, p + l, e)
-            value = torch.cat((state.value, value), dim=2)
-            state = AttentionState(key, value, start[:, -1].expand(sequences.batch))
-        if state is not None or sequences.starts is not None:
-            other = torch.arange(key.shape[2], device=x.device)  # (p + l,)
-            mask = ((other <= place[:, None]) & (other >= start[..., None]))[:, None]  # (b or 1, 1, l, p + l)
-        y = functional.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
-        )  # (b, h, l, e)
+            key, value = state.extended(key, value)  # (b, g, p + l, e)
+        if state is not None or sequences.starts is not None or sequences.length > window:
+            mask = self._mask(place, start, key.shape[2])
+        if sequences.recording.attentions is not None:
+            y, weight = attend(query, key, value, mask)
+            sequences.recording.attentions.append(weight)
+        else:
+            y = functional.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+            )  # (b, h, l, e)
+        if state is not None:
+            last = start[:, -1].expand(sequences.batch)
+            seen = None if state.seen is None else state.seen + sequences.length
+            state = self._kept(key, value, last) if seen is None else AttentionState(key, value, last, seen)
         return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), None, state
+
+    def _mask(self, place: Tensor, start: Tensor, seen: int) -> Tensor:
+        """Which of ``seen`` tokens, past ones first, each new one attends to, (b or 1, 1, l, seen) bool.
+
+        None before its document; with a window of W, itself and the W - 1 tokens before it (Mistral 7B; Jiang et al.,
+        arXiv 2310.06825, section 2).
+        """
+        window = self.config.sliding_window
+        first = start if window is None else start.maximum(place - window + 1)  # (b or 1, l)
+        other = torch.arange(seen, device=place.device)
+        return ((other <= place[:, None]) & (other >= first[..., None]))[:, None]
+
+    def _kept(self, key: Tensor, value: Tensor, start: Tensor) -> AttentionState:
+        """What tokens to come may attend to of keys and values (b, g, p + l, e); ``start`` (b,) is among them."""
+        window = self.config.sliding_window
+        dropped = 0 if window is None else max(0, key.shape[2] - window + 1)
+        if dropped:  # copies, so that what is dropped lets go of its memory
+            key, value = key[:, :, dropped:].clone(), value[:, :, dropped:].clone()
+        return AttentionState(key, value, start - dropped)
 
     def _places(
         self, sequences: Sequences, state: AttentionState | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Where each new token stands, past ones counted (l,), and where its document starts (b or 1, l)."""
-        past = 0 if state is None else state.key.shape[2]
-        place = torch.arange(past, past + sequences.length, device=device)
+        place = torch.arange(sequences.length, device=device) + (0 if state is None else state.past)
         first = torch.zeros(1, 1, dtype=torch.int64, device=device) if state is None else state.start[:, None]
         if sequences.starts is None:
             return place, first.expand(-1, sequences.length)
@@ -650,21 +920,24 @@ def input_width(activation: str, width: int) -> int:
 
 
 class FeedForward(nn.Module):
-    """Two bias-free matrices with an activation between them."""
+    """Two matrices, with biases or without, and an activation between them."""
 
-    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.config = config
         self.width = width or config.resolved_d_ff
-        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=False)
-        self.out_proj = nn.Linear(self.width, config.d_model, bias=False)
+        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
+        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
-        return {
+        fills = {
             "in_proj.weight": matrix(self.config, self.config.d_model),
             "out_proj.weight": matrix(self.config, self.width, residual=True),
         }
+        if self.in_proj.bias is not None:
+            fills |= {"in_proj.bias": zeros, "out_proj.bias": zeros}
+        return fills
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
         """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""
@@ -807,6 +1080,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> tuple[Routing, RouterStatistics]:
         """Route the stream ``x`` (tokens, d_model)."""
         logits = self.logits(x)
+        if sequences.recording.router_logits is not None:
+            sequences.recording.router_logits.append(logits)
         if self.config.scores == "softmax":
             scores = share = logits.softmax(dim=-1)
         else:
@@ -828,6 +1103,7 @@ class Router(nn.Module):
         )
         return routing, statistics
 
+    @without_autocast
     def logits(self, x: Tensor) -> Tensor:
         """One logit an expert for each token of ``x`` (tokens, d_model), (tokens, experts)."""
         return functional.linear(x.to(self.weight.dtype), self.weight)
@@ -977,7 +1253,7 @@ class MambaState:
     """What the mixer keeps between passes; its size does not depend on the tokens seen.
 
     Attributes:
-        conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution, in the dtype of the weights.
+        conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution, in the dtype of the activations.
         scan: (batch, d_inner, d_state), fp32 (fp64 in an fp64 model).
     """
 
@@ -986,12 +1262,45 @@ class MambaState:
 
 
 class DepthwiseConv(nn.Module):
-    """The weights of a convolution of each channel by itself: weight (channels, width) and bias (channels)."""
+    """A causal convolution of each channel by itself, then SiLU: weight (channels, width) and bias (channels)."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolve whole sequences, or one more token of each; returns (y, new state), in the dtype of ``x``.
+
+        Args:
+            x: (batch, length, channels); one more token, after ``state``: (batch, channels).
+            starts: (batch, length) bool, see ``Sequences``.
+            state: (batch, width - 1, channels), the inputs before; None: zeros.
+        """
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if x.dim() == 2:
+            assert state is not None, "one more token goes on from a state"
+            return causal_conv_step(x, weight, bias, state.to(x.dtype), self.kernels)
+        return causal_conv(x, weight, bias, starts, None if state is None else state.to(x.dtype), self.kernels)
+
+
+class StepProjection(nn.Module):
+    """From delta's low rank to channels: weight (d_inner, dt_rank), bias (d_inner).
+
+    The bias is not added: it stays fp32, and the scan adds it before its softplus. So this is no ``nn.Linear``, which
+    quantisation and adapters would put another module with another sum in the place of.
+    """
+
+    def __init__(self, dt_rank: int, d_inner: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_inner, dt_rank))
+        self.bias = nn.Parameter(torch.empty(d_inner))
+
+    def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``dt`` (..., dt_rank) to (..., d_inner), in its dtype; beside it the bias (d_inner)."""
+        # A view, since what shards or offloads a module's weights may take them back when this returns.
+        return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
 
 
 class Mamba(nn.Module):
@@ -1002,12 +1311,12 @@ class Mamba(nn.Module):
         self.config = config
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv1d = DepthwiseConv(d_inner, config.d_conv)
+        self.conv1d = DepthwiseConv(d_inner, config.d_conv, config.kernels)
         if config.selective:
             self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         else:
             self.dt_B_C = nn.Parameter(torch.empty(dt_rank + 2 * d_state))  # the same for every token
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.dt_proj = StepProjection(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
@@ -1036,13 +1345,15 @@ class Mamba(nn.Module):
             "out_proj.weight": uniform(config.d_inner, shrink),
         }
 
-    def initial_state(self, batch: int) -> MambaState:
-        """Return the state before any token."""
-        config, weight = self.config, self.in_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+    def initial_state(
+        self, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> MambaState:
+        """Return the state before any token; ``dtype`` is the activations'."""
+        config = self.config
+        wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
-            weight.new_zeros(batch, config.d_conv - 1, config.d_inner),
-            weight.new_zeros(batch, config.d_inner, config.d_state, dtype=wide),
+            torch.zeros(batch, config.d_conv - 1, config.d_inner, dtype=dtype, device=device),
+            torch.zeros(batch, config.d_inner, config.d_state, dtype=wide, device=device),
         )
 
     def forward(
@@ -1062,34 +1373,27 @@ class Mamba(nn.Module):
         self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
         """Convolution and scan of whole sequences; x and z (batch, length, d_inner)."""
-        weight, bias = self._convolution(x.dtype)
-        before = (None, None) if state is None else (state.conv, state.scan)
-        x, conv_state = causal_conv(x, weight, bias, starts, before[0], self.config.kernels)
-        delta, B, C = self._select(x)
+        conv, scan = (None, None) if state is None else (state.conv, state.scan)
+        x, conv = self.conv1d(x, starts, conv)
+        delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
         kernels = self.config.kernels
         if kernels == "vendor" and state is not None:
             kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
-        y, scan_state = selective_scan(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, starts, before[1], kernels
+        y, scan = selective_scan(
+            x, delta, A, B, C, self.D, z, bias, starts, scan, kernels
         )  # equations 2a, 2b and 4, and the gate
-        return y, None if state is None else MambaState(conv_state, scan_state)
+        return y, None if state is None else MambaState(conv, scan)
 
     def _step(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """What ``_pass`` computes of one more token; x and z (batch, d_inner)."""
-        weight, bias = self._convolution(x.dtype)
-        x, conv_state = causal_conv_step(x, weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
-        delta, B, C = self._select(x)
+        x, conv = self.conv1d(x, None, state.conv)  # (batch, d_inner)
+        delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)
-        y, scan_state = selective_scan_step(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, state.scan, self.config.kernels
-        )
-        return y, MambaState(conv_state, scan_state)
+        y, scan = selective_scan_step(x, delta, A, B, C, self.D, z, bias, state.scan, self.config.kernels)
+        return y, MambaState(conv, scan)
 
-    def _convolution(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.conv1d.weight.to(dtype), self.conv1d.bias.to(dtype)
-
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What makes the scan selective: delta, B and C from the input (algorithm 2, section 3.6).
 
         Without ``model.selective`` they are learned constants: the scan is linear and time-invariant, which is a long
@@ -1099,14 +1403,14 @@ class Mamba(nn.Module):
             x: (..., d_inner).
 
         Returns:
-            delta before its bias and softplus (..., d_inner); B and C (..., d_state).
+            delta before its bias and softplus (..., d_inner); that bias (d_inner); B and C (..., d_state).
         """
         d_state = self.config.d_state
         made = self.x_proj(x) if self.config.selective else self.dt_B_C.to(x.dtype).expand(*x.shape[:-1], -1)
         dt, B, C = made.split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
         if self.config.mamba_norms:
             (dt, _), (B, _), (C, _) = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return functional.linear(dt, self.dt_proj.weight.to(dt.dtype)), B, C
+        return *self.dt_proj(dt), B, C
 
     def _constants(self, weight: Tensor, generator: Generator) -> None:
         """As S4D starts (Gu et al., arXiv 2206.11893): delta is its bias alone, B is one, C standard normal."""
@@ -1151,8 +1455,8 @@ def cross_entropy_sum(
     return losses.sum(), (targets != IGNORED).sum()
 
 
-# From moe_mamba/model/language_model.py:
-# The whole model: embedding -> layers -> norm -> head, and what it counts about itself.
+# From moe_mamba/model/layer.py:
+# A layer of the residual stack, and the pass through all of them.
 
 
 State = MambaState | AttentionState | None
@@ -1166,7 +1470,7 @@ def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
     if letter == "*":
         return Attention(config)
     if letter == "-":
-        return FeedForward(config)
+        return FeedForward(config, bias=config.mlp_bias)
     return MoE(config, moe)
 
 
@@ -1187,77 +1491,96 @@ class Layer(nn.Module):
         return stream, update, statistics, state
 
 
-class LanguageModel(nn.Module):
-    """A decoder of layers named by ``model.pattern``.
+def run_layers(
+    layers: Iterable[Callable],
+    stream: Tensor,
+    sequences: Sequences,
+    states: Sequence[State] | None = None,
+    recompute: bool = False,
+    merge: bool = False,
+) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
+    """Run the layers over embedded tokens.
 
-    Its weights are whatever memory held until ``initialize`` or a checkpoint fills them.
+    Args:
+        layers: ``Layer`` modules.
+        stream: (tokens, d_model).
+        sequences: how the tokens are cut into sequences, and what of the pass is recorded.
+        states: of each layer, from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
+        recompute: keep only each layer's input, and compute the rest again in the backward pass; without states.
+        merge: hand one tensor from layer to layer in the place of a stream and its update, as who keeps it wants.
 
-    Attributes:
-        recompute: in training keep only each layer's input, and compute the rest again in the backward pass.
+    Returns:
+        The stream after the last layer (tokens, d_model), the statistics of each router, and the new states.
     """
+    update: Tensor | None = None  # of the last layer, not yet in the stream
+    statistics: list[RouterStatistics] = []
+    new_states: list[State] = []
+    streams = sequences.recording.streams
+    for index, layer in enumerate(layers):
+        if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept a layer
+            stream, update = _sum(stream, update), None
+        if streams is not None:
+            streams.append(stream.view(sequences.batch, sequences.length, -1))
+            stream = streams[-1].flatten(0, 1)  # so that what is recorded takes part in the graph
+        if recompute:  # nothing in a layer is random, so no random state is kept
+            stream, update, measured, _ = checkpoint(
+                layer, stream, None, sequences, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            state = states[index] if states is not None else None
+            stream, update, measured, state = layer(stream, update, sequences, state)
+            new_states.append(state)
+        if measured is not None:
+            statistics.append(measured)
+    return _sum(stream, update), statistics, new_states if states is not None else None
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
-        super().__init__()
-        self.config = model
-        self.moe_config = moe
-        self.recompute = False
-        self.embedding = nn.Embedding(model.vocab_size, model.d_model)
-        self.layers = nn.ModuleList(Layer(letter, model, moe) for letter in model.layers)
-        self.final_norm = build_norm(model) if model.final_norm else None
-        self.head = None if model.tied_head else nn.Linear(model.d_model, model.vocab_size, bias=False)
 
-    def initializers(self) -> dict[str, Initializer]:
-        """How embedding and head start; the authors' embedding counts a fan-in of one."""
-        authors = self.config.initialization == "authors"
-        fill = {"embedding.weight": truncated_normal(1) if authors else normal(0.02)}
-        if self.head is not None:
-            fill["head.weight"] = truncated_normal(self.config.d_model) if authors else normal(0.02)
-        return fill
+def initial_states(
+    layers: Iterable[nn.Module], batch: int, dtype: torch.dtype, device: torch.device, room: int | None = None
+) -> list[State]:
+    """Each layer's state before any token.
 
-    def initial_states(self, batch: int) -> list[State]:
-        """Return each layer's state before any token, for ``batch`` sequences."""
-        mixers = (layer.mixer for layer in self.layers)
-        return [mixer.initial_state(batch) if isinstance(mixer, Mamba | Attention) else None for mixer in mixers]
+    Args:
+        layers: ``Layer`` modules.
+        batch: sequences.
+        dtype: of the activations; what a scan keeps is fp32 at least.
+        device: of the states.
+        room: tokens that may come; None: any number, and attention's states grow.
+    """
+    states: list[State] = []
+    for layer in layers:
+        mixer = layer.mixer
+        if isinstance(mixer, Mamba):
+            states.append(mixer.initial_state(batch, dtype, device))
+        elif isinstance(mixer, Attention):
+            states.append(mixer.initial_state(batch, dtype, device, room))
+        else:
+            states.append(None)
+    return states
 
-    def mix(
-        self, stream: Tensor, sequences: Sequences, states: Sequence[State] | None = None
-    ) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
-        """Run the layers over embedded tokens (tokens, d_model); returns the stream, statistics and new states."""
-        update: Tensor | None = None  # of the last layer, not yet in the stream
-        statistics: list[RouterStatistics] = []
-        new_states: list[State] = []
-        for index, layer in enumerate(self.layers):
-            if self.recompute and self.training:
-                # The sum, so that one tensor is kept a layer; nothing in a layer is random, so no random state is.
-                stream, update, measured, _ = checkpoint(
-                    layer, _sum(stream, update), None, sequences, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                state = states[index] if states is not None else None
-                stream, update, measured, state = layer(stream, update, sequences, state)
-                new_states.append(state)
-            if measured is not None:
-                statistics.append(measured)
-        return _sum(stream, update), statistics, new_states if states is not None else None
 
-    def routers(self) -> list[Router]:
-        """Routers of the layers of experts, in the order of a pass's statistics."""
-        return [mixer.router for mixer in self._mixers(MoE)]
+def map_rows(state: State, function: Callable[[Tensor], Tensor]) -> State:
+    """A layer's state with every tensor changed that has a row for each sequence of the batch."""
+    if state is None:
+        return None
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    rows: dict[str, Any] = {
+        name: function(value) for name, value in values.items() if value is not None and value.dim()
+    }
+    return replace(state, **rows)
 
-    def fp32_parameter_names(self) -> set[str]:
-        """Parameters, and balance biases, that stay fp32 in a bf16 model: small, and sensitive to rounding."""
-        names: set[str] = set()
-        for prefix, module in self.named_modules():
-            local: list[str] = []
-            if isinstance(module, RMSNorm | LayerNorm | Router):
-                local = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-            elif isinstance(module, Mamba):
-                local = ["A_log", "D", "dt_proj.bias"] + ["dt_B_C"] * (not self.config.selective)
-            names.update(f"{prefix}.{name}" for name in local)
-        return names
 
-    def _mixers(self, kind: type) -> list:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)]
+def fp32_parameter_names(model: nn.Module) -> set[str]:
+    """Parameters, and balance biases, that stay fp32 in a bf16 model: small, and sensitive to rounding."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        local: list[str] = []
+        if isinstance(module, RMSNorm | LayerNorm | Router):
+            local = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        elif isinstance(module, Mamba):
+            local = ["A_log", "D", "dt_proj.bias"] + ["dt_B_C"] * (not module.config.selective)
+        names.update(f"{prefix}.{name}" if prefix else name for name in local)
+    return names
 
 
 def _sum(stream: Tensor, update: Tensor | None) -> Tensor:
@@ -1268,66 +1591,79 @@ def _sum(stream: Tensor, update: Tensor | None) -> Tensor:
 # What layers keep between passes, as Transformers hands it on.
 
 
-class MoEMambaCache(Cache):
-    """What the layers keep between passes: Mamba's states of constant size, keys and values of attention alone.
+CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputWithPast)} else "past_key_values"
+"""What this version of Transformers calls a cache: ``cache`` since 5.24, ``past_key_values`` before."""
 
-    A new one is empty, and fits any batch. A pass changes it in place and returns it.
+
+class StateCache(Cache):
+    """What the layers keep between passes: Mamba's states of constant size, and attention's keys and values.
 
     Attributes:
         states: one for each layer, None for feed-forward layers and experts; empty before the first pass.
-        length: tokens seen, padding included.
+        seen: tokens seen, padding included.
+        visible: (batch, tokens) bool, which of them were no padding; None: all were text.
+        max_cache_len: tokens that it has room for; None: any number.
     """
 
+    max_cache_len: int | None = None
+    is_compileable = False
+    is_croppable = False  # a state cannot forget its last tokens
+    is_linear: Any = (False,)  # all([]) is True, and Transformers then reads again what was seen
+
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])
         self.states: list[State] = []
-        self.length = 0
+        self.seen: Any = 0
+        self.visible: Tensor | None = None
 
     def __len__(self) -> int:
         """How many layers it has states of, those that keep nothing included."""
         return len(self.states)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(layers={len(self.states)}, length={self.length})"
+        return f"{type(self).__name__}(layers={len(self.states)}, tokens={int(self.seen)})"
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was seen."""
+        return self.seen == 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen, padding included; the same for every layer."""
-        return self.length
+        return self.seen
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1, as the tokens that may come are not limited."""
-        return -1
+        """Tokens that it has room for; -1 where they are not limited."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether any token was seen."""
-        return self.length > 0
+        return not self.is_empty
 
     @property
     def batch_size(self) -> int:
         """Sequences that it has states of; -1 where it cannot say."""
-        tensors = self.tensors()
-        return tensors[0].shape[0] if tensors else -1
-
-    @property
-    def is_croppable(self) -> bool:
-        """No: a state cannot forget its last tokens."""
-        return False
+        rows = [tensor.shape[0] for tensor in self.tensors() if tensor.dim()]
+        return rows[0] if rows else -1
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept."""
-        return [getattr(state, field.name) for state in self.states if state is not None for field in fields(state)]
+        values = [getattr(state, field.name) for state in self.states if state is not None for field in fields(state)]
+        return [value for value in values if value is not None]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.length = [], 0
+        self.states, self.seen, self.visible = [], 0, None
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, *tokens: int) -> None:
         """Refuse: see ``is_croppable``.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("MoEMambaCache.crop: a state cannot forget its last tokens; keep a copy.deepcopy from before")
+        raise ValueError(
+            f"{type(self).__name__}.crop: a state cannot forget its last tokens; keep a copy.deepcopy from before"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the states of the beams that live on."""
@@ -1342,15 +1678,105 @@ class MoEMambaCache(Cache):
         self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.states = [state if state is None else map_state(state, function) for state in self.states]
+        self.keep([map_rows(state, function) for state in self.states])
+        if self.visible is not None:
+            self.visible = function(self.visible)
+
+    def keep(self, states: list[State]) -> None:
+        """Take a pass's new states."""
+        self.states = states
+
+    def count(self, batch: int, length: int, visible: Tensor | None) -> None:
+        """Count new tokens; ``visible`` (batch, length) bool says which are text, None: all."""
+        if visible is not None or self.visible is not None:
+            device = (self.visible if visible is None else visible).device  # type: ignore[union-attr]
+            if self.visible is None:
+                self.visible = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
+            if visible is None:
+                visible = torch.ones(batch, length, dtype=torch.bool, device=device)
+            self.visible = torch.cat((self.visible, visible), dim=1)
+        self.seen += length
 
 
-def map_state(state: MambaState | AttentionState, function: Callable[[Tensor], Tensor]) -> Any:
+class MoEMambaCache(StateCache, DynamicCache):
+    """A cache for any number of tokens. A new one is empty, and fits any batch; a pass changes it and returns it."""
+
+
+class MoEMambaStaticCache(StateCache, StaticCache):
+    """A cache with room for a number of tokens, none of whose tensors ever moves or grows: for compiled steps.
+
+    Args:
+        max_cache_len: tokens that it has room for.
+    """
+
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self._is_empty = True
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was seen; known without a look at the device."""
+        return self._is_empty
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        self.visible, self._is_empty = None, True
+        for tensor in (*self.tensors(), *([] if isinstance(self.seen, int) else [self.seen])):
+            tensor.zero_()
+
+    def keep(self, states: list[State]) -> None:
+        """Take new states, in the tensors that it has where they are as large; no gradient flows through them."""
+        if self.states:
+            self.states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
+        else:
+            self.states = [map_state(state, lambda tensor: tensor.detach().clone()) for state in states]
+
+    def count(self, batch: int, length: int, visible: Tensor | None) -> None:
+        """Count new tokens; ``visible`` (batch, length) bool says which are text, None: all."""
+        if isinstance(self.seen, int):
+            device = next(iter(self.tensors()), torch.empty(0)).device
+            self.seen = torch.tensor(0, device=device)
+            if not torch.compiler.is_compiling():
+                for tensor in (self.seen, *self.tensors()):
+                    torch._dynamo.mark_static_address(tensor)
+        if visible is not None:
+            if self.visible is None:
+                self.visible = torch.ones(batch, self.max_cache_len or 0, dtype=torch.bool, device=visible.device)
+            first = int(self.seen)
+            self.visible[:, first : first + length] = visible
+        self.seen.add_(length)
+        self._is_empty = False
+
+
+def _written(old: State, new: State) -> State:
+    """``new``, in the tensors of ``old`` where they are as large."""
+    if old is None or new is None:
+        return new
+
+    def write(target: Tensor | None, value: Tensor | None) -> Tensor | None:
+        if target is None or value is None or target is value or target.shape != value.shape:
+            return value
+        return target.copy_(value.detach())
+
+    values: dict[str, Any] = {
+        field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)
+    }
+    return replace(new, **values)
+
+
+def map_state(state: State, function: Callable[[Tensor], Tensor]) -> Any:
     """A layer's state with every tensor changed."""
-    return type(state)(**{field.name: function(getattr(state, field.name)) for field in fields(state)})
+    if state is None:
+        return None
+    values: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(state)}
+    values = {name: value if value is None else function(value) for name, value in values.items()}
+    return replace(state, **values)
 
 
-def _state_to(state: MambaState | AttentionState, device: Any, non_blocking: bool = False) -> Any:
+def _state_to(state: State, device: Any, non_blocking: bool = False) -> Any:
     return map_state(state, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
@@ -1364,66 +1790,417 @@ for _class, _to in ((MambaState, _state_to), (AttentionState, _state_to), (Seque
     setattr(_class, "to", _to)  # noqa: B010
 
 
-# From moe_mamba/hf/shell/modeling.py:
-# What Transformers asks of a language model that generates, around the trainer's own ``LanguageModel``.
+# From moe_mamba/hf/shell/padding.py:
+# How new tokens are read: which of them are text, where documents start, and in which order a state shall see them.
+#
+# A state cannot skip a token that stands between others. So where padding does not stand before a row's first token,
+# the tokens of a row change places: padding first, text after it, each in order. Then a document start at the first
+# token hides what is before; a row that goes on from a cache waits until its padding has passed.
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the new tokens are read.
+
+    Attributes:
+        starts: (batch, length) bool, where a document starts, in the order of ``order``; None: nowhere.
+        visible: (batch, length) bool, which tokens are text, as given; None: all.
+        order: (batch, length) int64, the place that each token read comes from; None: as they stand.
+        places: (batch, length) int64, where in that order the result for each token as given stands; padding behind
+            a text has the result for the text's last token.
+        waiting: (batch,) int64, tokens of padding before a row goes on from its state; None: no row waits.
+    """
+
+    starts: Tensor | None = None
+    visible: Tensor | None = None
+    order: Tensor | None = None
+    places: Tensor | None = None
+    waiting: Tensor | None = None
+
+
+def read(
+    batch: int,
+    length: int,
+    cache: StateCache | None,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    starts: Tensor | None,
+) -> Reading:
+    """Find out how new tokens are read.
+
+    Args:
+        batch: sequences.
+        length: new tokens of each.
+        cache: what the states have seen; None: nothing.
+        mask: (batch, tokens seen + length), or as wide as the cache has room: 0 on padding; None: all is text.
+        position_ids: (batch or 1, length); where one is 0 a document starts. None: they follow from the mask.
+        starts: (batch, length) bool, further document starts.
+
+    Raises:
+        ValueError: masks or positions of another shape, a mask that hides what the states have read, positions that
+            skip tokens or go on from tokens that are not here.
+    """
+    is_traced = torch.compiler.is_compiling()
+    if is_traced and length == 1 and cache is not None and not cache.is_empty:
+        return Reading()  # a step for one token, of which nothing can be looked at
+    past = 0 if cache is None or cache.is_empty else int(cache.seen)
+    new = None if mask is None else _new_columns(mask, batch, length, cache, past)
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch)):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, and must be ({batch}, {length})")
+    if position_ids is not None and position_ids.shape[1] != length:
+        raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
+    if is_traced:
+        return Reading(_traced_starts(new, position_ids, starts))
+    if mask is not None and new is not None:
+        new = _checked(mask, new, cache, past)
+    restarts = starts
+    if position_ids is not None:
+        restarts = _either(restarts, _restarts(position_ids.expand(batch, -1), new, past))
+    if new is None:
+        unread = (
+            None if cache is None or cache.visible is None else ~cache.visible[:, :past].any(1)
+        )  # only padding so far
+        if unread is not None and unread.any():
+            restarts = _either(restarts, nn.functional.pad(unread[:, None], (0, length - 1)))
+        return Reading(_starts(restarts, past))
+    return _around_padding(new, restarts, cache, past)
+
+
+def _new_columns(mask: Tensor, batch: int, length: int, cache: StateCache | None, past: int) -> Tensor:
+    """The mask's columns of the new tokens, (batch, length) bool."""
+    room = None if cache is None else cache.max_cache_len
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + length, room):
+        hint = f"the {past} tokens of the cache before the {length} new ones"
+        if not past and mask.dim() == 2 and mask.shape[1] > length:
+            hint = "a longer one goes on from earlier tokens, whose cache must be passed as well"
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, and must be ({batch}, {past + length}), "
+            f"a row for each sequence: {hint}"
+        )
+    return mask[:, past : past + length].bool()
+
+
+def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> Tensor | None:
+    """The new columns; None where all of them are text, and there was some in every row if there was any token.
+
+    Raises:
+        ValueError: the mask tells otherwise of tokens that the states have read.
+    """
+    before = None if cache is None or cache.visible is None else cache.visible[:, :past]
+    seen = mask[:, :past].bool()
+    changed = (~seen if before is None else seen ^ before.to(seen.device)).any()
+    begun = new.new_ones(()) if before is None else before.any(1).all()
+    is_changed, is_plain = torch.stack((changed, new.all() & begun)).tolist()  # one wait for the device
+    if is_changed:
+        raise ValueError(
+            "attention_mask tells otherwise of tokens that the cache has read: a state cannot forget a token, "
+            "so read the text anew with the mask that is meant"
+        )
+    return None if is_plain else new
+
+
+def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | None, past: int) -> Reading:
+    """How rows with padding are read, among the new tokens or before them; ``new`` (batch, length) bool."""
+    batch = len(new)
+    begun = torch.zeros(batch, dtype=torch.bool, device=new.device)
+    if past and cache is not None:
+        begun = ~begun if cache.visible is None else cache.visible[:, :past].any(1).to(new.device)
+    first = new & (new.cumsum(1) == 1) & ~begun[:, None]
+    starts = _either(None if restarts is None else restarts & new, first)
+    padding = ~new
+    behind_text = padding & (new.cumsum(1) > 0)
+    held_up = (padding & begun[:, None]).any()
+    # Padding that ends a row is seen by no token; only the state that is kept would have read it.
+    harms = behind_text if cache is not None else new & (behind_text.cumsum(1) > 0)
+    needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
+    if not needs_order:
+        return Reading(_starts(starts, past), new)
+    order = new.int().argsort(dim=1, stable=True)  # padding first
+    places = (padding.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+    waiting = torch.where(begun, padding.sum(1), 0) if waits else None
+    return Reading(_starts(starts.gather(1, order), past), new, order, places, waiting)
+
+
+def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
+    """Where positions (batch, length) begin again at 0, (batch, length) bool.
+
+    Raises:
+        ValueError: they skip tokens, or begin after tokens that were not read.
+    """
+    visible = torch.ones_like(positions, dtype=torch.bool) if new is None else new
+    restarts = visible & (positions == 0)
+    place = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    first = visible & (visible.cumsum(1) == 1)
+    since = torch.where(restarts | first, place, 0).cummax(1).values  # where the run of positions began
+    offset = positions - visible.cumsum(1)
+    # Beside padding the mask says where a text goes on, and what Transformers counts behind padding is not looked at.
+    skips = visible.all() & (offset != offset.gather(1, since)).any()
+    goes_on = (first & (positions != 0)).any()
+    are_skipped, go_on = torch.stack((skips, goes_on)).tolist()
+    if go_on and not past:
+        raise ValueError(
+            "position_ids begin after 0 without a cache: they go on from tokens whose state is not here; pass the "
+            "cache of those tokens, or positions from 0"
+        )
+    if are_skipped:
+        raise ValueError("position_ids must rise by one a token, or begin again at 0 where a document starts")
+    return restarts
+
+
+def _traced_starts(new: Tensor | None, positions: Tensor | None, starts: Tensor | None) -> Tensor | None:
+    """Starts without a look at any value, for padding on the left alone."""
+    if positions is not None and positions.shape[0] > 1:
+        starts = _either(starts, positions == 0)
+    if new is None:
+        return starts
+    return _either(None if starts is None else starts & new, new & (new.cumsum(1) == 1))
+
+
+def _starts(starts: Tensor | None, past: int) -> Tensor | None:
+    """Starts that say something: nothing is before the first place; None where there are none."""
+    if starts is None:
+        return None
+    if past == 0:
+        starts = starts.clone()
+        starts[:, 0] = False
+    return starts if starts.any() else None
+
+
+def _either(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one | other
+
+
+def document_starts(
+    embedded: Tensor,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+) -> Tensor | None:
+    """Where documents start by what packing collators give, (batch, length) bool; None: nothing is said.
+
+    Args:
+        embedded: (batch, length, d_model).
+        seq_idx: (batch, length), the number of each token's document.
+        cu_seq_lens_q: (documents + 1,), where the documents of the one row start and the last ends.
+        cu_seq_lens_k: the same.
+        max_length_q: length of the longest document, which follows.
+        max_length_k: the same.
+
+    Raises:
+        ValueError: other shapes, or bounds that differ.
+    """
+    starts = None
+    if seq_idx is not None:
+        if seq_idx.shape != embedded.shape[:2]:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, and must be {tuple(embedded.shape[:2])}")
+        starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    bounds = cu_seq_lens_q
+    if bounds is None and cu_seq_lens_k is None:
+        return starts
+    if bounds is None or cu_seq_lens_k is None or not torch.equal(bounds, cu_seq_lens_k) or embedded.shape[0] != 1:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be the same, of the documents of one row")
+    by_bounds = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+    by_bounds[0, bounds[1:-1].long()] = True
+    return _either(starts, by_bounds)
+
+
+# From moe_mamba/hf/shell/order.py:
+# Tokens in another order than they were given, and rows that wait until their padding has passed (see padding.py).
+
+
+def run_with_waiting(
+    run: Any, stream: Tensor, starts: Tensor | None, states: list[State], waiting: Tensor
+) -> tuple[Tensor, list[RouterStatistics], list[State]]:
+    """A pass in parts, so that a row's state is as it was when the row's padding has passed.
+
+    Args:
+        run: ``run_layers`` of the model's layers.
+        stream: (batch, length, d_model), padding first in each row.
+        starts: (batch, length) bool, or None.
+        states: of each layer, before the tokens.
+        waiting: (batch,) tokens of padding of the rows that go on from a state.
+    """
+    batch, length, _ = stream.shape
+    bounds = sorted({0, length, *waiting.tolist()})
+    streams, statistics = [], []
+    for first, end in pairwise(bounds):
+        part = None if starts is None else starts[:, first:end]
+        mixed, measured, new_states = run(
+            stream[:, first:end].flatten(0, 1), Sequences(batch, end - first, part), states
+        )
+        states = [_held(old, new, waiting >= end, end - first) for old, new in zip(states, new_states, strict=True)]
+        streams.append(mixed.view(batch, end - first, -1))
+        statistics += measured
+    return torch.cat(streams, 1).flatten(0, 1), _summed(statistics, len(bounds) - 1), states
+
+
+def _held(old: State, new: State, waits: Tensor, tokens: int) -> State:
+    """``new``, but what it was for rows that wait (batch,) bool; attention's move behind the padding's."""
+    if new is None or old is None:
+        return None
+    if not isinstance(new, AttentionState):
+        pairs = {name: (getattr(old, name), getattr(new, name)) for name in vars(new)}
+        return replace(new, **{name: _where(waits, was, now.to(was.dtype)) for name, (was, now) in pairs.items()})
+    assert isinstance(old, AttentionState)
+    if new.seen is None:  # the last of what it was, where a window keeps no more of it
+        kept, length = new.key.shape[2], old.key.shape[2]
+        source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
+        key, value = (
+            _where(waits, was[:, :, source], now) for was, now in ((old.key, new.key), (old.value, new.value))
+        )
+        return replace(new, key=key, value=value, start=torch.where(waits, old.start + kept - length, new.start))
+    place = torch.arange(new.key.shape[2], device=waits.device)
+    moved = torch.where((place >= tokens) & (place < new.seen), place - tokens, place)
+    source = torch.where(waits[:, None], moved, place)[:, None, :, None].expand_as(new.key)
+    key, value = new.key.gather(2, source), new.value.gather(2, source)
+    return replace(new, key=key, value=value, start=torch.where(waits, old.start + tokens, new.start))
+
+
+def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *[1] * (other.dim() - 1)), one, other)
+
+
+def _summed(statistics: list[RouterStatistics], parts: int) -> list[RouterStatistics]:
+    """Statistics of each router over the parts of a pass, which stand part by part."""
+    routers = len(statistics) // parts
+    return [
+        RouterStatistics(
+            *(sum(values) for values in zip(*(vars(one).values() for one in statistics[r::routers]), strict=True))
+        )
+        for r in range(routers)
+    ]
+
+
+def reordered(tensor: Tensor, places: Tensor | None) -> Tensor:
+    """(batch, length, ...) from other places of each row, (batch, length) int64; None: as they stand."""
+    return tensor if places is None else tensor.gather(1, places[..., None].expand_as(tensor))
+
+
+def reordered_rows(rows: Tensor, places: Tensor | None) -> Tensor:
+    """(batch x length, ...) from other places of each row of the batch, (batch, length) int64; None: as they stand."""
+    return rows if places is None else reordered(rows.unflatten(0, places.shape), places).flatten(0, 1)
+
+
+def reordered_attention(weight: Tensor, places: Tensor | None) -> Tensor:
+    """(batch, heads, length, past + length) weights, queries and new keys from other places of each row."""
+    if places is None:
+        return weight
+    past = weight.shape[3] - places.shape[1]
+    keys = torch.cat((torch.arange(past, device=places.device).expand(len(places), -1), places + past), dim=1)
+    weight = weight.gather(2, places[:, None, :, None].expand_as(weight))
+    return weight.gather(3, keys[:, None, None].expand_as(weight))
+
+
+# From moe_mamba/hf/shell/pretrained.py:
+# How Transformers fills, loads, shrinks and spreads the models.
+
+
+class MoEMambaLayer(GradientCheckpointingLayer, Layer):
+    """A layer whose activations Transformers can let go and have computed again."""
+
+
+class MoEMambaPreTrainedModel(PreTrainedModel):
+    """How Transformers fills, loads, shrinks and spreads the models."""
+
+    config_class = MoEMambaConfig
+    base_model_prefix = "model"
+    accepts_loss_kwargs = True
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _no_split_modules = ["MoEMambaLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+
+    def post_init(self) -> None:
+        """Fill the weights, and name what stays fp32 in a model of 16 bits."""
+        super().post_init()
+        names = fp32_parameter_names(self)
+        self._keep_in_fp32_modules_strict = names
+        for name in names:
+            tensor = self.get_parameter_or_buffer(name)
+            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def get_parameter_or_buffer(self, target: str) -> Tensor:
+        """The parameter or buffer of this name."""
+        owner, _, name = target.rpartition(".")
+        return getattr(self.get_submodule(owner), name)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Fill what no checkpoint has filled, from torch's random numbers, as the trainer's models start."""
+        for model in self.modules():
+            if isinstance(model, MoEMambaPreTrainedModel):
+                vars(model)["_fills"] = _fills(model)
+        super().initialize_weights()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill what a module itself owns; what a vocabulary gains is filled by who enlarges it."""
+        for name, fill in getattr(self, "_fills", {}).get(module, {}).items():
+            tensor = getattr(module, name)
+            if not getattr(tensor, "_is_hf_initialized", False):
+                fill(tensor, None)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Eager and sdpa, which attention asks for at each pass."""
+        return True
+
+    def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Let layers compute again; without reentrance, which would lose the gradient of the routers' losses."""
+        if getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
+            raise ValueError("gradient checkpointing computes layers again, it does not offload: leave out offload")
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is random
+        super()._set_gradient_checkpointing(enable, again, **kwargs)
+
+
+def _fills(model: nn.Module) -> dict[nn.Module, dict[str, Initializer]]:
+    """Module -> name of a tensor of its own -> what fills it; some modules tell of their children's."""
+    found: dict[nn.Module, dict[str, Initializer]] = {}
+    for module in model.modules():
+        for name, fill in getattr(module, "initializers", dict)().items():
+            owner, _, own = name.rpartition(".")
+            found.setdefault(module.get_submodule(owner), {})[own] = fill
+    return found
+
+
+# From moe_mamba/hf/shell/backbone.py:
+# The model without a head: embedding, layers, norm.
 
 
 logger = logging.get_logger(__name__)
 
 
-class MoEMambaPreTrainedModel(PreTrainedModel):
-    """How Transformers fills, loads and spreads the model."""
+@dataclass
+class MoEMambaModelOutput(MoeModelOutputWithPast):
+    """What a pass gives.
 
-    config_class = MoEMambaConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    gradient_checkpointing = False
-    _is_stateful = True
-    _supports_sdpa = True
-    _no_split_modules = ["Layer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    Args:
+        router_statistics: of each router, beside ``router_logits``.
+    """
 
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Fill what no checkpoint has filled, from torch's random numbers, as the trainer's models start."""
-        for module in self.modules():
-            initializers: Any = getattr(module, "initializers", dict)
-            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-            for name, fill in initializers().items():
-                if not getattr(tensors[name], "_is_hf_initialized", False):
-                    fill(tensors[name], None)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """Turn ``LanguageModel.recompute`` on or off; it chooses the arguments of ``checkpoint`` itself."""
-        if every_n_layers != 1 or getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
-            raise ValueError("gradient checkpointing recomputes every layer, without offload: leave out both options")
-        self.gradient_checkpointing = self.model.recompute = enable
+    router_statistics: list[RouterStatistics] | None = None
 
 
-class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
-    """A language model of Mamba, attention, feed-forward layers and experts, as ``config.pattern`` names them.
+class MoEMambaModel(MoEMambaPreTrainedModel):
+    """The residual stack without a head.
 
-    Padding on the left is not seen: each row starts at its first token that the mask shows, and rotary positions count
-    from there. Padding on the right is never seen, since nothing looks ahead; mask its labels.
+    Padding is not seen, wherever it stands in a row. Rotary positions count a document's own tokens.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        stack = config.stack
         moe: Any = MoEConfig(**config.moe)
-        self.model = LanguageModel(config, moe)
-        if self.model.head is None:  # the embedding's weight, as Transformers ties it
-            self.model.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._keep_in_fp32_modules_strict = {f"model.{name}" for name in self.model.fp32_parameter_names()}
-        for name in self._keep_in_fp32_modules_strict:
-            tensor = self.get_parameter_or_buffer(name)
-            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
-        for layer in self.model.layers:
-            if isinstance(layer.mixer, Mamba):
-                layer.mixer.register_forward_pre_hook(_bring_weights)
-                layer.mixer.register_forward_hook(_return_weights)
+        self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
+        self.layers = nn.ModuleList(MoEMambaLayer(letter, stack, moe) for letter in stack.layers)
+        self.final_norm = build_norm(stack) if stack.final_norm else None
+        self.gradient_checkpointing = False
         if operations is Plain:
             logger.warning_once(
                 "MoEMamba runs without its kernels, as the package moe_mamba is not installed: prompts and training "
@@ -1431,175 +2208,313 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             )
         self.post_init()
 
+    def initializers(self) -> dict[str, Initializer]:
+        """How the embedding starts."""
+        return {"embedding.weight": embedding_weight(self.config.stack)}
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
-        return self.model.embedding
+        return self.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Put another embedding in its place."""
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head; with ``config.tied_head`` its weight is the embedding's."""
-        return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Put another head in its place."""
-        self.model.head = new_embeddings
+        vars(value)["_is_hf_initialized"] = True
+        self.embedding = value  # type: ignore[assignment]
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MoEMambaCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast | tuple:
-        """Predict the token after each one.
+        past_key_values: StateCache | None = None,
+        **documents: Any,
+    ) -> MoEMambaModelOutput | tuple:
+        """Read tokens.
 
         Args:
             input_ids: (batch, length) int64; or else ``inputs_embeds``.
-            attention_mask: (batch, tokens of the cache + length), 0 on padding, which must be left or right of the
-                text. Experts see padding as they see tokens: it counts in the router's losses, and in capacities.
-            position_ids: not looked at, positions follow from the mask.
-            past_key_values: from an earlier pass, or a new one.
+            attention_mask: (batch, tokens of the cache + length), 0 on padding. Experts see padding as they see tokens:
+                it counts in the routers' losses, and in capacities.
+            position_ids: (batch or 1, length), rising by one; where they begin again at 0 a document starts, which
+                sees nothing before it.
+            cache: from an earlier pass, or a new one. ``past_key_values`` is its older name.
             inputs_embeds: (batch, length, d_model).
-            labels: (batch, length), the tokens themselves (they are shifted in here); -100 is not counted.
             use_cache: return a cache; by default in evaluation, if ``config.use_cache`` says so.
-            output_router_logits: return them, and add the router's losses, with the weights that the trainer gives
-                them, to the loss.
-            output_hidden_states: return the stream before each layer, and after the last.
+            output_attentions: return the weights of each attention layer, (batch, heads, length, past + length).
+            output_hidden_states: return the stream before each layer, and after the final norm.
+            output_router_logits: return (batch x length, experts) for each router, in fp32.
             return_dict: False: a tuple.
-            logits_to_keep: logits of so many last tokens alone, or of these places; 0: of all. Not with ``labels``.
-            num_items_in_batch: divides the loss, in the place of the number of labels that count, as in the Trainer.
-            kwargs: not looked at.
-
-        Returns:
-            ``aux_loss`` is what was added for the routers, ``router_logits`` (batch x length, experts) for each layer
-            of experts, in fp32.
+            past_key_values: see ``cache``.
+            documents: what packing collators give: ``seq_idx`` (batch, length), the number of each token's document;
+                ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (documents + 1,), where those of the one row start and the
+                last ends; ``max_length_q`` and ``max_length_k``, which follow from them.
 
         Raises:
-            ValueError: both inputs or none, a mask of another shape, a cache with expert choice, of another class or of
-                another batch.
+            TypeError: a keyword that is none of these.
+            ValueError: both inputs or none, both names of a cache, a mask or positions that do not fit, a cache with
+                expert choice, of another class, of another batch or without room, tokens that go on from others
+                whose cache is missing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.model.embedding(input_ids)
-        cache = self._cache(past_key_values, use_cache)
-        config = self.config
+            inputs_embeds = self.embedding(input_ids)
+        cache = self._cache(cache, past_key_values, use_cache)
+        config, length = self.config, inputs_embeds.shape[1]
+        wants_attentions = config.output_attentions if output_attentions is None else output_attentions
+        wants_streams = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_routers = config.output_router_logits if output_router_logits is None else output_router_logits
-        wants_stream = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        router_logits: list[Tensor] = []
-        hidden_states: list[Tensor] = []
-        with (
-            _without_autocast(inputs_embeds.device.type),
-            _recorded_logits(self.model.routers(), router_logits) if wants_routers else nullcontext(),
-            _recorded_stream(self.model.layers, hidden_states, inputs_embeds.shape) if wants_stream else nullcontext(),
-        ):
-            stream, statistics = self._mix(inputs_embeds, attention_mask, cache)  # (batch, length, d_model)
-            if wants_stream:
-                hidden_states.append(stream)
-            if labels is None:
-                stream = stream[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else stream[:, logits_to_keep]
-            logits = self._logits(stream)  # (batch, length, vocab)
-            loss, auxiliary = self._loss(logits, labels, num_items_in_batch, statistics if wants_routers else [])
-        recorded: Any = (
-            tuple(router_logits) if wants_routers else None,
-            tuple(hidden_states) if wants_stream else None,
+        recording = Recording(
+            streams=[] if wants_streams else None,
+            attentions=[] if wants_attentions or config._attn_implementation == "eager" else None,
+            router_logits=[] if wants_routers else None,
         )
-        output = MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=auxiliary,
-            logits=logits,
-            past_key_values=cache,
-            router_logits=recorded[0],
-            hidden_states=recorded[1],
-        )
+        starts = document_starts(inputs_embeds, **documents)
+        reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, starts)
+        stream, statistics = self._mix(inputs_embeds, cache, reading, recording)  # (batch, length, d_model)
+        if self.final_norm is not None:
+            stream, _ = self.final_norm(stream)
+        recorded: dict[str, Any] = {CACHE: cache}
+        if wants_streams:
+            recorded["hidden_states"] = (*(reordered(one, reading.places) for one in recording.streams or []), stream)
+        if wants_attentions:
+            weights = recording.attentions or []
+            recorded["attentions"] = tuple(reordered_attention(weight, reading.places) for weight in weights)
+        if wants_routers:
+            logits = recording.router_logits or []
+            recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
+            recorded["router_statistics"] = statistics
+        output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _cache(self, given: MoEMambaCache | None, use_cache: bool | None) -> MoEMambaCache | None:
+    def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache that this pass fills, or None."""
+        if given is not None and older is not None:
+            raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+        given = older if given is None else given
         if given is not None or use_cache:
-            self._check_that_it_generates()
-        if given is not None and not isinstance(given, MoEMambaCache):
-            raise ValueError(
-                f"past_key_values is a {type(given).__name__}: pass a MoEMambaCache, or None for a new one"
-            )
-        if self.training and self.gradient_checkpointing and (given is not None or use_cache):
-            raise ValueError("gradient checkpointing keeps no cache in training: pass use_cache=False")
+            self.check_that_it_generates()
+        if given is not None and not isinstance(given, StateCache):
+            raise ValueError(f"the cache is a {type(given).__name__}: pass a MoEMambaCache, or None for a new one")
+        if given is not None and use_cache is False:
+            raise ValueError("a cache with use_cache=False: leave out one of them")
+        if self._computes_again() and (given is not None or use_cache):
+            if given is not None and not given.is_empty:
+                raise ValueError("gradient checkpointing goes on from no cache: disable it, or read the whole text")
+            logger.warning_once("MoEMamba: gradient checkpointing keeps no cache in training: use_cache=False")
+            return None
         if given is not None:
-            if use_cache is False:
-                raise ValueError("past_key_values with use_cache=False: leave out one of them")
             return given
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not self._looks_ahead()
+            use_cache = self.config.use_cache and not self.training and not self.looks_ahead
         return MoEMambaCache() if use_cache else None
 
-    def _looks_ahead(self) -> bool:
+    def _computes_again(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether experts choose their tokens, later ones among them."""
         return "E" in self.config.layers and self.config.moe["router"] == "expert_choice"
 
-    def _check_that_it_generates(self) -> None:
-        if self._looks_ahead():
+    def check_that_it_generates(self) -> None:
+        """Refuse what has no cache.
+
+        Raises:
+            ValueError: the experts choose their tokens.
+        """
+        if self.looks_ahead:
             raise ValueError(
                 "moe.router=expert_choice looks ahead at later tokens, so it has no cache and cannot generate: "
                 "pass use_cache=False to forward, or train with moe.router=switch or top_k"
             )
 
     def _mix(
-        self, embedded: Tensor, mask: Tensor | None, cache: MoEMambaCache | None
+        self, embedded: Tensor, cache: StateCache | None, reading: Reading, recording: Recording
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
-        past = 0 if cache is None else cache.length
-        if cache is not None and cache.batch_size not in (-1, batch):
-            raise ValueError(
-                f"past_key_values has states of {cache.batch_size} sequences, and the batch has {batch}: "
-                "see its batch_repeat_interleave"
-            )
-        starts = None if mask is None else _starts(mask, batch, past, length)
-        if starts is None and length == 1 and past and torch.is_grad_enabled():
+        states = None if cache is None else self._states(cache, embedded)
+        starts = reading.starts
+        if starts is None and length == 1 and cache is not None and not cache.is_empty and torch.is_grad_enabled():
             # The step for one token has no gradient; a pass has.
             starts = torch.zeros(batch, 1, dtype=torch.bool, device=embedded.device)
-        states = None
-        if cache is not None:
-            states = cache.states or self._empty_states(batch, embedded.device)
-        stream, statistics, states = self.model.mix(embedded.flatten(0, 1), Sequences(batch, length, starts), states)
+        stream = reordered(embedded, reading.order)
+        run = partial(run_layers, self.layers, merge=self._computes_again())
+        if reading.waiting is not None and states is not None:
+            if recording != Recording():
+                raise ValueError("padding after text that is in the cache: no layer's results can be recorded")
+            stream, statistics, states = run_with_waiting(run, stream, starts, states, reading.waiting)
+        else:
+            sequences = Sequences(batch, length, starts, recording)
+            stream, statistics, states = run(stream.flatten(0, 1), sequences, states)
         if cache is not None and states is not None:
-            cache.states, cache.length = states, past + length
-        return stream.view(embedded.shape), statistics
+            cache.keep(states)
+            cache.count(batch, length, reading.visible)
+        return reordered(stream.view(embedded.shape), reading.places), statistics
 
-    def _empty_states(self, batch: int, device: torch.device) -> list[State]:
-        """States before any token. All are zeros, which weights that lie on a disk could not make."""
-        states = self.model.initial_states(batch)
-        return [state and map_state(state, partial(torch.zeros_like, device=device)) for state in states]
+    def _states(self, cache: StateCache, embedded: Tensor) -> list[State]:
+        """The cache's states, or those before any token. All are zeros: quantised or offloaded weights make none."""
+        batch, length, _ = embedded.shape
+        if cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"the cache has states of {cache.batch_size} sequences, and the batch has {batch}: "
+                "see its batch_repeat_interleave"
+            )
+        room = cache.max_cache_len
+        if torch.compiler.is_compiling() and cache.states:
+            return cache.states
+        if room is not None and not torch.compiler.is_compiling() and int(cache.seen) + length > room:
+            raise ValueError(
+                f"the cache has room for {room} tokens, {int(cache.seen)} are in it and {length} come: make it larger"
+            )
+        return cache.states or initial_states(self.layers, batch, embedded.dtype, embedded.device, room)
 
-    def _logits(self, stream: Tensor) -> Tensor:
-        if self.model.final_norm is not None:
-            stream, _ = self.model.final_norm(stream)
-        return self.model.head(stream)
+
+# From moe_mamba/hf/shell/causal_lm.py:
+# The language model with its head and loss, and what Transformers' ``generate`` asks of it.
+
+
+OLDER_NAMES = {r"^model\.head\.": "lm_head."}
+"""Tensors of folders that were exported before the head had its own place -> their names here."""
+
+
+class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
+    """The model with a head that predicts the token after each one, for generation and training.
+
+    Padding is not seen, wherever it stands in a row. Rotary positions count a document's own tokens.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = MoEMambaModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How the head starts; a tied one is the embedding's weight."""
+        stack = self.config.stack
+        return {} if stack.tied_head else {"lm_head.weight": head_weight(stack)}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding in its place."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head; with ``config.tied_head`` its weight is the embedding's."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Put another head in its place."""
+        vars(new_embeddings)["_is_hf_initialized"] = True
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple:
+        """Predict the token after each one.
+
+        Args:
+            input_ids: see ``MoEMambaModel.forward``, as for all that is not named here.
+            attention_mask: mask the labels of padding as well.
+            position_ids: see there.
+            cache: see there.
+            inputs_embeds: see there.
+            labels: (batch, length), the tokens themselves (they are shifted in here); -100 is not counted.
+            use_cache: see there.
+            output_attentions: see there.
+            output_hidden_states: see there.
+            output_router_logits: return them, and add the routers' losses, with the weights that the trainer gives
+                them, to the loss.
+            return_dict: False: a tuple.
+            logits_to_keep: logits of so many last tokens alone, or of these places; 0: of all. Not with labels.
+            num_items_in_batch: divides the loss, in the place of the number of labels that count, as in the Trainer.
+            past_key_values: see there.
+            kwargs: ``shift_labels`` (batch, length), the token after each one, in the place of ``labels``: where a
+                text is spread over devices, the first token of the next part is its last label. (Not an argument of
+                its own: Transformers' Trainer would ask every batch for it.) The rest: see there.
+
+        Returns:
+            ``aux_loss`` is what was added for the routers.
+
+        Raises:
+            TypeError: as ``MoEMambaModel.forward``.
+            ValueError: as there.
+        """
+        targets = kwargs.pop("shift_labels", None)
+        wants_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        read = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=wants_routers,
+            return_dict=True,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        stream = read.last_hidden_state
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if targets is None:
+            stream = stream[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else stream[:, logits_to_keep]
+        logits = self.lm_head(stream)  # (batch, length, vocab)
+        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or [])
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=auxiliary,
+            logits=logits,
+            hidden_states=read.hidden_states,
+            attentions=read.attentions,
+            router_logits=read.router_logits,
+            **{CACHE: getattr(read, CACHE)},
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _loss(
         self,
         logits: Tensor,
-        labels: Tensor | None,
+        targets: Tensor | None,
         items: int | Tensor | None,
         statistics: list[RouterStatistics],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The loss, and the part of it that is the routers'; None for what was not asked for."""
-        moe, auxiliary, loss = self.model.moe_config, None, None
+        moe, auxiliary, loss = self.config.moe, None, None
         share: float | Tensor = 1.0
-        if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(logits.device)
-            loss, count = cross_entropy_sum(logits, targets, backend=self.config.kernels)
+        if targets is not None:
+            loss, count = cross_entropy_sum(logits, targets.to(logits.device))
             items = count if items is None else torch.as_tensor(items, device=loss.device)
             # Micro-steps are added up: each has its share of the batch in the routers' losses, too.
             loss, share = loss / items, count / items
@@ -1608,112 +2523,206 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
                 torch.stack([function(layer).to(logits.device) for layer in statistics]).mean()
                 for function in (balance_loss, z_loss)
             )
-            auxiliary = share * moe.z_loss_weight * z
-            if moe.balance == "loss":
-                auxiliary = auxiliary + share * moe.balance_weight * balance
+            auxiliary = share * moe["z_loss_weight"] * z
+            if moe["balance"] == "loss":
+                auxiliary = auxiliary + share * moe["balance_weight"] * balance
             if loss is not None:
                 loss = loss + auxiliary
         return loss, auxiliary
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
-        """Give ``generate`` the one cache that there is."""
-        self._check_that_it_generates()
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        """As in any model of Transformers; the head of older folders is found under its older name."""
+        return super().from_pretrained(*args, key_mapping=OLDER_NAMES | (key_mapping or {}), **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What ``generate`` gives to a pass."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs.pop("cache_position", None)  # the cache counts for itself
+        inputs.pop("token_type_ids", None)
+        return inputs
+
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask that Transformers guesses from pad tokens, less those that stand inside a text: they are text."""
+        mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        return (mask.cumsum(-1) > 0).to(mask.dtype)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """No mask of four dimensions for a cache with room: layers make what they need of the one they get."""
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if attention_mask is None or cache is None or cache.max_cache_len is None:
+            return attention_mask
+        # As wide as the room, so that every step has the same shapes.
+        return nn.functional.pad(attention_mask, (0, max(0, cache.max_cache_len - attention_mask.shape[1])))
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Give ``generate`` the one kind of cache that fits."""
+        self.model.check_that_it_generates()
         wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache is the only one that fits, leave it out")
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            cache._is_user_defined = True
+        given = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        if wanted not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache has dynamic and static alone")
+        if given is not None:
+            if wanted is not None:
+                raise ValueError(f"cache_implementation={wanted} beside a cache: pass one of them")
+            given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MoEMambaCache()
-
-
-def _starts(mask: Tensor, batch: int, past: int, length: int) -> Tensor | None:
-    """Where a row's text starts among the new tokens, (batch, length) bool; None: nowhere after the first place.
-
-    Raises:
-        ValueError: a mask of another shape, or with padding between tokens.
-    """
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < past + length:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, and must be ({batch}, {past + length}): "
-            f"a row for each sequence, the {past} tokens of the cache before the {length} new ones"
-        )
-    mask = mask[:, : past + length].bool()
-    begins = mask & ~nn.functional.pad(mask, (1, -1))
-    starts = begins[:, past:].clone()
-    if past == 0:
-        starts[:, 0] = False  # nothing is before it
-    if not starts.any():
-        return None
-    if (begins.sum(1) > 1).any():
-        raise ValueError(
-            "attention_mask has padding between tokens, which a state cannot skip: pad on the left, or on the right "
-            "alone; without a mask, generate takes every pad_token_id in the text for padding"
-        )
-    return starts
-
-
-def _bring_weights(mixer: Mamba, args: Any) -> None:
-    """Load what a device map left on a CPU or disk: accelerate does so where a module is called, and these are not."""
-    for child, hook in _hooked(mixer):
-        hook.pre_forward(child)
-
-
-def _return_weights(mixer: Mamba, args: Any, output: Any) -> None:
-    for child, hook in _hooked(mixer):
-        hook.post_forward(child, None)
-
-
-def _hooked(mixer: Mamba) -> list[tuple[nn.Module, Any]]:
-    children = (mixer.conv1d, mixer.dt_proj)
-    return [(child, child._hf_hook) for child in children if hasattr(child, "_hf_hook")]
-
-
-@contextmanager
-def _recorded_logits(routers: Sequence[Router], logits: list[Tensor]) -> Iterator[None]:
-    """Keep what the routers' linear maps give."""
-
-    def record(router: Router, x: Tensor) -> Tensor:
-        logits.append(Router.logits(router, x))
-        return logits[-1]
-
-    for router in routers:
-        router.logits = partial(record, router)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for router in routers:
-            del router.logits
-
-
-@contextmanager
-def _recorded_stream(layers: nn.ModuleList, kept: list[Tensor], shape: torch.Size) -> Iterator[None]:
-    """Keep the stream before each layer, its predecessor's update added."""
-
-    def record(layer: nn.Module, args: tuple) -> None:
-        stream, update = args[:2]
-        kept.append((stream if update is None else stream + update).view(shape))
-
-    handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _without_autocast(device: str) -> Any:
-    """Leave autocast: every operation here names the dtype that it computes in."""
-    if not torch.is_autocast_enabled(device):
-        return nullcontext()
-    logger.warning_once(
-        "MoEMamba leaves autocast and computes in the dtype of its weights: load it with dtype=torch.bfloat16 for bf16."
-    )
-    return torch.autocast(device, enabled=False)
+            model_kwargs[CACHE] = MoEMambaCache()
+            if wanted == "static":
+                # As large as any before, so that a compiled step fits again.
+                asked = getattr(generation_config, "max_cache_len", None) or 0
+                self._room = max(max_cache_length, asked, getattr(self, "_room", 0))
+                model_kwargs[CACHE] = MoEMambaStaticCache(self._room)
 
 
 MoEMambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained writes this file, too
 
 
-__all__ = ["MoEMambaCache", "MoEMambaForCausalLM", "MoEMambaPreTrainedModel"]
+# From moe_mamba/hf/shell/classification.py:
+# The model with a score for each class of a text: classifiers, and reward models.
+
+
+class MoEMambaForSequenceClassification(MoEMambaPreTrainedModel):
+    """The model with a linear map from a text's last token to ``config.num_labels`` scores."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MoEMambaModel(config)
+        self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
+        self.post_init()
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How the scores start."""
+        return {"score.weight": normal(0.02)}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding in its place."""
+        self.model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values: StateCache | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """Score each text by its last token.
+
+        Args:
+            input_ids: see ``MoEMambaModel.forward``, as for all that is not named here.
+            attention_mask: says which token is a text's last one; without it, the last that is no
+                ``config.pad_token_id``.
+            position_ids: see there.
+            cache: see there.
+            inputs_embeds: see there.
+            labels: (batch,) classes or values, or (batch, labels) of several: see ``config.problem_type``.
+            use_cache: see there.
+            output_attentions: see there.
+            output_hidden_states: see there.
+            output_router_logits: see there; they are not returned here, as the output has no place for them.
+            return_dict: False: a tuple.
+            past_key_values: see there.
+
+        Returns:
+            ``logits`` (batch, labels).
+
+        Raises:
+            ValueError: as ``MoEMambaModel.forward``, and several texts without a mask or a pad token.
+        """
+        read = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            past_key_values=past_key_values,
+        )
+        stream = read.last_hidden_state  # (batch, length, d_model)
+        last = self._last_tokens(stream, input_ids, attention_mask)
+        logits = self.score(stream)[torch.arange(len(stream), device=stream.device), last]
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels.to(logits.device))
+        output = SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=read.hidden_states,
+            attentions=read.attentions,
+            **{CACHE: getattr(read, CACHE)},
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _last_tokens(self, stream: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The place of each text's last token, (batch,)."""
+        batch, length, _ = stream.shape
+        pad = self.config.pad_token_id
+        if mask is not None:
+            visible = mask[:, -length:].bool()
+        elif input_ids is not None and pad is not None:
+            visible = input_ids != pad
+        elif batch == 1:
+            return torch.full((1,), length - 1, device=stream.device)
+        else:
+            raise ValueError(
+                "several texts need an attention_mask, or a config.pad_token_id, to know their last tokens"
+            )
+        place = torch.arange(length, device=stream.device)
+        return (place * visible.to(stream.device)).argmax(-1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean square, cross entropy, or binary cross entropy, as ``config.problem_type`` or the labels say."""
+        kind = self.config.problem_type
+        if kind is None:
+            is_class = labels.dtype in (torch.int64, torch.int32)
+            if self.num_labels == 1:
+                kind = "regression"
+            else:
+                kind = "single_label_classification" if is_class else "multi_label_classification"
+            self.config.problem_type = kind
+        if kind == "regression":
+            return nn.functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+        if kind == "single_label_classification":
+            return nn.functional.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+MoEMambaModel.register_for_auto_class("AutoModel")  # save_pretrained writes this file, too
+MoEMambaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+
+__all__ = [
+    "MoEMambaCache",
+    "MoEMambaForCausalLM",
+    "MoEMambaForSequenceClassification",
+    "MoEMambaModel",
+    "MoEMambaPreTrainedModel",
+    "MoEMambaStaticCache",
+]

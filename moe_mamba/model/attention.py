@@ -1,9 +1,12 @@
 """Causal attention (Vaswani et al., 2017) with rotary positions or none, and grouped key and value heads.
 
+Over all of a document so far, or over a sliding window of it.
+
 Symbols: b batch, l length (new tokens), p past tokens in a state, h query heads, g key and value heads, e width of
 a head.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,69 +14,159 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig
-from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.initialize import Initializer, matrix, zeros
 from moe_mamba.model.sequences import Sequences
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What attention keeps between passes: it grows by the tokens seen.
+    """What attention keeps between passes: it grows by the tokens seen, to at most ``model.sliding_window`` - 1.
+
+    Or it has room for a fixed number of tokens, none of which it leaves behind.
 
     Attributes:
         key: (batch, kv_heads, past, head_dim), already rotated.
         value: (batch, kv_heads, past, head_dim).
-        start: (batch,) int64: place among the past tokens where the current document starts.
+        start: (batch,) int64: place among the past tokens where the current document starts; below 0 where that is a
+            token that the window has left behind.
+        seen: () int64, how many of the places hold a token, the first ones; None: all do.
     """
 
     key: Tensor
     value: Tensor
     start: Tensor
+    seen: Tensor | None = None
+
+    @property
+    def past(self) -> int | Tensor:
+        """Tokens that are kept."""
+        return self.key.shape[2] if self.seen is None else self.seen
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of new tokens behind them; where there is room, in place and without gradient.
+
+        Args:
+            key: (batch, kv_heads, new, head_dim).
+            value: (batch, kv_heads, new, head_dim).
+        """
+        if self.seen is None:
+            return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
+                (self.value.to(value.dtype), value), dim=2
+            )
+        place = torch.arange(key.shape[2], device=key.device) + self.seen
+        self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
+        self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
+        return self.key, self.value
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotary_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angles that each pair of a head's channels turns by from token to token (Su et al., 2021, section 3.2.2).
+
+    ``linear`` slows all of them (position interpolation; Chen et al., arXiv 2306.15595, section 2.3). ``llama3`` slows
+    those that turn at most ``rope_low_freq_factor`` times in the original context, leaves those that turn at least
+    ``rope_high_freq_factor`` times, and blends the two by the number of turns in between (Llama 3.1; ``apply_scaling``
+    of Meta's reference implementation in llama-models).
+
+    Args:
+        config: has base, width of a head, and scaling.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        (head_dim / 2,), radians: ``base ** (-2 i / head_dim)``, scaled.
+    """
+    half = config.resolved_head_dim // 2
+    frequency = config.rope_base ** -(torch.arange(half, dtype=dtype, device=device) / half)
+    if config.rope_type == "default":
+        return frequency
+    if config.rope_type == "linear":
+        return frequency / config.rope_factor
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the frequency that is left as it is
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def rotate(x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
     """Rotary positions (Su et al., 2021, eq. 34), pairs half a head apart as in GPT-NeoX and Llama.
 
     Args:
         x: (b, heads, l, e), e even.
         positions: (b or 1, l) integers: tokens since the document's start.
-        base: of the frequencies ``base ** (-2 i / e)``.
+        frequency: (e / 2,), from ``rotary_frequencies``; its dtype is that of the angles and the products.
 
     Returns:
-        ``x`` rotated, in its dtype; the angles and the products are fp32 at least.
+        ``x`` rotated, in its dtype.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    frequency = base ** -(torch.arange(half, dtype=wide, device=x.device) / half)
-    angle = (positions.to(wide)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
+    angle = (positions.to(frequency.dtype)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
     cosine, sine = angle.cos(), angle.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
+    first, second = x.to(frequency.dtype).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention (Vaswani et al., 2017, eq. 1) written down, which gives its weights too.
+
+    Args:
+        query: (b, h, l, e).
+        key: (b, g, p, e), g a divisor of h.
+        value: (b, g, p, e).
+        mask: (b or 1, 1, l, p) bool, True where a query sees a key; None: causal, l = p.
+
+    Returns:
+        (b, h, l, e), and the weights (b, h, l, p), both in the dtype of the query; the softmax is fp32 at least.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (kept.to(query.dtype).repeat_interleave(groups, dim=1) for kept in (key, value))
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    score = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5  # (b, h, l, p)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weight = score.to(wide).masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
+    return weight @ value, weight
+
+
 class Attention(nn.Module):
-    """Attention over the documents of each sequence; bias-free projections, named as in Llama."""
+    """Attention over the documents of each sequence, or over a window of them; projections named as in Llama."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = config.d_model // config.heads
-        kv_width = config.resolved_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.head_dim, bias = config.resolved_head_dim, config.attention_bias
+        width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
-        d_model = self.config.d_model
-        inputs = {f"{name}.weight": matrix(self.config, d_model) for name in ("q_proj", "k_proj", "v_proj")}
-        return inputs | {"o_proj.weight": matrix(self.config, d_model, residual=True)}
+        inputs = ("q_proj", "k_proj", "v_proj")
+        fills = {f"{name}.weight": matrix(self.config, self.config.d_model) for name in inputs}
+        fills["o_proj.weight"] = matrix(self.config, self.config.heads * self.head_dim, residual=True)
+        if self.config.attention_bias:
+            fills |= {f"{name}.bias": zeros for name in (*inputs, "o_proj")}
+        return fills
 
-    def initial_state(self, batch: int) -> AttentionState:
-        """Return the state before any token."""
-        weight = self.k_proj.weight
-        empty = weight.new_zeros(batch, self.config.resolved_kv_heads, 0, self.head_dim)
-        return AttentionState(empty, empty, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+    def initial_state(
+        self,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        room: int | None = None,
+    ) -> AttentionState:
+        """Return the state before any token.
+
+        Args:
+            batch: sequences.
+            dtype: of the activations.
+            device: of the state.
+            room: tokens that may come; None: any number, and the state grows.
+        """
+        shape = (batch, self.config.resolved_kv_heads, room or 0, self.head_dim)
+        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        seen = None if room is None else torch.zeros((), dtype=torch.int64, device=device)
+        return AttentionState(key, value, torch.zeros(batch, dtype=torch.int64, device=device), seen)
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: AttentionState | None = None
@@ -85,27 +178,51 @@ class Attention(nn.Module):
         )  # (b, h, l, e), (b, g, l, e), (b, g, l, e)
         place, start = self._places(sequences, state, x.device)  # (l,), (b or 1, l)
         if self.config.positions == "rope":
-            query = rotate(query, place - start, self.config.rope_base)
-            key = rotate(key, place - start, self.config.rope_base)
-        mask = None
+            wide = torch.promote_types(query.dtype, torch.float32)
+            frequency = rotary_frequencies(self.config, wide, x.device)
+            query, key = rotate(query, place - start, frequency), rotate(key, place - start, frequency)
+        mask, window = None, self.config.sliding_window or sequences.length
         if state is not None:
-            key = torch.cat((state.key, key), dim=2)  # (b, g, p + l, e)
-            value = torch.cat((state.value, value), dim=2)
-            state = AttentionState(key, value, start[:, -1].expand(sequences.batch))
-        if state is not None or sequences.starts is not None:
-            other = torch.arange(key.shape[2], device=x.device)  # (p + l,)
-            mask = ((other <= place[:, None]) & (other >= start[..., None]))[:, None]  # (b or 1, 1, l, p + l)
-        y = functional.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
-        )  # (b, h, l, e)
+            key, value = state.extended(key, value)  # (b, g, p + l, e)
+        if state is not None or sequences.starts is not None or sequences.length > window:
+            mask = self._mask(place, start, key.shape[2])
+        if sequences.recording.attentions is not None:
+            y, weight = attend(query, key, value, mask)
+            sequences.recording.attentions.append(weight)
+        else:
+            y = functional.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+            )  # (b, h, l, e)
+        if state is not None:
+            last = start[:, -1].expand(sequences.batch)
+            seen = None if state.seen is None else state.seen + sequences.length
+            state = self._kept(key, value, last) if seen is None else AttentionState(key, value, last, seen)
         return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), None, state
+
+    def _mask(self, place: Tensor, start: Tensor, seen: int) -> Tensor:
+        """Which of ``seen`` tokens, past ones first, each new one attends to, (b or 1, 1, l, seen) bool.
+
+        None before its document; with a window of W, itself and the W - 1 tokens before it (Mistral 7B; Jiang et al.,
+        arXiv 2310.06825, section 2).
+        """
+        window = self.config.sliding_window
+        first = start if window is None else start.maximum(place - window + 1)  # (b or 1, l)
+        other = torch.arange(seen, device=place.device)
+        return ((other <= place[:, None]) & (other >= first[..., None]))[:, None]
+
+    def _kept(self, key: Tensor, value: Tensor, start: Tensor) -> AttentionState:
+        """What tokens to come may attend to of keys and values (b, g, p + l, e); ``start`` (b,) is among them."""
+        window = self.config.sliding_window
+        dropped = 0 if window is None else max(0, key.shape[2] - window + 1)
+        if dropped:  # copies, so that what is dropped lets go of its memory
+            key, value = key[:, :, dropped:].clone(), value[:, :, dropped:].clone()
+        return AttentionState(key, value, start - dropped)
 
     def _places(
         self, sequences: Sequences, state: AttentionState | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Where each new token stands, past ones counted (l,), and where its document starts (b or 1, l)."""
-        past = 0 if state is None else state.key.shape[2]
-        place = torch.arange(past, past + sequences.length, device=device)
+        place = torch.arange(sequences.length, device=device) + (0 if state is None else state.past)
         first = torch.zeros(1, 1, dtype=torch.int64, device=device) if state is None else state.start[:, None]
         if sequences.starts is None:
             return place, first.expand(-1, sequences.length)

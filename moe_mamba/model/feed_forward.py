@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig
 from moe_mamba.kernels import activation
-from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.initialize import Initializer, matrix, zeros
 from moe_mamba.model.sequences import Sequences
 
 
@@ -14,21 +14,24 @@ def input_width(activation: str, width: int) -> int:
 
 
 class FeedForward(nn.Module):
-    """Two bias-free matrices with an activation between them."""
+    """Two matrices, with biases or without, and an activation between them."""
 
-    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, width: int | None = None, bias: bool = False) -> None:
         super().__init__()
         self.config = config
         self.width = width or config.resolved_d_ff
-        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=False)
-        self.out_proj = nn.Linear(self.width, config.d_model, bias=False)
+        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
+        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
-        return {
+        fills = {
             "in_proj.weight": matrix(self.config, self.config.d_model),
             "out_proj.weight": matrix(self.config, self.width, residual=True),
         }
+        if self.in_proj.bias is not None:
+            fills |= {"in_proj.bias": zeros, "out_proj.bias": zeros}
+        return fills
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
         """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""

@@ -6,13 +6,13 @@ first token hides it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
 import torch
 from torch import Generator, Tensor
 
 from moe_mamba.errors import UserError
-from moe_mamba.model.language_model import LanguageModel, State
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.layer import State, map_rows
 from moe_mamba.model.sampling import Sampling
 
 CHUNK = 2048  # tokens of all prompts that a pass reads: what its activations take does not depend on the prompts
@@ -170,10 +170,7 @@ def read(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int = CH
 
 def select(states: Sequence[State], rows: Tensor) -> list[State]:
     """The states of some sequences of a batch, or of the same in another order: ``rows`` (count,) int64."""
-    return [
-        state and type(state)(*(getattr(state, field.name).index_select(0, rows) for field in fields(state)))
-        for state in states
-    ]
+    return [map_rows(state, lambda tensor: tensor.index_select(0, rows)) for state in states]
 
 
 def _advance(

@@ -71,6 +71,16 @@ def matrix(config: ModelConfig, fan_in: int, residual: bool = False) -> Initiali
     return uniform(fan_in, 1.0 / math.sqrt(len(config.layers)) if residual else 1.0)
 
 
+def embedding_weight(config: ModelConfig) -> Initializer:
+    """How the embedding starts; the authors' counts a fan-in of one."""
+    return truncated_normal(1) if config.initialization == "authors" else normal(0.02)
+
+
+def head_weight(config: ModelConfig) -> Initializer:
+    """How the head starts."""
+    return truncated_normal(config.d_model) if config.initialization == "authors" else normal(0.02)
+
+
 def _generator(seed: int, name: str, expert: int | None) -> Generator:
     """Make the generator of one weight: a CPU one, so that every device gets the same numbers."""
     digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()

@@ -6,21 +6,17 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.model.attention import Attention, AttentionState
-from moe_mamba.model.feed_forward import FeedForward
-from moe_mamba.model.initialize import Initializer, normal, truncated_normal
+from moe_mamba.model.attention import Attention
+from moe_mamba.model.initialize import Initializer, embedding_weight, head_weight
+from moe_mamba.model.layer import State, build_layers, fp32_parameter_names, initial_states, run_layers
 from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.model.mamba import Mamba, MambaState
+from moe_mamba.model.mamba import Mamba
 from moe_mamba.model.moe import Experts, MoE
 from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
 from moe_mamba.model.routing import Router, RouterStatistics
 from moe_mamba.model.sequences import Sequences
-
-State = MambaState | AttentionState | None
-"""What a layer keeps between passes; feed-forward layers and experts keep nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,34 +32,6 @@ class Output:
     logits: Tensor
     statistics: list[RouterStatistics]
     states: list[State] | None
-
-
-def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
-    """Build what a letter of the pattern stands for."""
-    if letter == "M":
-        return Mamba(config)
-    if letter == "*":
-        return Attention(config)
-    if letter == "-":
-        return FeedForward(config)
-    return MoE(config, moe)
-
-
-class Layer(nn.Module):
-    """Norm and mixer. What the mixer adds to the residual stream is added by the next norm, in one pass with it."""
-
-    def __init__(self, letter: str, config: ModelConfig, moe: MoEConfig) -> None:
-        super().__init__()
-        self.norm = build_norm(config)
-        self.mixer = build_mixer(letter, config, moe)
-
-    def forward(
-        self, stream: Tensor, update: Tensor | None, sequences: Sequences, state: State = None
-    ) -> tuple[Tensor, Tensor, RouterStatistics | None, State]:
-        """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new state)."""
-        normalised, stream = self.norm(stream, update)
-        update, statistics, state = self.mixer(normalised, sequences, state)
-        return stream, update, statistics, state
 
 
 class LanguageModel(nn.Module):
@@ -90,22 +58,19 @@ class LanguageModel(nn.Module):
         )
         self.likeliest: Callable[[Tensor], Tensor] = partial(Tensor.argmax, dim=-1)
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
-        self.layers = nn.ModuleList(Layer(letter, model, moe) for letter in model.layers)
+        self.layers = build_layers(model, moe)
         self.final_norm = build_norm(model) if model.final_norm else None
         self.head = None if model.tied_head else nn.Linear(model.d_model, model.vocab_size, bias=False)
 
     def initializers(self) -> dict[str, Initializer]:
-        """How embedding and head start; the authors' embedding counts a fan-in of one."""
-        authors = self.config.initialization == "authors"
-        fill = {"embedding.weight": truncated_normal(1) if authors else normal(0.02)}
-        if self.head is not None:
-            fill["head.weight"] = truncated_normal(self.config.d_model) if authors else normal(0.02)
-        return fill
+        """How embedding and head start."""
+        fill = {"embedding.weight": embedding_weight(self.config)}
+        return fill if self.head is None else fill | {"head.weight": head_weight(self.config)}
 
     def initial_states(self, batch: int) -> list[State]:
         """Return each layer's state before any token, for ``batch`` sequences."""
-        mixers = (layer.mixer for layer in self.layers)
-        return [mixer.initial_state(batch) if isinstance(mixer, Mamba | Attention) else None for mixer in mixers]
+        weight = self.embedding.weight
+        return initial_states(self.layers, batch, weight.dtype, weight.device)
 
     def forward(self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[State] | None = None) -> Output:
         """Predict the token after each one.
@@ -130,22 +95,7 @@ class LanguageModel(nn.Module):
         self, stream: Tensor, sequences: Sequences, states: Sequence[State] | None = None
     ) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
         """Run the layers over embedded tokens (tokens, d_model); returns the stream, statistics and new states."""
-        update: Tensor | None = None  # of the last layer, not yet in the stream
-        statistics: list[RouterStatistics] = []
-        new_states: list[State] = []
-        for index, layer in enumerate(self.layers):
-            if self.recompute and self.training:
-                # The sum, so that one tensor is kept a layer; nothing in a layer is random, so no random state is.
-                stream, update, measured, _ = checkpoint(
-                    layer, _sum(stream, update), None, sequences, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                state = states[index] if states is not None else None
-                stream, update, measured, state = layer(stream, update, sequences, state)
-                new_states.append(state)
-            if measured is not None:
-                statistics.append(measured)
-        return _sum(stream, update), statistics, new_states if states is not None else None
+        return run_layers(self.layers, stream, sequences, states, self.recompute and self.training)
 
     def logits(self, stream: Tensor) -> Tensor:
         """Turn (tokens, d_model) from the last layer into logits (tokens, vocab)."""
@@ -159,15 +109,7 @@ class LanguageModel(nn.Module):
 
     def fp32_parameter_names(self) -> set[str]:
         """Parameters, and balance biases, that stay fp32 in a bf16 model: small, and sensitive to rounding."""
-        names: set[str] = set()
-        for prefix, module in self.named_modules():
-            local: list[str] = []
-            if isinstance(module, RMSNorm | LayerNorm | Router):
-                local = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-            elif isinstance(module, Mamba):
-                local = ["A_log", "D", "dt_proj.bias"] + ["dt_B_C"] * (not self.config.selective)
-            names.update(f"{prefix}.{name}" for name in local)
-        return names
+        return fp32_parameter_names(self)
 
     def parameter_counts(self) -> dict[str, int]:
         """Count parameters; works on the meta device.
@@ -192,7 +134,8 @@ class LanguageModel(nn.Module):
 
         6 for each weight of a matrix that a token meets (a multiplication and an addition forward, twice that
         backward), the head's and the convolution's included, the embedding's not, since looking up is no product;
-        6 x length x d_model for each attention layer (queries with keys, weights with values, half of them masked);
+        6 x length x heads x head_dim for each attention layer (queries with keys, weights with values, half of them
+        masked; with a sliding window of w < length tokens, 2 w - w^2 / length in the place of length);
         27 x d_inner x d_state for each Mamba layer (9 a state forward, as Mamba's section 4.5 counts the scan,
         three times that for both). Recomputation and empty slots of experts are not counted.
         """
@@ -202,16 +145,15 @@ class LanguageModel(nn.Module):
         if self.head is not None:
             matrices -= self.embedding.weight.numel()
         matrices -= sum(mixer.A_log.numel() for mixer in self._mixers(Mamba))
-        attention = 6 * length * config.d_model * len(self._mixers(Attention))
+        window = min(config.sliding_window or length, length)
+        seen = 2 * window * length - window**2  # twice the keys that a sequence's tokens see in all
+        width = config.heads * config.resolved_head_dim
+        attention = 6 * seen * width // length * len(self._mixers(Attention))
         scan = 27 * config.d_inner * config.d_state * len(self._mixers(Mamba))
         return 6 * matrices + attention + scan
 
     def _mixers(self, kind: type) -> list:
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)]
-
-
-def _sum(stream: Tensor, update: Tensor | None) -> Tensor:
-    return stream if update is None else stream + update
 
 
 def _numel(module: nn.Module) -> int:

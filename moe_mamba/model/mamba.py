@@ -33,7 +33,7 @@ class MambaState:
     """What the mixer keeps between passes; its size does not depend on the tokens seen.
 
     Attributes:
-        conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution, in the dtype of the weights.
+        conv: (batch, d_conv - 1, d_inner), the last inputs of the convolution, in the dtype of the activations.
         scan: (batch, d_inner, d_state), fp32 (fp64 in an fp64 model).
     """
 
@@ -42,12 +42,45 @@ class MambaState:
 
 
 class DepthwiseConv(nn.Module):
-    """The weights of a convolution of each channel by itself: weight (channels, width) and bias (channels)."""
+    """A causal convolution of each channel by itself, then SiLU: weight (channels, width) and bias (channels)."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolve whole sequences, or one more token of each; returns (y, new state), in the dtype of ``x``.
+
+        Args:
+            x: (batch, length, channels); one more token, after ``state``: (batch, channels).
+            starts: (batch, length) bool, see ``Sequences``.
+            state: (batch, width - 1, channels), the inputs before; None: zeros.
+        """
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if x.dim() == 2:
+            assert state is not None, "one more token goes on from a state"
+            return causal_conv_step(x, weight, bias, state.to(x.dtype), self.kernels)
+        return causal_conv(x, weight, bias, starts, None if state is None else state.to(x.dtype), self.kernels)
+
+
+class StepProjection(nn.Module):
+    """From delta's low rank to channels: weight (d_inner, dt_rank), bias (d_inner).
+
+    The bias is not added: it stays fp32, and the scan adds it before its softplus. So this is no ``nn.Linear``, which
+    quantisation and adapters would put another module with another sum in the place of.
+    """
+
+    def __init__(self, dt_rank: int, d_inner: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_inner, dt_rank))
+        self.bias = nn.Parameter(torch.empty(d_inner))
+
+    def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``dt`` (..., dt_rank) to (..., d_inner), in its dtype; beside it the bias (d_inner)."""
+        # A view, since what shards or offloads a module's weights may take them back when this returns.
+        return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
 
 
 class Mamba(nn.Module):
@@ -58,12 +91,12 @@ class Mamba(nn.Module):
         self.config = config
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv1d = DepthwiseConv(d_inner, config.d_conv)
+        self.conv1d = DepthwiseConv(d_inner, config.d_conv, config.kernels)
         if config.selective:
             self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         else:
             self.dt_B_C = nn.Parameter(torch.empty(dt_rank + 2 * d_state))  # the same for every token
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.dt_proj = StepProjection(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
@@ -92,13 +125,15 @@ class Mamba(nn.Module):
             "out_proj.weight": uniform(config.d_inner, shrink),
         }
 
-    def initial_state(self, batch: int) -> MambaState:
-        """Return the state before any token."""
-        config, weight = self.config, self.in_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+    def initial_state(
+        self, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> MambaState:
+        """Return the state before any token; ``dtype`` is the activations'."""
+        config = self.config
+        wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
-            weight.new_zeros(batch, config.d_conv - 1, config.d_inner),
-            weight.new_zeros(batch, config.d_inner, config.d_state, dtype=wide),
+            torch.zeros(batch, config.d_conv - 1, config.d_inner, dtype=dtype, device=device),
+            torch.zeros(batch, config.d_inner, config.d_state, dtype=wide, device=device),
         )
 
     def forward(
@@ -118,34 +153,27 @@ class Mamba(nn.Module):
         self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
         """Convolution and scan of whole sequences; x and z (batch, length, d_inner)."""
-        weight, bias = self._convolution(x.dtype)
-        before = (None, None) if state is None else (state.conv, state.scan)
-        x, conv_state = causal_conv(x, weight, bias, starts, before[0], self.config.kernels)
-        delta, B, C = self._select(x)
+        conv, scan = (None, None) if state is None else (state.conv, state.scan)
+        x, conv = self.conv1d(x, starts, conv)
+        delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
         kernels = self.config.kernels
         if kernels == "vendor" and state is not None:
             kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
-        y, scan_state = selective_scan(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, starts, before[1], kernels
+        y, scan = selective_scan(
+            x, delta, A, B, C, self.D, z, bias, starts, scan, kernels
         )  # equations 2a, 2b and 4, and the gate
-        return y, None if state is None else MambaState(conv_state, scan_state)
+        return y, None if state is None else MambaState(conv, scan)
 
     def _step(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """What ``_pass`` computes of one more token; x and z (batch, d_inner)."""
-        weight, bias = self._convolution(x.dtype)
-        x, conv_state = causal_conv_step(x, weight, bias, state.conv, self.config.kernels)  # (batch, d_inner)
-        delta, B, C = self._select(x)
+        x, conv = self.conv1d(x, None, state.conv)  # (batch, d_inner)
+        delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)
-        y, scan_state = selective_scan_step(
-            x, delta, A, B, C, self.D, z, self.dt_proj.bias, state.scan, self.config.kernels
-        )
-        return y, MambaState(conv_state, scan_state)
+        y, scan = selective_scan_step(x, delta, A, B, C, self.D, z, bias, state.scan, self.config.kernels)
+        return y, MambaState(conv, scan)
 
-    def _convolution(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.conv1d.weight.to(dtype), self.conv1d.bias.to(dtype)
-
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What makes the scan selective: delta, B and C from the input (algorithm 2, section 3.6).
 
         Without ``model.selective`` they are learned constants: the scan is linear and time-invariant, which is a long
@@ -155,14 +183,14 @@ class Mamba(nn.Module):
             x: (..., d_inner).
 
         Returns:
-            delta before its bias and softplus (..., d_inner); B and C (..., d_state).
+            delta before its bias and softplus (..., d_inner); that bias (d_inner); B and C (..., d_state).
         """
         d_state = self.config.d_state
         made = self.x_proj(x) if self.config.selective else self.dt_B_C.to(x.dtype).expand(*x.shape[:-1], -1)
         dt, B, C = made.split((self.config.resolved_dt_rank, d_state, d_state), dim=-1)
         if self.config.mamba_norms:
             (dt, _), (B, _), (C, _) = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return functional.linear(dt, self.dt_proj.weight.to(dt.dtype)), B, C
+        return *self.dt_proj(dt), B, C
 
     def _constants(self, weight: Tensor, generator: Generator) -> None:
         """As S4D starts (Gu et al., arXiv 2206.11893): delta is its bias alone, B is one, C standard normal."""

@@ -16,6 +16,7 @@ from torch.nn import functional
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import Order, sort_by_expert
 from moe_mamba.model.initialize import Initializer, truncated_normal, zeros
+from moe_mamba.model.precision import without_autocast
 from moe_mamba.model.sequences import Sequences
 
 
@@ -145,6 +146,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences) -> tuple[Routing, RouterStatistics]:
         """Route the stream ``x`` (tokens, d_model)."""
         logits = self.logits(x)
+        if sequences.recording.router_logits is not None:
+            sequences.recording.router_logits.append(logits)
         if self.config.scores == "softmax":
             scores = share = logits.softmax(dim=-1)
         else:
@@ -166,6 +169,7 @@ class Router(nn.Module):
         )
         return routing, statistics
 
+    @without_autocast
     def logits(self, x: Tensor) -> Tensor:
         """One logit an expert for each token of ``x`` (tokens, d_model), (tokens, experts)."""
         return functional.linear(x.to(self.weight.dtype), self.weight)

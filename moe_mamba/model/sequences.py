@@ -1,8 +1,24 @@
-"""How the flat residual stream is cut into sequences, and where documents start in them."""
+"""What goes with the flat residual stream to every layer: its sequences, and what a caller wants to see of the pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Intermediate results that a caller asked for, appended layer by layer; a None list is not asked for.
+
+    Attributes:
+        streams: the residual stream (batch, length, d_model) before each layer.
+        attentions: (batch, heads, length, past + length) weights of each attention layer; asking for them makes
+            attention compute them, which takes memory by the square of the length.
+        router_logits: (tokens, experts) of each router, in the dtype of its weight.
+    """
+
+    streams: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    router_logits: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -14,11 +30,13 @@ class Sequences:
         length: tokens a sequence.
         starts: (batch, length) bool, True where a document starts and nothing before may be seen;
             None: a sequence is one document that may go on from a state passed in.
+        recording: what the pass shall keep; by default nothing.
     """
 
     batch: int
     length: int
     starts: Tensor | None = None
+    recording: Recording = field(default_factory=Recording)
 
     @property
     def tokens(self) -> int:

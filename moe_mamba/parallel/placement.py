@@ -80,8 +80,9 @@ def cuts(model: ModelConfig, moe: MoEConfig, expert_tensor: bool = False) -> dic
     A parameter that it does not name is not cut.
     """
     channels = {"block": model.d_inner, "units": model.d_inner, "key": "model.expand x model.d_model"}
-    heads = {"block": model.d_model, "units": model.heads, "key": "model.heads"}
-    kv_width = model.resolved_kv_heads * (model.d_model // model.heads)
+    head_dim = model.resolved_head_dim
+    heads = {"block": model.heads * head_dim, "units": model.heads, "key": "model.heads"}
+    kv_width = model.resolved_kv_heads * head_dim
     kv_heads = {"block": kv_width, "units": model.resolved_kv_heads, "key": "model.kv_heads", "is_replicable": True}
     vocabulary = {"block": model.vocab_size, "units": model.vocab_size, "key": "model.vocab_size", "is_padded": True}
     gates = input_width(model.activation, 1)  # [gate | up], or up alone
@@ -111,12 +112,16 @@ def cuts(model: ModelConfig, moe: MoEConfig, expert_tensor: bool = False) -> dic
         },
         "*": {
             "mixer.q_proj.weight": tensor(0, heads),
+            "mixer.q_proj.bias": tensor(0, heads),
             "mixer.k_proj.weight": tensor(0, kv_heads),
+            "mixer.k_proj.bias": tensor(0, kv_heads),
             "mixer.v_proj.weight": tensor(0, kv_heads),
+            "mixer.v_proj.bias": tensor(0, kv_heads),
             "mixer.o_proj.weight": tensor(1, heads),
         },
         "-": {
             "mixer.in_proj.weight": tensor(0, hidden(model.resolved_d_ff, "model.d_ff"), blocks=gates),
+            "mixer.in_proj.bias": tensor(0, hidden(model.resolved_d_ff, "model.d_ff"), blocks=gates),
             "mixer.out_proj.weight": tensor(1, hidden(model.resolved_d_ff, "model.d_ff")),
         },
         "E": {

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from moe_mamba.model.language_model import LanguageModel, Layer
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.layer import Layer
 from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.moe import MoE
 from moe_mamba.parallel.groups import Groups
@@ -108,13 +109,16 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Each peer has some inputs; partial sums are reduce-scattered over tokens."""
+    """Each peer has some inputs; partial sums are reduce-scattered over tokens, and only then is a bias added.
+
+    So it is added once to each token. Every peer has the whole bias, and its gradient from its own tokens: a replica's.
+    """
 
     def __init__(self, linear: nn.Linear, group: ProcessGroup, sequence_parallel: bool = True) -> None:
         super().__init__(
             linear.in_features,
             linear.out_features,
-            bias=False,
+            bias=linear.bias is not None,
             input_is_parallel=True,
             skip_bias_add=False,
             **_settings(group, sequence_parallel),

@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.mamba import Mamba
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
 from moe_mamba.parallel.placement import Shard
@@ -64,7 +63,7 @@ def partition_model(
         deepspeed.zero.Init(
             module=module, data_parallel_group=groups.data, dtype=torch.float32, mem_efficient_linear=False
         )
-    _register_foreign_reads(model)
+    _give_logits_a_module(model)
     if in_bf16:
         model.embedding.register_forward_hook(_to_bf16)
 
@@ -83,30 +82,33 @@ def _to_bf16(_: nn.Module, __: tuple[Any, ...], stream: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T that keeps the parameter itself for the backward pass: DeepSpeed frees and gathers what it holds.
+    """x W^T + b that keeps the parameter itself for the backward pass: DeepSpeed frees and gathers what it holds.
 
     Torch's own product keeps a view, and with it the gathered memory of every layer.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return functional.linear(x, weight.to(x.dtype))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors  # (..., in), (out, in)
         x_gradient = gradient @ weight.to(gradient.dtype)
-        weight_gradient = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-        return x_gradient, weight_gradient.to(weight.dtype)
+        rows = gradient.flatten(0, -2)  # (tokens, out)
+        weight_gradient = rows.t() @ x.flatten(0, -2)
+        bias_gradient = None if ctx.bias_dtype is None else rows.sum(0, dtype=ctx.bias_dtype)
+        return x_gradient, weight_gradient.to(weight.dtype), bias_gradient
 
 
 class GatheredLinear(nn.Linear):
-    """A linear map without bias whose weight is whole only while it computes."""
+    """A linear map whose weight and bias are whole only while it computes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in) to (..., out), in the dtype of ``x``."""
-        return _Product.apply(x, self.weight)
+        return _Product.apply(x, self.weight, self.bias)
 
 
 class Logits(nn.Module):
@@ -129,20 +131,17 @@ class Logits(nn.Module):
 
 def _replace_linears(model: LanguageModel) -> None:
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and linear.bias is None:
+        if type(linear) is nn.Linear:
+            has_bias = linear.bias is not None
             model.set_submodule(
-                name, GatheredLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+                name, GatheredLinear(linear.in_features, linear.out_features, bias=has_bias, device="meta")
             )
     if model.project is functional.linear:
         model.project = _Product.apply
 
 
-def _register_foreign_reads(model: LanguageModel) -> None:
-    """Make known which modules read parameters of others, whose own forward is never called."""
-    for module in model.modules():
-        if isinstance(module, Mamba):
-            for parameter in (*module.conv1d.parameters(), *module.dt_proj.parameters()):
-                deepspeed.zero.register_external_parameter(module, parameter)
+def _give_logits_a_module(model: LanguageModel) -> None:
+    """Make known where the vocabulary's weight is read, which is not in its owner's forward."""
     (weight,) = (model.embedding if model.head is None else model.head).parameters()
     logits = Logits(model.logits, weight)
     model.add_module("output", logits)

@@ -44,11 +44,8 @@ def choose_format(asked: str, model: ModelConfig, moe: MoEConfig) -> tuple[WayOu
             "give --format moe_mamba, which does"
         )
     chosen = OWN if native is None or asked == "moe_mamba" else native
-    why_not = [
-        f"not {name}: {refusal or 'it would do, but --format moe_mamba was asked for'}"
-        for name, refusal in refusals.items()
-        if name != chosen.name
-    ]
+    would_do = "it would do, but --format moe_mamba was asked for" if chosen is OWN else "it would do as well"
+    why_not = [f"not {name}: {refusal or would_do}" for name, refusal in refusals.items() if name != chosen.name]
     return chosen, why_not
 
 
@@ -59,7 +56,9 @@ def _nearest(model: ModelConfig) -> WayOut:
         return NATIVE["mamba"]
     if "M" in letters or model.positions == "none":
         return NATIVE["jamba"]
-    return NATIVE["mixtral" if "E" in letters else "llama"]
+    if "E" in letters:
+        return NATIVE["mixtral"]
+    return NATIVE["mistral" if model.sliding_window else "llama"]
 
 
 def export(
@@ -132,7 +131,8 @@ def _write_configs(trained: Trained, chosen: WayOut, folder: Path, dtype: str, g
         # A pad token in a native config takes the gradient off that row of the embedding, which is end-of-text's too.
         ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
         if "*" in config.model.layers:
-            content["max_position_embeddings"] = config.data.sequence_length
+            longest = max(config.data.sequence_length, content.get("max_position_embeddings", 0))
+            content["max_position_embeddings"] = longest
     _write_json(folder / CONFIG, content | ids | {"dtype": dtype})
     if generates:
         ids = {"eos_token_id": end, "pad_token_id": end}

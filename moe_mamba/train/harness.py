@@ -19,7 +19,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.kernels import cross_entropy
 from moe_mamba.kernels.cross_entropy import IGNORED
 from moe_mamba.model.generation import Writing, read, select
-from moe_mamba.model.language_model import State
+from moe_mamba.model.layer import State
 from moe_mamba.model.sampling import Sampling
 from moe_mamba.train.restore import Restored
 

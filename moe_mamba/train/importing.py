@@ -4,7 +4,7 @@ JSON and tensors alone are read: Transformers is not needed, and code in the fol
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from moe_mamba.config import Config, ModelConfig, MoEConfig, TrainConfig
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
-from moe_mamba.hf.formats import FORMATS, Entry, Format, detect
+from moe_mamba.hf.formats import FORMATS, OWN, Entry, Format, detect
+from moe_mamba.hf.formats.settings import notes
 from moe_mamba.hf.reading import Stored, read_json, stored_tensors
 from moe_mamba.hf.tokenizer_files import ORIGINAL
+from moe_mamba.model.attention import rotary_frequencies
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.pieces import Piece
 from moe_mamba.train.divergence import is_finite
@@ -26,12 +28,20 @@ from moe_mamba.train.starting_point import MARK, write_starting_point
 
 READ_DTYPES = ("F32", "F16", "BF16")  # fp32, as checkpoints have weights, holds them exactly
 HEADS = ("lm_head.weight", "model.head.weight")
-OLDER_NAMES = {"backbone.embeddings.weight": "backbone.embedding.weight"}  # the first conversions of Mamba
-COMPUTED = ("rotary_emb.inv_freq",)  # ends of names: buffers that older files hold and that follow from the config
+OLDER_NAMES = {
+    "mamba": {"backbone.embeddings.weight": "backbone.embedding.weight"},  # the first conversions
+    "moe_mamba": {"lm_head.weight": "model.head.weight"},  # exports from before the head had its own place
+}
+"""Format -> name of a tensor -> its name in older folders."""
+FREQUENCIES = "rotary_emb.inv_freq"  # ends of names: buffers that older files hold and that follow from the config
 
 
 def import_folder(
-    folder: Path, output: Path, tokenizer: str | None = None, overwrite: bool = False
+    folder: Path,
+    output: Path,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
 ) -> tuple[Format, Config, Path]:
     """Write a run's folder with the weights, the configuration and the tokenizer of `folder`.
 
@@ -40,6 +50,7 @@ def import_folder(
         output: the run's folder; it appears when it is whole.
         tokenizer: as `load_tokenizer` takes it; None: the folder's own.
         overwrite: replace a run's folder at `output`.
+        say: is told what of config.json is left out on purpose.
 
     Returns:
         The format that was read, the run's configuration, and the step's folder.
@@ -57,6 +68,8 @@ def import_folder(
     configuration = read_json(folder / "config.json")
     format = detect(configuration)
     model, moe = format.read(configuration)
+    for note in notes(configuration, format.architecture) if format is not OWN else ():
+        say(f"note: {note}")
     stored = stored_tensors(folder)
     with torch.device("meta"):
         whole = LanguageModel(model, moe)
@@ -76,8 +89,8 @@ def match(
     Raises:
         UserError: a tensor is missing, or there is one that the model has not.
     """
-    for name, older in OLDER_NAMES.items():
-        if older in stored and name not in stored and format.name == "mamba":
+    for name, older in OLDER_NAMES.get(format.name, {}).items():
+        if older in stored and name not in stored:
             stored[name] = stored.pop(older)
     layouts = [list(format.entries(model, moe, stacked)) for stacked in (False, True)]
     entries = min(layouts, key=lambda entries: sum(entry.theirs not in stored for entry in entries))
@@ -91,8 +104,9 @@ def match(
             f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) wants: "
             "fetch the folder again"
         )
+    if "*" in model.layers:
+        _drop_frequencies(folder, model, stored)
     surplus = stored.keys() - {entry.theirs for entry in entries}
-    surplus = {name for name in surplus if not name.endswith(COMPUTED)}
     if surplus:
         raise UserError(
             f"{folder} has the tensor {_first(sorted(surplus))}, which {format.architecture} as its config.json "
@@ -167,6 +181,18 @@ def _drop_tied_head(folder: Path, embedding: str, head: str, stored: dict[str, S
             f"{folder}: config.json ties the head to the embedding, but {head} differs from {embedding}: "
             "set its tie_word_embeddings (state-spaces: tie_embeddings) to false"
         )
+
+
+def _drop_frequencies(folder: Path, model: ModelConfig, stored: dict[str, Stored]) -> None:
+    """Leave out rotary frequencies where they are those of config.json, perhaps rounded to half precision."""
+    expected = rotary_frequencies(model, torch.float32, torch.device("cpu"))
+    for name in [name for name in stored if name.endswith(FREQUENCIES)]:
+        found = stored.pop(name).read().float()
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
+            raise UserError(
+                f"{folder}: {name} has other rotary frequencies than config.json: set its rope_theta, rope_scaling and "
+                "head_dim to those that the model was trained with"
+            )
 
 
 def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:

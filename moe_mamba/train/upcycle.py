@@ -108,6 +108,8 @@ def upcycled_config(dense: Config, moe: MoEConfig, every: int = 1) -> Config:
             f"{dense.model.pattern} x {dense.model.repeat} has {layers.count('-')} feed-forward layers "
             f"(-), and one in {every} becomes experts: give a checkpoint of M- or *-, or a lower --every"
         )
+    if dense.model.mlp_bias:
+        raise UserError("model.mlp_bias=true: experts have no biases, so they cannot be copies: give a model without")
     seen, new = 0, ""
     for letter in layers:
         seen += letter == "-"

@@ -15,6 +15,7 @@ from world import World
 
 from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer, train_sentencepiece
+from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
@@ -29,6 +30,8 @@ SIZES: dict[str, Any] = {"repeat": 1, "d_model": 16, "vocab_size": 264, "d_state
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
 RENORMALIZED = {"router": "top_k", "top_k": 2, "renormalize": True}
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "own ME": ("moe_mamba", {"pattern": "ME"}, {"balance": "bias"}),
     "own MEM-*E": ("moe_mamba", {"pattern": "MEM-*E", "tied_head": True, "norm": "layernorm"}, {"shared_experts": 1}),
@@ -36,7 +39,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mamba": ("mamba", {"pattern": "M", "repeat": 3}, {}),
     "mamba, tied": ("mamba", {"pattern": "M", "tied_head": True, "dt_rank": 3}, {}),
     "llama": ("llama", {"pattern": "*-", "repeat": 2, "rope_base": 500.0, **SWIGLU}, {}),
+    "llama 3, biases": ("llama", {"pattern": "*-", "repeat": 2, "head_dim": 6, **SWIGLU, **BIASES, **LLAMA_3}, {}),
+    "mistral": ("mistral", {"pattern": "*-", "repeat": 2, "head_dim": 6, "sliding_window": 5, **SWIGLU}, {}),
+    "own, window and biases": ("moe_mamba", {"pattern": "*-M", "sliding_window": 5, **SWIGLU, **BIASES, **LLAMA_3}, {}),
     "mixtral": ("mixtral", {"pattern": "*E", "repeat": 2, **SWIGLU}, RENORMALIZED),
+    "mixtral, window": ("mixtral", {"pattern": "*E", "sliding_window": 5, "head_dim": 2, **SWIGLU}, RENORMALIZED),
     "jamba": ("jamba", {"pattern": "M-*E", "repeat": 2, **JAMBA}, {"router": "top_k", "top_k": 2}),
     "jamba, dense, tied": ("jamba", {"pattern": "M-*-", "tied_head": True, **JAMBA}, {}),
 }
@@ -106,39 +113,29 @@ def test_stacked_experts_come_in_too(tmp_path: Path, case: str) -> None:
     assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def transformers_model(kind: str) -> Any:
-    """A small random model of Transformers'."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "pad_token_id": None}
-    heads = {"intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    experts = {"num_experts_per_tok": 2}
-    if kind == "Mamba":
-        config = transformers.MambaConfig(**sizes, state_size=4, num_hidden_layers=2, time_step_rank=3)
-    elif kind == "Llama":
-        config = transformers.LlamaConfig(**sizes, **heads)
-    elif kind == "Mixtral":
-        config = transformers.MixtralConfig(**sizes, **heads, **experts, num_local_experts=4, sliding_window=None)
-    else:
-        places = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
-        config = transformers.JambaConfig(
-            **sizes, **heads, **experts, **places, num_experts=4, mamba_d_state=4, mamba_dt_rank=2
-        )
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for weight in model.parameters():
-        weight.data.add_(torch.randn_like(weight) * 0.1)
-    return model.eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frequencies_that_older_files_hold_must_be_those_of_the_config(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_folder(tmp_path / "in", "llama", build(*MODELS["llama"][1:]))
+    shard = folder / "model-1.safetensors"
+    frequency = 500.0 ** -torch.tensor([0.0, 0.5])
+    save_file(load_file(shard) | {"model.layers.0.self_attn.rotary_emb.inv_freq": frequency.to(dtype)}, shard)
+    main(str(folder), str(tmp_path / "run"))
+    configuration = json.loads((folder / "config.json").read_text())
+    configuration["rope_theta"] = configuration["rope_parameters"]["rope_theta"] = 10000.0
+    (folder / "config.json").write_text(json.dumps(configuration))
+    with pytest.raises(UserError, match=r"inv_freq has other rotary frequencies than config\.json: set its rope_theta"):
+        main(str(folder), str(tmp_path / "other"))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["Mamba", "Llama", "Mixtral", "Jamba"])
-def test_models_that_transformers_saved_give_its_logits(tmp_path: Path, tokens: Tensor, kind: str) -> None:
-    theirs = transformers_model(kind)
-    theirs.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    main(str(tmp_path / "in"), str(tmp_path / "run"), tokenizer="bytes")
-    ours = restore(tmp_path / "run", CPU).model
-    expected = theirs(input_ids=tokens, use_cache=False).logits
-    torch.testing.assert_close(ours(tokens).logits, expected, rtol=0, atol=1e-5)
+def test_dropout_and_foreign_code_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "in", "mixtral", build(*MODELS["mixtral"][1:]))
+    keys = {"attention_dropout": 0.1, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    configuration = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(configuration | keys))
+    main(str(folder), str(tmp_path / "run"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("note: config.json: attention_dropout=0.1 acts in training alone")
+    assert said[1].startswith("note: config.json: auto_map names code of the folder's own, which is not run")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -228,7 +225,16 @@ def test_it_generates_and_is_evaluated(
     assert 4 < json.loads(capsys.readouterr().out)["loss"] < 8
 
 
-def test_it_trains_on_in_any_layout(world: World, tiny: Path, corpus: Path, imported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [("jamba", {"parallel__tensor": 2, "parallel__expert": 2}), ("own, window and biases", {"parallel__tensor": 2})],
+)
+def test_it_trains_on_in_any_layout(
+    world: World, corpus: Path, tmp_path: Path, case: str, layout: dict[str, int]
+) -> None:
+    name, keys, moe = MODELS[case]
+    imported = tmp_path / "imported"
+    main(str(write_folder(tmp_path / "in", name, build(keys, moe))), str(imported))
     data = {
         "data__train": str(corpus / "train.jsonl"), "data__validation": str(corpus / "validation.jsonl"),
         "data__cache": str(corpus / "cache"), "data__sequence_length": 32,
@@ -236,10 +242,10 @@ def test_it_trains_on_in_any_layout(world: World, tiny: Path, corpus: Path, impo
         "train__validate_every": 0, "train__sample_tokens": 0, "moe__balance": "none",
     }  # fmt: skip
     warm = data | {"train__warm_start": str(imported)}
-    layouts = {"alone": {"ranks": 1}, "cut": {"ranks": 2, "parallel__tensor": 2, "parallel__expert": 2}}
+    layouts = {"alone": {"ranks": 1}, "cut": {"ranks": 2, **layout}}
     losses = {
-        name: curve(run(world, imported / "config.yaml", tmp_path / name, **warm, **layout))
-        for name, layout in layouts.items()
+        name: curve(run(world, imported / "config.yaml", tmp_path / name, **warm, **where))
+        for name, where in layouts.items()
     }
     assert losses["cut"] == pytest.approx(losses["alone"], rel=1e-4)
     assert losses["alone"][-1] < losses["alone"][0] - 0.1

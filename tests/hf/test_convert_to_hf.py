@@ -11,10 +11,11 @@ from hf.checkpoints import make_run
 from safetensors import safe_open
 from torch import Tensor
 
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.data.tokenizer import BytesTokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import NATIVE
-from moe_mamba.train.export import export
+from moe_mamba.train.export import choose_format, export
 from moe_mamba.train.restore import restore
 from moe_mamba.train.weight_stream import box_of
 from tools import convert_from_hf
@@ -26,10 +27,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
 TOP_2: dict[str, Any] = {"router": "top_k", "top_k": 2}
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mamba", {"pattern": "MM", "tied_head": True}, {}),
     ("llama", {"pattern": "*-*-", **SWIGLU}, {}),
+    ("llama", {"pattern": "*-*-", **SWIGLU, **BIASES, **LLAMA_3, "head_dim": 6}, {}),
+    ("mistral", {"pattern": "*-*-", **SWIGLU, **LLAMA_3, "sliding_window": 5}, {}),
     ("mixtral", {"pattern": "*E*E", **SWIGLU}, TOP_2 | {"renormalize": True}),
+    ("mixtral", {"pattern": "*E", **SWIGLU, "sliding_window": 5, "head_dim": 6}, TOP_2 | {"renormalize": True}),
+    ("moe_mamba", {"pattern": "*-", **SWIGLU, **BIASES, **LLAMA_3, "sliding_window": 5, "head_dim": 6}, {}),
     ("jamba", {"pattern": "M-*EM-*E", **JAMBA}, TOP_2),
     ("moe_mamba", {"pattern": "ME"}, {}),
     ("moe_mamba", {"pattern": "MEM-*E", "norm": "layernorm", "tied_head": True}, TOP_2 | {"shared_experts": 1}),
@@ -179,6 +186,17 @@ def test_a_step_alone_converts_with_the_tokenizer_named(run: Path, tmp_path: Pat
     main(str(step), str(tmp_path / "out"), tokenizer="bytes")
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not (tmp_path / "out" / "plots").exists()
+
+
+def test_what_several_classes_hold_goes_to_the_first() -> None:
+    chosen, why_not = choose_format("auto", ModelConfig(pattern="*-", **SWIGLU), MoEConfig())
+    assert chosen.name == "llama" and "not mistral: it would do as well" in why_not
+    chosen, why_not = choose_format("moe_mamba", ModelConfig(pattern="*-", **SWIGLU), MoEConfig())
+    assert "not llama: it would do, but --format moe_mamba was asked for" in why_not
+    both = ModelConfig(pattern="*-", **SWIGLU, **BIASES, sliding_window=5)
+    assert choose_format("auto", both, MoEConfig())[0].name == "moe_mamba"
+    with pytest.raises(UserError, match=r"attention_bias=true: MistralForCausalLM has none; give"):
+        choose_format("native", both, MoEConfig())
 
 
 def test_native_that_does_not_fit_names_the_layer_and_the_format_that_does(tmp_path: Path) -> None:

@@ -11,20 +11,29 @@ from safetensors import safe_open
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS, NATIVE, OWN, detect
+from moe_mamba.hf.formats.settings import notes
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.routing import RouterStatistics, balance_loss
 
 SIZES = {"repeat": 1, "d_model": 16, "vocab_size": 32, "d_state": 4, "heads": 4, "d_ff": 24}
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
 TOP_2: dict[str, Any] = {"router": "top_k", "top_k": 2}
 MIXTRAL = TOP_2 | {"renormalize": True}
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe_mamba", {"pattern": "MEM-*E", "norm": "layernorm"}, {"shared_experts": 1, "balance": "bias"}),
     ("moe_mamba", {"pattern": "M", "tied_head": True, "final_norm": False, "selective": False}, {}),
     ("mamba", {"pattern": "M", "repeat": 3, "d_conv": 3, "expand": 3, "dt_rank": 5}, {}),
     ("mamba", {"pattern": "M", "repeat": 2, "tied_head": True}, {}),
     ("llama", {"pattern": "*-", "repeat": 2, "rope_base": 100.0, **SWIGLU}, {}),
+    ("llama", {"pattern": "*-", "repeat": 2, "head_dim": 6, **SWIGLU, **BIASES, **LLAMA_3}, {}),
+    ("llama", {"pattern": "*-", "rope_type": "linear", "rope_factor": 2.5, **SWIGLU, "attention_bias": True}, {}),
+    ("mistral", {"pattern": "*-", "repeat": 2, "sliding_window": 5, **SWIGLU}, {}),
+    ("mistral", {"pattern": "*-", "sliding_window": 9, "d_model": 18, "head_dim": 4, **SWIGLU, **LLAMA_3}, {}),
     ("mixtral", {"pattern": "*E", "repeat": 2, **SWIGLU}, MIXTRAL),
+    ("mixtral", {"pattern": "*E", "sliding_window": 3, "head_dim": 2, **SWIGLU}, MIXTRAL | {"top_k": 3}),
     ("jamba", {"pattern": "M-ME*-ME", **JAMBA}, TOP_2),
     ("jamba", {"pattern": "*EM-", "repeat": 2, **JAMBA}, {}),
     ("jamba", {"pattern": "*-M-", "tied_head": True, **JAMBA}, {}),
@@ -69,11 +78,15 @@ def test_what_is_written_is_read(name: str, keys: dict, moe: dict) -> None:
     for key in ("d_model", "vocab_size", "norm_epsilon", "tied_head", "activation"):
         if key != "activation" or "-" in model.layers or "E" in model.layers:
             assert getattr(found_model, key) == getattr(model, key), key
+    attention = ["sliding_window", "attention_bias", "resolved_head_dim", *(k for k in vars(model) if "rope" in k)]
+    for key in attention if "*" in model.layers else ():
+        assert getattr(found_model, key) == getattr(model, key), key
     assert {name: tensor.shape for name, tensor in weights(found_model, found_experts).items()} == {
         name: tensor.shape for name, tensor in weights(model, experts).items()
     }
     if "E" in model.layers:
-        assert (found_experts.top_k, found_experts.renormalize) == (experts.top_k, experts.renormalize)
+        for key in ("top_k", "renormalize", "balance", "balance_weight"):
+            assert getattr(found_experts, key) == pytest.approx(getattr(experts, key)), key
 
 
 @pytest.mark.parametrize(("name", "keys", "moe"), [case for case in MODELS if case[0] != "moe_mamba"])
@@ -102,6 +115,14 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, keys: di
         ("llama", {"pattern": "*-*", **SWIGLU}, {}, "layer 2 is attention (*), the last"),
         ("llama", {"pattern": "*-", "activation": "relu"}, {}, "activation=relu"),
         ("llama", {"pattern": "*-", **SWIGLU, "positions": "none"}, {}, "positions=none"),
+        ("llama", {"pattern": "*-", **SWIGLU, "sliding_window": 8}, {}, "sliding_window=8: LlamaForCausalLM has none"),
+        ("llama", {"pattern": "*-", **SWIGLU, "d_model": 18, "head_dim": 4}, {}, "d_model=18: LlamaForCausalLM wants"),
+        ("mistral", {"pattern": "*-", **SWIGLU, **BIASES}, {}, "attention_bias=true: MistralForCausalLM has none"),
+        ("mistral", {"pattern": "*-", **SWIGLU, "mlp_bias": True}, {}, "mlp_bias=true: MistralForCausalLM has none"),
+        ("mixtral", {"pattern": "*E", **SWIGLU, "attention_bias": True}, MIXTRAL, "attention_bias=true"),
+        ("jamba", {"pattern": "M-*-", **JAMBA, "sliding_window": 8}, {}, "sliding_window=8"),
+        ("jamba", {"pattern": "M-*-", **JAMBA, "mlp_bias": True}, {}, "mlp_bias=true"),
+        ("jamba", {"pattern": "M-*-", **JAMBA, "head_dim": 6}, {}, "head_dim=6: JambaForCausalLM of Transformers 4"),
         ("mixtral", {"pattern": "*E*-", **SWIGLU}, MIXTRAL, "layer 3 is feed-forward (-)"),
         ("mixtral", {"pattern": "*E", **SWIGLU}, TOP_2, "renormalize=false"),
         ("mixtral", {"pattern": "*E", **SWIGLU}, {}, "renormalize=false"),
@@ -140,8 +161,11 @@ THEIRS: dict[str, dict[str, Any]] = {
     "state_spaces": {"d_model": 16, "n_layer": 2, "vocab_size": 50277, "ssm_cfg": {}},
 }
 THEIRS["moe_mamba"] = {"model_type": "moe_mamba"}
-THEIRS["mixtral"] = THEIRS["llama"] | {"model_type": "mixtral"}
-THEIRS["jamba"] = THEIRS["llama"] | {"model_type": "jamba", "num_key_value_heads": 2}
+THEIRS["mistral"] = THEIRS["llama"] | {"model_type": "mistral", "num_key_value_heads": 2}
+THEIRS["mixtral"] = THEIRS["mistral"] | {"model_type": "mixtral"}
+THEIRS["jamba"] = THEIRS["mistral"] | {"model_type": "jamba"}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED["original_max_position_embeddings"] = 8192
 
 
 @pytest.mark.parametrize(
@@ -154,20 +178,42 @@ THEIRS["jamba"] = THEIRS["llama"] | {"model_type": "jamba", "num_key_value_heads
         ("mamba", {"hidden_size": None}, "hidden_size is missing"),
         ("mamba", {"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ("mamba", {"time_step_rank": "some"}, "time_step_rank='some'"),
-        ("llama", {"attention_bias": True}, "attention_bias=True"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
-        ("llama", {"head_dim": 8}, "head_dim=8"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
+        ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes', and true or false belongs there"),
+        ("llama", {"head_dim": 7}, "model.head_dim = 7 is odd"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type='dynamic' cannot be read"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type='yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+        ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type=['linear'] cannot be read"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing, and a number above 0"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "type='dynamic'"),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, "has the key rope_scaling.factor=2.0, which is not known"),
+        ("llama", {"rope_parameters": SCALED | {"low_freq_factor": None}}, "low_freq_factor is missing"),
+        ("llama", {"rope_parameters": SCALED | {"low_freq_factor": 4.0}}, "rope_low_freq_factor=4 is not below"),
+        ("llama", {"rope_parameters": SCALED | {"beta": 1.0}}, "has the key rope_parameters.beta=1.0"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e6}, "rope_theta=1000000.0 cannot be read"),
+        ("llama", {"rope_parameters": SCALED, "rope_scaling": SCALED | {"factor": 2.0}}, "contradict each other"),
+        ("llama", {"original_max_position_embeddings": 8192}, "the key original_max_position_embeddings=8192"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
+        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small', and a number above 0"),
+        ("llama", {"sliding_window": 4096}, "has the key sliding_window=4096, which is not known of LlamaForCausalLM"),
+        ("mistral", {"attention_bias": True}, "has the key attention_bias=True"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0, and a whole number above 0"),
+        ("mistral", {"layer_types": ["full_attention"]}, "has the key layer_types=['full_attention']"),
         ("llama", {"rope_parameters": 3}, "rope_parameters is 3, and an object belongs there"),
         ("llama", {"rope_scaling": ["linear"]}, "rope_scaling is ['linear']"),
         ("llama", {"hidden_size": 18}, "not divisible by model.heads=4"),
-        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ("mixtral", {"num_experts": 8}, "has the key num_experts=8"),
+        ("mixtral", {"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1, and a number from 0"),
+        ("jamba", {"sliding_window": 64}, "has the key sliding_window=64"),
         ("jamba", {"mamba_proj_bias": True}, "mamba_proj_bias=True"),
         ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms=False"),
         ("moe_mamba", {"moe": 3}, "moe is 3"),
+        ("moe_mamba", {"moe": {"expert_bias": True}}, "has the key moe.expert_bias=True"),
+        ("moe_mamba", {"tie_word_embeddings": True}, "tie_word_embeddings=True cannot be read: tied_head=False"),
+        ("mamba", {"n_layer": 3}, "n_layer=3 cannot be read: the keys of Transformers say otherwise"),
+        ("state_spaces", {"ssm_cfg": {"ngroups": 8}}, "has the key ssm_cfg.ngroups=8"),
         ("state_spaces", {"ssm_cfg": []}, "ssm_cfg is []"),
         ("state_spaces", {"ssm_cfg": {"layer": "Mamba2"}}, "layer='Mamba2'"),
         ("state_spaces", {"attn_layer_idx": [1]}, "attn_layer_idx=[1]"),
@@ -175,10 +221,48 @@ THEIRS["jamba"] = THEIRS["llama"] | {"model_type": "jamba", "num_key_value_heads
     ],
 )
 def test_what_ours_cannot_hold_is_refused(name: str, keys: dict, says: str) -> None:
-    configuration = {"hidden_act": "silu"} | THEIRS[name] | keys if name != "state_spaces" else THEIRS[name] | keys
+    configuration = THEIRS[name] | keys
     with pytest.raises(UserError) as error:
         FORMATS[name].read(configuration)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_key_that_nobody_knows_is_refused_unless_it_is_off(name: str) -> None:
+    whole = FORMATS[name].read(THEIRS[name])
+    for off in (None, False, 0, 0.0, "", [], {}):
+        assert FORMATS[name].read(THEIRS[name] | {"qk_norm": off}) == whole
+    for on in (True, 0.5, "rms", [0], {"eps": 0}):
+        with pytest.raises(
+            UserError, match=r"^config\.json has the key qk_norm=.* which is not known of .*: take it out"
+        ):
+            FORMATS[name].read(THEIRS[name] | {"qk_norm": on})
+    with pytest.raises(UserError, match=r"^config\.json has quantization_config: .*: give the model"):
+        FORMATS[name].read(THEIRS[name] | {"quantization_config": {"quant_method": "awq"}})
+
+
+def test_what_acts_in_training_alone_is_said() -> None:
+    keys = {"attention_dropout": 0.1, "router_jitter_noise": 0.01, "auto_map": {"AutoConfig": "evil.Config"}}
+    assert FORMATS["mixtral"].read(THEIRS["mixtral"] | keys) == FORMATS["mixtral"].read(THEIRS["mixtral"])
+    dropout, jitter, code = notes(THEIRS["mixtral"] | keys, "MixtralForCausalLM")
+    assert "attention_dropout=0.1 acts in training alone" in dropout and "router_jitter_noise=0.01" in jitter
+    assert "auto_map names code of the folder's own, which is not run: it is read as MixtralForCausalLM" in code
+    assert notes(THEIRS["mixtral"] | {"attention_dropout": 0.0}, "MixtralForCausalLM") == []
+
+
+def test_the_weight_of_the_balance_loss_is_the_same_loss() -> None:
+    """Mixtral adds up the shares of a token's choices, ours averages them."""
+    transformers = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = torch.randn(50, 4)
+    theirs = transformers.load_balancing_loss_func((logits,), num_experts=4, top_k=2)
+    probability = logits.softmax(-1)
+    assigned = torch.nn.functional.one_hot(logits.topk(2).indices, 4).sum((0, 1)).float()
+    nothing = torch.zeros(())
+    statistics = RouterStatistics(probability.sum(0), assigned, nothing, nothing, nothing, torch.tensor(50.0))
+    _, experts = FORMATS["mixtral"].read(THEIRS["mixtral"] | {"router_aux_loss_coef": 0.02})
+    torch.testing.assert_close(experts.balance_weight * balance_loss(statistics), 0.02 * theirs)
+    _, experts = FORMATS["mixtral"].read(THEIRS["mixtral"] | {"router_aux_loss_coef": 0.0})
+    assert experts.balance == "none"
 
 
 def test_keys_that_are_left_out_have_their_classes_defaults() -> None:
@@ -186,7 +270,15 @@ def test_keys_that_are_left_out_have_their_classes_defaults() -> None:
     assert (mamba.tied_head, mamba.dt_rank, mamba.d_state, mamba.d_conv) == (True, 1, 16, 4)
     llama, _ = FORMATS["llama"].read(THEIRS["llama"])
     assert (llama.tied_head, llama.kv_heads, llama.rope_base, llama.norm_epsilon) == (False, 4, 1e4, 1e-6)
+    mistral, _ = FORMATS["mistral"].read(THEIRS["mistral"])
+    assert (mistral.sliding_window, mistral.rope_base, mistral.norm_epsilon) == (4096, 1e4, 1e-6)
+    assert FORMATS["mistral"].read(THEIRS["mistral"] | {"sliding_window": None})[0].sliding_window is None
+    for name in ("mistral", "mixtral", "jamba"):
+        wide = {key: value for key, value in THEIRS[name].items() if key != "num_key_value_heads"} | {"hidden_size": 32}
+        assert FORMATS[name].read(wide | {"num_attention_heads": 16})[0].kv_heads == 8
+        assert FORMATS[name].read(wide | {"num_key_value_heads": None})[0].kv_heads == 4
     mixtral, experts = FORMATS["mixtral"].read(THEIRS["mixtral"])
+    assert mixtral.sliding_window is None
     assert (mixtral.rope_base, experts.experts, experts.top_k, experts.capacity_factor) == (1e6, 8, 2, None)
     jamba, experts = FORMATS["jamba"].read(THEIRS["jamba"] | {"num_hidden_layers": 16})
     assert (jamba.pattern, jamba.repeat, experts.experts) == ("M-MEM-ME*-MEM-ME", 2, 16)
@@ -195,6 +287,26 @@ def test_keys_that_are_left_out_have_their_classes_defaults() -> None:
 def test_version_4_and_5_name_the_base_of_rotary_positions_each_in_its_way() -> None:
     for keys in ({"rope_theta": 5.0}, {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}):
         assert FORMATS["llama"].read(THEIRS["llama"] | keys)[0].rope_base == 5.0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e5, "rope_scaling": SCALED},
+        {"rope_theta": 500000, "rope_scaling": {"type": "llama3"} | SCALED},
+        {"rope_parameters": SCALED | {"rope_theta": 5e5}},
+        {"rope_parameters": SCALED | {"rope_theta": 5e5}, "rope_scaling": SCALED, "rope_theta": 5e5},
+    ],
+    ids=["4", "4, both names of the type", "5", "both"],
+)
+def test_version_4_and_5_scale_rotary_positions_each_in_its_way(keys: dict) -> None:
+    model, _ = FORMATS["llama"].read(THEIRS["llama"] | keys)
+    scaling = (model.rope_factor, model.rope_low_freq_factor, model.rope_high_freq_factor, model.rope_original_length)
+    assert (model.rope_type, model.rope_base, *scaling) == ("llama3", 5e5, 8.0, 1.0, 4.0, 8192)
+    linear = {"type": "linear", "factor": 2}
+    for name in ("llama", "mistral", "mixtral"):
+        model, _ = FORMATS[name].read(THEIRS[name] | {"rope_scaling": linear})
+        assert (model.rope_type, model.rope_factor) == ("linear", 2.0)
 
 
 def test_state_spaces_pads_its_vocabulary() -> None:

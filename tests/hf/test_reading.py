@@ -64,7 +64,8 @@ def refused(folder: Path, line: str, **keys: Any) -> None:
 
 def test_foreign_folders(folder: Path, tmp_path: Path) -> None:
     refused(
-        tmp_path / "nothing", r"nothing is no model's folder.*moe_mamba, mamba, llama, mixtral, jamba, state_spaces"
+        tmp_path / "nothing",
+        r"nothing is no model's folder.*moe_mamba, mamba, llama, mistral, mixtral, jamba, state_spaces",
     )
     configure(folder, model_type="gpt2")
     refused(folder, r"model_type='gpt2' is none that is read.*mamba")
@@ -85,9 +86,9 @@ def test_a_tensor_too_many(folder: Path) -> None:
     refused(folder, r"has the tensor adapter\.weight \(and 1 more\), which")
 
 
-def test_buffers_that_follow_from_the_config_are_passed_over(folder: Path) -> None:
+def test_rotary_frequencies_of_a_model_without_attention_are_no_tensor_of_it(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({"layers.0.rotary_emb.inv_freq": torch.ones(2)}))
-    import_folder(folder, folder.parent / "run")
+    refused(folder, r"has the tensor layers\.0\.rotary_emb\.inv_freq, which MambaForCausalLM")
 
 
 def test_a_wrong_shape_or_kind(folder: Path) -> None:

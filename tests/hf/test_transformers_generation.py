@@ -22,7 +22,7 @@ def model(request: pytest.FixtureRequest, pair: Pair) -> Any:
     """One of a few families, with its random weights scaled up so that its choices are clear."""
     _, theirs = pair(request.param, TOP_2)
     with torch.no_grad():
-        theirs.model.head.weight *= 4
+        theirs.lm_head.weight *= 4
     return theirs
 
 
@@ -75,12 +75,57 @@ def test_a_row_may_start_while_others_go_on(model: Any) -> None:
     _close(torch.cat(steps, 1)[:1], model(tokens[:1]).logits)
 
 
-def test_padding_on_the_right_is_not_seen(model: Any) -> None:
-    tokens = torch.randint(2, 31, (2, 6))
-    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
-    _close(model(tokens, mask).logits[1:, :3], model(tokens[1:, :3]).logits)
-    with pytest.raises(ValueError, match="pad on the left"):
-        model.generate(tokens, attention_mask=torch.tensor([[1] * 6, [1, 1, 0, 0, 1, 1]]), **GREEDY)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padding_anywhere_is_not_seen(model: Any, use_cache: bool) -> None:
+    tokens = torch.randint(2, 31, (4, 6))
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1], [0, 0, 1, 0, 1, 0]])
+    logits = model(tokens, mask, use_cache=use_cache).logits
+    for row, visible in enumerate(mask.bool()):
+        _close(logits[row : row + 1, visible], model(tokens[row : row + 1, visible]).logits)
+    texts = model.generate(tokens, attention_mask=mask, **GREEDY, use_cache=use_cache)
+    for row, visible in enumerate(mask.bool()):
+        alone = model.generate(tokens[row : row + 1, visible], **GREEDY)
+        assert texts[row, 6:].tolist() == alone[0, visible.sum() :].tolist(), "also after padding on the right"
+
+
+@pytest.mark.parametrize("room", [None, 24])
+def test_a_padded_second_turn(model: Any, room: int | None) -> None:
+    tokens = torch.randint(2, 31, (3, 11))
+    mask = torch.tensor([[1] * 11, [0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 0]])
+    cache = MoEMambaCache() if room is None else modeling.MoEMambaStaticCache(room)
+    parts = [model(tokens[:, :5], mask[:, :5], cache=cache), model(tokens[:, 5:9], mask[:, :9], cache=cache)]
+    parts.append(model(tokens[:, 9:], mask, cache=cache))
+    logits = torch.cat([part.logits for part in parts], 1)
+    for row, visible in enumerate(mask.bool()):
+        _close(logits[row : row + 1, visible], model(tokens[row : row + 1, visible]).logits)
+    with pytest.raises(ValueError, match="a state cannot forget a token"):
+        model(tokens[:, :1], torch.ones(3, 12), cache=cache)
+
+
+def test_a_pad_token_inside_a_text_is_text(model: Any) -> None:
+    prompt = torch.tensor([[5, 1, 7, 1], [8, 9, 1, 6]])  # 1 is config.pad_token_id
+    ones = torch.ones_like(prompt)
+    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, attention_mask=ones, **GREEDY))
+    padded = torch.tensor([[1, 1, 7, 4]])
+    mask = torch.tensor([[0, 0, 1, 1]])
+    assert torch.equal(model.generate(padded, **GREEDY), model.generate(padded, attention_mask=mask, **GREEDY))
+
+
+def test_a_static_cache_gives_the_same_text(model: Any) -> None:
+    prompt, mask = torch.randint(2, 31, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    for keys in ({}, {"num_beams": 3}, {"attention_mask": mask}):
+        static = model.generate(prompt, cache_implementation="static", **GREEDY, **keys)
+        assert torch.equal(static, model.generate(prompt, **GREEDY, **keys))
+    cache = modeling.MoEMambaStaticCache(8)
+    whole = model(prompt).logits
+    for _ in range(2):
+        places = [tensor.data_ptr() for tensor in cache.tensors() if tensor.dim()]
+        _close(model(prompt[:, :3], cache=cache).logits, whole[:, :3])
+        _close(model(prompt[:, 3:], cache=cache).logits, whole[:, 3:])
+        assert places in ([], [tensor.data_ptr() for tensor in cache.tensors() if tensor.dim()])
+        cache.reset()
+    with pytest.raises(ValueError, match="room for 8 tokens, 0 are in it and 10 come"):
+        model(torch.cat((prompt, prompt), 1), cache=cache)
 
 
 def test_beams_reorder_the_states(model: Any) -> None:
@@ -179,5 +224,10 @@ def test_expert_choice_does_not_generate(pair: Pair) -> None:
 
 def test_another_kind_of_cache_is_refused(pair: Pair) -> None:
     _, model = pair("M")
-    with pytest.raises(ValueError, match="cache_implementation=static: a MoEMambaCache is the only one"):
-        model.generate(torch.ones(1, 2, dtype=torch.int64), cache_implementation="static", **GREEDY)
+    prompt = torch.ones(1, 2, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match="cache_implementation=quantized: a MoEMambaCache has dynamic and static alone"
+    ):
+        model.generate(prompt, cache_implementation="quantized", **GREEDY)
+    with pytest.raises(ValueError, match="beside a cache: pass one of them"):
+        model.generate(prompt, cache=MoEMambaCache(), cache_implementation="static", **GREEDY)

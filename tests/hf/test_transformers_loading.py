@@ -31,13 +31,13 @@ def test_what_is_saved_is_what_is_loaded(pair: Pair, tmp_path: Path, keys: dict[
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(index.values())) > 3
     assert "model.layers.1.mixer.router.balance_bias" in index
-    assert ("model.head.weight" in index) != keys.get("tied_head", False)
+    assert ("lm_head.weight" in index) != keys.get("tied_head", False)
     loaded, report = MoEMambaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
-    assert (loaded.model.head.weight is loaded.model.embedding.weight) == keys.get("tied_head", False)
+    assert (loaded.lm_head.weight is loaded.model.embedding.weight) == keys.get("tied_head", False)
     assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_moe_mamba.py", "modeling_moe_mamba.py"}
 
 
@@ -80,9 +80,16 @@ def test_layers_go_where_a_device_map_says(pair: Pair, tmp_path: Path, where: st
     model.save_pretrained(tmp_path / "model")
     places: Any = "auto"
     if where == "disk":
-        left = ["layers.0", "layers.4", "layers.5", "final_norm", *([] if keys else ["head"])]
-        names = ["embedding", *(f"layers.{place}" for place in range(6)), "final_norm", "head"]
-        places = {f"model.{name}": "disk" if name in left else "cpu" for name in names}
+        left = [
+            "model.layers.0",
+            "model.layers.4",
+            "model.layers.5",
+            "model.final_norm",
+            *([] if keys else ["lm_head"]),
+        ]
+        layers = (f"model.layers.{place}" for place in range(6))
+        names = ["model.embedding", *layers, "model.final_norm", "lm_head"]
+        places = {name: "disk" if name in left else "cpu" for name in names}
     loaded = MoEMambaForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
     if where == "disk":
         assert loaded.model.layers[0].mixer.conv1d.weight.device.type == "meta"
@@ -114,7 +121,7 @@ def test_a_configuration_goes_there_and_back(tmp_path: Path) -> None:
     ours = ModelConfig(pattern="M*E", repeat=2, d_model=64, tied_head=True, kv_heads=4)
     derived = ("layers", "d_inner", "resolved_dt_rank", "resolved_kv_heads", "resolved_d_ff")
     for name in (*ModelConfig.model_fields, *derived):
-        assert getattr(loaded, name) == getattr(ours, name), name
+        assert getattr(loaded.stack, name) == getattr(ours, name), name
     assert (loaded.hidden_size, loaded.num_hidden_layers, loaded.tie_word_embeddings) == (64, 6, True)
     assert MoEMambaConfig.from_dict({**config.to_dict(), "tie_word_embeddings": True}).tied_head
 
@@ -142,7 +149,7 @@ def test_a_new_model_starts_as_the_trainers_do() -> None:
     ours = LanguageModel(ModelConfig(**keys), MoEConfig(experts=4))
     initialize(ours, 0)
     for name, tensor in ours.state_dict().items():
-        mine = model.model.state_dict()[name]
+        mine = model.state_dict()["lm_head.weight" if name == "head.weight" else f"model.{name}"]
         assert mine.mean().item() == pytest.approx(tensor.mean().item(), abs=0.35 * tensor.std().item() + 1e-6), name
         assert mine.std().item() == pytest.approx(tensor.std().item(), rel=0.25), name
     model.resize_token_embeddings(510)

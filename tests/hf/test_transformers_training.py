@@ -18,7 +18,7 @@ TOKENS = torch.arange(2, 26).view(3, 8)
 def _layers_run(model: Any, action: Callable[[], Any]) -> int:
     """How many layers run while something is done, those that are run again included."""
     runs: list[Any] = []
-    handles = [layer.register_forward_pre_hook(lambda *args: runs.append(args)) for layer in model.model.layers]
+    handles = [layer.mixer.register_forward_pre_hook(lambda *args: runs.append(args)) for layer in model.model.layers]
     action()
     for handle in handles:
         handle.remove()
@@ -42,14 +42,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair) -> None:
     assert _layers_run(model, lambda: _gradients(model)) == 12
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, msg=name)
-    with pytest.raises(ValueError, match="keeps no cache in training"):
-        model(TOKENS, use_cache=True)
-    assert model.eval()(TOKENS).past_key_values is not None
+    cache = modeling.MoEMambaCache()
+    assert getattr(model(TOKENS, use_cache=True), modeling.CACHE) is None
+    assert getattr(model(TOKENS, cache=cache), modeling.CACHE) is None
+    assert cache.is_empty
+    assert model.eval()(TOKENS, cache=cache)[modeling.CACHE] is cache
+    with pytest.raises(ValueError, match="goes on from no cache"):
+        model.train()(TOKENS, cache=cache)
     model.train().gradient_checkpointing_disable()
     assert _layers_run(model, lambda: _gradients(model)) == 6
-    with pytest.raises(ValueError, match="every layer, without offload"):
-        model.activation_checkpointing_enable(every_n_layers=2)
-    with pytest.raises(ValueError, match="every layer, without offload"):
+    model.activation_checkpointing_enable(every_n_layers=2)
+    assert _layers_run(model, lambda: _gradients(model)) == 9
+    with pytest.raises(ValueError, match="leave out offload"):
         model.activation_checkpointing_enable(offload=True)
 
 
@@ -83,7 +87,8 @@ def test_the_trainer_takes_steps_and_the_loss_falls(pair: Pair, tmp_path: Path, 
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] < losses[0] - 0.5
     loaded = MoEMambaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-8").eval()
-    torch.testing.assert_close(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
+    tolerance = 0.05 if "bf16" in keys else 1e-5  # the Trainer's model stays in its autocast
+    torch.testing.assert_close(loaded(TOKENS).logits, model.eval()(TOKENS).logits, rtol=tolerance, atol=tolerance)
 
 
 def test_a_new_model_learns() -> None:

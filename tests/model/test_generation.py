@@ -106,7 +106,7 @@ def test_end_of_text_waits_for_the_least_number_of_tokens(tiny: Tiny) -> None:
 
 
 def bytes_of(states: list) -> int:
-    return sum(value.nbytes for state in states if state for value in vars(state).values())
+    return sum(value.nbytes for state in states if state for value in vars(state).values() if value is not None)
 
 
 def grown(model: LanguageModel, chunks: int, length: int = 2048) -> list[int]:
@@ -117,6 +117,21 @@ def grown(model: LanguageModel, chunks: int, length: int = 2048) -> list[int]:
             states = model.hidden(torch.randint(31, (1, length)), states=states)[2]
             sizes.append(bytes_of(states))
     return sizes
+
+
+def test_a_windows_state_stops_growing(tiny: Tiny) -> None:
+    sizes = grown(tiny("M*", sliding_window=101).eval(), 4, length=40)
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
+    assert sizes[3] - bytes_of(tiny("M").initial_states(1)) == 2 * 100 * 16 * 4 + 8  # keys, values, a place
+
+
+@pytest.mark.parametrize("keys", [{}, {"head_dim": 6, "kv_heads": 2, "sliding_window": 3}], ids=str)
+def test_prompts_of_different_lengths_are_each_as_if_alone(tiny: Tiny, keys: dict) -> None:
+    model = tiny("*-", **keys).double().eval()
+    prompts = [torch.randint(31, (length,)).tolist() for length in (1, 5, 9)]
+    together, _ = read(model, prompts, chunk=6)
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(together[row], read(model, [prompt])[0][0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pattern", ["M", "ME-"])
@@ -134,7 +149,13 @@ def test_a_million_tokens(tiny: Tiny, pattern: str) -> None:
     writing = Writing(model, [torch.randint(31, (2**20,)).tolist()], Sampling(0), [0])
     assert len(writing.step()) == 1
     assert bytes_of(writing._states) == bytes_of(model.initial_states(1))
-    assert all(value.isfinite().all() for state in writing._states if state for value in vars(state).values())
+    assert all(
+        value.isfinite().all()
+        for state in writing._states
+        if state
+        for value in vars(state).values()
+        if value is not None
+    )
 
 
 def test_expert_choice_is_refused(tiny: Tiny) -> None:

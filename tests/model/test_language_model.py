@@ -162,3 +162,16 @@ def test_counts_of_the_paper() -> None:
         for found, wanted in zip(counts(**keys), (total, active), strict=True):
             decimals = len(str(wanted).split(".")[1])
             assert round(found / 1e6, decimals) == wanted
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 10, 30])
+def test_flops_of_attention_count_what_a_window_sees(tiny: Tiny, window: int | None) -> None:
+    """Its tokens see 1 + 2 + ... + w keys and then w each; as for a whole past, half a key a token is not counted."""
+    model = tiny("*", heads=2, head_dim=6, sliding_window=window, attention_bias=True)
+    matrices = (
+        sum(weight.numel() for weight in model.parameters() if weight.dim() == 2) - model.embedding.weight.numel()
+    )
+    seen = sum(min(token + 1, window or 10) for token in range(10))
+    extra = min(window or 10, 10) / 2
+    per_key = 2 * 2 * 3 * 2 * 6  # two products, two operations each, forward and twice backward, a width of two heads
+    assert model.flops_per_token(10) == pytest.approx(6 * matrices + per_key * (seen - extra) / 10, abs=1)

@@ -170,7 +170,7 @@ def test_without_selection_the_scan_is_a_convolution() -> None:
     mixer = build(selective=False).double()
     torch.nn.init.normal_(mixer.dt_B_C)
     x = torch.randn(1, LENGTH, mixer.config.d_inner, dtype=torch.float64)
-    raw, B, C = mixer._select(x)
+    raw, _, B, C = mixer._select(x)
     delta = torch.nn.functional.softplus(raw[0, 0] + mixer.dt_proj.bias)  # (d_inner)
     decay = (delta[:, None] * -mixer.A_log.exp())[..., None] * torch.arange(LENGTH)  # (d_inner, d_state, length)
     kernel = torch.einsum("n,n,dnl,d->dl", B[0, 0], C[0, 0], decay.exp(), delta)

@@ -15,6 +15,8 @@ Tiny = Callable[..., LanguageModel]
 GATED = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA = GATED | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
 TOP_2 = {"router": "top_k", "top_k": 2}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+LLAMA_3 = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 
 
 def _translate(model: LanguageModel, name: str, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -43,7 +45,16 @@ def _theirs(model: LanguageModel, name: str) -> nn.Module:
         ("mamba", "MM", {}, {"d_state": 6, "d_conv": 3, "expand": 3, "norm_epsilon": 1e-3}),
         ("llama", "*-*-", {}, GATED),
         ("llama", "*-*-", {}, GATED | {"rope_base": 100.0, "norm_epsilon": 1e-3}),
+        ("llama", "*-*-", {}, GATED | BIASES),
+        ("llama", "*-*-", {}, GATED | LLAMA_3 | {"head_dim": 8, "tied_head": True}),
+        ("llama", "*-*-", {}, GATED | BIASES | {"rope_type": "linear", "rope_factor": 2.5, "head_dim": 2}),
+        ("mistral", "*-*-", {}, GATED | {"sliding_window": 5}),
+        ("mistral", "*-*-", {}, GATED | {"sliding_window": 1}),
+        ("mistral", "*-*-", {}, GATED | LLAMA_3 | {"sliding_window": 11, "d_model": 18, "head_dim": 6}),
+        ("mistral", "*-*-", {}, GATED | {"sliding_window": 12}),
         ("mixtral", "*E*E", TOP_2 | {"renormalize": True}, GATED),
+        ("mixtral", "*E*E", {"router": "top_k", "top_k": 3, "renormalize": True}, GATED | {"sliding_window": 4}),
+        ("mixtral", "*E", TOP_2 | {"renormalize": True, "experts": 6}, GATED | LLAMA_3 | {"head_dim": 10}),
         ("jamba", "ME*E", {}, JAMBA),
         ("jamba", "M-ME*-ME", TOP_2, JAMBA | {"norm_epsilon": 1e-3}),
         ("jamba", "*-M-", {}, JAMBA),

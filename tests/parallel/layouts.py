@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
+from moe_mamba.model import attention, feed_forward
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.routing import Router, update_balance_bias
 from moe_mamba.parallel import engine as engines
@@ -23,6 +25,8 @@ from moe_mamba.train.objective import Objective
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 301, 8, 24
 DECISIVE = 8.0  # routers start with larger weights than in a run, so that fewer of their decisions are near a tie
+# Least distance of a decision from a tie, in scores: a hundred times what rounding moves them by in some steps.
+MARGIN, MARGIN_FLOAT64 = 2e-4, 1e-6
 
 
 @dataclass(frozen=True, order=True)
@@ -128,10 +132,16 @@ def build(config: Config) -> Built:
         whole = LanguageModel(config.model, config.moe)
     held = shards(whole, topology)
     groups = start_groups(topology, held)
-    model = build_model(config, whole, held, groups)
+    with mock.patch.object(attention, "zeros", _spread), mock.patch.object(feed_forward, "zeros", _spread):
+        model = build_model(config, whole, held, groups)
     for router in model.routers():
         router.weight.data *= DECISIVE
     return Built(topology, groups, held, model)
+
+
+def _spread(weight: Tensor, generator: torch.Generator) -> None:
+    """What biases of projections start as here: zeros would hide one that is added twice."""
+    weight.copy_(torch.linspace(-1, 1, len(weight)))
 
 
 Boxes = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]
@@ -229,6 +239,22 @@ def train(config: Config, steps: int) -> Trained:
                     for name, shape, offsets, values in pieces_of(engine, built.held, "moment1/")
                 ]
     return Trained(losses, norms, gradients, pieces_of(engine, built.held, "weights/"), min(margins, default=1.0))
+
+
+def train_far_from_ties(
+    world: Any, pattern: str, layout: Layout, steps: int, accumulation: int = 1, **keys: Any
+) -> tuple[int, list[Trained]]:
+    """Train on data on which no routing decision comes near a tie, so that rounding moves none.
+
+    Returns:
+        The first seed of such data, and what each rank trained on it.
+    """
+    for seed in range(50):
+        config = config_of(pattern, layout, accumulation, run__seed=seed, **keys)
+        trained = world.run(train, config, steps, ranks=layout.ranks)
+        if min(rank.margin for rank in trained) >= MARGIN:
+            return seed, trained
+    raise AssertionError(f"{pattern}: {steps} steps come within {MARGIN} of a tie on each of 50 seeds")
 
 
 def pieces_of(engine: Any, held: dict[str, Shard], kind: str) -> Boxes:

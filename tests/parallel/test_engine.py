@@ -21,11 +21,12 @@ def decayed(**keys: object) -> dict[str, tuple[float, torch.dtype]]:
 
 
 def test_matrices_decay_and_nothing_else() -> None:
-    found = decayed()
+    found = decayed(**{"model.attention_bias": True, "model.mlp_bias": True})
     plain = {name for name, (decay, _) in found.items() if decay == 0}
     assert all(name.endswith(("norm.weight", ".bias", ".D", "A_log")) for name in plain)
     assert {"embedding.weight", "head.weight", "layers.0.mixer.in_proj.weight"} <= found.keys() - plain
     assert {"layers.0.mixer.A_log", "layers.0.mixer.D", "layers.0.mixer.dt_proj.bias"} <= plain
+    assert {"layers.2.mixer.q_proj.bias", "layers.2.mixer.o_proj.bias", "layers.3.mixer.in_proj.bias"} <= plain
 
 
 def test_the_authors_decay_everything() -> None:
@@ -33,7 +34,7 @@ def test_the_authors_decay_everything() -> None:
 
 
 def test_bf16_groups_come_first_and_fp32_stays() -> None:
-    found = decayed(**{"train.precision": "bf16"})
+    found = decayed(**{"train.precision": "bf16", "model.attention_bias": True, "model.mlp_bias": True})
     fp32 = {name for name, (_, dtype) in found.items() if dtype == torch.float32}
     assert {"layers.0.mixer.A_log", "layers.1.mixer.router.weight", "layers.0.norm.weight"} <= fp32
-    assert "layers.0.mixer.in_proj.weight" not in fp32
+    assert not {"layers.0.mixer.in_proj.weight", "layers.2.mixer.o_proj.bias", "layers.3.mixer.in_proj.bias"} & fp32

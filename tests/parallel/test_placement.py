@@ -27,7 +27,8 @@ LAYOUTS = [
 
 @functools.cache
 def meta(pattern: str, activation: str = "swiglu") -> tuple[Config, LanguageModel]:
-    config = config_of(pattern, Layout(1), model__activation=activation, moe__shared_experts=2, moe__balance="bias")
+    keys = {"model__activation": activation, "model__head_dim": 6, "moe__shared_experts": 2, "moe__balance": "bias"}
+    config = config_of(pattern, Layout(1), **keys, model__attention_bias=True, model__mlp_bias=True)
     with torch.device("meta"):
         return config, LanguageModel(config.model, config.moe)
 
@@ -132,10 +133,13 @@ def test_the_table_names_parameters_that_exist() -> None:
 def test_fewer_key_heads_than_tensor_peers_are_copied_to_neighbours() -> None:
     config, model = meta("*")
     ranks = on_every_rank(config, model, Layout(4, 4))
-    head_dim = config.model.d_model // config.model.heads
+    head_dim = config.model.resolved_head_dim
     for rank, held in enumerate(ranks):
         key, query = held["layers.0.mixer.k_proj.weight"], held["layers.0.mixer.q_proj.weight"]
         assert (key.replicas, key.is_first_replica, key.local_shape) == (2, rank % 2 == 0, (head_dim, 16))
+        assert torch.equal(elements(held["layers.0.mixer.k_proj.bias"]), elements(key)[:, 0] // 16)
+        assert torch.equal(elements(held["layers.0.mixer.q_proj.bias"]), elements(query)[:, 0] // 16)
+        assert held["layers.0.mixer.o_proj.bias"].replicas == 4, "each rank adds it to its own tokens"
         group = config.model.heads // config.model.resolved_kv_heads
         # each of its query heads reads the key head that it holds
         for row in range(0, query.local_shape[0], head_dim):

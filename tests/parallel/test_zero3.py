@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parallel.layouts import Layout, Trained, assemble, batch_of, build, config_of, train
-from parallel.test_parity import SEEDS, STEPS, Errors, worst
+from parallel.test_parity import IMPORTED, STEPS, Errors, worst
 from torch import Tensor, nn
 from train.runs import curve, run, weights
 from world import World
@@ -41,7 +41,7 @@ def train_gathering(config: Config, steps: int) -> Trained:
 
 def check_same_curve(world: World, pattern: str, layouts: list[Layout], **keys: Any) -> None:
     """20 steps on each layout give what one process gives under ZeRO 1."""
-    keys = {"train__learning_rate": 1e-3, "run__seed": SEEDS[pattern]} | keys
+    keys = {"train__learning_rate": 1e-3} | keys
     (alone,) = world.run(train, config_of(pattern, Layout(1), **keys), STEPS, ranks=1)
     for layout in layouts:
         ranks = world.run(train_gathering, config_of(pattern, layout, **keys), STEPS, ranks=layout.ranks)
@@ -64,6 +64,10 @@ def test_same_curve_as_one_process(world: World, pattern: str) -> None:
 
 def test_tensor_peers(world: World) -> None:
     check_same_curve(world, "M-", [Layout(2, 2, zero=3), Layout(4, 2, zero=3)])
+
+
+def test_biases(world: World) -> None:
+    check_same_curve(world, "*-", [Layout(2, zero=3), Layout(4, 2, zero=3)], **IMPORTED)
 
 
 def test_recomputation(world: World) -> None:

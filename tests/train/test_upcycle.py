@@ -19,7 +19,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.train.restore import Restored, restore, weight_pieces
 from moe_mamba.train.run_folder import RunFolder
 from moe_mamba.train.starting_point import write_starting_point
-from moe_mamba.train.upcycle import output_scale, routing, upcycle
+from moe_mamba.train.upcycle import output_scale, routing, upcycle, upcycled_config
 from tools.upcycle import main
 
 CPU = torch.device("cpu")
@@ -194,6 +194,8 @@ def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path
         upcycle(plain, output, routing(experts=4))
     with pytest.raises(UserError, match=r"M- x 2 has 2 feed-forward layers \(-\), and one in 3"):
         upcycle(dense(), output, routing(experts=4), every=3)
+    with pytest.raises(UserError, match=r"model\.mlp_bias=true: experts have no biases"):
+        upcycled_config(Config(model={"pattern": "M-", "mlp_bias": True}), routing(experts=4))
     with pytest.raises(UserError, match=r"moe\.top_k=2 with moe\.router=switch"):
         routing(experts=4, top_k=2, router="switch")
     with pytest.raises(UserError, match="renormalize=true"):

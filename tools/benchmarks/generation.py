@@ -13,7 +13,8 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats import NATIVE
 from moe_mamba.model.generation import read
 from moe_mamba.model.initialize import initialize
-from moe_mamba.model.language_model import LanguageModel, State
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.layer import State
 
 MAMBA = ("MambaConfig", "MambaForCausalLM")
 CONTEXT_PAIRS = 8  # times as many pairs: a run is short, and two of the same differ by a tenth on a busy machine
@@ -168,7 +169,7 @@ def _as_it_is(run: Run) -> Run:
 
 
 def _kibibytes(states: list[State]) -> float:
-    return sum(value.nbytes for state in states if state for value in vars(state).values()) / 2**10
+    return sum(value.nbytes for state in states if state for value in vars(state).values() if value is not None) / 2**10
 
 
 def _require_equal(ours: Tensor, theirs: Tensor) -> None:

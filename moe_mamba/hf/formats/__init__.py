@@ -1,18 +1,20 @@
 """Checkpoint formats: one table a format says whose view each of its tensors is, and serves both ways."""
 
 from moe_mamba.errors import UserError
-from moe_mamba.hf.formats.base import Configuration, Entry, Format, WayOut
+from moe_mamba.hf.formats.base import Entry, Format, WayOut
 from moe_mamba.hf.formats.jamba import Jamba
 from moe_mamba.hf.formats.llama import Llama
 from moe_mamba.hf.formats.mamba import Mamba
+from moe_mamba.hf.formats.mistral import Mistral
 from moe_mamba.hf.formats.mixtral import Mixtral
 from moe_mamba.hf.formats.own import Own
+from moe_mamba.hf.formats.settings import Configuration
 from moe_mamba.hf.formats.state_spaces import StateSpaces
 
 __all__ = ["FORMATS", "NATIVE", "OWN", "Entry", "Format", "WayOut", "detect"]
 
 OWN: WayOut = Own()
-NATIVE: dict[str, WayOut] = {format.name: format for format in (Mamba(), Llama(), Mixtral(), Jamba())}
+NATIVE: dict[str, WayOut] = {format.name: format for format in (Mamba(), Llama(), Mistral(), Mixtral(), Jamba())}
 FORMATS: dict[str, Format] = {OWN.name: OWN, **NATIVE, "state_spaces": StateSpaces()}
 
 

@@ -4,15 +4,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from moe_mamba.config import PATTERN_LETTERS, ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
-
-Configuration = Mapping[str, Any]
+from moe_mamba.hf.formats.settings import Configuration, Settings
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Format(Protocol):
         """The model that a config.json describes.
 
         Raises:
-            UserError: it has what ours has not; the line names the key.
+            UserError: it has what ours has not, or a key that nobody knows; the line names the key.
         """
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
@@ -84,10 +83,11 @@ def edges(model: ModelConfig, embedding: str, norm: str) -> tuple[Entry, list[En
     return same(f"{embedding}.weight", "embedding.weight"), last
 
 
-def attention_entries(theirs: str, ours: str) -> Iterator[Entry]:
+def attention_entries(theirs: str, ours: str, bias: bool = False) -> Iterator[Entry]:
     """Attention's four projections, named alike everywhere."""
-    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        yield same(f"{theirs}.{part}.weight", f"{ours}.{part}.weight")
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for part in ("weight", "bias") if bias else ("weight",):
+            yield same(f"{theirs}.{projection}.{part}", f"{ours}.{projection}.{part}")
 
 
 def mamba_entries(theirs: str, ours: str, norms: Mapping[str, str] | None = None) -> Iterator[Entry]:
@@ -100,11 +100,13 @@ def mamba_entries(theirs: str, ours: str, norms: Mapping[str, str] | None = None
         yield same(f"{theirs}.{their_norm}.weight", f"{ours}.{our_norm}.weight")
 
 
-def gated_entries(theirs: str, ours: str, width: int) -> Iterator[Entry]:
-    """A SwiGLU feed-forward layer; the rows of our input projection are [gate | up]."""
-    yield Entry(f"{theirs}.gate_proj.weight", f"{ours}.in_proj.weight", lambda weight: weight[:width])
-    yield Entry(f"{theirs}.up_proj.weight", f"{ours}.in_proj.weight", lambda weight: weight[width:])
-    yield same(f"{theirs}.down_proj.weight", f"{ours}.out_proj.weight")
+def gated_entries(theirs: str, ours: str, width: int, bias: bool = False) -> Iterator[Entry]:
+    """A SwiGLU feed-forward layer; the rows of our input projection, and its bias, are [gate | up]."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    for part in parts:
+        yield Entry(f"{theirs}.gate_proj.{part}", f"{ours}.in_proj.{part}", lambda tensor: tensor[:width])
+        yield Entry(f"{theirs}.up_proj.{part}", f"{ours}.in_proj.{part}", lambda tensor: tensor[width:])
+    yield from (same(f"{theirs}.down_proj.{part}", f"{ours}.out_proj.{part}") for part in parts)
 
 
 def expert_entries(
@@ -161,6 +163,17 @@ def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
     return None
 
 
+def attention_refusal(model: ModelConfig, architecture: str, holds: tuple[str, ...] = ()) -> str | None:
+    """Which setting of layers ``*`` and ``-`` that few classes have is on, and is none of those that this one holds."""
+    settings = {"*": ("sliding_window", "attention_bias"), "-": ("mlp_bias",)}
+    for letter, keys in settings.items():
+        for key in keys:
+            value = getattr(model, key)
+            if letter in model.layers and value and key not in holds:
+                return f"model.{key}={str(value).lower()}: {architecture} has none"
+    return None
+
+
 def routing_refusal(moe: MoEConfig, architecture: str, renormalize: bool) -> str | None:
     """Why a class that routes dropless, by the softmax's top-k, does not route as ours does."""
     if moe.router == "expert_choice":
@@ -186,63 +199,28 @@ def shortest_pattern(layers: str) -> tuple[str, int]:
     return layers[:period], whole // period
 
 
-def get(configuration: Configuration, key: str, default: Any = None) -> Any:
-    """A value of a config.json, where null is as good as none."""
-    value = configuration.get(key)
-    return default if value is None else value
-
-
-def section(configuration: Configuration, key: str) -> Configuration:
-    """An object inside a config.json; where it is missing, an empty one.
-
-    Raises:
-        UserError: it is something else.
-    """
-    value = get(configuration, key, {})
-    if not isinstance(value, dict):
-        raise UserError(f"config.json: {key} is {value!r}, and an object belongs there: mend the file")
-    return value
-
-
-def number(configuration: Configuration, key: str, default: int | None = None) -> int:
-    """A whole number above 0 of a config.json.
-
-    Raises:
-        UserError: it is missing or something else.
-    """
-    value = get(configuration, key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        there = "is missing" if value is None else f"is {value!r}"
-        raise UserError(f"config.json: {key} {there}, and a whole number above 0 belongs there: mend the file")
-    return value
-
-
-def refuse(architecture: str, key: str, value: Any, instead: str) -> NoReturn:
-    """Raise the one line for a setting of theirs that ours has not."""
-    raise UserError(f"config.json: {architecture} with {key}={value!r} cannot be read: {instead}")
-
-
-def require(configuration: Configuration, architecture: str, values: Mapping[str, Any], instead: str) -> None:
-    """Refuse keys that are there with another value than ours stands for."""
-    for key, value in values.items():
-        if get(configuration, key, value) != value:
-            refuse(architecture, key, configuration[key], instead)
-
-
-def require_plain_attention(configuration: Configuration, architecture: str, head_dim: int) -> None:
-    """Refuse heads of another width than ``head_dim``, and attention that does not see the whole past."""
-    require(configuration, architecture, {"head_dim": head_dim}, "our heads are hidden_size / heads wide")
-    if configuration.get("sliding_window"):
-        refuse(architecture, "sliding_window", configuration["sliding_window"], "our attention sees the whole past")
-
-
-def dt_rank(architecture: str, key: str, value: Any, d_model: int) -> int:
+def dt_rank(settings: Settings, key: str, d_model: int) -> int:
     """Rank of delta's projection, from a number or ``auto``."""
-    if value in (None, "auto"):
+    value = settings.get(key, "auto")
+    if value == "auto":
         return math.ceil(d_model / 16)
     if not isinstance(value, int):
-        refuse(architecture, key, value, "it is a number or auto")
+        settings.refuse(key, "it is a number or auto")
     return value
+
+
+def read_balance(settings: Settings, top_k: int) -> dict[str, Any]:
+    """Our keys for the coefficient of Mixtral's and Jamba's balance loss.
+
+    Their loss is ``top_k`` times ours: shares of the tokens' first, second, ... choices are added up, not averaged.
+    """
+    weight = settings.real("router_aux_loss_coef", 0.001, least=0) * top_k
+    return {"balance": "loss", "balance_weight": weight} if weight else {"balance": "none"}
+
+
+def balance_coefficient(moe: MoEConfig) -> float:
+    """The way out of ``read_balance``."""
+    return moe.balance_weight / moe.top_k if moe.balance == "loss" else 0.0
 
 
 def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig, MoEConfig]:

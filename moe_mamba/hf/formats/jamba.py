@@ -5,9 +5,10 @@ from typing import Any
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import (
-    Configuration,
     Entry,
     attention_entries,
+    attention_refusal,
+    balance_coefficient,
     build,
     describe_layer,
     dt_rank,
@@ -15,16 +16,23 @@ from moe_mamba.hf.formats.base import (
     expert_entries,
     expert_width,
     gated_entries,
-    get,
     mamba_entries,
-    number,
-    require,
-    require_plain_attention,
+    read_balance,
     routing_refusal,
     same,
     shortest_pattern,
     stack_refusal,
 )
+from moe_mamba.hf.formats.llama import read_head_dim
+from moe_mamba.hf.formats.settings import INERT, TRAINING_ALONE, Configuration, Settings
+
+KERNELS = frozenset(
+    {
+        *("calc_logits_for_entire_prompt", "num_logits_to_keep"),
+        *("use_associative_scan", "use_mamba_kernels", "use_mambapy"),
+    }
+)
+"""Keys of how it is computed."""
 
 NORMS = {"dt_norm": "dt_layernorm", "B_norm": "b_layernorm", "C_norm": "c_layernorm"}
 
@@ -65,7 +73,9 @@ class Jamba:
             return f"model.positions={model.positions}: attention in {self.architecture} has no positions"
         if "M" in model.layers and not model.mamba_norms:
             return f"model.mamba_norms=false: {self.architecture} has norms on dt, B and C"
-        return None
+        if model.head_dim is not None and model.head_dim * model.heads != model.d_model:
+            return f"model.head_dim={model.head_dim}: {self.architecture} of Transformers 4 has hidden_size / heads"
+        return attention_refusal(model, self.architecture)
 
     def _experts_refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         if "E" not in model.layers:
@@ -99,7 +109,7 @@ class Jamba:
             "rms_norm_eps": model.norm_epsilon,
             "num_experts": moe.experts if has_experts else 1,
             "num_experts_per_tok": moe.top_k if has_experts else 1,
-            "router_aux_loss_coef": moe.balance_weight if moe.balance == "loss" else 0.0,
+            "router_aux_loss_coef": balance_coefficient(moe),
             "attn_layer_period": attention[0],
             "attn_layer_offset": attention[1],
             "expert_layer_period": experts[0],
@@ -115,55 +125,58 @@ class Jamba:
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format."""
-        d_model, heads = number(configuration, "hidden_size"), number(configuration, "num_attention_heads", 32)
-        require(configuration, self.architecture, {"hidden_act": "silu"}, "our gate is SwiGLU's")
-        biases = {"mamba_conv_bias": True, "mamba_proj_bias": False}
-        require(configuration, self.architecture, biases, "our convolution alone has a bias")
-        require(configuration, self.architecture, {"mamba_inner_layernorms": True}, "Jamba's Mamba has norms")
-        require_plain_attention(configuration, self.architecture, d_model // heads)
-        layers = self._read_layers(configuration)
-        pattern, repeat = shortest_pattern(layers)
-        model = {
-            "pattern": pattern,
-            "repeat": repeat,
-            "d_model": d_model,
-            "vocab_size": number(configuration, "vocab_size"),
-            "d_state": number(configuration, "mamba_d_state", 16),
-            "d_conv": number(configuration, "mamba_d_conv", 4),
-            "expand": number(configuration, "mamba_expand", 2),
-            "dt_rank": dt_rank(self.architecture, "mamba_dt_rank", configuration.get("mamba_dt_rank"), d_model),
-            "mamba_norms": True,
-            "heads": heads,
-            "kv_heads": number(configuration, "num_key_value_heads", 8),
-            "positions": "none",
-            "d_ff": number(configuration, "intermediate_size"),
-            "activation": "swiglu",
-            "norm_epsilon": get(configuration, "rms_norm_eps", 1e-6),
-            "tied_head": get(configuration, "tie_word_embeddings", False),
-        }
-        return build(model, self._read_experts(configuration) if "E" in layers else {})
+        inert = INERT | TRAINING_ALONE | KERNELS
+        with Settings(configuration, self.architecture, inert) as settings:
+            settings.require({"hidden_act": "silu"}, "our gate is SwiGLU's")
+            biases = {"mamba_conv_bias": True, "mamba_proj_bias": False}
+            settings.require(biases, "our convolution alone has a bias")
+            settings.require({"mamba_inner_layernorms": True}, "Jamba's Mamba has norms")
+            layers, experts = self._read_layers(settings), self._read_experts(settings)
+            pattern, repeat = shortest_pattern(layers)
+            d_model, heads = settings.number("hidden_size"), settings.number("num_attention_heads", 32)
+            model = {
+                "pattern": pattern,
+                "repeat": repeat,
+                "d_model": d_model,
+                "vocab_size": settings.number("vocab_size"),
+                "d_state": settings.number("mamba_d_state", 16),
+                "d_conv": settings.number("mamba_d_conv", 4),
+                "expand": settings.number("mamba_expand", 2),
+                "dt_rank": dt_rank(settings, "mamba_dt_rank", d_model),
+                "mamba_norms": True,
+                "heads": heads,
+                "kv_heads": settings.optional_number("num_key_value_heads", 8) or heads,
+                "head_dim": read_head_dim(settings, heads),
+                "positions": "none",
+                "d_ff": settings.number("intermediate_size"),
+                "activation": "swiglu",
+                "norm_epsilon": settings.real("rms_norm_eps", 1e-6),
+                "tied_head": settings.flag("tie_word_embeddings", False),
+            }
+            return build(model, experts if "E" in layers else {})
 
-    def _read_layers(self, configuration: Configuration) -> str:
+    def _read_layers(self, settings: Settings) -> str:
         """One letter a layer of ours."""
 
         def places(kind: str, period: int, offset: int) -> tuple[int, int]:
-            return number(configuration, f"{kind}_period", period), get(configuration, f"{kind}_offset", offset)
+            return settings.number(f"{kind}_period", period), settings.number(f"{kind}_offset", offset, least=0)
 
         attention, experts = places("attn_layer", 8, 4), places("expert_layer", 2, 1)
-        several = number(configuration, "num_experts", 16) > 1
+        several = settings.number("num_experts", 16) > 1
         return "".join(
             ("*" if index % attention[0] == attention[1] else "M")
             + ("E" if several and index % experts[0] == experts[1] else "-")
-            for index in range(number(configuration, "num_hidden_layers"))
+            for index in range(settings.number("num_hidden_layers"))
         )
 
-    def _read_experts(self, configuration: Configuration) -> dict[str, Any]:
-        top_k = number(configuration, "num_experts_per_tok", 2)
+    def _read_experts(self, settings: Settings) -> dict[str, Any]:
+        top_k = settings.number("num_experts_per_tok", 2)
         return {
-            "experts": number(configuration, "num_experts", 16),
+            "experts": settings.number("num_experts", 16),
             "router": "switch" if top_k == 1 else "top_k",
             "top_k": top_k,
             "capacity_factor": None,
+            **read_balance(settings, top_k),
         }
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:

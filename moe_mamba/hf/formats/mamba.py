@@ -5,19 +5,24 @@ from typing import Any
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import (
-    Configuration,
     Entry,
     build,
     describe_layer,
     dt_rank,
     edges,
-    get,
     mamba_entries,
-    number,
-    require,
     same,
     stack_refusal,
 )
+from moe_mamba.hf.formats.settings import INERT, Configuration, Settings
+
+INITIAL = frozenset(
+    {
+        *("rescale_prenorm_residual", "time_step_floor", "time_step_init_scheme", "time_step_max", "time_step_min"),
+        "time_step_scale",
+    }
+)
+"""Keys of how weights started."""
 
 
 class Mamba:
@@ -54,29 +59,37 @@ class Mamba:
             "use_conv_bias": True,
             "residual_in_fp32": False,  # our stream has the dtype of the weights
             "tie_word_embeddings": model.tied_head,
+            "pad_vocab_size_multiple": 1,  # llama.cpp else takes 8, pads its list of tokens and then misses weights
         }
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format."""
-        d_model, expand = number(configuration, "hidden_size"), number(configuration, "expand", 2)
-        require(configuration, self.architecture, {"hidden_act": "silu"}, "our Mamba has SiLU")
-        require(configuration, self.architecture, {"use_bias": False}, "our projections have no bias")
-        require(configuration, self.architecture, {"use_conv_bias": True}, "our convolution has a bias")
-        width = {"intermediate_size": expand * d_model}
-        require(configuration, self.architecture, width, "our width is expand x hidden_size")
-        model = {
-            "pattern": "M",
-            "repeat": number(configuration, "num_hidden_layers"),
-            "d_model": d_model,
-            "vocab_size": number(configuration, "vocab_size"),
-            "d_state": number(configuration, "state_size", 16),
-            "d_conv": number(configuration, "conv_kernel", 4),
-            "expand": expand,
-            "dt_rank": dt_rank(self.architecture, "time_step_rank", configuration.get("time_step_rank"), d_model),
-            "norm_epsilon": get(configuration, "layer_norm_epsilon", 1e-5),
-            "tied_head": get(configuration, "tie_word_embeddings", True),
-        }
-        return build(model, {})
+        inert = INERT | INITIAL | {"residual_in_fp32", "use_associative_scan", "use_mambapy"}
+        with Settings(
+            configuration, self.architecture, inert | {"fused_add_norm", "pad_vocab_size_multiple"}
+        ) as settings:
+            d_model, expand = settings.number("hidden_size"), settings.number("expand", 2)
+            layers = settings.number("num_hidden_layers")
+            settings.require({"hidden_act": "silu"}, "our Mamba has SiLU")
+            settings.require({"use_bias": False}, "our projections have no bias")
+            settings.require({"use_conv_bias": True}, "our convolution has a bias")
+            settings.require({"intermediate_size": expand * d_model}, "our width is expand x hidden_size")
+            # Files that were converted from state-spaces' keep those keys as well.
+            older = {"d_model": d_model, "d_inner": expand * d_model, "n_layer": layers, "rms_norm": True}
+            settings.require(older, "the keys of Transformers say otherwise")
+            model = {
+                "pattern": "M",
+                "repeat": layers,
+                "d_model": d_model,
+                "vocab_size": settings.number("vocab_size"),
+                "d_state": settings.number("state_size", 16),
+                "d_conv": settings.number("conv_kernel", 4),
+                "expand": expand,
+                "dt_rank": dt_rank(settings, "time_step_rank", d_model),
+                "norm_epsilon": settings.real("layer_norm_epsilon", 1e-5),
+                "tied_head": settings.flag("tie_word_embeddings", True),
+            }
+            return build(model, {})
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
         """See Format."""

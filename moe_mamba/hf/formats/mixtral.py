@@ -5,14 +5,13 @@ from typing import Any
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import (
-    Configuration,
     Entry,
+    balance_coefficient,
     build,
     edges,
     expert_entries,
     expert_width,
-    number,
-    refuse,
+    read_balance,
     routing_refusal,
     same,
 )
@@ -22,6 +21,7 @@ from moe_mamba.hf.formats.llama import (
     transformer_entries,
     transformer_refusal,
 )
+from moe_mamba.hf.formats.settings import INERT, TRAINING_ALONE, Configuration, Settings
 
 
 class Mixtral:
@@ -32,7 +32,7 @@ class Mixtral:
 
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         """See WayOut."""
-        return transformer_refusal(model, self.architecture, "*E") or routing_refusal(
+        return transformer_refusal(model, self.architecture, "*E", ("sliding_window",)) or routing_refusal(
             moe, self.architecture, renormalize=True
         )
 
@@ -45,24 +45,27 @@ class Mixtral:
             "intermediate_size": expert_width(model, moe),
             "num_local_experts": moe.experts,
             "num_experts_per_tok": moe.top_k,
-            "router_aux_loss_coef": moe.balance_weight if moe.balance == "loss" else 0.0,
-            "sliding_window": None,
+            "router_aux_loss_coef": balance_coefficient(moe),
+            "sliding_window": model.sliding_window,
         }
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format."""
-        top_k = number(configuration, "num_experts_per_tok", 2)
-        if top_k == 1:
-            refuse(self.architecture, "num_experts_per_tok", 1, "its one weight is always 1, which trains no router")
-        keys = read_transformer(configuration, self.architecture, rms_norm_eps=1e-5, rope_theta=1e6)
-        moe = {
-            "experts": number(configuration, "num_local_experts", 8),
-            "router": "top_k",
-            "top_k": top_k,
-            "renormalize": True,
-            "capacity_factor": None,
-        }
-        return build(keys | {"pattern": "*E"}, moe)
+        with Settings(configuration, self.architecture, INERT | TRAINING_ALONE) as settings:
+            keys = read_transformer(settings, rms_norm_eps=1e-5, rope_theta=1e6, kv_heads=8)
+            keys |= {"pattern": "*E", "sliding_window": settings.optional_number("sliding_window")}
+            top_k = settings.number("num_experts_per_tok", 2)
+            if top_k == 1:
+                settings.refuse("num_experts_per_tok", "its one weight is always 1, which trains no router")
+            moe = {
+                "experts": settings.number("num_local_experts", 8),
+                "router": "top_k",
+                "top_k": top_k,
+                "renormalize": True,
+                "capacity_factor": None,
+                **read_balance(settings, top_k),
+            }
+            return build(keys, moe)
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
         """See Format."""

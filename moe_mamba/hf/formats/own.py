@@ -6,8 +6,16 @@ from typing import Any
 import torch
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.hf.formats.base import Configuration, Entry, build, same, section
+from moe_mamba.hf.formats.base import Entry, build, same
+from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.language_model import LanguageModel
+
+CLASSES = {
+    "AutoModel": "MoEMambaModel",
+    "AutoModelForCausalLM": "MoEMambaForCausalLM",
+    "AutoModelForSequenceClassification": "MoEMambaForSequenceClassification",
+}
+"""What Transformers' Auto classes load -> the class of the modeling file."""
 
 
 class Own:
@@ -27,7 +35,7 @@ class Own:
             "architectures": [self.architecture],
             "auto_map": {
                 "AutoConfig": "configuration_moe_mamba.MoEMambaConfig",
-                "AutoModelForCausalLM": "modeling_moe_mamba.MoEMambaForCausalLM",
+                **{auto: f"modeling_moe_mamba.{name}" for auto, name in CLASSES.items()},
             },
             **model.model_dump(exclude={"kernels"}),
             "moe": moe.model_dump(),
@@ -35,12 +43,16 @@ class Own:
         }
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
-        """See Format; keys of Transformers' own are passed over."""
-        keys = ModelConfig.model_fields.keys() - {"kernels"}
-        return build({key: configuration[key] for key in keys & configuration.keys()}, section(configuration, "moe"))
+        """See Format."""
+        with Settings(configuration, self.architecture) as settings:
+            model = settings.given(ModelConfig.model_fields.keys() - {"kernels"})
+            moe = settings.section("moe", inert=MoEConfig.model_fields).given(MoEConfig.model_fields)
+            tied = model.get("tied_head", False)
+            settings.require({"tie_word_embeddings": tied}, f"tied_head={tied} says otherwise")
+            return build(model, moe)
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
         """See Format."""
         with torch.device("meta"):
             names = LanguageModel(model, moe).state_dict()
-        return (same(f"model.{name}", name) for name in names)
+        return (same(f"model.{name}" if name != "head.weight" else "lm_head.weight", name) for name in names)

@@ -4,19 +4,17 @@ from collections.abc import Iterator
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import (
-    Configuration,
     Entry,
     build,
     dt_rank,
     edges,
-    get,
     mamba_entries,
-    number,
-    refuse,
-    require,
     same,
-    section,
 )
+from moe_mamba.hf.formats.settings import Configuration, Settings
+
+INITIAL = frozenset({"dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale"})
+"""Keys of how weights started."""
 
 
 class StateSpaces:
@@ -27,26 +25,27 @@ class StateSpaces:
 
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format; the vocabulary is the padded one, which the tensors have."""
-        mixer = section(configuration, "ssm_cfg")
-        require(mixer, self.architecture, {"layer": "Mamba1"}, "ours is Mamba-1")
-        require(mixer, self.architecture, {"conv_bias": True, "bias": False}, "our convolution alone has a bias")
-        for key in ("attn_layer_idx", "d_intermediate"):
-            if configuration.get(key):
-                refuse(self.architecture, key, configuration[key], "Mamba layers alone are read")
-        d_model, multiple = number(configuration, "d_model"), number(configuration, "pad_vocab_size_multiple", 8)
-        model = {
-            "pattern": "M",
-            "repeat": number(configuration, "n_layer"),
-            "d_model": d_model,
-            "vocab_size": -(-number(configuration, "vocab_size") // multiple) * multiple,
-            "d_state": number(mixer, "d_state", 16),
-            "d_conv": number(mixer, "d_conv", 4),
-            "expand": number(mixer, "expand", 2),
-            "dt_rank": dt_rank(self.architecture, "dt_rank", mixer.get("dt_rank"), d_model),
-            "norm": "rmsnorm" if get(configuration, "rms_norm", True) else "layernorm",
-            "tied_head": get(configuration, "tie_embeddings", True),
-        }
-        return build(model, {})
+        with Settings(configuration, self.architecture, {"fused_add_norm", "residual_in_fp32"}) as settings:
+            mixer = settings.section("ssm_cfg", inert=INITIAL | {"use_fast_path"})
+            mixer.require({"layer": "Mamba1"}, "ours is Mamba-1")
+            mixer.require({"conv_bias": True, "bias": False}, "our convolution alone has a bias")
+            for key in ("attn_layer_idx", "d_intermediate"):
+                if settings.get(key):
+                    settings.refuse(key, "Mamba layers alone are read")
+            d_model, multiple = settings.number("d_model"), settings.number("pad_vocab_size_multiple", 8)
+            model = {
+                "pattern": "M",
+                "repeat": settings.number("n_layer"),
+                "d_model": d_model,
+                "vocab_size": -(-settings.number("vocab_size") // multiple) * multiple,
+                "d_state": mixer.number("d_state", 16),
+                "d_conv": mixer.number("d_conv", 4),
+                "expand": mixer.number("expand", 2),
+                "dt_rank": dt_rank(mixer, "dt_rank", d_model),
+                "norm": "rmsnorm" if settings.flag("rms_norm", True) else "layernorm",
+                "tied_head": settings.flag("tie_embeddings", True),
+            }
+            return build(model, {})
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
         """See Format."""

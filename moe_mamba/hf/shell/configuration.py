@@ -1,10 +1,16 @@
 """Configuration of a model that moe_mamba trained, as Transformers keeps it."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Optional, Union
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PretrainedConfig
+
+from moe_mamba.hf.versions import NEWEST, OLDEST
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
+    raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
 
 
 @strict
@@ -22,47 +28,112 @@ class MoEConfig:
 
 
 @strict
-class MoEMambaConfig(PreTrainedConfig):
-    """The residual stack, a letter a layer, and its sizes.
+@dataclass(kw_only=True)
+class StackConfig:
+    """The residual stack, a letter a layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
 
     Args:
         assembled: arguments of ModelConfig
+    """
+
+    kernels: ClassVar[str] = "auto"
+
+    # assembled: fields of ModelConfig
+
+    # assembled: methods of ModelConfig
+
+
+class MoEMambaConfig(PretrainedConfig):
+    """The residual stack, a letter a layer, and its sizes.
+
+    Args:
         moe: routing and experts, keys and defaults as in ``MoEConfig``.
         use_cache: whether a pass in evaluation returns a cache by default.
         output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
         bos_token_id: token that begins a text, if any does.
         eos_token_id: token that ends a text, if any does.
         pad_token_id: token that fills batches.
+        kwargs: keys of the stack, with types and defaults as in ``StackConfig``, and what Transformers keeps in any
+            configuration.
+
+    Raises:
+        ValueError: values that make no model.
     """
 
     model_type = "moe_mamba"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "heads",
         "tie_word_embeddings": "tied_head",
     }
-    kernels: ClassVar[str] = "auto"
 
-    # assembled: fields of ModelConfig
-    moe: dict[str, Any] | None = None
-    use_cache: bool = True
-    output_router_logits: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    def __init__(
+        self,
+        moe: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        output_router_logits: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        stack = StackConfig(
+            **{field.name: kwargs.pop(field.name) for field in fields(StackConfig) if field.name in kwargs}
+        )
+        for field in fields(StackConfig):
+            setattr(self, field.name, getattr(stack, field.name))
+        self.moe = asdict(MoEConfig(**(moe or {})))
+        self.use_cache = use_cache
+        self.output_router_logits = output_router_logits
+        kwargs |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs, tie_word_embeddings=self.tied_head)  # type: ignore[call-arg]  # 4.57 has a default
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.moe = asdict(MoEConfig(**(self.moe or {})))
-        self._check()
-        super().__post_init__(**kwargs)
+    @property
+    def stack(self) -> StackConfig:
+        """The keys of the stack as they are now, checked, and what follows from them."""
+        return StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+
+    @property
+    def layers(self) -> str:
+        """One letter a layer, for the whole model."""
+        return self.pattern * self.repeat
 
     @property
     def num_hidden_layers(self) -> int:
         """Letters of the whole pattern."""
         return len(self.layers)
 
-    # assembled: methods of ModelConfig
+    @property
+    def num_experts(self) -> int:
+        """Routed experts a layer, as Mixtral's users ask for them; ``moe`` holds the value."""
+        return self._of_experts("experts")
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Routed experts a token."""
+        return self._of_experts("top_k")
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """Weight of the balance loss; 0 where the load is balanced otherwise. Who trains may set it, as TRL does."""
+        weight = self._of_experts("balance_weight")
+        return weight if self.moe["balance"] == "loss" else 0.0
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, weight: float) -> None:
+        if weight == self.router_aux_loss_coef:
+            return
+        if self.moe["balance"] != "loss":
+            raise ValueError(f"router_aux_loss_coef={weight} with moe.balance={self.moe['balance']}, which has no loss")
+        self.moe["balance_weight"] = weight
+
+    def _of_experts(self, key: str) -> Any:
+        """A value of ``moe``; a model without experts has none, as ``hasattr`` shall say."""
+        if "E" not in self.layers:
+            raise AttributeError(f"a model of pattern {self.pattern} has no experts")
+        return self.moe[key]
 
 
 MoEMambaConfig.register_for_auto_class()  # save_pretrained writes this file, too

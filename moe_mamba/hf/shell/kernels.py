@@ -1,26 +1,32 @@
 """The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
 
-The plain ones are the reference versions, which define what every faster one must give; ``backend`` is not looked at.
+The plain ones compute what the reference versions define; ``backend`` is not looked at. What traces a graph (compile,
+export) gets them too, since it cannot see into compiled kernels. Under autocast an operation computes as it would
+without: its inputs have the dtype that the products before it gave them, and experts' products are cast here.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_mamba.hf.shell.grouped import plain_grouped_matmul
 from moe_mamba.kernels.activation.torch_activation import activation as plain_activation
 from moe_mamba.kernels.causal_conv import _final_state
 from moe_mamba.kernels.causal_conv.reference import causal_conv as plain_causal_conv
 from moe_mamba.kernels.causal_conv.torch_conv import causal_conv_step as plain_causal_conv_step
 from moe_mamba.kernels.cross_entropy import Reduce
 from moe_mamba.kernels.cross_entropy.reference import cross_entropy as plain_cross_entropy
-from moe_mamba.kernels.grouped_matmul.reference import grouped_matmul as plain_grouped_matmul
 from moe_mamba.kernels.rms_norm.reference import rms_norm as plain_rms_norm
 from moe_mamba.kernels.routing import Order
 from moe_mamba.kernels.routing.reference import combine_rows as plain_combine_rows
 from moe_mamba.kernels.routing.reference import gather_rows as plain_gather_rows
 from moe_mamba.kernels.routing.torch_routing import sort_by_expert as plain_sort_by_expert
+from moe_mamba.kernels.selective_scan.chunked_scan import selective_scan as plain_selective_scan
 from moe_mamba.kernels.selective_scan.operands import Operands
-from moe_mamba.kernels.selective_scan.reference import selective_scan as plain_selective_scan
 from moe_mamba.kernels.selective_scan.torch_scan import selective_scan_step as plain_selective_scan_step
+from moe_mamba.model.precision import without_autocast
 
 
 class Plain:
@@ -129,10 +135,36 @@ try:
 except ImportError:
     operations = Plain  # type: ignore[assignment]
 
-activation = operations.activation
-causal_conv, causal_conv_step = operations.causal_conv, operations.causal_conv_step
-cross_entropy = operations.cross_entropy
-grouped_matmul = operations.grouped_matmul
-rms_norm = operations.rms_norm
-sort_by_expert, gather_rows, combine_rows = operations.sort_by_expert, operations.gather_rows, operations.combine_rows
-selective_scan, selective_scan_step = operations.selective_scan, operations.selective_scan_step
+
+def _operation(name: str) -> Callable[..., Any]:
+    """The operation of this name: ``operations`` has it, or ``Plain`` for what traces a graph."""
+
+    @without_autocast
+    def run(*args: Any, **kwargs: Any) -> Any:
+        chosen = Plain if torch.compiler.is_compiling() else operations
+        return getattr(chosen, name)(*args, **kwargs)
+
+    return run
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The experts' products, which autocast casts as it does a linear layer's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _grouped_matmul(x, weight, *args, **kwargs)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None, backend: str = "auto") -> Any:
+    """The norm of the stream and its update, which autocast gives in another dtype than the stream's."""
+    return _rms_norm(x, weight, epsilon, None if residual is None else residual.to(x.dtype), backend)
+
+
+activation = _operation("activation")
+causal_conv, causal_conv_step = _operation("causal_conv"), _operation("causal_conv_step")
+cross_entropy = _operation("cross_entropy")
+sort_by_expert = _operation("sort_by_expert")
+gather_rows, combine_rows = _operation("gather_rows"), _operation("combine_rows")
+selective_scan, selective_scan_step = _operation("selective_scan"), _operation("selective_scan_step")
+_grouped_matmul, _rms_norm = _operation("grouped_matmul"), _operation("rms_norm")

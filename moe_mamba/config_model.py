@@ -1,0 +1,192 @@
+"""What a model is: the residual stack, and the routing of its experts; ``config.py`` has the rest of a run."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from moe_mamba.config_types import (
+    NonNegative,
+    NonNegativeFloat,
+    OptionalFactor,
+    OptionalPositive,
+    Positive,
+    Section,
+    Text,
+)
+
+PATTERN_LETTERS = {"M": "Mamba", "*": "attention", "-": "feed-forward", "E": "mixture of experts"}
+
+
+class ModelConfig(Section):
+    """The residual stack. A letter a layer, as Megatron-LM and Nemotron-H write patterns."""
+
+    pattern: Text = Field("ME", description="one letter a layer: M Mamba, * attention, - feed-forward, E experts")
+    repeat: Positive = Field(8, description="how often the pattern is repeated")
+    d_model: Positive = Field(512, description="width of the residual stream")
+    vocab_size: Positive = Field(2048, description="tokens the embedding and the head know")
+    d_state: Positive = Field(16, description="Mamba: states a channel")
+    d_conv: Positive = Field(4, description="Mamba: width of the causal convolution, tokens")
+    expand: Positive = Field(2, description="Mamba: d_inner = expand x d_model")
+    dt_rank: OptionalPositive = Field(None, description="Mamba: rank of delta's projection; null: ceil(d_model / 16)")
+    selective: bool = Field(True, description="Mamba: delta, B and C depend on the input; false: they are constants")
+    mamba_norms: bool = Field(False, description="Mamba: RMSNorm on dt, B and C, as Jamba has it")
+    heads: Positive = Field(8, description="attention: query heads")
+    kv_heads: OptionalPositive = Field(None, description="attention: key and value heads; null: as many as heads")
+    positions: Literal["rope", "none"] = Field("rope", description="attention: rotary positions, or none")
+    head_dim: OptionalPositive = Field(None, description="attention: width of a head; null: d_model / heads")
+    sliding_window: OptionalPositive = Field(
+        None, description="attention: tokens that a token sees, itself included; null: all before it"
+    )
+    attention_bias: bool = Field(False, description="attention: biases on its four projections")
+    rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="attention: base of the rotary frequencies")
+    rope_type: Literal["default", "linear", "llama3"] = Field(
+        "default", description="attention: scaling of the rotary frequencies: none, all, or the low ones"
+    )
+    rope_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="linear, llama3: what scaled frequencies are divided by"
+    )
+    rope_original_length: Positive = Field(8192, description="llama3: context before the scaling, tokens")
+    rope_low_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="llama3: frequencies of at most so many turns in that context are scaled"
+    )
+    rope_high_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="llama3: frequencies of at least so many turns are left; in between is a blend"
+    )
+    d_ff: OptionalPositive = Field(None, description="feed-forward: hidden width; null: 3 x d_model, 4 with attention")
+    mlp_bias: bool = Field(False, description="feed-forward: biases on both projections; experts have none")
+    activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = Field(
+        "relu", description="feed-forward and experts: activation; swiglu is gated"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before every layer")
+    norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="added to the variance in a norm")
+    final_norm: bool = Field(True, description="a norm between the last layer and the head")
+    tied_head: bool = Field(False, description="the head is the embedding, transposed")
+    initialization: Literal["default", "authors"] = Field(
+        "default", description="authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it"
+    )
+    kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
+        "auto", description="which kernels, where an operation has them; auto: the fastest; vendor: for training"
+    )
+
+    @property
+    def layers(self) -> str:
+        """One letter a layer, for the whole model."""
+        return self.pattern * self.repeat
+
+    @property
+    def d_inner(self) -> int:
+        """Channels inside a Mamba mixer."""
+        return self.expand * self.d_model
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        """Rank of delta's projection."""
+        return self.dt_rank or -(-self.d_model // 16)
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def resolved_d_ff(self) -> int:
+        """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
+        return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if not self.pattern:
+            raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
+        for letter in self.pattern:
+            if letter not in PATTERN_LETTERS:
+                known = ", ".join(f"{key} {name}" for key, name in PATTERN_LETTERS.items())
+                raise ValueError(f"model.pattern={self.pattern}: unknown letter {letter!r}; known are {known}")
+        if "*" in self.pattern:
+            self._check_attention()
+        return self
+
+    def _check_attention(self) -> None:
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: "
+                "change one of them, or set model.head_dim"
+            )
+        if self.heads % self.resolved_kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
+            )
+        if self.positions == "rope" and self.resolved_head_dim % 2:
+            width = "model.d_model / model.heads" if self.head_dim is None else "model.head_dim"
+            raise ValueError(
+                f"{width} = {self.resolved_head_dim} is odd: "
+                "rotary positions need an even one, or set model.positions=none"
+            )
+        if self.rope_type != "default" and self.positions != "rope":
+            raise ValueError(
+                f"model.rope_type={self.rope_type} with model.positions={self.positions}, which has no rotary "
+                "frequencies: set model.rope_type=default, or model.positions=rope"
+            )
+        if self.rope_type == "default" and self.rope_factor != 1:
+            raise ValueError(
+                f"model.rope_factor={self.rope_factor:g} with model.rope_type=default, which scales nothing: "
+                "set model.rope_type=linear or llama3"
+            )
+        if self.rope_type == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g} is not below "
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}: change one of them"
+            )
+
+
+class MoEConfig(Section):
+    """Routing and experts of the layers written ``E``."""
+
+    experts: Positive = Field(32, description="routed experts a layer")
+    d_expert: OptionalPositive = Field(None, description="hidden width of an expert; null: model.d_ff's value")
+    router: Literal["switch", "top_k", "expert_choice"] = Field(
+        "switch", description="switch: the best expert a token; top_k: several; expert_choice: experts choose tokens"
+    )
+    top_k: Positive = Field(1, description="experts a token (top_k), or on average (expert_choice)")
+    scores: Literal["softmax", "sigmoid"] = Field("softmax", description="how router logits become scores")
+    renormalize: bool = Field(False, description="the weights of a token's chosen experts sum to one (top_k > 1)")
+    capacity_factor: OptionalFactor = Field(
+        1.0, description="tokens an expert takes, in units of an even share, the rest is dropped; null: dropless"
+    )
+    evaluation_capacity: OptionalFactor = Field(
+        None, description="capacity factor of evaluation and generation; null: dropless"
+    )
+    balance: Literal["loss", "bias", "none"] = Field("loss", description="how the experts' load is kept even")
+    balance_weight: NonNegativeFloat = Field(0.01, description="weight of the balance loss (balance=loss)")
+    balance_over: Literal["all", "device"] = Field(
+        "all",
+        description="whose tokens the balance and z losses of a micro-step are taken over: all devices', or each's",
+    )
+    bias_rate: NonNegativeFloat = Field(0.001, description="step of the balancing bias, per update (balance=bias)")
+    z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's z-loss; 0: none")
+    shared_experts: NonNegative = Field(0, description="experts that see every token, beside the routed ones")
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoEConfig":
+        if self.top_k > self.experts:
+            raise ValueError(f"moe.top_k={self.top_k} exceeds moe.experts={self.experts}: lower moe.top_k")
+        if self.router == "switch" and self.top_k != 1:
+            raise ValueError(f"moe.top_k={self.top_k} with moe.router=switch, which is top-1: set moe.router=top_k")
+        if self.renormalize and self.router != "top_k":
+            raise ValueError(f"moe.renormalize=true is for moe.router=top_k, not {self.router}: set it to false")
+        if self.renormalize and self.top_k == 1:
+            raise ValueError("moe.renormalize=true with moe.top_k=1 gives the router no gradient: set it to false")
+        if self.router == "expert_choice":
+            if self.capacity_factor is None:
+                raise ValueError(
+                    "moe.capacity_factor=null with moe.router=expert_choice, whose experts choose by capacity: set 1.0"
+                )
+            if self.balance == "bias":
+                raise ValueError(
+                    "moe.balance=bias with moe.router=expert_choice, which is balanced by itself: set moe.balance=none"
+                )
+        return self

@@ -1,0 +1,41 @@
+"""Types that the configuration is written in: numbers in their ranges, and values as command lines spell them."""
+
+import json
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _none_from_text(value: object) -> object:
+    """Read ``null`` and ``none`` from a command line as no value."""
+    return None if isinstance(value, str) and value.lower() in ("null", "none", "") else value
+
+
+def _structure_from_text(value: object) -> object:
+    """Read JSON lists and objects, and ``a,b``, from a command line."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"begins with {value[0]} but is not JSON ({error}): mend it, or write a,b") from None
+    return [part for part in value.split(",") if part]
+
+
+Text = Annotated[str, BeforeValidator(lambda value: value if value is None else str(value))]
+OptionalPositive = Annotated[Positive | None, BeforeValidator(_none_from_text)]
+OptionalFactor = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_text)]
+OptionalText = Annotated[str | None, BeforeValidator(_none_from_text)]
+Sources = Annotated[dict[str, float] | dict[str, str] | list[str], BeforeValidator(_structure_from_text)]
+
+
+class Section(BaseModel):
+    """A frozen section of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

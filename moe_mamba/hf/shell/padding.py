@@ -1,0 +1,221 @@
+"""How new tokens are read: which of them are text, where documents start, and in which order a state shall see them.
+
+A state cannot skip a token that stands between others. So where padding does not stand before a row's first token,
+the tokens of a row change places: padding first, text after it, each in order. Then a document start at the first
+token hides what is before; a row that goes on from a cache waits until its padding has passed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_mamba.hf.shell.cache import StateCache
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the new tokens are read.
+
+    Attributes:
+        starts: (batch, length) bool, where a document starts, in the order of ``order``; None: nowhere.
+        visible: (batch, length) bool, which tokens are text, as given; None: all.
+        order: (batch, length) int64, the place that each token read comes from; None: as they stand.
+        places: (batch, length) int64, where in that order the result for each token as given stands; padding behind
+            a text has the result for the text's last token.
+        waiting: (batch,) int64, tokens of padding before a row goes on from its state; None: no row waits.
+    """
+
+    starts: Tensor | None = None
+    visible: Tensor | None = None
+    order: Tensor | None = None
+    places: Tensor | None = None
+    waiting: Tensor | None = None
+
+
+def read(
+    batch: int,
+    length: int,
+    cache: StateCache | None,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    starts: Tensor | None,
+) -> Reading:
+    """Find out how new tokens are read.
+
+    Args:
+        batch: sequences.
+        length: new tokens of each.
+        cache: what the states have seen; None: nothing.
+        mask: (batch, tokens seen + length), or as wide as the cache has room: 0 on padding; None: all is text.
+        position_ids: (batch or 1, length); where one is 0 a document starts. None: they follow from the mask.
+        starts: (batch, length) bool, further document starts.
+
+    Raises:
+        ValueError: masks or positions of another shape, a mask that hides what the states have read, positions that
+            skip tokens or go on from tokens that are not here.
+    """
+    is_traced = torch.compiler.is_compiling()
+    if is_traced and length == 1 and cache is not None and not cache.is_empty:
+        return Reading()  # a step for one token, of which nothing can be looked at
+    past = 0 if cache is None or cache.is_empty else int(cache.seen)
+    new = None if mask is None else _new_columns(mask, batch, length, cache, past)
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch)):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, and must be ({batch}, {length})")
+    if position_ids is not None and position_ids.shape[1] != length:
+        raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
+    if is_traced:
+        return Reading(_traced_starts(new, position_ids, starts))
+    if mask is not None and new is not None:
+        new = _checked(mask, new, cache, past)
+    restarts = starts
+    if position_ids is not None:
+        restarts = _either(restarts, _restarts(position_ids.expand(batch, -1), new, past))
+    if new is None:
+        unread = (
+            None if cache is None or cache.visible is None else ~cache.visible[:, :past].any(1)
+        )  # only padding so far
+        if unread is not None and unread.any():
+            restarts = _either(restarts, nn.functional.pad(unread[:, None], (0, length - 1)))
+        return Reading(_starts(restarts, past))
+    return _around_padding(new, restarts, cache, past)
+
+
+def _new_columns(mask: Tensor, batch: int, length: int, cache: StateCache | None, past: int) -> Tensor:
+    """The mask's columns of the new tokens, (batch, length) bool."""
+    room = None if cache is None else cache.max_cache_len
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (past + length, room):
+        hint = f"the {past} tokens of the cache before the {length} new ones"
+        if not past and mask.dim() == 2 and mask.shape[1] > length:
+            hint = "a longer one goes on from earlier tokens, whose cache must be passed as well"
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, and must be ({batch}, {past + length}), "
+            f"a row for each sequence: {hint}"
+        )
+    return mask[:, past : past + length].bool()
+
+
+def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> Tensor | None:
+    """The new columns; None where all of them are text, and there was some in every row if there was any token.
+
+    Raises:
+        ValueError: the mask tells otherwise of tokens that the states have read.
+    """
+    before = None if cache is None or cache.visible is None else cache.visible[:, :past]
+    seen = mask[:, :past].bool()
+    changed = (~seen if before is None else seen ^ before.to(seen.device)).any()
+    begun = new.new_ones(()) if before is None else before.any(1).all()
+    is_changed, is_plain = torch.stack((changed, new.all() & begun)).tolist()  # one wait for the device
+    if is_changed:
+        raise ValueError(
+            "attention_mask tells otherwise of tokens that the cache has read: a state cannot forget a token, "
+            "so read the text anew with the mask that is meant"
+        )
+    return None if is_plain else new
+
+
+def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | None, past: int) -> Reading:
+    """How rows with padding are read, among the new tokens or before them; ``new`` (batch, length) bool."""
+    batch = len(new)
+    begun = torch.zeros(batch, dtype=torch.bool, device=new.device)
+    if past and cache is not None:
+        begun = ~begun if cache.visible is None else cache.visible[:, :past].any(1).to(new.device)
+    first = new & (new.cumsum(1) == 1) & ~begun[:, None]
+    starts = _either(None if restarts is None else restarts & new, first)
+    padding = ~new
+    behind_text = padding & (new.cumsum(1) > 0)
+    held_up = (padding & begun[:, None]).any()
+    # Padding that ends a row is seen by no token; only the state that is kept would have read it.
+    harms = behind_text if cache is not None else new & (behind_text.cumsum(1) > 0)
+    needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
+    if not needs_order:
+        return Reading(_starts(starts, past), new)
+    order = new.int().argsort(dim=1, stable=True)  # padding first
+    places = (padding.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+    waiting = torch.where(begun, padding.sum(1), 0) if waits else None
+    return Reading(_starts(starts.gather(1, order), past), new, order, places, waiting)
+
+
+def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
+    """Where positions (batch, length) begin again at 0, (batch, length) bool.
+
+    Raises:
+        ValueError: they skip tokens, or begin after tokens that were not read.
+    """
+    visible = torch.ones_like(positions, dtype=torch.bool) if new is None else new
+    restarts = visible & (positions == 0)
+    place = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    first = visible & (visible.cumsum(1) == 1)
+    since = torch.where(restarts | first, place, 0).cummax(1).values  # where the run of positions began
+    offset = positions - visible.cumsum(1)
+    # Beside padding the mask says where a text goes on, and what Transformers counts behind padding is not looked at.
+    skips = visible.all() & (offset != offset.gather(1, since)).any()
+    goes_on = (first & (positions != 0)).any()
+    are_skipped, go_on = torch.stack((skips, goes_on)).tolist()
+    if go_on and not past:
+        raise ValueError(
+            "position_ids begin after 0 without a cache: they go on from tokens whose state is not here; pass the "
+            "cache of those tokens, or positions from 0"
+        )
+    if are_skipped:
+        raise ValueError("position_ids must rise by one a token, or begin again at 0 where a document starts")
+    return restarts
+
+
+def _traced_starts(new: Tensor | None, positions: Tensor | None, starts: Tensor | None) -> Tensor | None:
+    """Starts without a look at any value, for padding on the left alone."""
+    if positions is not None and positions.shape[0] > 1:
+        starts = _either(starts, positions == 0)
+    if new is None:
+        return starts
+    return _either(None if starts is None else starts & new, new & (new.cumsum(1) == 1))
+
+
+def _starts(starts: Tensor | None, past: int) -> Tensor | None:
+    """Starts that say something: nothing is before the first place; None where there are none."""
+    if starts is None:
+        return None
+    if past == 0:
+        starts = starts.clone()
+        starts[:, 0] = False
+    return starts if starts.any() else None
+
+
+def _either(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one | other
+
+
+def document_starts(
+    embedded: Tensor,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+) -> Tensor | None:
+    """Where documents start by what packing collators give, (batch, length) bool; None: nothing is said.
+
+    Args:
+        embedded: (batch, length, d_model).
+        seq_idx: (batch, length), the number of each token's document.
+        cu_seq_lens_q: (documents + 1,), where the documents of the one row start and the last ends.
+        cu_seq_lens_k: the same.
+        max_length_q: length of the longest document, which follows.
+        max_length_k: the same.
+
+    Raises:
+        ValueError: other shapes, or bounds that differ.
+    """
+    starts = None
+    if seq_idx is not None:
+        if seq_idx.shape != embedded.shape[:2]:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, and must be {tuple(embedded.shape[:2])}")
+        starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    bounds = cu_seq_lens_q
+    if bounds is None and cu_seq_lens_k is None:
+        return starts
+    if bounds is None or cu_seq_lens_k is None or not torch.equal(bounds, cu_seq_lens_k) or embedded.shape[0] != 1:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be the same, of the documents of one row")
+    by_bounds = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+    by_bounds[0, bounds[1:-1].long()] = True
+    return _either(starts, by_bounds)
