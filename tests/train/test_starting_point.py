@@ -51,7 +51,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
     pieces.append(
         Piece("weights/bad", (2,), (0,), torch.empty(2, device="meta"), lambda: torch.tensor([1.0, math.inf]))
     )
-    with pytest.raises(UserError, match="^weights/bad holds NaN or Inf: give other weights$"):
+    with pytest.raises(UserError, match=r"^weights/bad holds NaN or Inf: give other weights$"):
         write_starting_point(tmp_path / "run", Config(), BytesTokenizer(), pieces)
     assert not list(tmp_path.iterdir())
 
