@@ -1,11 +1,13 @@
 """What compiles and exports the class sees all of it, with the package's kernels at hand and without."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 
 Pair = Callable[..., Any]
@@ -72,5 +74,24 @@ def test_it_is_exported(pair: Pair, pattern: str) -> None:
 def test_the_experts_operators_are_what_torch_asks_of_one() -> None:
     x, weight = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3, 5, requires_grad=True)
     counts = torch.tensor([2, 0, 3, 1])
-    torch.library.opcheck(modeling.grouped_product, (x, weight, counts))
-    torch.library.opcheck(modeling.grouped_outer, (x.detach(), torch.randn(6, 5), counts))
+    operators = torch.ops.moe_mamba_plain
+    torch.library.opcheck(operators.grouped_product.default, (x, weight, counts))
+    torch.library.opcheck(operators.grouped_outer.default, (x.detach(), torch.randn(6, 5), counts))
+
+
+def test_the_code_of_several_folders_may_be_loaded(pair: Pair, tmp_path: Path) -> None:
+    """Each copy of the file is a module of its own; the operators are the process's."""
+    _, model = pair("ME", {"router": "top_k", "top_k": 2})
+    tokens = torch.randint(31, (2, 5))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+        path = tmp_path / name / "modeling_moe_mamba.py"
+        path.write_text(path.read_text() + f"# {name}\n")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+        for each in (loaded, model):
+            compiled = torch.compile(each.train(), fullgraph=True, backend="aot_eager")
+            out = compiled(tokens, labels=tokens)
+            out.loss.backward()
+            _close(out.logits, expected)

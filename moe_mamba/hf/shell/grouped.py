@@ -14,7 +14,9 @@ def plain_grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: in
     """See ``moe_mamba.kernels.grouped_matmul``."""
     if capacity is not None:
         return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
-    return grouped_product(x, weight, counts) if torch.compiler.is_compiling() else _products(x, weight, counts)
+    if torch.compiler.is_compiling():
+        return torch.ops.moe_mamba_plain.grouped_product(x, weight, counts)
+    return _products(x, weight, counts)
 
 
 def _products(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -23,14 +25,7 @@ def _products(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([rows @ matrix for rows, matrix in zip(parts, weight, strict=True)])
 
 
-@torch.library.custom_op("moe_mamba_plain::grouped_product", mutates_args=())
-def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """``_products`` as one operator."""
-    return _products(x, weight, counts)
-
-
-@torch.library.custom_op("moe_mamba_plain::grouped_outer", mutates_args=())
-def grouped_outer(x: Tensor, gradient: Tensor, counts: Tensor) -> Tensor:
+def _outer(x: Tensor, gradient: Tensor, counts: Tensor) -> Tensor:
     """The gradient of the matrices: (rows, in), (rows, out), (groups,) -> (groups, in, out)."""
     parts = zip(x.split(counts.tolist()), gradient.split(counts.tolist()), strict=True)
     return torch.stack([rows.t() @ part for rows, part in parts])
@@ -50,9 +45,23 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weight, counts = ctx.saved_tensors
-    return grouped_product(gradient, weight.transpose(1, 2), counts), grouped_outer(x, gradient, counts), None
+    operators = torch.ops.moe_mamba_plain
+    x_gradient = operators.grouped_product(gradient, weight.transpose(1, 2), counts)
+    return x_gradient, operators.grouped_outer(x, gradient, counts), None
 
 
-grouped_product.register_fake(_product_shape)
-grouped_outer.register_fake(_outer_shape)
-grouped_product.register_autograd(_gradients, setup_context=_keep)
+def _register() -> None:
+    """Make the two operators, once a process: code of several folders may be loaded, and a second making breaks both."""
+    if hasattr(torch.ops.moe_mamba_plain, "grouped_outer"):
+        return
+    product, outer = "moe_mamba_plain::grouped_product", "moe_mamba_plain::grouped_outer"
+    torch.library.define(product, "(Tensor x, Tensor weight, Tensor counts) -> Tensor")
+    torch.library.define(outer, "(Tensor x, Tensor gradient, Tensor counts) -> Tensor")
+    torch.library.impl(product, "default", _products)
+    torch.library.impl(outer, "default", _outer)
+    torch.library.register_fake(product, _product_shape)
+    torch.library.register_fake(outer, _outer_shape)
+    torch.library.register_autograd(product, _gradients, setup_context=_keep)
+
+
+_register()
