@@ -220,6 +220,12 @@ class StackConfig:
                 f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}: change one of them"
             )
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        """What the whole configuration says: Transformers' users look for it at each module's ``config``."""
+        whole = vars(self).get("whole")
+        return None if whole is None else whole._attn_implementation
+
 
 class MoEMambaConfig(PretrainedConfig):
     """The residual stack, a letter a layer, and its sizes.
@@ -271,7 +277,9 @@ class MoEMambaConfig(PretrainedConfig):
     @property
     def stack(self) -> StackConfig:
         """The keys of the stack as they are now, checked, and what follows from them."""
-        return StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+        stack = StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+        vars(stack)["whole"] = self
+        return stack
 
     @property
     def layers(self) -> str:

@@ -237,6 +237,7 @@ def test_attentions_are_those_that_are_computed(pair: Pair) -> None:
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in kept)
     theirs.set_attn_implementation("eager")
     _close(theirs(tokens).logits, out.logits)
+    assert theirs.model.layers[1].mixer.config._attn_implementation == "eager"  # where others look for it
     step = theirs(tokens[:, 5:], cache=theirs(tokens[:, :5])[modeling.CACHE], output_attentions=True)
     _close(step.attentions[0], out.attentions[0][:, :, 5:])
 

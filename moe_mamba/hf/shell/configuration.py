@@ -42,6 +42,12 @@ class StackConfig:
 
     # assembled: methods of ModelConfig
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        """What the whole configuration says: Transformers' users look for it at each module's ``config``."""
+        whole = vars(self).get("whole")
+        return None if whole is None else whole._attn_implementation
+
 
 class MoEMambaConfig(PretrainedConfig):
     """The residual stack, a letter a layer, and its sizes.
@@ -93,7 +99,9 @@ class MoEMambaConfig(PretrainedConfig):
     @property
     def stack(self) -> StackConfig:
         """The keys of the stack as they are now, checked, and what follows from them."""
-        return StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+        stack = StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+        vars(stack)["whole"] = self
+        return stack
 
     @property
     def layers(self) -> str:
