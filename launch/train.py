@@ -31,8 +31,8 @@ def train(*, config: str | Path | None = None, help: bool = False, local_rank: i
         return
     settings = load_config(config or DEMO, overrides)
 
-    from moe_mamba.train.run_folder import RunFolder
-    from moe_mamba.train.screen import Screen
+    from moe_mamba.run.console import Screen
+    from moe_mamba.run.folder import RunFolder
 
     folder = RunFolder(settings.run.folder)
     folder.open(settings)

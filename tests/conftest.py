@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, and runs it on CPU tensors then
-pytest_plugins = ["world", "fixtures_of_runs"]  # a few gloo processes, shared by the session; small runs to look at
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+pytest_plugins = [
+    "tests.world",
+    "tests.fixtures_of_runs",
+]  # a few gloo processes, shared by the session; small runs to look at
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train.runs import STEPS, run
-from world import World
+
+from tests.train.runs import STEPS, run
+from tests.world import World
 
 
 @pytest.fixture(scope="session")

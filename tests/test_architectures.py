@@ -4,10 +4,10 @@ import statistics
 from pathlib import Path
 
 import pytest
-from train.runs import curve
 
 from launch.train import train
-from moe_mamba.train.metrics import read_metrics
+from moe_mamba.run.metrics import read_metrics
+from tests.train.runs import curve
 
 ARCHITECTURES = {"transformer": "*-", "transformer_moe": "*E", "mamba": "M", "mamba_mlp": "M-", "moe_mamba": "ME"}
 

@@ -13,11 +13,11 @@ from benchmark import main
 from benchmarks.gpu_clock import Rates
 from benchmarks.pairs import Absent, pair_row, peer, table
 from moe_mamba.errors import UserError
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 WITH_STAND_INS = """
 import pytest, benchmark
-from kernels import stand_ins
+from tests.kernels import stand_ins
 stand_ins.install(pytest.MonkeyPatch())
 benchmark.main(only="gpu_scan,gpu_conv,gpu_moe,gpu_step,gpu_profile", tiny=True, repeats=1, output={output!r})
 """

@@ -5,8 +5,7 @@ import pytest
 from moe_mamba.config import Config
 from moe_mamba.config_file import changed_on_resume, keys, load_config, reference, save_config
 from moe_mamba.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
 
 
 @pytest.mark.parametrize("pattern", ["*-", "*E", "M", "M-", "ME", "MEM*-E", "-", "E"])

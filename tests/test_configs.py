@@ -1,13 +1,12 @@
 """Every configuration that ships loads, and the paper's ones say what the paper says."""
 
-from pathlib import Path
-
 import pytest
 
 from moe_mamba.config_file import load_config
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"))
+CONFIGS = ROOT / "configs"
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 # name: pattern, repeat, d_model, hidden width beside the mixer, experts, learning rate
 V2 = {
@@ -25,13 +24,13 @@ V1 = {f"{name}_v1": (*row[:4], row[4] and 32, 1e-3) for name, row in V2.items() 
 
 @pytest.mark.parametrize("file", FILES)
 def test_loads(file: str) -> None:
-    load_config(ROOT / file)
+    load_config(CONFIGS / file)
 
 
 @pytest.mark.parametrize("name", [*V2, *V1])
 def test_paper_values(name: str) -> None:
     pattern, repeat, d_model, width, experts, rate = (V2 | V1)[name]
-    config = load_config(ROOT / f"paper/{name}.yaml")
+    config = load_config(CONFIGS / f"paper/{name}.yaml")
     model, moe, train = config.model, config.moe, config.train
     assert (model.pattern, model.repeat, model.d_model, model.vocab_size) == (pattern, repeat, d_model, 50257)
     assert (train.learning_rate, train.warmup, train.gradient_clip, train.weight_decay) == (rate, 0.01, 0.5, 0.1)

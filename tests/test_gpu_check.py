@@ -20,8 +20,7 @@ from gpu_check.__main__ import main
 from gpu_check.report import finite, markdown
 from gpu_check.sections import GRACE, SECTIONS, Result, Section, run_section
 from moe_mamba.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
 
 
 def check(*flags: str, **environment: str) -> subprocess.CompletedProcess:

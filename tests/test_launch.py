@@ -9,12 +9,12 @@ from pathlib import Path
 import evaluate as score
 import generate
 import pytest
-from train.runs import STEPS, curve
 
 from moe_mamba.config import Config
-from moe_mamba.train.metrics import read_metrics
+from moe_mamba.run.metrics import read_metrics
+from tests import ROOT
+from tests.train.runs import STEPS, curve
 
-ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 

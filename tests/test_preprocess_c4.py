@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from moe_mamba.data.shards import Shards
+from tests import ROOT
 from tests.data.conftest import write_documents
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:

@@ -3,13 +3,12 @@
 import inspect
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
 from moe_mamba.config_file import keys
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIG_KEYS = {name for name, _, _ in keys()}
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))

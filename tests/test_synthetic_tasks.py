@@ -12,18 +12,18 @@ import generate
 import pytest
 import torch
 import yaml
-from train.runs import curve, run, same_weights
-from world import World
 
 from moe_mamba.config_file import load_config
 from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.metrics import read_metrics
+from moe_mamba.run.restore import restore
 from moe_mamba.train.corpora import open_corpora
-from moe_mamba.train.metrics import read_metrics
-from moe_mamba.train.restore import restore
-from moe_mamba.train.run_folder import RunFolder
+from tests import ROOT
+from tests.train.runs import curve, run, same_weights
+from tests.world import World
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
 
 

@@ -2,14 +2,13 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from moe_mamba.hf.versions import NEWEST
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BOUNDED = {"torch": 2, "deepspeed": 2, "megatron-core": 2, "transformers": 2, "lm-eval": 3}  # parts of the bound
 

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from world import WorkerError, World
+
+from tests.world import WorkerError, World
 
 
 def add_up(value: torch.Tensor) -> torch.Tensor:

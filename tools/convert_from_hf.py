@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from moe_mamba.command_line import run_command
-from moe_mamba.train.importing import import_folder
-from moe_mamba.train.starting_point import how_to_train
+from moe_mamba.convert.from_hf import import_folder
+from moe_mamba.convert.starting_point import how_to_train
 
 
 def main(input: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:

@@ -4,8 +4,8 @@ import re
 from typing import Literal
 
 from moe_mamba.command_line import run_command
+from moe_mamba.convert.to_hf import export
 from moe_mamba.errors import UserError
-from moe_mamba.train.export import export
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -10,10 +10,10 @@ from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
 from moe_mamba.data.shards import Shards
 from moe_mamba.errors import UserError
+from moe_mamba.evaluation.scores import evaluate
 from moe_mamba.parallel.topology import Topology, World
-from moe_mamba.train.evaluate import evaluate
+from moe_mamba.run.restore import Restored, restore
 from moe_mamba.train.report import figures, validation_line
-from moe_mamba.train.restore import Restored, restore
 
 
 def main(
@@ -100,8 +100,8 @@ def _score_tasks(
     try:
         from lm_eval.utils import handle_non_serializable, make_table
 
-        from moe_mamba.train.harness import HarnessModel
-        from moe_mamba.train.harness_tasks import load_tasks, run_tasks
+        from moe_mamba.evaluation.harness import HarnessModel
+        from moe_mamba.evaluation.harness_tasks import load_tasks, run_tasks
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise

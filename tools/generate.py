@@ -14,7 +14,7 @@ from moe_mamba.data.text_stream import TextStream
 from moe_mamba.errors import UserError
 from moe_mamba.model.generation import Writing
 from moe_mamba.model.sampling import Sampling
-from moe_mamba.train.restore import restore
+from moe_mamba.run.restore import restore
 
 
 def main(

@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from moe_mamba.checkpoint.inspection import inspect, inspect_tensor
+from moe_mamba.checkpoint.store import resolve
 from moe_mamba.command_line import run_command
-from moe_mamba.train.checkpoint import resolve
-from moe_mamba.train.inspection import inspect, inspect_tensor
 
 
 def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None:

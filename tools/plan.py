@@ -6,7 +6,7 @@ from typing import Any
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.errors import UserError
-from moe_mamba.planning import plan, table
+from moe_mamba.planning.memory import plan, table
 
 USAGE = """Say what a model is and what it takes, before anything starts.
 

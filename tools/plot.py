@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import UserError
-from moe_mamba.train.plots import plot_loss
+from moe_mamba.run.plots import plot_loss
 
 
 def main(runs: str, output: str = "curves.png") -> None:

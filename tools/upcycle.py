@@ -7,8 +7,8 @@ from pydantic import Field
 
 from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, NonNegativeFloat, Positive
-from moe_mamba.train.starting_point import how_to_train
-from moe_mamba.train.upcycle import routing, upcycle
+from moe_mamba.convert.starting_point import how_to_train
+from moe_mamba.convert.upcycle import routing, upcycle
 
 
 def main(

@@ -699,7 +699,7 @@ def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     return LayerNorm(config.d_model, config.norm_epsilon)
 
 
-# From moe_mamba/model/attention.py:
+# From moe_mamba/model/mixers/attention.py:
 # Causal attention (Vaswani et al., 2017) with rotary positions or none, and grouped key and value heads.
 #
 # Over all of a document so far, or over a sliding window of it.
@@ -919,7 +919,7 @@ class Attention(nn.Module):
         return place, torch.where(sequences.starts, place, first).cummax(dim=1).values
 
 
-# From moe_mamba/model/feed_forward.py:
+# From moe_mamba/model/mixers/feed_forward.py:
 # Feed-forward layers.
 
 
@@ -954,7 +954,7 @@ class FeedForward(nn.Module):
         return self.out_proj(hidden), None, None
 
 
-# From moe_mamba/model/routing.py:
+# From moe_mamba/model/mixers/routing.py:
 # Which expert sees which token, and with which weight.
 #
 # A router gives scores to every pair of token and expert, from logits in fp32. Then either each token takes its best
@@ -1147,7 +1147,7 @@ class Router(nn.Module):
         return min(max(math.floor(factor * self.config.top_k * tokens / self.config.experts), 1), tokens)
 
 
-# From moe_mamba/model/moe.py:
+# From moe_mamba/model/mixers/moe.py:
 # Mixture of experts: route -> dispatch -> experts -> combine.
 #
 # The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
@@ -1239,7 +1239,7 @@ class MoE(nn.Module):
         return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
 
 
-# From moe_mamba/model/mamba.py:
+# From moe_mamba/model/mixers/mamba.py:
 # The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3.4), with Jamba's norms on request (arXiv 2403.19887).
 #
 # Symbols, the paper's name first:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.model.attention import Attention
 from moe_mamba.model.initialize import Initializer, embedding_weight, head_weight
 from moe_mamba.model.layer import State, build_layers, fp32_parameter_names, initial_states, run_layers
 from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.model.mamba import Mamba
-from moe_mamba.model.moe import Experts, MoE
+from moe_mamba.model.mixers.attention import Attention
+from moe_mamba.model.mixers.mamba import Mamba
+from moe_mamba.model.mixers.moe import Experts, MoE
+from moe_mamba.model.mixers.routing import Router, RouterStatistics
 from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
-from moe_mamba.model.routing import Router, RouterStatistics
 from moe_mamba.model.sequences import Sequences
 
 

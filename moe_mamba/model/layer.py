@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.model.attention import Attention, AttentionState
-from moe_mamba.model.feed_forward import FeedForward
-from moe_mamba.model.mamba import Mamba, MambaState
-from moe_mamba.model.moe import MoE
+from moe_mamba.model.mixers.attention import Attention, AttentionState
+from moe_mamba.model.mixers.feed_forward import FeedForward
+from moe_mamba.model.mixers.mamba import Mamba, MambaState
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.mixers.routing import Router, RouterStatistics
 from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
-from moe_mamba.model.routing import Router, RouterStatistics
 from moe_mamba.model.sequences import Sequences
 
 State = MambaState | AttentionState | None

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
+from moe_mamba.checkpoint.shards import Piece, boxes_of_flat_range
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import zero3
 from moe_mamba.parallel.groups import Groups
-from moe_mamba.parallel.pieces import Piece, boxes_of_flat_range
 from moe_mamba.parallel.placement import Shard
 
 BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device

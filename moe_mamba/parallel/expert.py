@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.moe import Experts, LocalDispatcher, MoE
-from moe_mamba.model.routing import RouterStatistics, Routing
+from moe_mamba.model.mixers.moe import Experts, LocalDispatcher, MoE
+from moe_mamba.model.mixers.routing import RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.parallel.groups import Groups
 

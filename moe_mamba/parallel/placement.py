@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
-from moe_mamba.model.feed_forward import input_width
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mixers.feed_forward import input_width
 from moe_mamba.parallel.topology import Topology
 
 VOCABULARY_MULTIPLE = 128  # rows of a rank: matrix products of odd widths are slow

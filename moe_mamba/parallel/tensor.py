@@ -25,7 +25,7 @@ from torch.nn import functional
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import Layer
 from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.model.moe import MoE
+from moe_mamba.model.mixers.moe import MoE
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import Shard
 

@@ -11,7 +11,7 @@ from moe_mamba.data.shards import Shards
 from moe_mamba.data.synthetic import SyntheticLoader, SyntheticTask
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
-from moe_mamba.train.run_folder import RunFolder
+from moe_mamba.run.folder import RunFolder
 
 Source = Shards | SyntheticTask
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_mamba.config import MoEConfig
-from moe_mamba.model.routing import RouterStatistics, balance_loss, z_loss
+from moe_mamba.model.mixers.routing import RouterStatistics, balance_loss, z_loss
 from moe_mamba.parallel.topology import Topology
 
 

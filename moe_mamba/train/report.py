@@ -11,16 +11,16 @@ from moe_mamba.config import Config, ModelConfig
 from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
 from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
+from moe_mamba.evaluation.scores import Scores
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.run.console import Screen
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.plots import plot_expert_load, plot_loss
 from moe_mamba.train.corpora import Corpora, Source
-from moe_mamba.train.evaluate import Scores
 from moe_mamba.train.objective import StepSums
-from moe_mamba.train.plots import plot_expert_load, plot_loss
-from moe_mamba.train.run_folder import RunFolder
-from moe_mamba.train.screen import Screen
 
 PROMPT = "The"
 ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}

@@ -14,33 +14,34 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from moe_mamba.checkpoint import store
+from moe_mamba.checkpoint.divergence import NextStep
+from moe_mamba.checkpoint.saver import Saver
+from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.config import Config
 from moe_mamba.data.loader import Batch, evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.evaluation.scores import Scores, evaluate
+from moe_mamba.faults.signals import REASONS
+from moe_mamba.faults.watchdog import Watch
 from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.routing import update_balance_bias
+from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.groups import from_all, from_first, limit_collectives, start_groups, start_world
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.pieces import Piece
 from moe_mamba.parallel.placement import shards
 from moe_mamba.parallel.topology import Topology, World
-from moe_mamba.train import checkpoint, report
-from moe_mamba.train.beginning import Beginning, accumulation_changes, check, settle
+from moe_mamba.run.console import Screen
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.metrics import MetricsWriter
+from moe_mamba.train import report
 from moe_mamba.train.corpora import Corpora, open_corpora
-from moe_mamba.train.diagnose import first_bad_output, first_bad_parameter
-from moe_mamba.train.divergence import NextStep
-from moe_mamba.train.evaluate import Scores, evaluate
-from moe_mamba.train.metrics import MetricsWriter
+from moe_mamba.train.diagnosis import first_bad_output, first_bad_parameter
 from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.profile import profiler
-from moe_mamba.train.run_folder import RunFolder
-from moe_mamba.train.saver import Saver
 from moe_mamba.train.schedule import learning_rate
-from moe_mamba.train.screen import Screen
-from moe_mamba.train.stop import REASONS
-from moe_mamba.train.watch import Watch
+from moe_mamba.train.setup import Beginning, accumulation_changes, check, settle
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +139,10 @@ class Trainer:
             build_model(config, whole, self.held, groups), config, groups, self.micro_batch
         )
         if beginning.warm:
-            checkpoint.load(beginning.warm, [piece for piece in self._state() if piece.name.startswith("weights/")])
+            store.load(beginning.warm, [piece for piece in self._state() if piece.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
         if beginning.newest:
-            checkpoint.load(beginning.newest, self._state())
+            store.load(beginning.newest, self._state())
             engines.finish_loading(self.engine, self.step)
             screen.say(f"resumed   {beginning.newest}, step {self.step:,}")
             for line in accumulation_changes(config, beginning, self.micro_steps):
@@ -279,9 +280,9 @@ class Trainer:
         """Note that training cannot go on from here, and say from where it can."""
         folder = self.folder.checkpoints
         if next_step is not None:
-            checkpoint.note_next_step(folder, self.step, next_step, self.config.checkpoint.keep)
+            store.note_next_step(folder, self.step, next_step, self.config.checkpoint.keep)
         try:
-            kept = checkpoint.newest(folder)
+            kept = store.newest(folder)
         except UserError as error:
             return str(error)
         is_given = self.step == 0 and self.config.train.warm_start  # the rate has changed nothing yet
@@ -289,7 +290,7 @@ class Trainer:
         advice += ", or look at the data of this step"
         if kept is None:
             return f"No valid checkpoint is there: {advice}; the same line then starts anew"
-        again = ", as this run did; if that does not help, remove it" if checkpoint.step_of(kept) == self.begun else ""
+        again = ", as this run did; if that does not help, remove it" if store.step_of(kept) == self.begun else ""
         return f"{kept} is kept: {advice}; the same line then goes on from it{again}"
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:

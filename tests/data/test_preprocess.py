@@ -17,10 +17,10 @@ from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.shards import Shards
 from moe_mamba.data.tokenizer import BytesTokenizer, train_sentencepiece
 from moe_mamba.errors import UserError
+from tests import ROOT
 from tests.data.conftest import write_documents
 
 PART = 4000  # bytes of text
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
+from moe_mamba.checkpoint import store
+from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.config import Config
 from moe_mamba.config_file import save_config
 from moe_mamba.data.tokenizer import BytesTokenizer, Tokenizer
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.pieces import Piece
-from moe_mamba.train import checkpoint
-from moe_mamba.train.restore import weight_pieces
-from moe_mamba.train.run_folder import RunFolder
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.restore import weight_pieces
 
 SIZES = {"repeat": 1, "d_model": 16, "vocab_size": 260, "d_state": 4, "heads": 4, "d_ff": 24}
 
@@ -53,6 +53,6 @@ def save_run(path: Path, config: Config, pieces: list, tokenizer: Tokenizer) -> 
     """A run's folder with a checkpoint of step 10."""
     run = RunFolder(path)
     description = {"config": config.model_dump(), "tokenizer": tokenizer.fingerprint, "tokens": 5120, "corpora": {}}
-    checkpoint.save(run.checkpoints, 10, pieces, description)
+    store.save(run.checkpoints, 10, pieces, description)
     tokenizer.save(run.tokenizer)
     save_config(config, run.config)

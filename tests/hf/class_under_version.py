@@ -1,6 +1,6 @@
 """What exported models must do under any Transformers, run as a script under the one that is imported first.
 
-``python class_under_version.py EXPORTED SCRATCH`` takes the folders that ``test_transformers_versions.py`` exported, an
+``python -m tests.hf.class_under_version EXPORTED SCRATCH`` takes the folders that the test of this exported, an
 empty folder to write to, and prints a JSON object: the version, and for each check null or why it failed. The trainer's
 own model, stepped without any state by loops of this file, says what is right.
 """
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import make_pair, their_name
 from packaging.requirements import Requirement
 from packaging.version import Version
 from torch import Tensor
@@ -27,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
+from tests.hf.conftest import make_pair, their_name
 
 Check = tuple[str, Callable[[], None]]
 FAMILIES: dict[str, dict[str, Any]] = {

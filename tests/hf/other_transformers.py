@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 HUB_0 = ("huggingface_hub==0.36.2", "tokenizers==0.22.2")
 HUB_1 = ("huggingface_hub==1.33.0", "tokenizers==0.22.2")
 HUB_2 = ("huggingface_hub==2.4.0", "tokenizers==0.23.3")

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import ROOT
+
 pytest.importorskip("accelerate")
 pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
-from hf.trainer_script import main
+from tests.hf.trainer_script import main
 
 Pair = Callable[..., Any]
 pytestmark = pytest.mark.long
 PATTERNS = ["M", "ME", "MEM-*E"]
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("trainer_script.py")
 # On machines without a GPU --multi_gpu is the way to start several processes (--cpu starts one, or MPI's), and port 0
 # is any free one.

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf.ecosystem import relative_error, unchanged
 from torch import Tensor, nn
+
+from tests.hf.ecosystem import relative_error, unchanged
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

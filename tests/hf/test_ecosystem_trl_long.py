@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hf.ecosystem import LETTERS, WORDS, alphabet, letters_tokenizer, log_probabilities, logged, settings
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from tests.hf.ecosystem import LETTERS, WORDS, alphabet, letters_tokenizer, log_probabilities, logged, settings
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

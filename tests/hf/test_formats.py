@@ -13,7 +13,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS, NATIVE, OWN, detect
 from moe_mamba.hf.formats.settings import notes
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.routing import RouterStatistics, balance_loss
+from moe_mamba.model.mixers.routing import RouterStatistics, balance_loss
 
 SIZES = {"repeat": 1, "d_model": 16, "vocab_size": 32, "d_state": 4, "heads": 4, "d_ff": 24}
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}

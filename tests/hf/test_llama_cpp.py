@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf.checkpoints import make_run
 from safetensors import safe_open
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
+from moe_mamba.convert.to_hf import export
 from moe_mamba.data.tokenizer import LibraryTokenizer
-from moe_mamba.train.export import export
+from tests.hf.checkpoints import make_run
 
 LAYERS, VOCABULARY, D_MODEL, D_INNER, D_STATE, D_CONV, DT_RANK = 2, 261, 16, 32, 4, 3, 2
 KEYS: dict[str, Any] = {

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_mamba.config import Config, ModelConfig, MoEConfig
+from moe_mamba.convert.from_hf import import_folder
 from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.train.importing import import_folder
 
 NORM = "backbone.layers.0.norm.weight"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.errors import UserError
-from moe_mamba.train.restore import restore
+from moe_mamba.run.restore import restore
 from tools.convert_from_hf import main
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_mamba.model.routing import balance_loss, z_loss
+from moe_mamba.model.mixers.routing import balance_loss, z_loss
 
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-import class_under_version as script
-from hf.checkpoints import make_run
-from hf.other_transformers import COMPANIONS, environment
-
+import tests.hf.class_under_version as script
+from moe_mamba.convert.to_hf import export
 from moe_mamba.data.tokenizer import BytesTokenizer
 from moe_mamba.hf.versions import NEWEST, OLDEST, TESTED
-from moe_mamba.train.export import export
+from tests import ROOT
+from tests.hf.checkpoints import make_run
+from tests.hf.other_transformers import COMPANIONS, environment
 
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
@@ -61,10 +61,10 @@ def _parameters() -> list[Any]:
 
 @pytest.mark.parametrize("version", _parameters())
 def test_exported_models_are_right_under(version: str, exported: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(script.__file__)), str(exported), str(tmp_path)]
+    command = [sys.executable, "-m", script.__name__, str(exported), str(tmp_path)]
     # Without a terminal: the question about code, which Transformers 5 has for any tokenizer, is answered no.
     silent = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = subprocess.run(command, env=environment(version, tmp_path), **silent)
+    done = subprocess.run(command, cwd=ROOT, env=environment(version, tmp_path), **silent)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["transformers"] == version

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from hf.ecosystem import logged, settings
 
 from moe_mamba.hf.modeling_moe_mamba import MoEMambaForCausalLM
+from tests.hf.ecosystem import logged, settings
 
 
 def rows() -> list[dict[str, list[int]]]:

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from kernels.available import cases, typed_cases
 from torch import Tensor
 from torch.nn import functional
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.activation import KINDS, activation
+from tests.kernels.available import cases, typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.available import available, cases, device, typed_cases
 from torch import Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import causal_conv, causal_conv_step
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.causal_conv import torch_conv
+from tests.kernels.available import available, cases, device, typed_cases
 
 NAMES = ("backend", "on")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}

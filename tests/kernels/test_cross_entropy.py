@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.available import available, cases, device, typed_cases
 from torch import Tensor
 from torch.nn import functional
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy, torch_cross_entropy
+from tests.kernels.available import available, cases, device, typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 TOKENS = 7

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from moe_mamba.kernels import extension, requirements
+from tests import ROOT
 
 Build = Callable[[], str | None]
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "from moe_mamba.kernels.extension import build; print(build())"
 # a warning's text, then a scan's sum: what a user without a compiler gets
 SCAN = """

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernels.available import typed_cases
 from torch import Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import grouped_matmul
+from tests.kernels.available import typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 every_case = pytest.mark.parametrize(("backend", "on", "dtype"), typed_cases("grouped_matmul"))

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.available import available, cases, device, typed_cases
 from torch import Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.rms_norm import rms_norm, torch_rms_norm
+from tests.kernels.available import available, cases, device, typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 EPSILON = 1e-5

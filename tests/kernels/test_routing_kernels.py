@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.available import available, cases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import Order, combine_rows, gather_rows, grouped_matmul, sort_by_expert
+from tests.kernels.available import available, cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SORTS, BACKENDS = cases("sort_by_expert"), cases("gather_rows")

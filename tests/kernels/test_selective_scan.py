@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from kernels.available import cases, device, typed_cases
 from torch import Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import selective_scan, selective_scan_step
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.selective_scan import torch_scan
+from tests.kernels.available import cases, device, typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 WIDE = ("A", "D", "delta_bias", "initial_state")  # fp32 beside bf16 inputs

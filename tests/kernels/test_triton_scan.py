@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernels.available import device
-from kernels.test_selective_scan import TOLERANCE, assert_equal, operands, results
 
 from moe_mamba.kernels import requirements, selective_scan
 from moe_mamba.kernels.selective_scan import triton_selective_scan as entry
 from moe_mamba.kernels.selective_scan.triton_selective_scan import _Launch
+from tests.kernels.available import device
+from tests.kernels.test_selective_scan import TOLERANCE, assert_equal, operands, results
 
 ON = device()
 pytestmark = [

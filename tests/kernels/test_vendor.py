@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import stand_ins
 from torch import Tensor
 
 from moe_mamba.errors import UserError
@@ -15,6 +14,7 @@ from moe_mamba.kernels.causal_conv import vendor_conv
 from moe_mamba.kernels.selective_scan import reference as scan_reference
 from moe_mamba.kernels.selective_scan import vendor_scan
 from moe_mamba.kernels.selective_scan.operands import Operands
+from tests.kernels import stand_ins
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 WIDE = ("A", "D", "delta_bias")

@@ -8,7 +8,7 @@ from torch import nn
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.moe import Experts
+from moe_mamba.model.mixers.moe import Experts
 
 Tiny = Callable[..., LanguageModel]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
-from moe_mamba.model import attention, feed_forward
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.routing import Router, update_balance_bias
+from moe_mamba.model.mixers import attention, feed_forward
+from moe_mamba.model.mixers.routing import Router, update_balance_bias
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.groups import Groups, start_groups, start_world
 from moe_mamba.parallel.parallelize import build_model

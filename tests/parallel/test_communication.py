@@ -9,14 +9,14 @@ N d_state, K experts, k top_k, V parameters of a rank. The bytes of a call are t
 from collections import Counter
 
 import pytest
-from parallel.communication import Collective, counting
-from parallel.layouts import Layout, batch_of, build, config_of, share_of
-from world import World as Processes
 
 from moe_mamba.config import Config
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
+from tests.parallel.communication import Collective, counting
+from tests.parallel.layouts import Layout, batch_of, build, config_of, share_of
+from tests.world import World as Processes
 
 FP32, INT64 = 4, 8
 

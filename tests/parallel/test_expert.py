@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.moe import MoE
-from moe_mamba.model.routing import RouterStatistics
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.parallel.expert import ExpertParallelMoE
 from moe_mamba.parallel.groups import start_groups, start_world

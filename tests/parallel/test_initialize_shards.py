@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel.layouts import DECISIVE, Boxes, Layout, assemble, boxes_of, build, config_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from world import World as Processes
 
 from moe_mamba.config import Config
 from moe_mamba.model.initialize import initialize
@@ -20,6 +18,8 @@ from moe_mamba.parallel.groups import start_groups, start_world
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import shards
 from moe_mamba.parallel.topology import Topology, World
+from tests.parallel.layouts import DECISIVE, Boxes, Layout, assemble, boxes_of, build, config_of
+from tests.world import World as Processes
 
 SLACK = 4096  # bytes: generators and the like
 

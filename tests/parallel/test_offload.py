@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel.layouts import Layout, assemble, config_of, train, train_far_from_ties
-from parallel.test_parity import worst
-from parallel.test_zero3 import check_resumes
-from world import World
+
+from tests.parallel.layouts import Layout, assemble, config_of, train, train_far_from_ties
+from tests.parallel.test_parity import worst
+from tests.parallel.test_zero3 import check_resumes
+from tests.world import World
 
 STEPS = 10
 LAYOUTS = {

@@ -5,11 +5,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel.layouts import (
+from torch import Tensor
+
+from moe_mamba.config import Config
+from moe_mamba.train.objective import Objective
+from tests import ROOT
+from tests.parallel.layouts import (
     GLOBAL_BATCH,
     LENGTH,
     MARGIN_FLOAT64,
@@ -29,13 +33,9 @@ from parallel.layouts import (
     train,
     train_far_from_ties,
 )
-from torch import Tensor
-from world import World
+from tests.world import World
 
-from moe_mamba.config import Config
-from moe_mamba.train.objective import Objective
-
-MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements" / "parity.json"
+MEASUREMENTS = ROOT / "docs" / "measurements" / "parity.json"
 STEPS = 20
 PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
 # What imported models of attention have beside the plain ones' layers.

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from parallel.layouts import Layout, config_of
 from torch import Tensor
 
 from moe_mamba.config import Config
@@ -14,6 +13,7 @@ from moe_mamba.config_file import parse_config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.placement import VOCABULARY_MULTIPLE, Shard, check_cuts, cuts, shards
 from moe_mamba.parallel.topology import Topology, World
+from tests.parallel.layouts import Layout, config_of
 
 LAYOUTS = [
     Layout(ranks, tensor, expert, expert_tensor=expert_tensor)

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from parallel.layouts import Layout, build, config_of, legal_layouts
-from world import World as Processes
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.placement import check_cuts
 from moe_mamba.parallel.topology import Topology, World
+from tests.parallel.layouts import Layout, build, config_of, legal_layouts
+from tests.world import World as Processes
 
 
 def world_of(ranks: int, rank: int = 0) -> World:

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from parallel.layouts import Layout, Trained, assemble, batch_of, build, config_of, train
-from parallel.test_parity import IMPORTED, STEPS, Errors, worst
 from torch import Tensor, nn
-from train.runs import curve, run, weights
-from world import World
 
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
-from moe_mamba.model import mamba
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mixers import mamba
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel import zero3
+from tests.parallel.layouts import Layout, Trained, assemble, batch_of, build, config_of, train
+from tests.parallel.test_parity import IMPORTED, STEPS, Errors, worst
+from tests.train.runs import curve, run, weights
+from tests.world import World
 
 
 @contextlib.contextmanager

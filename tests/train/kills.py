@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from world import World
 
-from moe_mamba.train import checkpoint
+from moe_mamba.checkpoint import store
+from tests.world import World
 
 
 def kill_at_any_instant(world: World, folder: Path, save_for_ever: Callable[..., None], kills: int, words: int) -> int:
@@ -40,9 +40,9 @@ def kill_at_any_instant(world: World, folder: Path, save_for_ever: Callable[...,
         with contextlib.suppress(EOFError):
             while True:
                 finished = here.recv()
-        path = checkpoint.newest(folder)
+        path = store.newest(folder)
         assert path is not None
-        step = checkpoint.step_of(path)
+        step = store.step_of(path)
         assert step >= finished
-        assert all(torch.equal(checkpoint.read_tensor(path, name), torch.full((64, 64), float(step))) for name in "abc")
+        assert all(torch.equal(store.read_tensor(path, name), torch.full((64, 64), float(step))) for name in "abc")
     return step

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from world import World
 
 from launch.train import train
-from moe_mamba.parallel.pieces import Piece
-from moe_mamba.train import checkpoint
-from moe_mamba.train.metrics import read_metrics
+from moe_mamba.checkpoint import store
+from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.run.metrics import read_metrics
+from tests.world import World
 
 STEPS = 6
 
@@ -29,8 +29,8 @@ def curve(metrics: list[dict]) -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    step = checkpoint.resolve(folder)
-    return {name: checkpoint.read_tensor(step, name) for name in checkpoint.logical_tensors(step)}
+    step = store.resolve(folder)
+    return {name: store.read_tensor(step, name) for name in store.logical_tensors(step)}
 
 
 def same_weights(folder: Path, other: Path) -> None:
@@ -44,8 +44,8 @@ def same_weights(folder: Path, other: Path) -> None:
 def save_as_before(folder: Path, step: int, pieces: Sequence[Piece], description: dict[str, Any] | None = None) -> Path:
     """Save as versions did that looked for no NaN."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "first_not_finite", lambda _: None)
-        path = checkpoint.save(folder, step, pieces, description or {}, keep=99)
+        patch.setattr(store, "first_not_finite", lambda _: None)
+        path = store.save(folder, step, pieces, description or {}, keep=99)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["finite"]
     (path / "manifest.json").write_text(json.dumps(manifest))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from train.runs import STEPS, curve, run, weights
-from world import WorkerError, World
 
 from launch.train import train
 from moe_mamba.data.tokenizer import load_tokenizer
-from moe_mamba.train.metrics import read_metrics
-from moe_mamba.train.run_folder import RunFolder
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.metrics import read_metrics
+from tests.train.runs import STEPS, curve, run, weights
+from tests.world import WorkerError, World
 
 
 def test_a_run_leaves_what_scripts_rely_on(plain: Path) -> None:
@@ -305,10 +305,9 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(world: World, tiny:
 
 def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
     """Build the engine of a bf16 run and list what its parameters and masters are."""
-    from parallel.layouts import build
-
     from moe_mamba.config_file import load_config
     from moe_mamba.parallel.engine import build_engine, state_pieces
+    from tests.parallel.layouts import build
 
     settings = load_config(config, {"train.precision": "bf16", "moe.balance": "bias", "model.mamba_norms": "True"})
     built = build(settings)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from benchmarks.gpu_clock import gpu_row, rates
 from benchmarks.pairs import Row, Run, peer
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.model.moe import MoE
-from moe_mamba.model.routing import balance_loss
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.mixers.routing import balance_loss
 from moe_mamba.model.sequences import Sequences
 
 DTYPE = torch.bfloat16

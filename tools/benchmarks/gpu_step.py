@@ -16,7 +16,7 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.routing import balance_loss
+from moe_mamba.model.mixers.routing import balance_loss
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "paper" / "moe_mamba_25m.yaml"
 DTYPE = torch.bfloat16

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks.pairs import Row, compare
 from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.moe import MoE
-from moe_mamba.model.routing import balance_loss
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.mixers.routing import balance_loss
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.parallel.topology import Topology, World
 

@@ -19,7 +19,7 @@ from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import RunStopped
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.train.metrics import read_metrics
+from moe_mamba.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "paper" / "moe_mamba_25m.yaml"

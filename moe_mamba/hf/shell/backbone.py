@@ -17,8 +17,8 @@ from moe_mamba.hf.shell.padding import Reading, document_starts, read
 from moe_mamba.hf.shell.pretrained import MoEMambaLayer, MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, embedding_weight
 from moe_mamba.model.layer import State, initial_states, run_layers
+from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.norm import build_norm
-from moe_mamba.model.routing import RouterStatistics
 from moe_mamba.model.sequences import Recording, Sequences
 
 logger = logging.get_logger(__name__)

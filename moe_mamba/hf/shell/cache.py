@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from moe_mamba.model.attention import AttentionState
 from moe_mamba.model.layer import State, map_rows
-from moe_mamba.model.mamba import MambaState
+from moe_mamba.model.mixers.attention import AttentionState
+from moe_mamba.model.mixers.mamba import MambaState
 from moe_mamba.model.sequences import Sequences
 
 CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputWithPast)} else "past_key_values"

@@ -12,7 +12,7 @@ from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, MoEMambaStaticCache, 
 from moe_mamba.hf.shell.pretrained import MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, head_weight
 from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.model.routing import RouterStatistics, balance_loss, z_loss
+from moe_mamba.model.mixers.routing import RouterStatistics, balance_loss, z_loss
 
 OLDER_NAMES = {r"^model\.head\.": "lm_head."}
 """Tensors of folders that were exported before the head had its own place -> their names here."""

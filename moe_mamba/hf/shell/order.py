@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_mamba.model.attention import AttentionState
 from moe_mamba.model.layer import State
-from moe_mamba.model.routing import RouterStatistics
+from moe_mamba.model.mixers.attention import AttentionState
+from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.sequences import Sequences
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: sharded tensors in safetensors and JSON, through torch.distributed.checkpoint."""

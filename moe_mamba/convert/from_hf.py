@@ -1,0 +1,210 @@
+"""The way in: a folder of Hugging Face's, or of state-spaces', becomes a run's folder to start from.
+
+JSON and tensors alone are read: Transformers is not needed, and code in the folder is not run.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_mamba.checkpoint.divergence import is_finite
+from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.config import Config, ModelConfig, MoEConfig, TrainConfig
+from moe_mamba.convert.starting_point import MARK, write_starting_point
+from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
+from moe_mamba.errors import UserError
+from moe_mamba.hf.formats import FORMATS, OWN, Entry, Format, detect
+from moe_mamba.hf.formats.settings import notes
+from moe_mamba.hf.reading import Stored, read_json, stored_tensors
+from moe_mamba.hf.tokenizer_files import ORIGINAL
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mixers.attention import rotary_frequencies
+from moe_mamba.run.atomic import check_output
+from moe_mamba.run.restore import weight_pieces
+
+READ_DTYPES = ("F32", "F16", "BF16")  # fp32, as checkpoints have weights, holds them exactly
+HEADS = ("lm_head.weight", "model.head.weight")
+OLDER_NAMES = {
+    "mamba": {"backbone.embeddings.weight": "backbone.embedding.weight"},  # the first conversions
+    "moe_mamba": {"lm_head.weight": "model.head.weight"},  # exports from before the head had its own place
+}
+"""Format -> name of a tensor -> its name in older folders."""
+FREQUENCIES = "rotary_emb.inv_freq"  # ends of names: buffers that older files hold and that follow from the config
+
+
+def import_folder(
+    folder: Path,
+    output: Path,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[Format, Config, Path]:
+    """Write a run's folder with the weights, the configuration and the tokenizer of `folder`.
+
+    Args:
+        folder: config.json and weights of one of `FORMATS`.
+        output: the run's folder; it appears when it is whole.
+        tokenizer: as `load_tokenizer` takes it; None: the folder's own.
+        overwrite: replace a run's folder at `output`.
+        say: is told what of config.json is left out on purpose.
+
+    Returns:
+        The format that was read, the run's configuration, and the step's folder.
+
+    Raises:
+        UserError: `folder` is foreign, torn, or of a model that ours cannot hold, or a tensor holds NaN or Inf; there
+            is no tokenizer; `output` is not empty.
+    """
+    check_output(output, overwrite, MARK, folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is no model's folder, for it holds no config.json: give config.json and weights of one of "
+            f"{', '.join(FORMATS)}"
+        )
+    configuration = read_json(folder / "config.json")
+    format = detect(configuration)
+    model, moe = format.read(configuration)
+    for note in notes(configuration, format.architecture) if format is not OWN else ():
+        say(f"note: {note}")
+    stored = stored_tensors(folder)
+    with torch.device("meta"):
+        whole = LanguageModel(model, moe)
+    entries = match(folder, format, model, moe, stored)
+    pieces = lazy_pieces(folder, whole, entries, stored)
+    half = stored[entries[0].theirs].dtype == "BF16"  # the embedding's
+    config = Config(model=model, moe=moe, train=TrainConfig(precision="bf16" if half else "fp32"))
+    step = write_starting_point(output, config, _tokenizer(folder, tokenizer), pieces, overwrite)
+    return format, config, step
+
+
+def match(
+    folder: Path, format: Format, model: ModelConfig, moe: MoEConfig, stored: dict[str, Stored]
+) -> Sequence[Entry]:
+    """The format's entries, under the names that the folder has; `stored` loses what is known to say nothing more.
+
+    Raises:
+        UserError: a tensor is missing, or there is one that the model has not.
+    """
+    for name, older in OLDER_NAMES.get(format.name, {}).items():
+        if older in stored and name not in stored:
+            stored[name] = stored.pop(older)
+    layouts = [list(format.entries(model, moe, stacked)) for stacked in (False, True)]
+    entries = min(layouts, key=lambda entries: sum(entry.theirs not in stored for entry in entries))
+    embedding = next(entry.theirs for entry in entries if entry.ours == "embedding.weight")
+    for head in HEADS if model.tied_head else ():
+        if head in stored:
+            _drop_tied_head(folder, embedding, head, stored)
+    missing = [entry.theirs for entry in entries if entry.theirs not in stored]
+    if missing:
+        raise UserError(
+            f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) wants: "
+            "fetch the folder again"
+        )
+    if "*" in model.layers:
+        _drop_frequencies(folder, model, stored)
+    surplus = stored.keys() - {entry.theirs for entry in entries}
+    if surplus:
+        raise UserError(
+            f"{folder} has the tensor {_first(sorted(surplus))}, which {format.architecture} as its config.json "
+            "describes it has not: nothing is left out, so give the folder of a plain model"
+        )
+    return entries
+
+
+def lazy_pieces(
+    folder: Path, model: LanguageModel, entries: Sequence[Entry], stored: Mapping[str, Stored]
+) -> list[Piece]:
+    """Every weight of ours, put together of theirs when its turn to be written comes.
+
+    Args:
+        folder: for messages.
+        model: ours, on the meta device.
+        entries: theirs, as `match` found them.
+        stored: the folder's tensors.
+
+    Raises:
+        UserError: a tensor has another shape than the configuration says, or another kind of numbers.
+    """
+    parts: dict[str, list[Entry]] = defaultdict(list)
+    ours = model.state_dict()
+    for entry in entries:
+        parts[entry.ours].append(entry)
+        wanted, found = tuple(entry.view(ours[entry.ours]).shape), stored[entry.theirs]
+        if found.shape != wanted:
+            raise UserError(
+                f"{folder}: {entry.theirs} has the shape {list(found.shape)}, and config.json makes it {list(wanted)}: "
+                "one of them is of another model"
+            )
+        if found.dtype not in READ_DTYPES:
+            raise UserError(
+                f"{folder}: {entry.theirs} is {found.dtype}, and only {', '.join(READ_DTYPES)} are read: give weights "
+                "that are not quantised"
+            )
+    return [
+        Piece(
+            piece.name,
+            piece.shape,
+            piece.offsets,
+            piece.tensor,
+            partial(_assemble, folder, piece.shape, made_of, stored),
+        )
+        for piece in weight_pieces(model)
+        for made_of in (parts[piece.name.removeprefix("weights/")],)
+    ]
+
+
+def _assemble(folder: Path, shape: Sequence[int], entries: Sequence[Entry], stored: Mapping[str, Stored]) -> Tensor:
+    """One tensor of ours, fp32.
+
+    Raises:
+        UserError: one of theirs holds NaN or Inf.
+    """
+    tensor = torch.empty(shape)
+    for entry in entries:
+        theirs = stored[entry.theirs].read()
+        if not is_finite([theirs]):
+            raise UserError(f"{folder}: {entry.theirs} holds NaN or Inf: fetch the folder again, or give another")
+        entry.view(tensor).copy_(theirs)
+    return tensor
+
+
+def _drop_tied_head(folder: Path, embedding: str, head: str, stored: dict[str, Stored]) -> None:
+    """Of one matrix under two names, as some writers keep it, one is enough."""
+    second = stored.pop(head)
+    first = stored.setdefault(embedding, second)
+    if first is not second and (first.shape != second.shape or not torch.equal(first.read(), second.read())):
+        raise UserError(
+            f"{folder}: config.json ties the head to the embedding, but {head} differs from {embedding}: "
+            "set its tie_word_embeddings (state-spaces: tie_embeddings) to false"
+        )
+
+
+def _drop_frequencies(folder: Path, model: ModelConfig, stored: dict[str, Stored]) -> None:
+    """Leave out rotary frequencies where they are those of config.json, perhaps rounded to half precision."""
+    expected = rotary_frequencies(model, torch.float32, torch.device("cpu"))
+    for name in [name for name in stored if name.endswith(FREQUENCIES)]:
+        found = stored.pop(name).read().float()
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
+            raise UserError(
+                f"{folder}: {name} has other rotary frequencies than config.json: set its rope_theta, rope_scaling and "
+                "head_dim to those that the model was trained with"
+            )
+
+
+def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:
+    if spec is not None:
+        return load_tokenizer(spec)
+    if (folder / ORIGINAL).is_dir():  # of our own export, which translated it
+        return load_tokenizer(folder / ORIGINAL)
+    try:
+        return load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"{error}; or name one as --tokenizer") from None
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

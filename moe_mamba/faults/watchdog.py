@@ -1,0 +1,275 @@
+"""A watch beside the training: it ends a run, with one line that says why, where the training itself cannot.
+
+A small thread a rank hears the signals, sees the launcher end, sees the main thread stand still, and holds the line to
+rank 0's hub, which tells it of other ranks' ends. It costs the training a look a second, and no collective.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from moe_mamba.config import Config
+from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.faults.coordinator import Hub, Line, hang_line
+from moe_mamba.faults.signals import Stop
+from moe_mamba.parallel.groups import finish_world, from_all, from_first
+from moe_mamba.parallel.topology import World
+from moe_mamba.run.console import Screen
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TICK = 1.0
+# How long a verdict may take; how long the main thread has to end by itself after one; and the process after that.
+SECONDS_FOR_VERDICT = 6.0
+SECONDS_TO_LEAVE = 5.0
+SECONDS_TO_END = 20
+
+
+class Watch(contextlib.AbstractContextManager["Watch"]):
+    """Watches over a run from its preparation to its end; leaves the process group at the end.
+
+    Where a run cannot go on, one rank prints one line, and every rank ends with a code that is not 0: by an exception
+    where the main thread can raise one, else at once.
+
+    Attributes:
+        step: steps done, for the line; the trainer sets it.
+        is_done: nothing can be lost any more, for all steps are saved; the trainer sets it.
+    """
+
+    def __init__(self, config: Config, screen: Screen, world: World) -> None:
+        self.timeout, self.grace = config.parallel.timeout, config.checkpoint.grace
+        self.screen, self.world = screen, world
+        self.step = 0
+        self.is_done = False
+        self.stop = Stop()
+        self._hub: Hub | None = None
+        self._line: Line | None = None
+        self._is_listening = False
+        self._first, self._is_far = "rank 0", False  # and whether it is on another machine
+        self._verdict: str | None = None
+        self._is_said = False  # the verdict is on the screen
+        self._is_leaving = False  # the main thread has an error with a line of its own
+        self._judged, self._left = threading.Event(), threading.Event()
+        self._appeal: tuple[float, str] | None = None
+        self._stand = Stand()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        faulthandler.enable(2)  # a crash leaves its place in the log
+        self.stop.start()
+        self._thread.start()
+        return self
+
+    def join(self) -> None:
+        """Connect the ranks' watches; every rank calls it once, after ``start_world``.
+
+        Raises:
+            UserError: rank 0 cannot be reached.
+        """
+        self.stop.begun = True
+        if self.world.size == 1:
+            return
+        if self.world.is_first:
+            self._hub = Hub(lambda: self.step)
+            self._hub.start()
+        mine = (self._hub.port, self._hub.token, socket.gethostname(), os.getpid()) if self._hub else None
+        told = from_first(mine)
+        assert told is not None
+        port, token, host, process = told
+        self._first = f"rank 0 ({host}, process {process})"
+        self._is_far = host != socket.gethostname()
+        address = "127.0.0.1" if self.world.is_first else os.environ["MASTER_ADDR"]
+        trouble = None
+        try:
+            line = Line(socket.create_connection((address, port), timeout=60))
+            line.send(rank=self.world.rank, token=token, host=socket.gethostname(), process=os.getpid())
+            self._line, self._is_listening = line, True
+        except OSError as error:
+            trouble = f"rank {self.world.rank} cannot reach rank 0 at {address}, port {port} ({error}): open it"
+        self.stop.ring()
+        if first := next(filter(None, from_all(trouble)), None):
+            raise UserError(first)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_leaving = isinstance(error, (RunStopped, UserError))
+        if error is None:
+            self._send(bye=True)
+        elif self._line is not None:
+            self._confess(error)
+        self._leave(error is None)
+        if isinstance(error, RunStopped):
+            error.said |= self._is_said
+        elif self._verdict is not None and not isinstance(error, UserError):
+            raise RunStopped(self._verdict, said=self._is_said) from error
+
+    def _confess(self, error: BaseException) -> None:
+        """Tell the hub why this rank ends, and wait until it has said what the run ends by."""
+        text = str(error)
+        if not self._is_leaving:
+            traceback.print_exception(error)  # into the log; the screen gets one line
+            text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''} (its traceback is in the log)"
+        self._send(fault=text, is_echo=_is_communication(error))
+        self._judged.wait(SECONDS_FOR_VERDICT)
+
+    def _leave(self, is_sound: bool) -> None:
+        """End the thread, the hub and the process group."""
+        self._left.set()
+        self.stop.ring()
+        self._thread.join()
+        if self._hub is not None:
+            self._hub.close()
+        if self._line is not None:
+            self._line.close()
+        if is_sound:
+            finish_world()
+            self.stop.finish()
+            return
+        self.stop.ignore()
+        signal.alarm(SECONDS_TO_END)  # leaving a group in which a collective hangs may hang as well
+        finish_world()
+        signal.alarm(0)
+        atexit.register(signal.alarm, SECONDS_TO_END)
+
+    def _send(self, **message: object) -> None:
+        if self._line is not None:
+            self._line.send(**message)
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        while not self._left.is_set():
+            ends: list[Any] = [self.stop.heard, *([self._line] if self._is_listening else [])]
+            ready, _, _ = select.select(ends, [], [], TICK)
+            self.stop.check()
+            if self._line in ready:
+                self._hear()
+            if self.stop.is_urgent:
+                self._end("stopped by a second Ctrl-C", 130)
+            self._check_stop()
+            if self._is_listening and self._stand.seconds(self.step) > self.timeout:
+                self._appeal_for(hang_line({self.world.rank: self._place(), 0: None}, self.timeout), hung=self.timeout)
+            if self._appeal is not None and time.monotonic() > self._appeal[0]:
+                self._judge(self._appeal[1], self._speaks_without_first)
+
+    @property
+    def _speaks_without_first(self) -> bool:
+        """Whether this rank speaks where rank 0 cannot: one on rank 0's machine, and one on each other."""
+        return self.world.size == 1 or self.world.rank == 1 or (self._is_far and self.world.local_rank == 0)
+
+    def _hear(self) -> None:
+        """Take in what the hub says; its silent end is rank 0's."""
+        assert self._line is not None
+        messages = self._line.receive()
+        if messages is None:
+            self._is_listening = False
+            line = f"{self._first} died without a word (killed, or crashed) after step {self.step:,}"
+            self._judge(line, self._speaks_without_first)
+        for message in messages or []:
+            if "bye" in message:
+                self._is_listening = False
+            elif "where" in message:
+                self._send(place=self._place())
+            elif "verdict" in message:
+                self._judge(message["verdict"], self.world.is_first)
+
+    def _check_stop(self) -> None:
+        """End what does not come to its end within the grace time."""
+        stop = self.stop
+        if stop.reason is None or self.is_done:
+            return
+        waited = time.monotonic() - stop.since
+        if not stop.begun:
+            if waited > SECONDS_TO_LEAVE:
+                error = stop.early_end()
+                self._end(str(error), error.code)
+        elif waited > self.grace:
+            line = (
+                f"{stop.reason} came, and the step was not saved within checkpoint.grace={self.grace} s: "
+                "the last complete checkpoint is kept"
+            )
+            self._appeal_for(line, fault=line, is_echo=False)
+
+    def _place(self) -> str:
+        return f"step {self.step + 1:,} in {self._stand.place()}"
+
+    def _appeal_for(self, line: str, **message: object) -> None:
+        """Ask the hub for a verdict; where none comes, or there is no hub, `line` is the verdict."""
+        if self._appeal is None:
+            self._appeal = (time.monotonic() + (SECONDS_FOR_VERDICT if self._is_listening else 0.0), line)
+            self._send(**message)
+
+    def _judge(self, line: str, is_mine_to_say: bool) -> None:
+        """The run ends by this: say so, and end the process if the main thread cannot do it."""
+        if self._verdict is not None:
+            return
+        self._verdict = line
+        if is_mine_to_say and not self._is_leaving:
+            self.screen.shout(f"error: {line}")
+            self._is_said = True
+        self._judged.set()
+        if not self._left.wait(SECONDS_TO_LEAVE):
+            os._exit(1)
+
+    def _end(self, line: str, code: int) -> None:
+        """End at once."""
+        if self.world.is_first:
+            self.screen.shout(f"error: {line}")
+        os._exit(code)
+
+
+class Stand:
+    """For how long the main thread has stood at one instruction: what a collective that hangs looks like."""
+
+    def __init__(self) -> None:
+        self._main = threading.main_thread().ident
+        self._where: object = None
+        self._seconds = 0.0
+        self._looked = time.monotonic()
+
+    def seconds(self, step: int) -> float:
+        """Look, and tell; a time in which this thread itself was stopped counts as one tick."""
+        where = (step, *((id(frame), frame.f_lasti) for frame in self._frames()))
+        now = time.monotonic()
+        self._seconds = self._seconds + min(now - self._looked, 2 * TICK) if where == self._where else 0.0
+        self._where, self._looked = where, now
+        return self._seconds
+
+    def place(self) -> str:
+        """File, line and function of this package that the main thread is in."""
+        for frame in self._frames():
+            path = Path(frame.f_code.co_filename)
+            if PACKAGE in path.parents:
+                return f"{path.relative_to(PACKAGE.parent)}:{frame.f_lineno} ({frame.f_code.co_name})"
+        return "the start"
+
+    def _frames(self) -> Iterator[FrameType]:
+        """The main thread's frames, innermost first."""
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+
+def _is_communication(error: BaseException | None) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    while error is not None:
+        words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        if isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,58 @@
+"""How many sequences a device works on at once, when the configuration leaves it open."""
+
+import torch
+
+from moe_mamba.config import Config
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.topology import Topology
+from moe_mamba.planning.memory import per_device
+
+# On a CPU, more tokens at once only fall out of the caches.
+CPU_TOKENS = 4096
+# Share of the memory left beside weights, gradients and moments that activations may take.
+GPU_SHARE = 0.6
+
+
+def choose_micro_batch(config: Config, topology: Topology) -> int:
+    """Sequences of a micro-step: a divisor of a data rank's share of the global batch that tensor peers can share.
+
+    On a GPU it follows from the memory that is free before the model lies there, so the choice of one rank must be
+    given to all.
+    """
+    share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
+    if config.train.micro_batch:
+        return config.train.micro_batch
+    length, device = config.data.sequence_length, topology.world.device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        with torch.device("meta"):
+            state = per_device(config, LanguageModel(config.model, config.moe), topology)
+        free -= sum(state[kind] for kind in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
+        most = free * GPU_SHARE / (length * activation_bytes_per_token(config, topology.tensor))
+    else:
+        most = CPU_TOKENS / length
+    multiple = topology.micro_batch_multiple(config)
+    fitting = [n for n in range(multiple, share + 1, multiple) if share % n == 0]
+    return max((n for n in fitting if n <= most), default=fitting[0])
+
+
+def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
+    """A rough, generous count of what the forward pass keeps for the backward one on a device, in bytes a token.
+
+    Tensor peers share all but the input of a mixer, which each gathers whole.
+    """
+    model, moe = config.model, config.moe
+    width = 2 if config.train.precision == "bf16" else 4
+    top_k = moe.top_k + moe.shared_experts
+    hidden = 2 if model.activation == "swiglu" else 1
+    kept = {
+        # x, z, convolution, delta, gate, scan output in the compute type; the scan's inputs also in fp32.
+        "M": model.d_inner * (8 * width + 8),
+        "*": model.d_model * 6 * width,
+        "-": model.resolved_d_ff * (hidden + 2) * width,
+        "E": top_k * ((moe.d_expert or model.resolved_d_ff) * (hidden + 2) + 2 * model.d_model) * width,
+    }
+    layers = sum(3 * model.d_model * width + (0 if config.train.recompute else kept[letter]) for letter in model.layers)
+    gathered = 0 if tensor == 1 or config.train.recompute else model.d_model * width * len(model.layers)
+    # Logits, their fp32 copy and its gradient.
+    return (layers + model.vocab_size * (width + 8)) // tensor + gathered

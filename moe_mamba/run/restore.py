@@ -1,0 +1,124 @@
+"""A trained model back from a checkpoint: to generate, to evaluate, or to start another run from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_mamba.checkpoint import store
+from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.config import Config
+from moe_mamba.config_file import parse_config
+from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
+from moe_mamba.errors import UserError
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model in fp32, in evaluation mode, with what made it."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: Config
+    path: Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint whose weights are left on the disk, and what is known of it.
+
+    Attributes:
+        path: the step's folder.
+        config: of the run.
+        description: of the checkpoint.
+        tokenizer: the run's.
+    """
+
+    path: Path
+    config: Config
+    description: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def run(self) -> RunFolder:
+        """The run's folder, which may be incomplete: a step's folder can stand alone."""
+        return RunFolder(self.path.resolve().parents[1])
+
+
+def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -> Trained:
+    """Open a run's newest checkpoint, or one step's folder, without reading its weights.
+
+    Args:
+        run_or_step: the folder.
+        tokenizer: what ``load_tokenizer`` takes, instead of the run's own folder.
+
+    Raises:
+        UserError: there is no sound checkpoint, or its tokenizer is missing or another one.
+    """
+    path = store.resolve(run_or_step)
+    description = store.read_description(path)
+    source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
+    if tokenizer is None and not Path(source).is_dir():
+        raise UserError(
+            f"{source} is missing: bring it back (tools/convert_to_hf.py takes another copy: --tokenizer=gpt2, bytes, "
+            "a folder or a .model file)"
+        )
+    loaded = load_tokenizer(source)
+    if loaded.fingerprint != description["tokenizer"]:
+        raise UserError(f"{source} is not the tokenizer that {path} was trained with: bring that one back")
+    return Trained(path, parse_config(description["config"]), description, loaded)
+
+
+def restore(run_or_step: str | Path, device: torch.device) -> Restored:
+    """The model of a run's newest checkpoint, or of one step's folder.
+
+    Raises:
+        UserError: as ``open_trained``.
+    """
+    trained = open_trained(run_or_step)
+    with torch.device("meta"):
+        model = LanguageModel(trained.config.model, trained.config.moe)
+    model.to_empty(device=device)
+    load_weights(model, trained.path)
+    return Restored(model.eval(), trained.tokenizer, trained.config, trained.path)
+
+
+def find_weights(config: Config, run_or_step: str | Path) -> Path:
+    """The step's folder whose weights fit the model that `config` describes, found before anything is begun.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of another model.
+    """
+    path = store.resolve(run_or_step)
+    found = store.logical_tensors(path)
+    with torch.device("meta"):
+        model = LanguageModel(config.model, config.moe)
+    for piece in weight_pieces(model):
+        shape = found[piece.name][0] if piece.name in found else None
+        if shape != piece.shape:
+            there = "is missing" if shape is None else f"has the shape {tuple(shape)}"
+            raise UserError(
+                f"{path} is of another model: {piece.name} {there}, and this config wants {piece.shape}: "
+                "give the config that it was trained with"
+            )
+    return path
+
+
+def load_weights(model: LanguageModel, path: Path) -> None:
+    """Fill `model` with the weights in a step's folder.
+
+    Raises:
+        UserError: the checkpoint's weights are not this model's.
+    """
+    store.load(path, weight_pieces(model))
+
+
+def weight_pieces(model: LanguageModel) -> list[Piece]:
+    """Every weight and persistent buffer of a whole model as one box."""
+    return [
+        Piece(f"weights/{name}", tuple(value.shape), (0,) * value.ndim, value.data)
+        for name, value in model.state_dict(keep_vars=True).items()
+    ]

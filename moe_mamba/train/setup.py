@@ -1,0 +1,93 @@
+"""What rank 0 settles before any process group is made, so that the user's mistakes end a run before it began."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_mamba.checkpoint import store
+from moe_mamba.config import Config
+from moe_mamba.parallel.parallelize import check_compiler
+from moe_mamba.parallel.placement import check_cuts
+from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.micro_batch import choose_micro_batch
+from moe_mamba.run.console import Screen
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.restore import find_weights
+from moe_mamba.train.corpora import Corpora, open_corpora
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run starts from, the same on all ranks.
+
+    Attributes:
+        newest: the checkpoint to go on from.
+        done: steps that it has made.
+        warm: the checkpoint whose weights a fresh run takes.
+        micro_batch: sequences that a device works on at once.
+    """
+
+    newest: Path | None
+    done: int
+    warm: Path | None
+    micro_batch: int
+
+
+def check(config: Config, world: World) -> Topology:
+    """Refuse, on every rank alike, what cannot run here; the layout.
+
+    Raises:
+        UserError: the layout does not fit, a process has no device, or a compiler is missing.
+    """
+    world.check_devices()
+    topology = Topology.of(config, world)
+    check_cuts(config, topology)
+    check_compiler(config.train)
+    return topology
+
+
+def settle(config: Config, folder: RunFolder, screen: Screen, topology: Topology) -> tuple[Beginning, Corpora | None]:
+    """Find the checkpoint, prepare the corpora, choose the micro-batch; for rank 0 alone.
+
+    Returns:
+        The beginning, and the corpora; None for a run that is finished, which needs none.
+
+    Raises:
+        UserError: checkpoints, weights or corpora are missing, damaged, or do not fit.
+    """
+    newest = store.newest(folder.checkpoints, screen.say)
+    if newest is None and any(folder.checkpoints.glob("step-*")):
+        screen.say("anew      no checkpoint serves to go on from: training starts from step 0")
+    done = store.step_of(newest) if newest else 0
+    warm = find_weights(config, config.train.warm_start) if config.train.warm_start and not newest else None
+    if newest is None:
+        folder.forget_tokenizer()
+    corpora = open_corpora(config, folder, screen.say, verify=config.data.verify) if done < config.steps else None
+    if newest and corpora:
+        corpora.check_unchanged(store.read_description(newest), folder)
+    return Beginning(newest, done, warm, choose_micro_batch(config, topology)), corpora
+
+
+def accumulation_changes(config: Config, beginning: Beginning, micro_steps: int) -> list[str]:
+    """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
+    assert beginning.newest is not None
+    before = store.read_description(beginning.newest)
+    was = before["micro_steps"], _routed_together(before["micro_batch"], before["config"]["parallel"])
+    now = micro_steps, _routed_together(beginning.micro_batch, config.parallel.model_dump())
+    by_device = config.moe.balance_over == "device"
+    changed = []
+    if config.moe.balance == "loss" and (was[0] != now[0] or (by_device and was[1] != now[1])):
+        changed.append("the balance loss")
+    if config.moe.capacity_factor is not None and was[1] != now[1]:
+        changed.append("the capacity of experts")
+    if "E" not in config.model.pattern or not changed:
+        return []
+    return [
+        f"note      {was[0]} micro-steps of {was[1]:g} sequences a device became {now[0]} of {now[1]:g}: "
+        f"{' and '.join(changed)}, taken of each, {'change' if len(changed) > 1 else 'changes'} slightly"
+    ]
+
+
+def _routed_together(micro_batch: int, parallel: dict[str, Any]) -> float:
+    """Sequences whose tokens a device routes at once: tensor peers share those of a micro-batch."""
+    return micro_batch if parallel["expert_tensor"] else micro_batch / parallel["tensor"]

@@ -1,0 +1,154 @@
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from moe_mamba.config import Config
+from moe_mamba.config_file import load_config
+from moe_mamba.parallel import engine as engines
+from moe_mamba.planning.memory import plan, table
+from tests import ROOT
+from tests.parallel.layouts import Layout, build, config_of
+from tests.world import World
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [
+        ("mamba_25m", 27.116, 27.116),
+        ("mamba_100m", 120.668, 120.668),
+        ("moe_mamba_25m_v1", 416.3, 26.272),
+        ("moe_mamba_25m", 542.2, 26.313),
+        ("moe_mamba_100m", 2439.0, 117.473),
+        ("transformer_moe_25m", 545.4, 25.297),
+        ("transformer_moe_100m", 2454.1, 113.639),
+    ],
+)
+def test_paper_configs_have_the_paper_sizes(config: str, total: float, active: float) -> None:
+    found = plan(load_config(ROOT / f"configs/paper/{config}.yaml"))
+    assert round(found["total_parameters"] / 1e6, 1 if total > 200 else 3) == total
+    assert round(found["active_parameters"] / 1e6, 3) == active
+    assert found["embedding_parameters"] == 2 * 50257 * (768 if "100m" in config else 512)
+
+
+def test_table_names_the_pattern_and_the_work() -> None:
+    shown = table(load_config(None, {"model.pattern": "*-"}))
+    assert "*- x 8" in shown
+    assert "FLOPs a token" in shown
+
+
+def _run(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plan.py", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_command() -> None:
+    done = _run("--config", "configs/paper/moe_mamba_25m.yaml", "--json", "--moe.experts=32")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"total_parameters", "active_parameters", "norm_parameters", "embedding_parameters"} <= set(found)
+    assert found["active_parameters"] == pytest.approx(26.272e6, rel=1e-4)
+
+
+def test_command_refuses_in_one_line() -> None:
+    done = _run("--model.d_modle=512")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "d_modle" in done.stderr
+
+
+def test_more_devices_hold_less_each() -> None:
+    keys = {"model.pattern": "ME", "model.vocab_size": 1024, "train.precision": "bf16"}
+    one = plan(load_config(None, keys))
+    assert one["devices"] == 1
+    assert one["parameters_per_device"] == sum(one[f"{kind}_parameters"] for kind in ("total", "norm", "embedding"))
+    assert one["optimizer_bytes"] == 12 * one["parameters_per_device"]
+    assert 2 * one["parameters_per_device"] < one["weight_bytes"] < 2.1 * one["parameters_per_device"]
+    spread = plan(load_config(None, {**keys, "parallel.tensor": 2, "parallel.expert": 8}))
+    assert spread["devices"] == 8
+    assert spread["parameters_per_device"] < one["parameters_per_device"] / 6
+    assert spread["weight_bytes"] < one["weight_bytes"] / 6
+    more = plan(load_config(None, {**keys, "parallel.tensor": 2, "parallel.expert": 8}), 64)
+    assert more["weight_bytes"] == spread["weight_bytes"]
+    assert more["optimizer_bytes"] == pytest.approx(spread["optimizer_bytes"] / 8, rel=1e-3)
+    cut = plan(load_config(None, {**keys, "parallel.tensor": 2, "parallel.expert": 8, "parallel.expert_tensor": True}))
+    assert cut["devices"] == 16
+
+
+@pytest.mark.parametrize(
+    ("zero", "weights", "gradients", "optimizer"), [(0, 4, 4, 8), (1, 4, 4, 3), (2, 4, 1, 3), (3, 1, 1, 3)]
+)
+def test_zero_shares_more_from_stage_to_stage(zero: int, weights: int, gradients: int, optimizer: int) -> None:
+    """Bytes a parameter in fp32 on four devices: 4 of weight, 4 of gradient, 8 of moments, 4 of masters with ZeRO."""
+    numbers = plan(load_config(None, {"model.pattern": "M-", "parallel.zero": zero}), 4)
+    found = [
+        numbers[f"{kind}_bytes"] / numbers["parameters_per_device"] for kind in ("weight", "gradient", "optimizer")
+    ]
+    assert found == [weights, gradients, optimizer]
+    if zero:
+        keys = {"model.pattern": "M-", "parallel.zero": zero, "parallel.offload_optimizer": True}
+        offloaded = plan(load_config(None, keys), 4)
+        assert (offloaded["optimizer_bytes"], offloaded["host_bytes"]) == (0, numbers["optimizer_bytes"])
+
+
+def kept(config: Config) -> tuple[int, int, int]:
+    """In a worker: parameters, bytes of weights, and bytes of masters and moments that the engine really keeps."""
+    built = build(config)
+    engine = engines.build_engine(built.model, config, built.groups, config.train.micro_batch)
+    parameters = list(built.model.parameters())
+    states = engines.base_optimizer(engine).state.values()
+    state = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
+    if config.parallel.zero:
+        state += engine.optimizer.single_partition_of_fp32_groups
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.numel() for p in parameters), weights, sum(t.numel() * t.element_size() for t in state)
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    [
+        (Layout(4, 2, 2, 0), {}),
+        (Layout(4, 2, 2, 1), {"train__precision": "bf16"}),
+        (Layout(4, 1, 2, 2), {}),
+        (Layout(4, 2, 2, 1, expert_tensor=True), {}),
+        (Layout(4, 4, 4, 2), {"train__precision": "bf16"}),
+    ],
+)
+def test_the_engine_keeps_what_is_planned(world: World, layout: Layout, keys: dict[str, Any]) -> None:
+    config = config_of("M*-E", layout, **keys)
+    numbers = plan(config, layout.ranks)
+    for parameters, weights, optimizer in world.run(kept, config, ranks=layout.ranks):
+        assert parameters == numbers["parameters_per_device"]
+        assert weights == numbers["weight_bytes"]
+        assert optimizer == pytest.approx(numbers["optimizer_bytes"], abs=12 * 8 * 6)  # ZeRO pads each group
+
+
+def test_the_table_shows_the_layout() -> None:
+    keys = {"parallel.tensor": 2, "parallel.expert": 4, "parallel.offload_optimizer": True}
+    shown = table(load_config(None, keys), 16)
+    assert "16 devices, tensor 2 x data 8, experts over 4" in shown
+    for row in ("parameters", "weights", "gradients", "together", "offloaded"):
+        assert f"\n  {row} " in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--gpus=6", "--parallel.tensor=4"], ["parallel.tensor=4", "6"]),
+        (["--gpus=64", "--parallel.expert=64"], ["parallel.expert=64", "moe.experts=32", "parallel.expert=32"]),
+        (["--gpus=0"], ["--gpus=0"]),
+        (["--gpus=many"], ["--gpus=many"]),
+        (["--gpus=48"], ["train.global_batch=64", "48"]),
+    ],
+)
+def test_command_refuses_layouts_as_training_does(flags: list[str], named: list[str]) -> None:
+    done = _run(*flags)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    for part in named:
+        assert part in done.stderr
