@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moe_mamba.config_model import PATTERN_LETTERS, ModelConfig, MoEConfig
+from moe_mamba.config_model import ModelConfig, MoEConfig
 from moe_mamba.config_types import (
     Fraction,
     NonNegative,
@@ -23,7 +23,6 @@ from moe_mamba.config_types import (
 )
 
 __all__ = [
-    "PATTERN_LETTERS",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -41,6 +40,9 @@ class RunConfig(Section):
 
     folder: Text = Field("runs/default", description="folder of the run; the same folder again resumes it")
     seed: NonNegative = Field(0, description="seed of the weights and of the order of the data")
+    kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
+        "auto", description="which kernels, where an operation has them; auto: the fastest; vendor: for training"
+    )
 
 
 class DataConfig(Section):
@@ -235,7 +237,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        parallel, has_experts = self.parallel, "E" in self.model.pattern
+        parallel = self.parallel
         if self.train.precision == "bf16" and parallel.zero == 0:
             raise ValueError(
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"
@@ -247,14 +249,4 @@ class Config(Section):
             )
         if parallel.zero == 3 and self.train.compile:
             raise ValueError("parallel.zero=3 with train.compile=true: its hooks break graphs: set train.compile=false")
-        if parallel.zero == 3 and has_experts:
-            raise ValueError(
-                f"parallel.zero=3 with model.pattern={self.model.pattern}: DeepSpeed cannot cut the weights of experts "
-                "by ZeRO-3: set parallel.zero=2, and parallel.expert to spread the experts"
-            )
-        if parallel.expert > 1 and not has_experts:
-            raise ValueError(
-                f"parallel.expert={parallel.expert} with model.pattern={self.model.pattern}, which has no experts: "
-                "set parallel.expert=1"
-            )
         return self

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -12,6 +13,10 @@ from pydantic import ValidationError
 
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
+from moe_mamba.model.pattern import check_pattern, has_experts
+
+MOVED = {"model.kernels": "run.kernels"}
+"""Keys of older versions -> what they are called now."""
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -30,6 +35,10 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if not name:
             raise UserError(f"unknown key {key}: keys are written --section.key=value{_nearest(key)}")
         tree[section] = {**(tree.get(section) or {}), name: value}
+    for old, new in MOVED.items():
+        section, _, name = old.partition(".")
+        if name in (tree.get(section) or {}):
+            print(f"{old} is called {new} now, and is read as that", file=sys.stderr)
     return parse_config({section: values or {} for section, values in tree.items()})
 
 
@@ -40,9 +49,47 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         UserError: a key or value is wrong; the line names it and the mend.
     """
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(_moved(tree))
+        check_pattern(config.model, config.moe)
+        _check_experts(config)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return config
+
+
+def _check_experts(config: Config) -> None:
+    """Refuse a layout for experts where there are none, or one that cannot hold them."""
+    parallel, pattern = config.parallel, config.model.pattern
+    if parallel.zero == 3 and has_experts(config.model):
+        raise ValueError(
+            f"parallel.zero=3 with model.pattern={pattern}: DeepSpeed cannot shard the weights of experts by ZeRO-3: "
+            "set parallel.zero=2, and parallel.expert to spread the experts"
+        )
+    if parallel.expert > 1 and not has_experts(config.model):
+        raise ValueError(
+            f"parallel.expert={parallel.expert} with model.pattern={pattern}, which has no experts: "
+            "set parallel.expert=1"
+        )
+
+
+def _moved(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with keys of older versions under their names of today."""
+    moved = dict(tree)
+    for old, new in MOVED.items():
+        (section, name), (new_section, new_name) = old.split("."), new.split(".")
+        values = moved.get(section)
+        if not isinstance(values, Mapping) or name not in values:
+            continue
+        there = dict(moved.get(new_section) or {})
+        if there.setdefault(new_name, values[name]) != values[name]:
+            raise UserError(
+                f"{old}={values[name]} and {new}={there[new_name]}: {old} is called {new} now: give only it"
+            )
+        moved[section] = {key: value for key, value in values.items() if key != name}
+        moved[new_section] = there
+    return moved
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -71,7 +118,7 @@ def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]
     """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value)."""
     free = {"train", "parallel", "checkpoint", "logging"}
     fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
-    free_in_fixed = {"run.folder", "model.kernels", "data.cache", "data.verify"}
+    free_in_fixed = {"run.folder", "run.kernels", "data.cache", "data.verify"}
     before, after = saved.model_dump(), asked.model_dump()
     return [
         (key, before[section][name], after[section][name])

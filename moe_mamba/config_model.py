@@ -14,8 +14,6 @@ from moe_mamba.config_types import (
     Text,
 )
 
-PATTERN_LETTERS = {"M": "Mamba", "*": "attention", "-": "feed-forward", "E": "mixture of experts"}
-
 
 class ModelConfig(Section):
     """The residual stack. A letter a layer, as Megatron-LM and Nemotron-H write patterns."""
@@ -64,9 +62,6 @@ class ModelConfig(Section):
     initialization: Literal["default", "authors"] = Field(
         "default", description="authors: truncated normal of std sqrt(0.1 / fan_in), as the paper's code has it"
     )
-    kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
-        "auto", description="which kernels, where an operation has them; auto: the fastest; vendor: for training"
-    )
 
     @property
     def layers(self) -> str:
@@ -97,50 +92,6 @@ class ModelConfig(Section):
     def resolved_d_ff(self) -> int:
         """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        if not self.pattern:
-            raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
-        for letter in self.pattern:
-            if letter not in PATTERN_LETTERS:
-                known = ", ".join(f"{key} {name}" for key, name in PATTERN_LETTERS.items())
-                raise ValueError(f"model.pattern={self.pattern}: unknown letter {letter!r}; known are {known}")
-        if "*" in self.pattern:
-            self._check_attention()
-        return self
-
-    def _check_attention(self) -> None:
-        if self.head_dim is None and self.d_model % self.heads:
-            raise ValueError(
-                f"model.d_model={self.d_model} is not divisible by model.heads={self.heads}: "
-                "change one of them, or set model.head_dim"
-            )
-        if self.heads % self.resolved_kv_heads:
-            raise ValueError(
-                f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}: change one of them"
-            )
-        if self.positions == "rope" and self.resolved_head_dim % 2:
-            width = "model.d_model / model.heads" if self.head_dim is None else "model.head_dim"
-            raise ValueError(
-                f"{width} = {self.resolved_head_dim} is odd: "
-                "rotary positions need an even one, or set model.positions=none"
-            )
-        if self.rope_type != "default" and self.positions != "rope":
-            raise ValueError(
-                f"model.rope_type={self.rope_type} with model.positions={self.positions}, which has no rotary "
-                "frequencies: set model.rope_type=default, or model.positions=rope"
-            )
-        if self.rope_type == "default" and self.rope_factor != 1:
-            raise ValueError(
-                f"model.rope_factor={self.rope_factor:g} with model.rope_type=default, which scales nothing: "
-                "set model.rope_type=linear or llama3"
-            )
-        if self.rope_type == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            raise ValueError(
-                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g} is not below "
-                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}: change one of them"
-            )
 
 
 class MoEConfig(Section):

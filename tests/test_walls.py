@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_types": set(),
     "config_model": {"config_types"},
     "config": {"config_model", "config_types"},
-    "config_file": {"config"},
+    "config_file": {"model", "config"},
     "command_line": set(),
     "kernels": set(),
     "checkpoint": set(),

@@ -22,7 +22,8 @@ from moe_mamba.hf.formats.settings import notes
 from moe_mamba.hf.reading import Stored, read_json, stored_tensors
 from moe_mamba.hf.tokenizer_files import ORIGINAL
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.mixers.attention import rotary_frequencies
+from moe_mamba.model.mixers.attention import Attention, rotary_frequencies
+from moe_mamba.model.pattern import has
 from moe_mamba.run.atomic import check_output
 from moe_mamba.run.restore import weight_pieces
 
@@ -104,7 +105,7 @@ def match(
             f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) wants: "
             "fetch the folder again"
         )
-    if "*" in model.layers:
+    if has(model, Attention):
         _drop_frequencies(folder, model, stored)
     surplus = stored.keys() - {entry.theirs for entry in entries}
     if surplus:

@@ -15,6 +15,10 @@ from moe_mamba.errors import UserError
 from moe_mamba.hf import model_card, tokenizer_files
 from moe_mamba.hf.formats import NATIVE, OWN, WayOut
 from moe_mamba.hf.safetensors_files import write_tensors
+from moe_mamba.model.mixers.attention import Attention
+from moe_mamba.model.mixers.mamba import Mamba
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.pattern import has, kinds, looks_ahead
 from moe_mamba.run.atomic import check_output, whole_folder
 from moe_mamba.run.metrics import read_metrics
 from moe_mamba.run.restore import Trained, open_trained
@@ -51,12 +55,11 @@ def choose_format(asked: str, model: ModelConfig, moe: MoEConfig) -> tuple[WayOu
 
 def _nearest(model: ModelConfig) -> WayOut:
     """The native class that a pattern is likest to."""
-    letters = set(model.layers)
-    if letters == {"M"}:
+    if kinds(model) == [Mamba]:
         return NATIVE["mamba"]
-    if "M" in letters or model.positions == "none":
+    if has(model, Mamba) or model.positions == "none":
         return NATIVE["jamba"]
-    if "E" in letters:
+    if has(model, MoE):
         return NATIVE["mixtral"]
     return NATIVE["mistral" if model.sliding_window else "llama"]
 
@@ -97,8 +100,8 @@ def export(
     trained = open_trained(run_or_step, tokenizer)
     model, moe = trained.config.model, trained.config.moe
     chosen, why_not = choose_format(format, model, moe)
-    looks_ahead = "E" in model.layers and moe.router == "expert_choice"
-    if looks_ahead and not scoring_only:
+    scores_only = looks_ahead(model, moe)
+    if scores_only and not scoring_only:
         raise UserError(
             "moe.router=expert_choice looks ahead at later tokens, so the model cannot generate: "
             "give --scoring_only to export it to score texts alone"
@@ -112,12 +115,12 @@ def export(
     with whole_folder(output, overwrite, CONFIG) as folder:
         files = write_tensors(folder, stream.headers, max_shard_bytes, stream.read)
         weights = sum(file.stat().st_size for file in files)
-        _write_configs(trained, chosen, folder, dtype, generates=not looks_ahead)
+        _write_configs(trained, chosen, folder, dtype, generates=not scores_only)
         if chosen is OWN:
             for name in CODE:
                 shutil.copyfile(Path(model_card.__file__).with_name(name), folder / name)
         tokenizer_files.write(trained.tokenizer, folder)
-        _write_card(trained, chosen, folder, dtype, output.name, generates=not looks_ahead)
+        _write_card(trained, chosen, folder, dtype, output.name, generates=not scores_only)
     say(f"wrote     {output}: {len(files)} file{'s' * (len(files) > 1)} of weights, {weights / 1e6:,.1f} MB, {dtype}")
     return chosen
 
@@ -130,7 +133,7 @@ def _write_configs(trained: Trained, chosen: WayOut, folder: Path, dtype: str, g
     else:
         # A pad token in a native config takes the gradient off that row of the embedding, which is end-of-text's too.
         ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
-        if "*" in config.model.layers:
+        if has(config.model, Attention):
             longest = max(config.data.sequence_length, content.get("max_position_embeddings", 0))
             content["max_position_embeddings"] = longest
     _write_json(folder / CONFIG, content | ids | {"dtype": dtype})

@@ -32,6 +32,9 @@ from moe_mamba.errors import UserError
 from moe_mamba.hf.formats.base import shortest_pattern
 from moe_mamba.model.initialize import LogicalWeight, logical_weights
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mixers.feed_forward import FeedForward
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.pattern import has_experts
 from moe_mamba.run.atomic import check_output
 from moe_mamba.run.restore import open_trained, weight_pieces
 
@@ -101,19 +104,19 @@ def upcycled_config(dense: Config, moe: MoEConfig, every: int = 1) -> Config:
         UserError: there is nothing to upcycle.
     """
     layers = dense.model.layers
-    if "E" in layers:
+    if has_experts(dense.model):
         raise UserError(f"model.pattern={dense.model.pattern} has experts (E) already: give a dense checkpoint")
-    if layers.count("-") < every:
+    if layers.count(FeedForward.letter) < every:
         raise UserError(
-            f"{dense.model.pattern} x {dense.model.repeat} has {layers.count('-')} feed-forward layers "
+            f"{dense.model.pattern} x {dense.model.repeat} has {layers.count(FeedForward.letter)} feed-forward layers "
             f"(-), and one in {every} becomes experts: give a checkpoint of M- or *-, or a lower --every"
         )
     if dense.model.mlp_bias:
         raise UserError("model.mlp_bias=true: experts have no biases, so they cannot be copies: give a model without")
     seen, new = 0, ""
     for letter in layers:
-        seen += letter == "-"
-        new += "E" if letter == "-" and seen % every == 0 else letter
+        seen += letter == FeedForward.letter
+        new += MoE.letter if letter == FeedForward.letter and seen % every == 0 else letter
     pattern, repeat = shortest_pattern(new)
     tree = dense.model_dump()
     tree["model"] |= {"pattern": pattern, "repeat": repeat}

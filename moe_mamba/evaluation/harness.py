@@ -19,7 +19,8 @@ from moe_mamba.errors import UserError
 from moe_mamba.kernels import cross_entropy
 from moe_mamba.kernels.cross_entropy import IGNORED
 from moe_mamba.model.generation import Writing, read, select
-from moe_mamba.model.layer import State
+from moe_mamba.model.mixers.base import State
+from moe_mamba.model.pattern import depends_on_batch, looks_ahead
 from moe_mamba.model.sampling import Sampling
 from moe_mamba.run.restore import Restored
 
@@ -56,14 +57,12 @@ def check_likelihood(config: Config) -> None:
     Raises:
         UserError: experts choose among later tokens, or a capacity makes a token depend on the rest of its batch.
     """
-    if "E" not in config.model.layers:
-        return
-    if config.moe.router == "expert_choice":
+    if looks_ahead(config.model, config.moe):
         raise UserError(
             "moe.router=expert_choice looks ahead at later tokens, so it gives no likelihoods and cannot generate: "
             "score text with --input, or train with moe.router=switch or top_k"
         )
-    if config.moe.evaluation_capacity is not None:
+    if depends_on_batch(config.model, config.moe):
         raise UserError(
             f"moe.evaluation_capacity={config.moe.evaluation_capacity} drops a token by what else is in its batch, so "
             "a request has no likelihood of its own: score text with --input, or train with it null"
@@ -186,7 +185,7 @@ class HarnessModel(TemplateLM):
                 places = torch.tensor([place for place, _ in some], device=self._device)
                 yield self._continue(select(states, places), [each for _, each in some])
 
-    def _continue(self, states: list[State], rows: list[Continuation]) -> dict[int, Score]:
+    def _continue(self, states: list[State | None], rows: list[Continuation]) -> dict[int, Score]:
         """Score one continuation a row, each from its state."""
         length = max(len(row.inputs) for row in rows)
         tokens = torch.full((len(rows), length), self.eot_token_id)
@@ -205,7 +204,7 @@ class HarnessModel(TemplateLM):
             counted = (wanted != IGNORED).flatten().nonzero().flatten()  # rows of the stream
             for some in counted.split(max(1, LOGITS // self._model.config.vocab_size)):
                 logits, target = self._model.logits(hidden[some]), wanted.flatten()[some]
-                loss = cross_entropy(logits, target, backend=self._model.config.kernels)
+                loss = cross_entropy(logits, target, backend=self._model.kernels)
                 owner = some // wanted.shape[1]
                 losses.index_add_(0, owner, loss.double())
                 misses.index_add_(0, owner, (logits.argmax(-1) != target).long())

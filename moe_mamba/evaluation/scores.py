@@ -67,7 +67,7 @@ def evaluate(
         batch = batch.to(device)
         logits = model(batch.tokens, batch.starts).logits
         loss, count = model.cross_entropy(logits, batch.targets)
-        right = (model.likeliest(logits) == batch.targets).sum()  # no id is -100
+        right = (model.argmax(logits) == batch.targets).sum()  # no id is -100
         sums += torch.stack([loss.double(), count.double(), right.double()])
     model.train(was_training)
     if topology.world.size > 1:

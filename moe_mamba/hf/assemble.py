@@ -7,9 +7,12 @@ it stands, comments and docstrings with it. What is left out is named here, and 
 
 import ast
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from moe_mamba.hf.versions import NEWEST, OLDEST
+from moe_mamba.model.mixers import MIXERS
+from moe_mamba.model.mixers.base import Mixer
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGURATION, MODELING = "configuration_moe_mamba.py", "modeling_moe_mamba.py"
@@ -51,6 +54,32 @@ _INITIALIZERS = (
     *("Initializer", "ones", "zeros", "normal", "truncated_normal", "uniform", "matrix"),
     *("embedding_weight", "head_weight"),
 )
+DECLARED = (
+    *("shard_specs", "hidden_specs", "kernel_operations", "activation_bytes"),
+    *("idle_parameters", "flops_per_token", "depends_on_batch"),
+)
+"""What mixers declare that Transformers never asks for."""
+
+
+def _mixer_parts() -> tuple[Part, ...]:
+    """The files of the registry's mixers; a file stands behind those that it imports."""
+    modules = {mixer.__module__: mixer for mixer in MIXERS.values()}
+    needs = {name: {other for other in modules if f"from {other} import" in _text_of(name)} for name in modules}
+    return tuple(_mixer_part(name, modules[name]) for name in TopologicalSorter(needs).static_order())
+
+
+def _text_of(module: str) -> str:
+    return (PACKAGE / _path_of(module)).read_text(encoding="utf-8")
+
+
+def _path_of(module: str) -> str:
+    return module.removeprefix("moe_mamba.").replace(".", "/") + ".py"
+
+
+def _mixer_part(module: str, mixer: type[Mixer]) -> Part:
+    return Part(_path_of(module), without=tuple(f"{mixer.__name__}.{name}" for name in DECLARED if name in vars(mixer)))
+
+
 PARTS = (
     Part("kernels/routing/__init__.py", only=("Order",)),
     Part("kernels/routing/torch_routing.py", only=("sort_by_expert",), prefix="plain_"),
@@ -71,11 +100,11 @@ PARTS = (
     Part("model/initialize.py", only=_INITIALIZERS),
     Part("model/sequences.py"),
     Part("model/norm.py"),
-    Part("model/mixers/attention.py"),
-    Part("model/mixers/feed_forward.py"),
     Part("model/mixers/routing.py", without=("update_balance_bias",)),
-    Part("model/mixers/moe.py"),
-    Part("model/mixers/mamba.py"),
+    Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
+    *_mixer_parts(),
+    Part("model/mixers/__init__.py", only=("MIXERS",)),
+    Part("model/pattern.py", only=("LayerSpec", "layer_specs", "kinds", "check_pattern", "looks_ahead")),
     Part("model/loss.py"),
     Part("model/layer.py", without=("build_layers",)),
     Part("hf/shell/cache.py"),
@@ -285,9 +314,6 @@ _TYPES = {
 }
 """A type of ``config_model.py`` -> what Transformers checks in its place."""
 
-_NOT_SAVED = ("kernels",)
-"""Fields that say how a model runs, not what it is."""
-
 
 def _configuration() -> str:
     source = _Source((PACKAGE / "config_model.py").read_text(encoding="utf-8"))
@@ -305,14 +331,11 @@ def _configuration() -> str:
             if text.count(line) != 1:
                 raise ValueError(f"hf/shell/configuration.py has not the one line {line.strip()!r}")
             text = text.replace(line, "\n".join(lines) + "\n")
-    nodes = source.tree.body
-    letters = next(source.of(nodes, place) for place, node in enumerate(nodes) if _name(node) == "PATTERN_LETTERS")
     versions = "from moe_mamba.hf.versions import NEWEST, OLDEST\n"
     if text.count(versions) != 1:
         raise ValueError(f"hf/shell/configuration.py lacks the one line {versions.strip()!r}")
     tested = f'OLDEST, NEWEST = "{OLDEST}", "{NEWEST}"  # versions of Transformers that this was tested with\n'
     text = text.replace(versions, tested)
-    text = text.replace("\n\n@strict", f"\n{letters}\n\n\n@strict", 1)
     return NOTICE.format(title=ast.get_docstring(shell.tree) or "") + "\n\n" + text
 
 
@@ -320,7 +343,7 @@ def _section(source: _Source, node: ast.ClassDef) -> tuple[list[str], list[str],
     """A section of our configuration as fields with defaults, their descriptions, and the methods."""
     fields, arguments, methods = [], [], []
     for place, item in enumerate(node.body):
-        if isinstance(item, ast.AnnAssign) and _name(item) not in _NOT_SAVED:
+        if isinstance(item, ast.AnnAssign):
             kind, call = ast.unparse(item.annotation), item.value
             if not kind.startswith("Literal"):
                 kind = _TYPES[kind]

@@ -6,24 +6,16 @@ from typing import Any
 
 import torch
 
-from moe_mamba.config import PATTERN_LETTERS, Config
+from moe_mamba.config import Config
 from moe_mamba.hf.versions import NEWEST, OLDEST
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.pattern import has_experts, kinds
 
 HYPERPARAMETERS = (
     "global_batch", "learning_rate", "schedule", "warmup", "minimum_rate", "weight_decay", "beta1", "beta2", "epsilon",
     "gradient_clip", "precision",
 )  # fmt: skip
 SHAPE = ("d_model", "vocab_size", "norm", "norm_epsilon", "tied_head")
-SHAPE_OF_LAYER = {
-    "M": ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms"),
-    "*": (
-        *("heads", "resolved_kv_heads", "resolved_head_dim", "sliding_window", "attention_bias"),
-        *("positions", "rope_base", "rope_type"),
-    ),
-    "-": ("resolved_d_ff", "activation", "mlp_bias"),
-    "E": ("activation",),
-}
 FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4, "accuracy": 4}  # of a validation -> decimals
 RESULTS = ("step", "tokens", "set", "loss (nat a token)", "perplexity", "bits a byte", "share right")
 ROUTING = ("experts", "router", "top_k", "scores", "renormalize", "capacity_factor", "balance", "shared_experts")
@@ -78,8 +70,7 @@ def write(config: Config, facts: Facts) -> str:
 
 
 def _head(config: Config, facts: Facts) -> Iterator[str]:
-    letters = {"M": "mamba", "E": "mixture-of-experts", "*": "attention"}
-    tags = ["moe_mamba", *(tag for letter, tag in letters.items() if letter in config.model.layers)]
+    tags = ["moe_mamba", *(mixer.title.lower().replace(" ", "-") for mixer in kinds(config.model))]
     yield from ("---", "library_name: transformers", "pipeline_tag: text-generation", "tags:")
     yield from (f"- {tag}" for tag in tags + ["custom_code"] * facts.remote_code)
     if hub := [source.split(":")[1] for source in config.data.train_weights if source.startswith("hf:")]:
@@ -92,9 +83,9 @@ def _summary(config: Config, facts: Facts) -> str:
         counts = LanguageModel(config.model, config.moe).parameter_counts()
     whole = counts["total"] + counts["norm"] + counts["embedding"]
     active = whole - counts["total"] + counts["active"]
-    kinds = [PATTERN_LETTERS[letter] for letter in dict.fromkeys(config.model.layers)]
+    titles = [mixer.title for mixer in kinds(config.model)]
     text = (
-        f"A language model of {len(config.model.layers)} layers ({_join(kinds)}; pattern "
+        f"A language model of {len(config.model.layers)} layers ({_join(titles)}; pattern "
         f"`{config.model.pattern}` x {config.model.repeat}) with {whole:,} parameters"
     )
     if active < whole:
@@ -143,11 +134,11 @@ def _architecture(config: Config) -> Iterator[tuple[str, str]]:
     model, moe = config.model, config.moe
     yield "layers", f"{len(model.layers)}: `{model.pattern}` x {model.repeat}"
     shape = dict.fromkeys(SHAPE)
-    for letter in model.layers:
-        shape |= dict.fromkeys(SHAPE_OF_LAYER[letter])
+    for mixer in kinds(model):
+        shape |= dict.fromkeys(mixer.settings)
     for key in shape:
         yield key.removeprefix("resolved_"), _value(getattr(model, key))
-    if "E" in model.layers:
+    if has_experts(model):
         yield "d_expert", _value(moe.d_expert or model.resolved_d_ff)
         for key in ROUTING:
             yield key, _value(getattr(moe, key))
@@ -171,7 +162,7 @@ def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "last training loss", f"{losses[-1]:.4f} nat a token"
     for key in HYPERPARAMETERS:
         yield key, _value(getattr(config.train, key))
-    if "E" in config.model.layers and config.moe.balance == "loss":
+    if has_experts(config.model) and config.moe.balance == "loss":
         yield "balance_weight", _value(config.moe.balance_weight)
     yield "seed", str(config.run.seed)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -647,6 +647,12 @@ class Sequences:
         """Tokens in the stream."""
         return self.batch * self.length
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Sequences":
+        """The same with its tensor on another device."""
+        if self.starts is None:
+            return self
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+
 
 # From moe_mamba/model/norm.py:
 # Normalisation over the last axis, in fp32 whatever the input's dtype, of the stream and what is added to it.
@@ -654,6 +660,8 @@ class Sequences:
 
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich, 2019): ``x / sqrt(mean(x^2) + epsilon) * weight``."""
+
+    fp32_names = ("weight",)
 
     def __init__(self, d: int, epsilon: float, kernels: str = "auto") -> None:
         super().__init__()
@@ -672,6 +680,8 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """Layer norm (Ba et al., 2016) with weight and bias, as in torch."""
+
+    fp32_names = ("weight", "bias")
 
     def __init__(self, d: int, epsilon: float) -> None:
         super().__init__()
@@ -692,266 +702,11 @@ class LayerNorm(nn.Module):
         return {"weight": ones, "bias": zeros}
 
 
-def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+def build_norm(config: ModelConfig, kernels: str = "auto") -> RMSNorm | LayerNorm:
     """Build the norm over ``d_model`` that the config names."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, config.norm_epsilon, config.kernels)
+        return RMSNorm(config.d_model, config.norm_epsilon, kernels)
     return LayerNorm(config.d_model, config.norm_epsilon)
-
-
-# From moe_mamba/model/mixers/attention.py:
-# Causal attention (Vaswani et al., 2017) with rotary positions or none, and grouped key and value heads.
-#
-# Over all of a document so far, or over a sliding window of it.
-#
-# Symbols: b batch, l length (new tokens), p past tokens in a state, h query heads, g key and value heads, e width of
-# a head.
-
-
-@dataclass(frozen=True)
-class AttentionState:
-    """What attention keeps between passes: it grows by the tokens seen, to at most ``model.sliding_window`` - 1.
-
-    Or it has room for a fixed number of tokens, none of which it leaves behind.
-
-    Attributes:
-        key: (batch, kv_heads, past, head_dim), already rotated.
-        value: (batch, kv_heads, past, head_dim).
-        start: (batch,) int64: place among the past tokens where the current document starts; below 0 where that is a
-            token that the window has left behind.
-        seen: () int64, how many of the places hold a token, the first ones; None: all do.
-    """
-
-    key: Tensor
-    value: Tensor
-    start: Tensor
-    seen: Tensor | None = None
-
-    @property
-    def past(self) -> int | Tensor:
-        """Tokens that are kept."""
-        return self.key.shape[2] if self.seen is None else self.seen
-
-    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with those of new tokens behind them; where there is room, in place and without gradient.
-
-        Args:
-            key: (batch, kv_heads, new, head_dim).
-            value: (batch, kv_heads, new, head_dim).
-        """
-        if self.seen is None:
-            return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
-                (self.value.to(value.dtype), value), dim=2
-            )
-        place = torch.arange(key.shape[2], device=key.device) + self.seen
-        self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
-        self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
-        return self.key, self.value
-
-
-def rotary_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Angles that each pair of a head's channels turns by from token to token (Su et al., 2021, section 3.2.2).
-
-    ``linear`` slows all of them (position interpolation; Chen et al., arXiv 2306.15595, section 2.3). ``llama3`` slows
-    those that turn at most ``rope_low_freq_factor`` times in the original context, leaves those that turn at least
-    ``rope_high_freq_factor`` times, and blends the two by the number of turns in between (Llama 3.1; ``apply_scaling``
-    of Meta's reference implementation in llama-models).
-
-    Args:
-        config: has base, width of a head, and scaling.
-        dtype: of the result.
-        device: of the result.
-
-    Returns:
-        (head_dim / 2,), radians: ``base ** (-2 i / head_dim)``, scaled.
-    """
-    half = config.resolved_head_dim // 2
-    frequency = config.rope_base ** -(torch.arange(half, dtype=dtype, device=device) / half)
-    if config.rope_type == "default":
-        return frequency
-    if config.rope_type == "linear":
-        return frequency / config.rope_factor
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    turns = config.rope_original_length * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the frequency that is left as it is
-    return frequency * (kept + (1 - kept) / config.rope_factor)
-
-
-def rotate(x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
-    """Rotary positions (Su et al., 2021, eq. 34), pairs half a head apart as in GPT-NeoX and Llama.
-
-    Args:
-        x: (b, heads, l, e), e even.
-        positions: (b or 1, l) integers: tokens since the document's start.
-        frequency: (e / 2,), from ``rotary_frequencies``; its dtype is that of the angles and the products.
-
-    Returns:
-        ``x`` rotated, in its dtype.
-    """
-    angle = (positions.to(frequency.dtype)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
-    cosine, sine = angle.cos(), angle.sin()
-    first, second = x.to(frequency.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention (Vaswani et al., 2017, eq. 1) written down, which gives its weights too.
-
-    Args:
-        query: (b, h, l, e).
-        key: (b, g, p, e), g a divisor of h.
-        value: (b, g, p, e).
-        mask: (b or 1, 1, l, p) bool, True where a query sees a key; None: causal, l = p.
-
-    Returns:
-        (b, h, l, e), and the weights (b, h, l, p), both in the dtype of the query; the softmax is fp32 at least.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (kept.to(query.dtype).repeat_interleave(groups, dim=1) for kept in (key, value))
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    score = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5  # (b, h, l, p)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weight = score.to(wide).masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
-    return weight @ value, weight
-
-
-class Attention(nn.Module):
-    """Attention over the documents of each sequence, or over a window of them; projections named as in Llama."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.head_dim, bias = config.resolved_head_dim, config.attention_bias
-        width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How this module's parameters start."""
-        inputs = ("q_proj", "k_proj", "v_proj")
-        fills = {f"{name}.weight": matrix(self.config, self.config.d_model) for name in inputs}
-        fills["o_proj.weight"] = matrix(self.config, self.config.heads * self.head_dim, residual=True)
-        if self.config.attention_bias:
-            fills |= {f"{name}.bias": zeros for name in (*inputs, "o_proj")}
-        return fills
-
-    def initial_state(
-        self,
-        batch: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        room: int | None = None,
-    ) -> AttentionState:
-        """Return the state before any token.
-
-        Args:
-            batch: sequences.
-            dtype: of the activations.
-            device: of the state.
-            room: tokens that may come; None: any number, and the state grows.
-        """
-        shape = (batch, self.config.resolved_kv_heads, room or 0, self.head_dim)
-        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        seen = None if room is None else torch.zeros((), dtype=torch.int64, device=device)
-        return AttentionState(key, value, torch.zeros(batch, dtype=torch.int64, device=device), seen)
-
-    def forward(
-        self, x: Tensor, sequences: Sequences, state: AttentionState | None = None
-    ) -> tuple[Tensor, None, AttentionState | None]:
-        """Attend from each token of ``x`` (tokens, d_model) to its document so far; returns (y, None, new state)."""
-        query, key, value = (
-            projection(x).view(sequences.batch, sequences.length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (b, h, l, e), (b, g, l, e), (b, g, l, e)
-        place, start = self._places(sequences, state, x.device)  # (l,), (b or 1, l)
-        if self.config.positions == "rope":
-            wide = torch.promote_types(query.dtype, torch.float32)
-            frequency = rotary_frequencies(self.config, wide, x.device)
-            query, key = rotate(query, place - start, frequency), rotate(key, place - start, frequency)
-        mask, window = None, self.config.sliding_window or sequences.length
-        if state is not None:
-            key, value = state.extended(key, value)  # (b, g, p + l, e)
-        if state is not None or sequences.starts is not None or sequences.length > window:
-            mask = self._mask(place, start, key.shape[2])
-        if sequences.recording.attentions is not None:
-            y, weight = attend(query, key, value, mask)
-            sequences.recording.attentions.append(weight)
-        else:
-            y = functional.scaled_dot_product_attention(
-                query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
-            )  # (b, h, l, e)
-        if state is not None:
-            last = start[:, -1].expand(sequences.batch)
-            seen = None if state.seen is None else state.seen + sequences.length
-            state = self._kept(key, value, last) if seen is None else AttentionState(key, value, last, seen)
-        return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), None, state
-
-    def _mask(self, place: Tensor, start: Tensor, seen: int) -> Tensor:
-        """Which of ``seen`` tokens, past ones first, each new one attends to, (b or 1, 1, l, seen) bool.
-
-        None before its document; with a window of W, itself and the W - 1 tokens before it (Mistral 7B; Jiang et al.,
-        arXiv 2310.06825, section 2).
-        """
-        window = self.config.sliding_window
-        first = start if window is None else start.maximum(place - window + 1)  # (b or 1, l)
-        other = torch.arange(seen, device=place.device)
-        return ((other <= place[:, None]) & (other >= first[..., None]))[:, None]
-
-    def _kept(self, key: Tensor, value: Tensor, start: Tensor) -> AttentionState:
-        """What tokens to come may attend to of keys and values (b, g, p + l, e); ``start`` (b,) is among them."""
-        window = self.config.sliding_window
-        dropped = 0 if window is None else max(0, key.shape[2] - window + 1)
-        if dropped:  # copies, so that what is dropped lets go of its memory
-            key, value = key[:, :, dropped:].clone(), value[:, :, dropped:].clone()
-        return AttentionState(key, value, start - dropped)
-
-    def _places(
-        self, sequences: Sequences, state: AttentionState | None, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Where each new token stands, past ones counted (l,), and where its document starts (b or 1, l)."""
-        place = torch.arange(sequences.length, device=device) + (0 if state is None else state.past)
-        first = torch.zeros(1, 1, dtype=torch.int64, device=device) if state is None else state.start[:, None]
-        if sequences.starts is None:
-            return place, first.expand(-1, sequences.length)
-        return place, torch.where(sequences.starts, place, first).cummax(dim=1).values
-
-
-# From moe_mamba/model/mixers/feed_forward.py:
-# Feed-forward layers.
-
-
-def input_width(activation: str, width: int) -> int:
-    """Columns of the input projection for a hidden width: SwiGLU has a gate beside the values."""
-    return 2 * width if activation == "swiglu" else width
-
-
-class FeedForward(nn.Module):
-    """Two matrices, with biases or without, and an activation between them."""
-
-    def __init__(self, config: ModelConfig, width: int | None = None, bias: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.width = width or config.resolved_d_ff
-        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
-        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How this module's parameters start."""
-        fills = {
-            "in_proj.weight": matrix(self.config, self.config.d_model),
-            "out_proj.weight": matrix(self.config, self.width, residual=True),
-        }
-        if self.in_proj.bias is not None:
-            fills |= {"in_proj.bias": zeros, "out_proj.bias": zeros}
-        return fills
-
-    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
-        """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""
-        hidden = activation(self.in_proj(x), self.config.activation, self.config.kernels)  # (tokens, width)
-        return self.out_proj(hidden), None, None
 
 
 # From moe_mamba/model/mixers/routing.py:
@@ -1027,7 +782,7 @@ def route_dropless(chosen: Tensor, weight: Tensor, experts: int, kernels: str = 
         chosen: (tokens, top_k) int64: experts of each token, best first.
         weight: (tokens, top_k).
         experts: how many there are.
-        kernels: back end, as in ``model.kernels``.
+        kernels: back end, as in ``run.kernels``.
     """
     order = sort_by_expert(chosen, experts, backend=kernels)
     return _routing(order, weight, None)
@@ -1041,7 +796,7 @@ def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: in
         weight: (tokens, top_k).
         experts: how many there are.
         capacity: slots of each expert. One that stays empty has weight 0 and the number of some token.
-        kernels: back end, as in ``model.kernels``.
+        kernels: back end, as in ``run.kernels``.
     """
     order = sort_by_expert(chosen, experts, capacity, backend=kernels)
     return _routing(order, weight, capacity)
@@ -1073,13 +828,14 @@ class Router(nn.Module):
 
     balance_bias: Tensor
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = moe
-        self.kernels = config.kernels
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(moe.experts, config.d_model))
         if moe.balance == "bias":
             self.register_buffer("balance_bias", torch.zeros(moe.experts))
+        self.fp32_names = ("weight", "balance_bias") if moe.balance == "bias" else ("weight",)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters and buffers start."""
@@ -1147,96 +903,101 @@ class Router(nn.Module):
         return min(max(math.floor(factor * self.config.top_k * tokens / self.config.experts), 1), tokens)
 
 
-# From moe_mamba/model/mixers/moe.py:
-# Mixture of experts: route -> dispatch -> experts -> combine.
+# From moe_mamba/model/mixers/base.py:
+# What a mixer is, and what it declares: all that others ask about a kind of layer, so that nobody else knows it.
 #
-# The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
+# A new kind is one file with one subclass, and its line in the registry (``model/mixers/__init__.py``).
 
 
-class Dispatcher(Protocol):
-    """Brings rows to the experts of this device, and their outputs back."""
+Statistics = dict[str, RouterStatistics]
+"""Name of a router inside the module that is asked -> what it measured."""
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs).
 
-        Where the routing has a capacity, all experts have as many rows.
+@dataclass(frozen=True)
+class State:
+    """What a mixer keeps between passes: a dataclass of tensors; those with axes have a row for each sequence first."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """The state with every tensor changed."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: None if value is None else function(value) for name, value in values.items()}
+        return replace(self, **changed)
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Any:
+        """The state with every tensor changed that has a row for each sequence of the batch."""
+        return self.map(lambda tensor: function(tensor) if tensor.dim() else tensor)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Any:
+        """The state on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def kept_where(self, waits: Tensor, new: Any, tokens: int) -> Any:
+        """The state after a pass over ``tokens`` tokens a row, but as it was for the rows that wait (batch,) bool."""
+        pairs = {name: (getattr(self, name), value) for name, value in vars(new).items()}
+        kept: dict[str, Any] = {name: choose_rows(waits, old, now.to(old.dtype)) for name, (old, now) in pairs.items()}
+        return replace(new, **kept)
+
+
+def choose_rows(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Rows of ``one`` where ``rows`` (batch,) bool says so, else of ``other``; both (batch, ...)."""
+    return torch.where(rows.view(-1, *[1] * (other.dim() - 1)), one, other)
+
+
+class Mixer(nn.Module):
+    """The part of a layer that mixes tokens or channels; a layer adds its norm and the residual stream.
+
+    Attributes:
+        letter: its letter in ``model.pattern``.
+        title: its name for people.
+        settings: keys of the configuration that say how it is built, as people want to see them.
+        fp32_names: own parameters and buffers that stay fp32 in a bf16 model: small, and sensitive to rounding.
+        not_matrices: own parameters of two axes that are no matrices: neither decayed nor part of a product.
+        gathers_tokens: under tensor parallelism it reads the tokens of all ranks; else each rank's own.
+        routes: it has routed experts.
+    """
+
+    letter: ClassVar[str]
+    title: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
+    fp32_names: tuple[str, ...] = ()
+    not_matrices: ClassVar[tuple[str, ...]] = ()
+    gathers_tokens: ClassVar[bool] = True
+    routes: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Mixer":
+        """The mixer of a layer; ``kernels``: as ``run.kernels``."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: ModelConfig, moe: MoEConfig) -> None:
+        """Refuse a configuration that no such layer can be built from.
+
+        Raises:
+            ValueError: one line: the keys, what is wrong, and the fix.
         """
 
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
+    @classmethod
+    def looks_ahead(cls, config: ModelConfig, moe: MoEConfig) -> bool:
+        """Whether a token's output depends on later tokens, so that the model cannot generate."""
+        return False
 
-
-class LocalDispatcher:
-    """All experts are on this device; ``kernels`` names the back end of its gather and its sum."""
-
-    def __init__(self, kernels: str) -> None:
-        self._kernels = kernels
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Gather the tokens in the order of the experts."""
-        return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
-
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
-        return combine_rows(rows, handle.weight, handle.token, handle.slot, backend=self._kernels)
-
-
-class Experts(nn.Module):
-    """Stacked experts: two bias-free matrices each, with an activation between them."""
-
-    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
-
-    def __init__(self, config: ModelConfig, experts: int, width: int) -> None:
-        super().__init__()
-        self.config = config
-        self.in_proj = nn.Parameter(torch.empty(experts, config.d_model, input_width(config.activation, width)))
-        self.out_proj = nn.Parameter(torch.empty(experts, width, config.d_model))
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How one expert's parameters start."""
-        return {
-            "in_proj": matrix(self.config, self.in_proj.shape[1]),
-            "out_proj": matrix(self.config, self.out_proj.shape[1], residual=True),
-        }
-
-    def forward(self, rows: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
-        """Map ``rows`` (rows, d_model), sorted by expert, each by its own.
+    def initial_state(
+        self, batch: int, dtype: torch.dtype, device: torch.device | str, room: int | None = None
+    ) -> State | None:
+        """The state before any token; None: the mixer keeps nothing.
 
         Args:
-            rows: (rows, d_model), sorted by expert.
-            counts: (experts,) rows of each expert.
-            capacity: rows of every expert, where all have as many.
+            batch: sequences.
+            dtype: of the activations.
+            device: of the state.
+            room: tokens that may come; None: any number.
         """
-        kernels = self.config.kernels
-        hidden = grouped_matmul(rows, self.in_proj, counts, capacity, kernels)  # (rows, input width)
-        hidden = activation(hidden, self.config.activation, kernels)  # (rows, width)
-        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)  # (rows, d_model)
+        return None
 
-
-class MoE(nn.Module):
-    """A mixture-of-experts layer: routed experts, and shared ones that see every token."""
-
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
-        super().__init__()
-        width = moe.d_expert or config.resolved_d_ff
-        self.router = Router(config, moe)
-        self.experts = Experts(config, moe.experts, width)
-        self.shared = FeedForward(config, moe.shared_experts * width) if moe.shared_experts else None
-        self.dispatcher: Dispatcher = LocalDispatcher(config.kernels)
-
-    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, RouterStatistics, None]:
-        """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
-        y, statistics = self.routed(x, sequences)
-        if self.shared is not None:
-            y = y + self.shared(x, sequences)[0]
-        return y, statistics, None
-
-    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
-        """Give the routed experts' part of the output, (tokens, d_model)."""
-        routing, statistics = self.router(x, sequences)
-        rows, counts, handle = self.dispatcher.dispatch(x, routing)
-        capacity = None if routing.capacity is None else len(rows) // len(counts)
-        return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
+    def forward(self, x: Tensor, sequences: Sequences, state: Any = None) -> tuple[Tensor, Statistics, State | None]:
+        """Map ``x`` (tokens, d_model); returns (y (tokens, d_model), statistics of its routers, new state)."""
+        raise NotImplementedError
 
 
 # From moe_mamba/model/mixers/mamba.py:
@@ -1258,7 +1019,7 @@ SMALLEST_DELTA, LARGEST_DELTA, DELTA_FLOOR = 1e-3, 1e-1, 1e-4  # at the start of
 
 
 @dataclass(frozen=True)
-class MambaState:
+class MambaState(State):
     """What the mixer keeps between passes; its size does not depend on the tokens seen.
 
     Attributes:
@@ -1301,6 +1062,8 @@ class StepProjection(nn.Module):
     quantisation and adapters would put another module with another sum in the place of.
     """
 
+    fp32_names = ("bias",)
+
     def __init__(self, dt_rank: int, d_inner: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_inner, dt_rank))
@@ -1312,15 +1075,21 @@ class StepProjection(nn.Module):
         return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    letter, title = "M", "Mamba"
+    settings = ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms")
+    not_matrices = ("A_log",)
+
+    def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
+        self.fp32_names = ("A_log", "D") if config.selective else ("A_log", "D", "dt_B_C")
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv1d = DepthwiseConv(d_inner, config.d_conv, config.kernels)
+        self.conv1d = DepthwiseConv(d_inner, config.d_conv, kernels)
         if config.selective:
             self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         else:
@@ -1330,9 +1099,14 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         if config.mamba_norms:
-            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, config.kernels)
-            self.B_norm = RMSNorm(d_state, config.norm_epsilon, config.kernels)
-            self.C_norm = RMSNorm(d_state, config.norm_epsilon, config.kernels)
+            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, kernels)
+            self.B_norm = RMSNorm(d_state, config.norm_epsilon, kernels)
+            self.C_norm = RMSNorm(d_state, config.norm_epsilon, kernels)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Mamba":
+        """See ``Mixer``."""
+        return cls(config, kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters start: as in mamba-ssm, whatever ``model.initialization`` says.
@@ -1355,9 +1129,13 @@ class Mamba(nn.Module):
         }
 
     def initial_state(
-        self, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        room: int | None = None,
     ) -> MambaState:
-        """Return the state before any token; ``dtype`` is the activations'."""
+        """Return the state before any token; ``dtype`` is the activations'. Its size is the same for any ``room``."""
         config = self.config
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
@@ -1367,16 +1145,16 @@ class Mamba(nn.Module):
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: MambaState | None = None
-    ) -> tuple[Tensor, None, MambaState | None]:
-        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, None, new state)."""
+    ) -> tuple[Tensor, Statistics, MambaState | None]:
+        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, {}, new state)."""
         projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
         if state is not None and sequences.length == 1 and sequences.starts is None:
             x, z = projected.chunk(2, dim=-1)
             y, new_state = self._step(x, z, state)
-            return self.out_proj(y), None, new_state
+            return self.out_proj(y), {}, new_state
         x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
         y, passed_state = self._pass(x, z, sequences.starts, state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), None, passed_state
+        return self.out_proj(y.reshape(sequences.tokens, -1)), {}, passed_state
 
     def _pass(
         self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
@@ -1386,7 +1164,7 @@ class Mamba(nn.Module):
         x, conv = self.conv1d(x, starts, conv)
         delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
-        kernels = self.config.kernels
+        kernels = self.kernels
         if kernels == "vendor" and state is not None:
             kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
         y, scan = selective_scan(
@@ -1399,7 +1177,7 @@ class Mamba(nn.Module):
         x, conv = self.conv1d(x, None, state.conv)  # (batch, d_inner)
         delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)
-        y, scan = selective_scan_step(x, delta, A, B, C, self.D, z, bias, state.scan, self.config.kernels)
+        y, scan = selective_scan_step(x, delta, A, B, C, self.D, z, bias, state.scan, self.kernels)
         return y, MambaState(conv, scan)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1441,6 +1219,505 @@ def _delta_bias(weight: Tensor, generator: Generator) -> None:
     weight.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
+# From moe_mamba/model/mixers/attention.py:
+# Causal attention (Vaswani et al., 2017) with rotary positions or none, and grouped key and value heads.
+#
+# Over all of a document so far, or over a sliding window of it.
+#
+# Symbols: b batch, l length (new tokens), p past tokens in a state, h query heads, g key and value heads, e width of
+# a head.
+
+
+@dataclass(frozen=True)
+class AttentionState(State):
+    """What attention keeps between passes: it grows by the tokens seen, to at most ``model.sliding_window`` - 1.
+
+    Or it has room for a fixed number of tokens, none of which it leaves behind.
+
+    Attributes:
+        key: (batch, kv_heads, past, head_dim), already rotated.
+        value: (batch, kv_heads, past, head_dim).
+        start: (batch,) int64: place among the past tokens where the current document starts; below 0 where that is a
+            token that the window has left behind.
+        seen: () int64, how many of the places hold a token, the first ones; None: all do.
+    """
+
+    key: Tensor
+    value: Tensor
+    start: Tensor
+    seen: Tensor | None = None
+
+    @property
+    def past(self) -> int | Tensor:
+        """Tokens that are kept."""
+        return self.key.shape[2] if self.seen is None else self.seen
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of new tokens behind them; where there is room, in place and without gradient.
+
+        Args:
+            key: (batch, kv_heads, new, head_dim).
+            value: (batch, kv_heads, new, head_dim).
+        """
+        if self.seen is None:
+            return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
+                (self.value.to(value.dtype), value), dim=2
+            )
+        place = torch.arange(key.shape[2], device=key.device) + self.seen
+        self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
+        self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
+        return self.key, self.value
+
+    def kept_where(self, waits: Tensor, new: Any, tokens: int) -> Any:
+        """See ``State``: keys and values of rows that wait move behind the places that the tokens took."""
+        if new.seen is None:  # the last of what it was, where a window keeps no more of it
+            kept, length = new.key.shape[2], self.key.shape[2]
+            source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
+            key, value = (
+                choose_rows(waits, was[:, :, source], now)
+                for was, now in ((self.key, new.key), (self.value, new.value))
+            )
+            return replace(new, key=key, value=value, start=torch.where(waits, self.start + kept - length, new.start))
+        place = torch.arange(new.key.shape[2], device=waits.device)
+        moved = torch.where((place >= tokens) & (place < new.seen), place - tokens, place)
+        source = torch.where(waits[:, None], moved, place)[:, None, :, None].expand_as(new.key)
+        key, value = new.key.gather(2, source), new.value.gather(2, source)
+        return replace(new, key=key, value=value, start=torch.where(waits, self.start + tokens, new.start))
+
+
+def rotary_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angles that each pair of a head's channels turns by from token to token (Su et al., 2021, section 3.2.2).
+
+    ``linear`` slows all of them (position interpolation; Chen et al., arXiv 2306.15595, section 2.3). ``llama3`` slows
+    those that turn at most ``rope_low_freq_factor`` times in the original context, leaves those that turn at least
+    ``rope_high_freq_factor`` times, and blends the two by the number of turns in between (Llama 3.1; ``apply_scaling``
+    of Meta's reference implementation in llama-models).
+
+    Args:
+        config: has base, width of a head, and scaling.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        (head_dim / 2,), radians: ``base ** (-2 i / head_dim)``, scaled.
+    """
+    half = config.resolved_head_dim // 2
+    frequency = config.rope_base ** -(torch.arange(half, dtype=dtype, device=device) / half)
+    if config.rope_type == "default":
+        return frequency
+    if config.rope_type == "linear":
+        return frequency / config.rope_factor
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the frequency that is left as it is
+    return frequency * (kept + (1 - kept) / config.rope_factor)
+
+
+def rotate(x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
+    """Rotary positions (Su et al., 2021, eq. 34), pairs half a head apart as in GPT-NeoX and Llama.
+
+    Args:
+        x: (b, heads, l, e), e even.
+        positions: (b or 1, l) integers: tokens since the document's start.
+        frequency: (e / 2,), from ``rotary_frequencies``; its dtype is that of the angles and the products.
+
+    Returns:
+        ``x`` rotated, in its dtype.
+    """
+    angle = (positions.to(frequency.dtype)[:, :, None] * frequency)[:, None]  # (b or 1, 1, l, e / 2)
+    cosine, sine = angle.cos(), angle.sin()
+    first, second = x.to(frequency.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention (Vaswani et al., 2017, eq. 1) written down, which gives its weights too.
+
+    Args:
+        query: (b, h, l, e).
+        key: (b, g, p, e), g a divisor of h.
+        value: (b, g, p, e).
+        mask: (b or 1, 1, l, p) bool, True where a query sees a key; None: causal, l = p.
+
+    Returns:
+        (b, h, l, e), and the weights (b, h, l, p), both in the dtype of the query; the softmax is fp32 at least.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (kept.to(query.dtype).repeat_interleave(groups, dim=1) for kept in (key, value))
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    score = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5  # (b, h, l, p)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weight = score.to(wide).masked_fill(~mask, -torch.inf).softmax(dim=-1).to(query.dtype)
+    return weight @ value, weight
+
+
+class Attention(Mixer):
+    """Attention over the documents of each sequence, or over a window of them; projections named as in Llama."""
+
+    letter, title = "*", "attention"
+    settings = (
+        *("heads", "resolved_kv_heads", "resolved_head_dim", "sliding_window", "attention_bias"),
+        *("positions", "rope_base", "rope_type"),
+    )
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim, bias = config.resolved_head_dim, config.attention_bias
+        width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Attention":
+        """See ``Mixer``."""
+        return cls(config)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How this module's parameters start."""
+        inputs = ("q_proj", "k_proj", "v_proj")
+        fills = {f"{name}.weight": matrix(self.config, self.config.d_model) for name in inputs}
+        fills["o_proj.weight"] = matrix(self.config, self.config.heads * self.head_dim, residual=True)
+        if self.config.attention_bias:
+            fills |= {f"{name}.bias": zeros for name in (*inputs, "o_proj")}
+        return fills
+
+    def initial_state(
+        self,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        room: int | None = None,
+    ) -> AttentionState:
+        """Return the state before any token.
+
+        Args:
+            batch: sequences.
+            dtype: of the activations.
+            device: of the state.
+            room: tokens that may come; None: any number, and the state grows.
+        """
+        shape = (batch, self.config.resolved_kv_heads, room or 0, self.head_dim)
+        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        seen = None if room is None else torch.zeros((), dtype=torch.int64, device=device)
+        return AttentionState(key, value, torch.zeros(batch, dtype=torch.int64, device=device), seen)
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, state: AttentionState | None = None
+    ) -> tuple[Tensor, Statistics, AttentionState | None]:
+        """Attend from each token of ``x`` (tokens, d_model) to its document so far; returns (y, {}, new state)."""
+        query, key, value = (
+            projection(x).view(sequences.batch, sequences.length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (b, h, l, e), (b, g, l, e), (b, g, l, e)
+        place, start = self._places(sequences, state, x.device)  # (l,), (b or 1, l)
+        if self.config.positions == "rope":
+            wide = torch.promote_types(query.dtype, torch.float32)
+            frequency = rotary_frequencies(self.config, wide, x.device)
+            query, key = rotate(query, place - start, frequency), rotate(key, place - start, frequency)
+        mask, window = None, self.config.sliding_window or sequences.length
+        if state is not None:
+            key, value = state.extended(key, value)  # (b, g, p + l, e)
+        if state is not None or sequences.starts is not None or sequences.length > window:
+            mask = self._mask(place, start, key.shape[2])
+        if sequences.recording.attentions is not None:
+            y, weight = attend(query, key, value, mask)
+            sequences.recording.attentions.append(weight)
+        else:
+            y = functional.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+            )  # (b, h, l, e)
+        if state is not None:
+            last = start[:, -1].expand(sequences.batch)
+            seen = None if state.seen is None else state.seen + sequences.length
+            state = self._kept(key, value, last) if seen is None else AttentionState(key, value, last, seen)
+        return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), {}, state
+
+    def _mask(self, place: Tensor, start: Tensor, seen: int) -> Tensor:
+        """Which of ``seen`` tokens, past ones first, each new one attends to, (b or 1, 1, l, seen) bool.
+
+        None before its document; with a window of W, itself and the W - 1 tokens before it (Mistral 7B; Jiang et al.,
+        arXiv 2310.06825, section 2).
+        """
+        window = self.config.sliding_window
+        first = start if window is None else start.maximum(place - window + 1)  # (b or 1, l)
+        other = torch.arange(seen, device=place.device)
+        return ((other <= place[:, None]) & (other >= first[..., None]))[:, None]
+
+    def _kept(self, key: Tensor, value: Tensor, start: Tensor) -> AttentionState:
+        """What tokens to come may attend to of keys and values (b, g, p + l, e); ``start`` (b,) is among them."""
+        window = self.config.sliding_window
+        dropped = 0 if window is None else max(0, key.shape[2] - window + 1)
+        if dropped:  # copies, so that what is dropped lets go of its memory
+            key, value = key[:, :, dropped:].clone(), value[:, :, dropped:].clone()
+        return AttentionState(key, value, start - dropped)
+
+    def _places(
+        self, sequences: Sequences, state: AttentionState | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Where each new token stands, past ones counted (l,), and where its document starts (b or 1, l)."""
+        place = torch.arange(sequences.length, device=device) + (0 if state is None else state.past)
+        first = torch.zeros(1, 1, dtype=torch.int64, device=device) if state is None else state.start[:, None]
+        if sequences.starts is None:
+            return place, first.expand(-1, sequences.length)
+        return place, torch.where(sequences.starts, place, first).cummax(dim=1).values
+
+    @classmethod
+    def check(cls, config: ModelConfig, moe: MoEConfig) -> None:
+        """Refuse heads that do not divide, and rotary positions of an odd width or with a scaling that does nothing.
+
+        Raises:
+            ValueError: see ``Mixer``.
+        """
+        if config.head_dim is None and config.d_model % config.heads:
+            raise ValueError(
+                f"model.d_model={config.d_model} is not divisible by model.heads={config.heads}: "
+                "change one of them, or set model.head_dim"
+            )
+        if config.heads % config.resolved_kv_heads:
+            raise ValueError(
+                f"model.heads={config.heads} is not divisible by model.kv_heads={config.kv_heads}: change one of them"
+            )
+        if config.positions == "rope" and config.resolved_head_dim % 2:
+            width = "model.d_model / model.heads" if config.head_dim is None else "model.head_dim"
+            raise ValueError(
+                f"{width} = {config.resolved_head_dim} is odd: "
+                "rotary positions need an even one, or set model.positions=none"
+            )
+        if config.rope_type != "default" and config.positions != "rope":
+            raise ValueError(
+                f"model.rope_type={config.rope_type} with model.positions={config.positions}, which has no rotary "
+                "frequencies: set model.rope_type=default, or model.positions=rope"
+            )
+        if config.rope_type == "default" and config.rope_factor != 1:
+            raise ValueError(
+                f"model.rope_factor={config.rope_factor:g} with model.rope_type=default, which scales nothing: "
+                "set model.rope_type=linear or llama3"
+            )
+        if config.rope_type == "llama3" and config.rope_low_freq_factor >= config.rope_high_freq_factor:
+            raise ValueError(
+                f"model.rope_low_freq_factor={config.rope_low_freq_factor:g} is not below "
+                f"model.rope_high_freq_factor={config.rope_high_freq_factor:g}: change one of them"
+            )
+
+
+# From moe_mamba/model/mixers/feed_forward.py:
+# Feed-forward layers.
+
+
+def input_width(activation: str, width: int) -> int:
+    """Columns of the input projection for a hidden width: SwiGLU has a gate beside the values."""
+    return 2 * width if activation == "swiglu" else width
+
+
+class FeedForward(Mixer):
+    """Two matrices, with biases or without, and an activation between them."""
+
+    letter, title = "-", "feed-forward"
+    settings = ("resolved_d_ff", "activation", "mlp_bias")
+
+    def __init__(
+        self, config: ModelConfig, width: int | None = None, bias: bool = False, kernels: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.width = width or config.resolved_d_ff
+        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
+        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "FeedForward":
+        """See ``Mixer``."""
+        return cls(config, bias=config.mlp_bias, kernels=kernels)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How this module's parameters start."""
+        fills = {
+            "in_proj.weight": matrix(self.config, self.config.d_model),
+            "out_proj.weight": matrix(self.config, self.width, residual=True),
+        }
+        if self.in_proj.bias is not None:
+            fills |= {"in_proj.bias": zeros, "out_proj.bias": zeros}
+        return fills
+
+    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, Statistics, None]:
+        """Map ``x`` (tokens, d_model) token by token; returns (y, {}, None)."""
+        hidden = activation(self.in_proj(x), self.config.activation, self.kernels)  # (tokens, width)
+        return self.out_proj(hidden), {}, None
+
+
+# From moe_mamba/model/mixers/moe.py:
+# Mixture of experts: route -> dispatch -> experts -> combine.
+#
+# The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
+
+
+class Dispatcher(Protocol):
+    """Brings rows to the experts of this device, and their outputs back."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs).
+
+        Where the routing has a capacity, all experts have as many rows.
+        """
+
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+        """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
+
+
+class LocalDispatcher:
+    """All experts are on this device; ``kernels`` names the back end of its gather and its sum."""
+
+    def __init__(self, kernels: str) -> None:
+        self._kernels = kernels
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """Gather the tokens in the order of the experts."""
+        return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
+
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+        """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
+        return combine_rows(rows, handle.weight, handle.token, handle.slot, backend=self._kernels)
+
+
+class Experts(nn.Module):
+    """Stacked experts: two bias-free matrices each, with an activation between them."""
+
+    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
+
+    def __init__(self, config: ModelConfig, experts: int, width: int, kernels: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+        self.in_proj = nn.Parameter(torch.empty(experts, config.d_model, input_width(config.activation, width)))
+        self.out_proj = nn.Parameter(torch.empty(experts, width, config.d_model))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert's parameters start."""
+        return {
+            "in_proj": matrix(self.config, self.in_proj.shape[1]),
+            "out_proj": matrix(self.config, self.out_proj.shape[1], residual=True),
+        }
+
+    def forward(self, rows: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
+        """Map ``rows`` (rows, d_model), sorted by expert, each by its own.
+
+        Args:
+            rows: (rows, d_model), sorted by expert.
+            counts: (experts,) rows of each expert.
+            capacity: rows of every expert, where all have as many.
+        """
+        kernels = self.kernels
+        hidden = grouped_matmul(rows, self.in_proj, counts, capacity, kernels)  # (rows, input width)
+        hidden = activation(hidden, self.config.activation, kernels)  # (rows, width)
+        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)  # (rows, d_model)
+
+
+class MoE(Mixer):
+    """A mixture-of-experts layer: routed experts, and shared ones that see every token."""
+
+    letter, title = "E", "mixture of experts"
+    settings = ("activation",)
+    gathers_tokens = False  # routers and experts work on each rank's own tokens
+    routes = True
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
+        super().__init__()
+        width = moe.d_expert or config.resolved_d_ff
+        self.router = Router(config, moe, kernels)
+        self.experts = Experts(config, moe.experts, width, kernels)
+        shared = moe.shared_experts
+        self.shared = FeedForward(config, shared * width, kernels=kernels) if shared else None
+        self.dispatcher: Dispatcher = LocalDispatcher(kernels)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "MoE":
+        """See ``Mixer``."""
+        return cls(config, moe, kernels)
+
+    @classmethod
+    def looks_ahead(cls, config: ModelConfig, moe: MoEConfig) -> bool:
+        """Experts that choose their tokens choose among later ones, too."""
+        return moe.router == "expert_choice"
+
+    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, Statistics, None]:
+        """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
+        y, statistics = self.routed(x, sequences)
+        if self.shared is not None:
+            y = y + self.shared(x, sequences)[0]
+        return y, {"router": statistics}, None
+
+    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
+        """Give the routed experts' part of the output, (tokens, d_model)."""
+        routing, statistics = self.router(x, sequences)
+        rows, counts, handle = self.dispatcher.dispatch(x, routing)
+        capacity = None if routing.capacity is None else len(rows) // len(counts)
+        return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
+
+
+# From moe_mamba/model/mixers/__init__.py:
+# The kinds of layers, one file each. The registry: a letter of ``model.pattern`` -> its class.
+
+
+MIXERS: dict[str, type[Mixer]] = {mixer.letter: mixer for mixer in (Mamba, Attention, FeedForward, MoE)}
+
+
+# From moe_mamba/model/pattern.py:
+# The pattern, parsed: what ``model.pattern`` and ``model.repeat`` say, as a list of layers.
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer of the residual stack.
+
+    Attributes:
+        mixers: the kinds that read its normalised input, and whose outputs are added to the residual stream.
+    """
+
+    mixers: tuple[type[Mixer], ...]
+
+
+def layer_specs(config: ModelConfig) -> list[LayerSpec]:
+    """Every layer of the model, in order.
+
+    Raises:
+        ValueError: the pattern is empty, or has a letter that stands for nothing.
+    """
+    if not config.pattern:
+        raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
+    period = []
+    for letter in config.pattern:
+        if letter not in MIXERS:
+            known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
+            raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}; known are {known}")
+        period.append(LayerSpec((MIXERS[letter],)))
+    return period * config.repeat
+
+
+def kinds(config: ModelConfig) -> list[type[Mixer]]:
+    """The kinds of mixers that the model has, each once, in order of appearance."""
+    return list(dict.fromkeys(mixer for spec in layer_specs(config) for mixer in spec.mixers))
+
+
+def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
+    """Refuse a configuration of which no model can be built.
+
+    Raises:
+        ValueError: as ``layer_specs``, or as a mixer's ``check``.
+    """
+    for mixer in kinds(config):
+        mixer.check(config, moe)
+
+
+def looks_ahead(config: ModelConfig, moe: MoEConfig) -> bool:
+    """Whether some layer looks at later tokens, so that the model cannot generate."""
+    return any(mixer.looks_ahead(config, moe) for mixer in kinds(config))
+
+
 # From moe_mamba/model/loss.py:
 # The loss: a sum and a count, so that micro-steps and devices add up to the mean over a whole batch.
 
@@ -1468,62 +1745,54 @@ def cross_entropy_sum(
 # A layer of the residual stack, and the pass through all of them.
 
 
-State = MambaState | AttentionState | None
-"""What a layer keeps between passes; feed-forward layers and experts keep nothing."""
-
-
-def build_mixer(letter: str, config: ModelConfig, moe: MoEConfig) -> nn.Module:
-    """Build what a letter of the pattern stands for."""
-    if letter == "M":
-        return Mamba(config)
-    if letter == "*":
-        return Attention(config)
-    if letter == "-":
-        return FeedForward(config, bias=config.mlp_bias)
-    return MoE(config, moe)
-
-
 class Layer(nn.Module):
     """Norm and mixer. What the mixer adds to the residual stream is added by the next norm, in one pass with it."""
 
-    def __init__(self, letter: str, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
-        self.norm = build_norm(config)
-        self.mixer = build_mixer(letter, config, moe)
+        (mixer,) = spec.mixers
+        self.norm = build_norm(config, kernels)
+        self.mixer = mixer.build(config, moe, kernels)
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """What reads the layer's normalised input."""
+        return (self.mixer,)
 
     def forward(
-        self, stream: Tensor, update: Tensor | None, sequences: Sequences, state: State = None
-    ) -> tuple[Tensor, Tensor, RouterStatistics | None, State]:
+        self, stream: Tensor, update: Tensor | None, sequences: Sequences, state: State | None = None
+    ) -> tuple[Tensor, Tensor, Statistics, State | None]:
         """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new state)."""
         normalised, stream = self.norm(stream, update)
         update, statistics, state = self.mixer(normalised, sequences, state)
-        return stream, update, statistics, state
+        return stream, update, {f"mixer.{name}": measured for name, measured in statistics.items()}, state
 
 
 def run_layers(
     layers: Iterable[Callable],
     stream: Tensor,
     sequences: Sequences,
-    states: Sequence[State] | None = None,
+    states: Sequence[State | None] | None = None,
     recompute: bool = False,
     merge: bool = False,
-) -> tuple[Tensor, list[RouterStatistics], list[State] | None]:
+) -> tuple[Tensor, Statistics, list[State | None] | None]:
     """Run the layers over embedded tokens.
 
     Args:
         layers: ``Layer`` modules.
         stream: (tokens, d_model).
-        sequences: how the tokens are cut into sequences, and what of the pass is recorded.
+        sequences: how the tokens are divided into sequences, and what of the pass is recorded.
         states: of each layer, from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
         recompute: keep only each layer's input, and compute the rest again in the backward pass; without states.
         merge: hand one tensor from layer to layer in the place of a stream and its update, as who keeps it wants.
 
     Returns:
-        The stream after the last layer (tokens, d_model), the statistics of each router, and the new states.
+        The stream after the last layer (tokens, d_model), the statistics of each router by its full name
+        (``layers.1.mixer.router``), and the new states.
     """
     update: Tensor | None = None  # of the last layer, not yet in the stream
-    statistics: list[RouterStatistics] = []
-    new_states: list[State] = []
+    statistics: Statistics = {}
+    new_states: list[State | None] = []
     streams = sequences.recording.streams
     for index, layer in enumerate(layers):
         if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept a layer
@@ -1539,14 +1808,13 @@ def run_layers(
             state = states[index] if states is not None else None
             stream, update, measured, state = layer(stream, update, sequences, state)
             new_states.append(state)
-        if measured is not None:
-            statistics.append(measured)
+        statistics.update({f"layers.{index}.{name}": router for name, router in measured.items()})
     return _sum(stream, update), statistics, new_states if states is not None else None
 
 
 def initial_states(
     layers: Iterable[nn.Module], batch: int, dtype: torch.dtype, device: torch.device, room: int | None = None
-) -> list[State]:
+) -> list[State | None]:
     """Each layer's state before any token.
 
     Args:
@@ -1556,40 +1824,16 @@ def initial_states(
         device: of the states.
         room: tokens that may come; None: any number, and attention's states grow.
     """
-    states: list[State] = []
-    for layer in layers:
-        mixer = layer.mixer
-        if isinstance(mixer, Mamba):
-            states.append(mixer.initial_state(batch, dtype, device))
-        elif isinstance(mixer, Attention):
-            states.append(mixer.initial_state(batch, dtype, device, room))
-        else:
-            states.append(None)
-    return states
-
-
-def map_rows(state: State, function: Callable[[Tensor], Tensor]) -> State:
-    """A layer's state with every tensor changed that has a row for each sequence of the batch."""
-    if state is None:
-        return None
-    values = {field.name: getattr(state, field.name) for field in fields(state)}
-    rows: dict[str, Any] = {
-        name: function(value) for name, value in values.items() if value is not None and value.dim()
-    }
-    return replace(state, **rows)
+    return [layer.mixer.initial_state(batch, dtype, device, room) for layer in layers]  # type: ignore[union-attr,operator]
 
 
 def fp32_parameter_names(model: nn.Module) -> set[str]:
-    """Parameters, and balance biases, that stay fp32 in a bf16 model: small, and sensitive to rounding."""
-    names: set[str] = set()
-    for prefix, module in model.named_modules():
-        local: list[str] = []
-        if isinstance(module, RMSNorm | LayerNorm | Router):
-            local = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-        elif isinstance(module, Mamba):
-            local = ["A_log", "D", "dt_proj.bias"] + ["dt_B_C"] * (not module.config.selective)
-        names.update(f"{prefix}.{name}" if prefix else name for name in local)
-    return names
+    """Parameters, and balance biases, that stay fp32 in a bf16 model: what each module declares of its own."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "fp32_names", ())
+    }
 
 
 def _sum(stream: Tensor, update: Tensor | None) -> Tensor:
@@ -1621,7 +1865,7 @@ class StateCache(Cache):
 
     def __init__(self) -> None:
         Cache.__init__(self, layers=[])
-        self.states: list[State] = []
+        self.states: list[State | None] = []
         self.seen: Any = 0
         self.visible: Tensor | None = None
 
@@ -1687,11 +1931,11 @@ class StateCache(Cache):
         self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.keep([map_rows(state, function) for state in self.states])
+        self.keep([state and state.map_rows(function) for state in self.states])
         if self.visible is not None:
             self.visible = function(self.visible)
 
-    def keep(self, states: list[State]) -> None:
+    def keep(self, states: list[State | None]) -> None:
         """Take a pass's new states."""
         self.states = states
 
@@ -1736,12 +1980,12 @@ class MoEMambaStaticCache(StateCache, StaticCache):
         for tensor in (*self.tensors(), *([] if isinstance(self.seen, int) else [self.seen])):
             tensor.zero_()
 
-    def keep(self, states: list[State]) -> None:
+    def keep(self, states: list[State | None]) -> None:
         """Take new states, in the tensors that it has where they are as large; no gradient flows through them."""
         if self.states:
             self.states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
         else:
-            self.states = [map_state(state, lambda tensor: tensor.detach().clone()) for state in states]
+            self.states = [state and state.map(lambda tensor: tensor.detach().clone()) for state in states]
 
     def count(self, batch: int, length: int, visible: Tensor | None) -> None:
         """Count new tokens; ``visible`` (batch, length) bool says which are text, None: all."""
@@ -1760,7 +2004,7 @@ class MoEMambaStaticCache(StateCache, StaticCache):
         self._is_empty = False
 
 
-def _written(old: State, new: State) -> State:
+def _written(old: State | None, new: State | None) -> State | None:
     """``new``, in the tensors of ``old`` where they are as large."""
     if old is None or new is None:
         return new
@@ -1774,29 +2018,6 @@ def _written(old: State, new: State) -> State:
         field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)
     }
     return replace(new, **values)
-
-
-def map_state(state: State, function: Callable[[Tensor], Tensor]) -> Any:
-    """A layer's state with every tensor changed."""
-    if state is None:
-        return None
-    values: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(state)}
-    values = {name: value if value is None else function(value) for name, value in values.items()}
-    return replace(state, **values)
-
-
-def _state_to(state: State, device: Any, non_blocking: bool = False) -> Any:
-    return map_state(state, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-
-def _sequences_to(sequences: Sequences, device: Any, non_blocking: bool = False) -> Sequences:
-    starts = sequences.starts
-    return sequences if starts is None else replace(sequences, starts=starts.to(device, non_blocking=non_blocking))
-
-
-# With a device map accelerate brings a layer's inputs to the layer's device: tensors, and what has a method `to`.
-for _class, _to in ((MambaState, _state_to), (AttentionState, _state_to), (Sequences, _sequences_to)):
-    setattr(_class, "to", _to)  # noqa: B010
 
 
 # From moe_mamba/hf/shell/padding.py:
@@ -2020,8 +2241,8 @@ def document_starts(
 
 
 def run_with_waiting(
-    run: Any, stream: Tensor, starts: Tensor | None, states: list[State], waiting: Tensor
-) -> tuple[Tensor, list[RouterStatistics], list[State]]:
+    run: Any, stream: Tensor, starts: Tensor | None, states: list[State | None], waiting: Tensor
+) -> tuple[Tensor, Statistics, list[State | None]]:
     """A pass in parts, so that a row's state is as it was when the row's padding has passed.
 
     Args:
@@ -2039,47 +2260,20 @@ def run_with_waiting(
         mixed, measured, new_states = run(
             stream[:, first:end].flatten(0, 1), Sequences(batch, end - first, part), states
         )
-        states = [_held(old, new, waiting >= end, end - first) for old, new in zip(states, new_states, strict=True)]
+        waits = waiting >= end
+        states = [old and old.kept_where(waits, new, end - first) for old, new in zip(states, new_states, strict=True)]
         streams.append(mixed.view(batch, end - first, -1))
-        statistics += measured
-    return torch.cat(streams, 1).flatten(0, 1), _summed(statistics, len(bounds) - 1), states
+        statistics.append(measured)
+    return torch.cat(streams, 1).flatten(0, 1), _summed(statistics), states
 
 
-def _held(old: State, new: State, waits: Tensor, tokens: int) -> State:
-    """``new``, but what it was for rows that wait (batch,) bool; attention's move behind the padding's."""
-    if new is None or old is None:
-        return None
-    if not isinstance(new, AttentionState):
-        pairs = {name: (getattr(old, name), getattr(new, name)) for name in vars(new)}
-        return replace(new, **{name: _where(waits, was, now.to(was.dtype)) for name, (was, now) in pairs.items()})
-    assert isinstance(old, AttentionState)
-    if new.seen is None:  # the last of what it was, where a window keeps no more of it
-        kept, length = new.key.shape[2], old.key.shape[2]
-        source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
-        key, value = (
-            _where(waits, was[:, :, source], now) for was, now in ((old.key, new.key), (old.value, new.value))
-        )
-        return replace(new, key=key, value=value, start=torch.where(waits, old.start + kept - length, new.start))
-    place = torch.arange(new.key.shape[2], device=waits.device)
-    moved = torch.where((place >= tokens) & (place < new.seen), place - tokens, place)
-    source = torch.where(waits[:, None], moved, place)[:, None, :, None].expand_as(new.key)
-    key, value = new.key.gather(2, source), new.value.gather(2, source)
-    return replace(new, key=key, value=value, start=torch.where(waits, old.start + tokens, new.start))
-
-
-def _where(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    return torch.where(rows.view(-1, *[1] * (other.dim() - 1)), one, other)
-
-
-def _summed(statistics: list[RouterStatistics], parts: int) -> list[RouterStatistics]:
-    """Statistics of each router over the parts of a pass, which stand part by part."""
-    routers = len(statistics) // parts
-    return [
-        RouterStatistics(
-            *(sum(values) for values in zip(*(vars(one).values() for one in statistics[r::routers]), strict=True))
-        )
-        for r in range(routers)
-    ]
+def _summed(parts: list[Statistics]) -> Statistics:
+    """Statistics of each router over the parts of a pass."""
+    summed = {}
+    for name in parts[0]:
+        values = zip(*(vars(part[name]).values() for part in parts), strict=True)
+        summed[name] = RouterStatistics(*(sum(value[1:], value[0]) for value in values))
+    return summed
 
 
 def reordered(tensor: Tensor, places: Tensor | None) -> Tensor:
@@ -2207,7 +2401,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         stack = config.stack
         moe: Any = MoEConfig(**config.moe)
         self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
-        self.layers = nn.ModuleList(MoEMambaLayer(letter, stack, moe) for letter in stack.layers)
+        check_pattern(stack, moe)
+        self.looks_ahead = looks_ahead(stack, moe)
+        self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack))
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:
@@ -2299,7 +2495,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             logits = recording.router_logits or []
             recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
-            recorded["router_statistics"] = statistics
+            recorded["router_statistics"] = list(statistics.values())
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -2328,11 +2524,6 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
     def _computes_again(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether experts choose their tokens, later ones among them."""
-        return "E" in self.config.layers and self.config.moe["router"] == "expert_choice"
-
     def check_that_it_generates(self) -> None:
         """Refuse what has no cache.
 
@@ -2347,7 +2538,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
 
     def _mix(
         self, embedded: Tensor, cache: StateCache | None, reading: Reading, recording: Recording
-    ) -> tuple[Tensor, list[RouterStatistics]]:
+    ) -> tuple[Tensor, Statistics]:
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
         states = None if cache is None else self._states(cache, embedded)
@@ -2369,7 +2560,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             cache.count(batch, length, reading.visible)
         return reordered(stream.view(embedded.shape), reading.places), statistics
 
-    def _states(self, cache: StateCache, embedded: Tensor) -> list[State]:
+    def _states(self, cache: StateCache, embedded: Tensor) -> list[State | None]:
         """The cache's states, or those before any token. All are zeros: quantised or offloaded weights make none."""
         batch, length, _ = embedded.shape
         if cache.batch_size not in (-1, batch):

@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.layer import State, map_rows
+from moe_mamba.model.mixers.base import State
+from moe_mamba.model.pattern import depends_on_batch, looks_ahead
 from moe_mamba.model.sampling import Sampling
 
 CHUNK = 2048  # tokens of all prompts that a pass reads: what its activations take does not depend on the prompts
@@ -97,7 +98,7 @@ class Writing:
         self._ends_after = 0 if end_of_text is None else min_new_tokens
         self._chunk = chunk
         self._unread: Sequence[Sequence[int]] = prompts
-        self._states: list[State] = []
+        self._states: list[State | None] = []
         self._last: list[int] = []  # the last token of each row
         self._steps = 0
 
@@ -143,7 +144,9 @@ class Writing:
 
 
 @torch.no_grad()
-def read(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int = CHUNK) -> tuple[Tensor, list[State]]:
+def read(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int = CHUNK
+) -> tuple[Tensor, list[State | None]]:
     """Read prompts, a chunk at a time.
 
     Args:
@@ -161,21 +164,21 @@ def read(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int = CH
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = torch.tensor(prompt)
         starts[row, length - len(prompt)] = len(prompt) < length
-    states: list[State] = model.initial_states(len(prompts))
+    states: list[State | None] = model.initial_states(len(prompts))
     width = max(1, chunk // len(prompts))
     for piece, start in zip(tokens.split(width, dim=1), starts.split(width, dim=1), strict=True):
         stream, states = _advance(model, piece.to(device), start.to(device) if start.any() else None, states)
     return stream, states
 
 
-def select(states: Sequence[State], rows: Tensor) -> list[State]:
+def select(states: Sequence[State | None], rows: Tensor) -> list[State | None]:
     """The states of some sequences of a batch, or of the same in another order: ``rows`` (count,) int64."""
-    return [map_rows(state, lambda tensor: tensor.index_select(0, rows)) for state in states]
+    return [state and state.map_rows(lambda tensor: tensor.index_select(0, rows)) for state in states]
 
 
 def _advance(
-    model: LanguageModel, tokens: Tensor, starts: Tensor | None, states: list[State]
-) -> tuple[Tensor, list[State]]:
+    model: LanguageModel, tokens: Tensor, starts: Tensor | None, states: list[State | None]
+) -> tuple[Tensor, list[State | None]]:
     """One pass over tokens (rows, length): the stream after the last of each (rows, d_model), and the new states."""
     stream, _, new_states = model.hidden(tokens, starts, states)
     assert new_states is not None, "states were given"
@@ -183,13 +186,13 @@ def _advance(
 
 
 def _check(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
-    moe = model.moe_config
-    if "E" in model.config.layers and moe.router == "expert_choice":
+    config, moe = model.config, model.moe_config
+    if looks_ahead(config, moe):
         raise UserError(
             "moe.router=expert_choice looks ahead at later tokens, so it cannot generate: "
             "train with moe.router=switch or top_k"
         )
-    if "E" in model.config.layers and moe.evaluation_capacity is not None and len(prompts) > 1:
+    if depends_on_batch(config, moe) and len(prompts) > 1:
         raise UserError(
             f"moe.evaluation_capacity={moe.evaluation_capacity:g} lets the texts of a batch displace each other's "
             "tokens: generate one at a time"

@@ -12,6 +12,8 @@ from moe_mamba.model.initialize import Initializer, ones, zeros
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang and Sennrich, 2019): ``x / sqrt(mean(x^2) + epsilon) * weight``."""
 
+    fp32_names = ("weight",)
+
     def __init__(self, d: int, epsilon: float, kernels: str = "auto") -> None:
         super().__init__()
         self.epsilon = epsilon
@@ -29,6 +31,8 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """Layer norm (Ba et al., 2016) with weight and bias, as in torch."""
+
+    fp32_names = ("weight", "bias")
 
     def __init__(self, d: int, epsilon: float) -> None:
         super().__init__()
@@ -49,8 +53,8 @@ class LayerNorm(nn.Module):
         return {"weight": ones, "bias": zeros}
 
 
-def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+def build_norm(config: ModelConfig, kernels: str = "auto") -> RMSNorm | LayerNorm:
     """Build the norm over ``d_model`` that the config names."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, config.norm_epsilon, config.kernels)
+        return RMSNorm(config.d_model, config.norm_epsilon, kernels)
     return LayerNorm(config.d_model, config.norm_epsilon)

@@ -1,7 +1,8 @@
 """What goes with the flat residual stream to every layer: its sequences, and what a caller wants to see of the pass."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +43,9 @@ class Sequences:
     def tokens(self) -> int:
         """Tokens in the stream."""
         return self.batch * self.length
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Sequences":
+        """The same with its tensor on another device."""
+        if self.starts is None:
+            return self
+        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))

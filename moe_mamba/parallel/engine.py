@@ -70,8 +70,9 @@ def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any
     Weight decay is for matrices; norms, biases, D and A_log have none, unless `train.decay_all`.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    not_decayed = model.not_decayed()
     for name, parameter in model.named_parameters():
-        is_matrix = len(zero3.gathered_shape(parameter)) >= 2 and not name.endswith("A_log")
+        is_matrix = len(zero3.gathered_shape(parameter)) >= 2 and name not in not_decayed
         decay = config.train.weight_decay if is_matrix or config.train.decay_all else 0.0
         groups[parameter.dtype == torch.float32, decay].append(parameter)
     # The first group's dtype is the one by which ZeRO decides whether gradients need an fp32 accumulator.

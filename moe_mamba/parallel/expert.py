@@ -27,9 +27,9 @@ def spread_experts(model: LanguageModel, groups: Groups) -> None:
         model: a whole one, on the meta device; the caller makes that the default device.
         groups: from ``start_groups``.
     """
-    for layer in model.layers:
-        if isinstance(layer.mixer, MoE):
-            layer.mixer = ExpertParallelMoE(layer.mixer, groups)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MoE):
+            model.set_submodule(name, ExpertParallelMoE(module, groups))
 
 
 class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
@@ -49,13 +49,13 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         self.num_local_experts = self.num_experts // topology.expert
         self.enable_expert_tensor_parallelism = topology.expert_tensor
 
-        config, width = whole.experts.config, whole.experts.out_proj.shape[1]
+        config, kernels, width = whole.experts.config, whole.experts.kernels, whole.experts.out_proj.shape[1]
         if topology.expert_tensor:
             width //= topology.tensor
         self.router = whole.router
-        self.experts = Experts(config, self.num_local_experts, width)
+        self.experts = Experts(config, self.num_local_experts, width, kernels)
         self.shared = whole.shared
-        self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert, config.kernels)
+        self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert, kernels)
         self._tensor = topology.tensor
         self._tensor_group = groups.tensor
         self.set_deepspeed_parallelism()  # type: ignore[operator]

@@ -28,7 +28,7 @@ def build_model(config: Config, whole: LanguageModel, held: dict[str, Shard], gr
         groups: of the layout.
     """
     with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
+        model = LanguageModel(config.model, config.moe, config.run.kernels)
         cut(model, groups, held)
     if config.parallel.zero == 3:
         from moe_mamba.parallel.zero3 import partition_model

@@ -23,9 +23,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.layer import Layer
 from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import Shard
 
@@ -40,20 +39,16 @@ def cut_layers(model: LanguageModel, groups: Groups, shards: dict[str, Shard]) -
     """
     assert groups.tensor is not None
     _cut_vocabulary(model, groups.tensor, shards)
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, Layer)
-        prefix = f"layers.{index}.mixer"
-        if not isinstance(layer.mixer, MoE):
-            _cut_mixer(layer.mixer, prefix, groups.tensor, shards)
-        elif layer.mixer.shared is not None:  # routers and experts work on each peer's own tokens
-            _cut_mixer(layer.mixer.shared, f"{prefix}.shared", groups.tensor, shards)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Mixer) and module.gathers_tokens:
+            _cut_mixer(module, name, groups.tensor, shards)
 
 
 def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, Shard]) -> None:
     """Cut all that a mixer owns, and gather the tokens of the peers at its entry."""
     for name, linear in list(mixer.named_modules()):
         if isinstance(linear, nn.Linear):
-            mixer.set_submodule(name, _cut_linear(linear, name, shards[f"{prefix}.{name}.weight"], group))
+            mixer.set_submodule(name, _cut_linear(linear, shards[f"{prefix}.{name}.weight"], group))
     for name, parameter in list(mixer.named_parameters()):
         shape = shards[f"{prefix}.{name}"].local_shape
         if parameter.shape != shape:
@@ -62,12 +57,12 @@ def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[
     mixer.register_forward_pre_hook(partial(_gather_tokens, group))
 
 
-def _cut_linear(linear: nn.Linear, name: str, shard: Shard, group: ProcessGroup) -> nn.Module:
+def _cut_linear(linear: nn.Linear, shard: Shard, group: ProcessGroup) -> nn.Module:
     if shard.tensor_axis is None:
         return linear
     if shard.tensor_axis == 0:
         return ColumnLinear(linear, shard, group)
-    return ReducedLinear(linear, group) if name == "x_proj" else RowLinear(linear, group)
+    return ReducedLinear(linear, group) if shard.is_reduced else RowLinear(linear, group)
 
 
 def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,9 +162,9 @@ def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str,
         cross_entropy_sum,
         first=group.rank() * shard.local_shape[0],
         reduce=partial(_reduce, group=group),
-        backend=model.config.kernels,
+        backend=model.kernels,
     )
-    model.likeliest = partial(_likeliest, first=group.rank() * shard.local_shape[0], group=group)
+    model.argmax = partial(_argmax, first=group.rank() * shard.local_shape[0], group=group)
 
 
 def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -> Tensor:
@@ -189,7 +184,7 @@ def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -
     return logits
 
 
-def _likeliest(logits: Tensor, *, first: int, group: ProcessGroup) -> Tensor:
+def _argmax(logits: Tensor, *, first: int, group: ProcessGroup) -> Tensor:
     """Ids of the largest logits over all peers' parts of the vocabulary, of equal ones the first: (..., rows) -> (...).
 
     Args:

@@ -13,6 +13,7 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
+from moe_mamba.model.pattern import looks_ahead
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Topology:
 
         Raises:
             UserError: the sizes do not fit one another or the batch; names them, and a layout that would. Whether they
-                fit the model, ``placement.check_cuts`` knows.
+                fit the model, ``placement.check_shards`` knows.
         """
         parallel = config.parallel
         topology = cls(world, parallel.tensor, parallel.expert, parallel.expert_tensor)
@@ -174,7 +175,7 @@ class Topology:
 
     def micro_batch_multiple(self, config: Config) -> int:
         """What a micro-batch must be a multiple of: tensor peers share its tokens, expert choice's whole sequences."""
-        if config.moe.router == "expert_choice" and "E" in config.model.pattern and not self.expert_tensor:
+        if looks_ahead(config.model, config.moe) and not self.expert_tensor:
             return self.tensor
         return self.tensor // math.gcd(self.tensor, config.data.sequence_length)
 

@@ -9,7 +9,8 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.placement import Shard, check_cuts, shards
+from moe_mamba.model.pattern import has_experts
+from moe_mamba.parallel.placement import Shard, check_shards, shards
 from moe_mamba.parallel.topology import Topology, World
 
 FP32, BF16 = 4, 2  # bytes
@@ -46,7 +47,7 @@ def layout(config: Config, gpus: int | None = None) -> Topology:
     if parallel.expert_tensor:
         fewest = parallel.tensor * parallel.expert
     topology = Topology.of(config, World(rank=0, size=gpus or fewest, local_rank=0, local_size=1))
-    check_cuts(config, topology)
+    check_shards(config, topology)
     return topology
 
 
@@ -120,7 +121,7 @@ def table(config: Config, gpus: int | None = None) -> str:
 
 def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str]]:
     parallel, devices = config.parallel, numbers["devices"]
-    experts = f", experts over {parallel.expert}" * ("E" in config.model.pattern)
+    experts = f", experts over {parallel.expert}" * has_experts(config.model)
     cut = " and their tensor peers" * parallel.expert_tensor
     kinds = {"weights": "weight_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
     masters = "fp32 masters and moments" if parallel.zero else "moments"

@@ -4,6 +4,7 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.pattern import layer_specs
 from moe_mamba.parallel.topology import Topology
 from moe_mamba.planning.memory import per_device
 
@@ -41,18 +42,12 @@ def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
 
     Tensor peers share all but the input of a mixer, which each gathers whole.
     """
-    model, moe = config.model, config.moe
+    model, recompute = config.model, config.train.recompute
     width = 2 if config.train.precision == "bf16" else 4
-    top_k = moe.top_k + moe.shared_experts
-    hidden = 2 if model.activation == "swiglu" else 1
-    kept = {
-        # x, z, convolution, delta, gate, scan output in the compute type; the scan's inputs also in fp32.
-        "M": model.d_inner * (8 * width + 8),
-        "*": model.d_model * 6 * width,
-        "-": model.resolved_d_ff * (hidden + 2) * width,
-        "E": top_k * ((moe.d_expert or model.resolved_d_ff) * (hidden + 2) + 2 * model.d_model) * width,
-    }
-    layers = sum(3 * model.d_model * width + (0 if config.train.recompute else kept[letter]) for letter in model.layers)
-    gathered = 0 if tensor == 1 or config.train.recompute else model.d_model * width * len(model.layers)
+    specs = layer_specs(model)
+    mixers = [mixer for spec in specs for mixer in spec.mixers]
+    kept = 0 if recompute else sum(mixer.activation_bytes(model, config.moe, width) for mixer in mixers)
+    layers = 3 * model.d_model * width * len(specs) + kept
+    gathered = 0 if tensor == 1 or recompute else model.d_model * width * len(specs)
     # Logits, their fp32 copy and its gradient.
     return (layers + model.vocab_size * (width + 8)) // tensor + gathered

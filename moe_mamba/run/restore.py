@@ -80,7 +80,7 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     """
     trained = open_trained(run_or_step)
     with torch.device("meta"):
-        model = LanguageModel(trained.config.model, trained.config.moe)
+        model = LanguageModel(trained.config.model, trained.config.moe, trained.config.run.kernels)
     model.to_empty(device=device)
     load_weights(model, trained.path)
     return Restored(model.eval(), trained.tokenizer, trained.config, trained.path)

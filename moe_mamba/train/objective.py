@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_mamba.config import MoEConfig
+from moe_mamba.model.mixers.base import Statistics
 from moe_mamba.model.mixers.routing import RouterStatistics, balance_loss, z_loss
 from moe_mamba.parallel.topology import Topology
 
@@ -20,7 +21,7 @@ class StepSums:
     cross_entropy: Tensor
     balance: Tensor
     z: Tensor
-    statistics: list[RouterStatistics]
+    statistics: Statistics
 
 
 class Objective:
@@ -48,52 +49,54 @@ class Objective:
         self._topology = topology
         self.sums: StepSums | None = None
 
-    def __call__(self, logits: Tensor, targets: Tensor, statistics: list[RouterStatistics]) -> Tensor:
+    def __call__(self, logits: Tensor, targets: Tensor, statistics: Statistics) -> Tensor:
         """Loss to give to the engine's backward.
 
         Args:
             logits: (batch, length, vocab) of the micro-batch; a tensor peer's part of the vocabulary.
             targets: (batch, length) token ids, -100 where nothing is counted.
-            statistics: of each MoE layer, on this rank.
+            statistics: of each router, on this rank.
         """
         cross_entropy, _ = self._cross_entropy(logits, targets)
         shared = over_all_ranks(statistics, self._topology)
-        balance = _mean([balance_loss(layer) for layer in shared], like=cross_entropy)
-        z = _mean([z_loss(layer) for layer in shared], like=cross_entropy)
+        balance = _mean([balance_loss(layer) for layer in shared.values()], like=cross_entropy)
+        z = _mean([z_loss(layer) for layer in shared.values()], like=cross_entropy)
         self._add(cross_entropy, balance, z, shared)
         if self._config.balance_over == "device":
             # Tensor peers' gradients of the router are summed, and each has a loss of its own here.
-            balance = _mean([balance_loss(layer) for layer in statistics], like=cross_entropy) / self._topology.tensor
-            z = _mean([z_loss(layer) for layer in statistics], like=cross_entropy) / self._topology.tensor
+            balance = (
+                _mean([balance_loss(layer) for layer in statistics.values()], like=cross_entropy)
+                / self._topology.tensor
+            )
+            z = _mean([z_loss(layer) for layer in statistics.values()], like=cross_entropy) / self._topology.tensor
         loss = cross_entropy * self._scale
         if self._config.balance == "loss":
             loss = loss + self._config.balance_weight * balance
         return loss + self._config.z_loss_weight * z
 
-    def _add(self, cross_entropy: Tensor, balance: Tensor, z: Tensor, statistics: list[RouterStatistics]) -> None:
-        statistics = [_combine(layer) for layer in statistics]
+    def _add(self, cross_entropy: Tensor, balance: Tensor, z: Tensor, statistics: Statistics) -> None:
+        statistics = {name: _combine(router) for name, router in statistics.items()}
         if self.sums is None:
             self.sums = StepSums(cross_entropy.detach(), balance.detach(), z.detach(), statistics)
             return
         self.sums.cross_entropy += cross_entropy.detach()
         self.sums.balance += balance.detach()
         self.sums.z += z.detach()
-        self.sums.statistics = [
-            _combine(mine, other) for mine, other in zip(self.sums.statistics, statistics, strict=True)
-        ]
+        self.sums.statistics = {name: _combine(mine, statistics[name]) for name, mine in self.sums.statistics.items()}
 
 
-def over_all_ranks(statistics: list[RouterStatistics], topology: Topology) -> list[RouterStatistics]:
-    """Sum every layer's statistics over all ranks, in one collective, with gradients."""
+def over_all_ranks(statistics: Statistics, topology: Topology) -> Statistics:
+    """Sum every router's statistics over all ranks, in one collective, with gradients."""
     if topology.world.size == 1 or not statistics:
         return statistics
     names = [field.name for field in fields(RouterStatistics)]
-    parts = [getattr(layer, name).reshape(-1) for layer in statistics for name in names]
+    parts = [getattr(router, name).reshape(-1) for router in statistics.values() for name in names]
     summed = _SumOverRanks.apply(torch.cat(parts), topology.data).split([part.numel() for part in parts])
     shaped = iter(summed)
-    return [
-        RouterStatistics(**{name: next(shaped).view_as(getattr(layer, name)) for name in names}) for layer in statistics
-    ]
+    return {
+        router: RouterStatistics(**{name: next(shaped).view_as(getattr(measured, name)) for name in names})
+        for router, measured in statistics.items()
+    }
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -115,11 +118,11 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient * ctx.data_ranks, None
 
 
-def _combine(*layers: RouterStatistics) -> RouterStatistics:
-    """The detached sum of statistics of the same layer."""
+def _combine(*parts: RouterStatistics) -> RouterStatistics:
+    """The detached sum of statistics of the same router."""
     return RouterStatistics(
         **{
-            field.name: torch.stack([getattr(layer, field.name).detach() for layer in layers]).sum(0)
+            field.name: torch.stack([getattr(part, field.name).detach() for part in parts]).sum(0)
             for field in fields(RouterStatistics)
         }
     )

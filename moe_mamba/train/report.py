@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_mamba.config import Config, ModelConfig
+from moe_mamba.config import Config
 from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
 from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
@@ -15,6 +15,7 @@ from moe_mamba.evaluation.scores import Scores
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.pattern import has_experts, kinds, looks_ahead
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
@@ -53,7 +54,7 @@ def describe_layout(config: Config, topology: Topology) -> str:
     if not topology.is_cut:
         return ""
     cut_experts = " and their tensor peers" * topology.expert_tensor
-    experts = f", experts over {topology.expert}{cut_experts}" * ("E" in config.model.pattern)
+    experts = f", experts over {topology.expert}{cut_experts}" * has_experts(config.model)
     return f"tensor {topology.tensor} x data {topology.data}{experts}, "
 
 
@@ -75,23 +76,19 @@ def describe_kernels(config: Config, world: World) -> tuple[str, list[str]]:
     serves = defaultdict(list)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for operation, size in _operations(config.model).items():
-            serves[choose(operation, world.device.type, dtype, config.model.kernels, size)[0]].append(operation)
+        for operation, size in _operations(config).items():
+            serves[choose(operation, world.device.type, dtype, config.run.kernels, size)[0]].append(operation)
     line = "; ".join(f"{name}: {', '.join(served)}" for name, served in serves.items())
     said = (str(warning.message) for warning in caught if warning.category is UserWarning)  # by choose
     return line, list(dict.fromkeys(said))
 
 
-def _operations(config: ModelConfig) -> dict[str, int]:
+def _operations(config: Config) -> dict[str, int]:
     """Operations of our kernels that a training step does -> the size that a back end may limit, 0 where none does."""
     used: dict[str, int] = {}
-    if "M" in config.layers:
-        used |= {"selective_scan": config.d_state, "causal_conv": config.d_conv}
-    if "E" in config.layers:
-        used |= dict.fromkeys(("sort_by_expert", "gather_rows", "combine_rows", "grouped_matmul"), 0)
-    if "E" in config.layers or "-" in config.layers:
-        used["activation"] = 0
-    if config.norm == "rmsnorm" or config.mamba_norms:
+    for mixer in kinds(config.model):
+        used |= mixer.kernel_operations(config.model, config.moe)
+    if config.model.norm == "rmsnorm":
         used["rms_norm"] = 0
     return used | {"cross_entropy": 0}
 
@@ -128,24 +125,29 @@ def routing_metrics(config: Config, sums: StepSums, micro_steps: int) -> dict[st
 
     Dropped is a share of the assignments; where experts choose, of the tokens, those that none took.
     """
-    layers = [str(index) for index, letter in enumerate(config.model.layers) if letter == "E"]
-    assigned = torch.stack([layer.assigned for layer in sums.statistics])  # (layers, experts)
-    totals = assigned.sum(1)  # (layers,)
+    names, routers = [_router_label(name) for name in sums.statistics], list(sums.statistics.values())
+    assigned = torch.stack([router.assigned for router in routers])  # (routers, experts)
+    totals = assigned.sum(1)  # (routers,)
     tokens, dropped, entropy = (
-        torch.stack([getattr(layer, name) for layer in sums.statistics]) for name in ("tokens", "dropped", "entropy")
+        torch.stack([getattr(router, name) for router in routers]) for name in ("tokens", "dropped", "entropy")
     )
-    dropped = dropped / (tokens if config.moe.router == "expert_choice" else totals)
+    dropped = dropped / (tokens if looks_ahead(config.model, config.moe) else totals)
     load = (assigned / totals[:, None]).tolist()
     return {
         "balance_loss": float(sums.balance) / micro_steps,
         "z_loss": float(sums.z) / micro_steps,
         "dropped": float(dropped.mean()),
-        "expert_load": {name: [round(share, 5) for share in row] for name, row in zip(layers, load, strict=True)},
+        "expert_load": {name: [round(share, 5) for share in row] for name, row in zip(names, load, strict=True)},
         "moe": {
-            "dropped": dict(zip(layers, dropped.tolist(), strict=True)),
-            "router_entropy": dict(zip(layers, (entropy / tokens).tolist(), strict=True)),
+            "dropped": dict(zip(names, dropped.tolist(), strict=True)),
+            "router_entropy": dict(zip(names, (entropy / tokens).tolist(), strict=True)),
         },
     }
+
+
+def _router_label(name: str) -> str:
+    """A router's name in metrics: its layer's index, and what of the name says more where a layer has several."""
+    return name.removeprefix("layers.").removesuffix(".mixer.router")
 
 
 def validation_metrics(step: int, tokens: int, corpora: Corpora, scores: dict[str, Scores]) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def draw_pictures(config: Config, folder: RunFolder) -> list[Path]:
 
 
 def _pictures(config: Config, folder: RunFolder) -> list[Path]:
-    return [folder.plots / "loss.png"] + [folder.plots / "expert_load.png"] * ("E" in config.model.pattern)
+    return [folder.plots / "loss.png"] + [folder.plots / "expert_load.png"] * has_experts(config.model)
 
 
 def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 from moe_mamba.checkpoint import store
 from moe_mamba.config import Config
+from moe_mamba.model.pattern import has_experts
 from moe_mamba.parallel.parallelize import check_compiler
-from moe_mamba.parallel.placement import check_cuts
+from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
@@ -41,7 +42,7 @@ def check(config: Config, world: World) -> Topology:
     """
     world.check_devices()
     topology = Topology.of(config, world)
-    check_cuts(config, topology)
+    check_shards(config, topology)
     check_compiler(config.train)
     return topology
 
@@ -80,7 +81,7 @@ def accumulation_changes(config: Config, beginning: Beginning, micro_steps: int)
         changed.append("the balance loss")
     if config.moe.capacity_factor is not None and was[1] != now[1]:
         changed.append("the capacity of experts")
-    if "E" not in config.model.pattern or not changed:
+    if not has_experts(config.model) or not changed:
         return []
     return [
         f"note      {was[0]} micro-steps of {was[1]:g} sequences a device became {now[0]} of {now[1]:g}: "

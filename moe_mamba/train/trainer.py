@@ -129,7 +129,7 @@ class Trainer:
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_steps = share // self.micro_batch
         with torch.device("meta"):
-            whole = LanguageModel(config.model, config.moe)
+            whole = LanguageModel(config.model, config.moe, config.run.kernels)
         announce_by(screen.shout)  # the rank that builds is not always the first
         for line in report.header(config, whole, corpora, topology, self.micro_batch):
             screen.say(line)
@@ -240,9 +240,9 @@ class Trainer:
 
     def _update_balance_biases(self, sums: StepSums) -> None:
         if self.config.moe.balance == "bias":
-            for router, layer in zip(self.model.routers(), sums.statistics, strict=True):
-                # Experts cut by tensor count in shares, whose sum may be a rounding away from the whole number.
-                update_balance_bias(router, layer.assigned.round(), self.config.moe.bias_rate)
+            for name, router in self.model.routers().items():
+                # Experts sharded by tensor count in shares, whose sum may be a rounding away from the whole number.
+                update_balance_bias(router, sums.statistics[name].assigned.round(), self.config.moe.bias_rate)
 
     def _sum(self, value: Tensor) -> float:
         """Sum over all data ranks."""

@@ -90,7 +90,7 @@ def test_the_first_pass_is_the_dense_models(
     torch.testing.assert_close(logits(sparse), expected, rtol=0, atol=1e-5)
     with torch.no_grad():
         statistics = sparse.model(tokens()).statistics
-    for layer in statistics:  # tokens spread: no tie sends them all to one expert
+    for layer in statistics.values():  # tokens spread: no tie sends them all to one expert
         assert (layer.assigned > 0).sum() > sparse.config.moe.top_k
 
 

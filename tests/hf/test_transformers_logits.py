@@ -99,8 +99,8 @@ def test_the_loss_of_training_is_the_trainers(pair: Pair, backend: str, moe: dic
     out = ours(tokens)
     total, count = ours.cross_entropy(out.logits[:, :-1], labels[:, 1:])
     config = ours.moe_config
-    z = torch.stack([z_loss(layer) for layer in out.statistics]).mean()
-    balance = torch.stack([balance_loss(layer) for layer in out.statistics]).mean()
+    z = torch.stack([z_loss(layer) for layer in out.statistics.values()]).mean()
+    balance = torch.stack([balance_loss(layer) for layer in out.statistics.values()]).mean()
     routers = config.z_loss_weight * z + (config.balance == "loss") * config.balance_weight * balance
     got = theirs(tokens, labels=labels, output_router_logits=True)
     _close(got.aux_loss, routers)

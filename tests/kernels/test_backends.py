@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moe_mamba.config import ModelConfig
+from moe_mamba.config import RunConfig
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import requirements
 from moe_mamba.kernels.backends import BACKENDS, NAMES, SIZES, Backend, choose
@@ -29,7 +29,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, operation: str, name: str, **fields
 def test_every_name_is_a_choice_of_the_configuration() -> None:
     assert {name for table in BACKENDS.values() for name in table} <= set(NAMES)
     for name in ("auto", *NAMES):
-        assert ModelConfig(kernels=name).kernels == name
+        assert RunConfig(kernels=name).kernels == name
 
 
 @pytest.mark.parametrize("operation", BACKENDS)

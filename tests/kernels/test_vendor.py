@@ -144,7 +144,7 @@ def test_conv_takes_any_strides(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "value"), [("starts", torch.zeros(2, 11).bool()), ("initial_state", torch.zeros(2, 6, 4))]
 )
 def test_scan_refuses_what_it_cannot_do(name: str, value: Tensor) -> None:
-    with pytest.raises(UserError, match=f"^selective_scan: .* does not take {name}: choose --model.kernels=auto$"):
+    with pytest.raises(UserError, match=f"^selective_scan: .* does not take {name}: choose --run.kernels=auto$"):
         their_scan(**scan_operands(True) | {name: value})
 
 

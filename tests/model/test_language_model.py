@@ -69,7 +69,7 @@ def test_recomputation_gives_the_same_gradients(tiny: Tiny, pattern: str) -> Non
         model = tiny(pattern, moe={"capacity_factor": 1.0})
         model.recompute = recompute
         output = model(_tokens(2, 8))
-        loss = output.logits.square().mean() + sum(one.probability.square().sum() for one in output.statistics)
+        loss = output.logits.square().mean() + sum(one.probability.square().sum() for one in output.statistics.values())
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         assert len(output.statistics) == pattern.count("E")
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))

@@ -19,7 +19,7 @@ from moe_mamba.model.mixers.routing import Router, update_balance_bias
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.groups import Groups, start_groups, start_world
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import Shard, check_cuts, shards
+from moe_mamba.parallel.placement import Shard, check_shards, shards
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
 
@@ -126,7 +126,7 @@ def build(config: Config) -> Built:
     """In a worker: join, cut, fill."""
     world = World.from_environment()
     topology = Topology.of(config, world)
-    check_cuts(config, topology)
+    check_shards(config, topology)
     start_world(world)
     with torch.device("meta"):
         whole = LanguageModel(config.model, config.moe)
@@ -134,7 +134,7 @@ def build(config: Config) -> Built:
     groups = start_groups(topology, held)
     with mock.patch.object(attention, "zeros", _spread), mock.patch.object(feed_forward, "zeros", _spread):
         model = build_model(config, whole, held, groups)
-    for router in model.routers():
+    for router in model.routers().values():
         router.weight.data *= DECISIVE
     return Built(topology, groups, held, model)
 
@@ -229,8 +229,8 @@ def train(config: Config, steps: int) -> Trained:
             dist.all_reduce(loss)
             losses.append(float(loss) / built.topology.tensor / counted)
             if config.moe.balance == "bias":
-                for router, layer in zip(built.model.routers(), objective.sums.statistics, strict=True):
-                    update_balance_bias(router, layer.assigned, config.moe.bias_rate)
+                for name, router in built.model.routers().items():
+                    update_balance_bias(router, objective.sums.statistics[name].assigned, config.moe.bias_rate)
             if step == 0:
                 clipped = min(1.0, config.train.gradient_clip / (norms[0] + 1e-6)) if config.train.gradient_clip else 1
                 scale = (1 - config.train.beta1) * clipped

@@ -46,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def parts(config: Config) -> Boxes:
     """In a worker: this rank's parts of parameters and buffers."""
     built = build(config)
-    for router in built.model.routers():
+    for router in built.model.routers().values():
         router.weight.data /= DECISIVE  # a power of two, so exactly what the seed gave
     tensors = dict(built.model.named_parameters()) | dict(built.model.named_buffers())
     for name, tensor in tensors.items():

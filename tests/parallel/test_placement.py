@@ -10,8 +10,16 @@ from torch import Tensor
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
-from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.placement import VOCABULARY_MULTIPLE, Shard, check_cuts, cuts, shards
+from moe_mamba.model.language_model import LanguageModel, shard_specs
+from moe_mamba.model.sharding import Block, ShardSpec
+from moe_mamba.parallel.placement import (
+    VOCABULARY_MULTIPLE,
+    Shard,
+    check_shards,
+    local_length,
+    segments_of_axis,
+    shards,
+)
 from moe_mamba.parallel.topology import Topology, World
 from tests.parallel.layouts import Layout, config_of
 
@@ -38,7 +46,7 @@ def on_every_rank(config: Config, model: LanguageModel, layout: Layout) -> list[
         Topology(World(rank, layout.ranks, rank, layout.ranks), layout.tensor, layout.expert, layout.expert_tensor)
         for rank in range(layout.ranks)
     ]
-    check_cuts(config, topologies[0])
+    check_shards(config, topologies[0])
     return [shards(model, topology) for topology in topologies]
 
 
@@ -118,16 +126,29 @@ def test_an_activation_without_a_gate_is_one_block() -> None:
             assert torch.equal(elements(held[name]), logical.chunk(2, dim=axis)[rank])
 
 
-def test_the_table_names_parameters_that_exist() -> None:
+def test_mixers_declare_parameters_that_exist() -> None:
     for activation in ("swiglu", "relu"):
         config, model = meta("M*-E", activation)
-        table = cuts(config.model, config.moe)
-        names = dict(model.named_parameters())
-        for letter, mixer in table.items():
-            prefix = f"layers.{'M*-E'.index(letter)}." if letter else ""
-            for name, its_cuts in mixer.items():
-                for cut in its_cuts:
-                    assert names[prefix + name].shape[cut.axis] == cut.block * cut.blocks, name
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        declared = shard_specs(config.model, config.moe)
+        assert {name for name in declared if not name.endswith(".bias")} <= shapes.keys()
+        for name in declared.keys() & shapes.keys():
+            for spec in declared[name]:
+                assert shapes[name][spec.axis] == sum(block.width for block in spec.blocks), name
+
+
+def test_blocks_of_unequal_widths_are_sharded_each_by_itself() -> None:
+    blocks = (Block(8, units=4), Block(8, units=4), Block(4, units=2), Block(4, units=2), Block(2, units=2))
+    spec = ShardSpec(0, "tensor", blocks, "heads")  # [z | x | B | C | dt], as Mamba-2's projection is
+    assert spec.fits(2) and not spec.fits(4) and not spec.fits(3)
+    assert local_length(spec, 2) == 13
+    logical = torch.arange(26)
+    parts = [block.chunk(2) for block in logical.split([block.width for block in blocks])]
+    for rank in (0, 1):
+        segments = segments_of_axis(spec, rank, 2)
+        mine = torch.cat([logical[first : first + length] for _, first, length in segments])
+        assert torch.equal(mine, torch.cat([part[rank] for part in parts]))
+        assert [segment.local for segment in segments] == [0, 4, 8, 10, 12]
 
 
 def test_fewer_key_heads_than_tensor_peers_are_copied_to_neighbours() -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
 from moe_mamba.errors import UserError
-from moe_mamba.parallel.placement import check_cuts
+from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.topology import Topology, World
 from tests.parallel.layouts import Layout, build, config_of, legal_layouts
 from tests.world import World as Processes
@@ -21,7 +21,7 @@ def world_of(ranks: int, rank: int = 0) -> World:
 
 def accept(config: Config, ranks: int) -> Topology:
     topology = Topology.of(config, world_of(ranks))
-    check_cuts(config, topology)
+    check_shards(config, topology)
     return topology
 
 
@@ -210,7 +210,7 @@ def accept_or_cut(config: Config, ranks: int) -> None:
     """A proposal fits world and batch; where the model cannot be cut so, the refusal of that proposes one that can."""
     topology = Topology.of(config, world_of(ranks))
     try:
-        check_cuts(config, topology)
+        check_shards(config, topology)
     except UserError as refusal:
         for other, count in proposed(config, ranks, str(refusal)):
             accept(other, count)

@@ -14,7 +14,7 @@ from moe_mamba.hf.formats import NATIVE
 from moe_mamba.model.generation import read
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.layer import State
+from moe_mamba.model.mixers.base import State
 
 MAMBA = ("MambaConfig", "MambaForCausalLM")
 CONTEXT_PAIRS = 8  # times as many pairs: a run is short, and two of the same differ by a tenth on a busy machine
@@ -50,9 +50,9 @@ def build(pattern: str, layers: int, d_model: int, vocab_size: int, kernels: str
         d_ff=2 * d_model,
         vocab_size=vocab_size,
         activation="swiglu",
-        kernels=kernels,
     )
-    model = LanguageModel(config, MoEConfig(experts=8, router="top_k", capacity_factor=None, balance="none"))
+    moe = MoEConfig(experts=8, router="top_k", capacity_factor=None, balance="none")
+    model = LanguageModel(config, moe, kernels)
     initialize(model, seed=0)
     return model.eval()
 
@@ -113,13 +113,13 @@ def decode_rows(shapes: GenerationShapes, repeats: int) -> list[Row]:
     return rows
 
 
-def decode(model: LanguageModel, tokens: Tensor, states: list[State] | None = None) -> Callable[[], Tensor]:
+def decode(model: LanguageModel, tokens: Tensor, states: list[State | None] | None = None) -> Callable[[], Tensor]:
     """The steps of generation: tokens (sequences, steps), one after the other from the states, to the last logits."""
     begin = states or read(model, tokens[:, :1].tolist())[1]
 
     @torch.inference_mode()
     def run() -> Tensor:
-        states: list[State] | None = begin
+        states: list[State | None] | None = begin
         for step in range(tokens.shape[1]):
             stream, _, states = model.hidden(tokens[:, step : step + 1], states=states)
             logits = model.logits(stream)
@@ -168,7 +168,7 @@ def _as_it_is(run: Run) -> Run:
     return run
 
 
-def _kibibytes(states: list[State]) -> float:
+def _kibibytes(states: list[State | None]) -> float:
     return sum(value.nbytes for state in states if state for value in vars(state).values() if value is not None) / 2**10
 
 

@@ -9,9 +9,13 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 from torch import Tensor
 
-from moe_mamba.config import PATTERN_LETTERS, ModelConfig, MoEConfig
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats.settings import Configuration, Settings
+from moe_mamba.model.mixers.attention import Attention
+from moe_mamba.model.mixers.feed_forward import FeedForward
+from moe_mamba.model.mixers.mamba import Mamba
+from moe_mamba.model.pattern import has, kinds, layer_specs
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,8 @@ def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
 
 def describe_layer(model: ModelConfig, index: int) -> str:
     """A layer in a message: ``layer 3 is attention (*)``."""
-    letter = model.layers[index]
-    return f"layer {index} is {PATTERN_LETTERS[letter]} ({letter})"
+    (mixer,) = layer_specs(model)[index].mixers
+    return f"layer {index} is {mixer.title} ({mixer.letter})"
 
 
 def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
@@ -156,20 +160,20 @@ def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
         return f"model.norm={model.norm}: {architecture} has RMSNorm alone"
     if not model.final_norm:
         return f"model.final_norm=false: {architecture} has a final norm"
-    if ("-" in model.layers or "E" in model.layers) and model.activation != "swiglu":
+    if model.activation != "swiglu" and any("activation" in mixer.settings for mixer in kinds(model)):
         return f"model.activation={model.activation}: {architecture} has SwiGLU alone"
-    if "M" in model.layers and not model.selective:
+    if has(model, Mamba) and not model.selective:
         return f"model.selective=false: {architecture} has the selective scan alone"
     return None
 
 
 def attention_refusal(model: ModelConfig, architecture: str, holds: tuple[str, ...] = ()) -> str | None:
     """Which setting of layers ``*`` and ``-`` that few classes have is on, and is none of those that this one holds."""
-    settings = {"*": ("sliding_window", "attention_bias"), "-": ("mlp_bias",)}
-    for letter, keys in settings.items():
+    settings = {Attention: ("sliding_window", "attention_bias"), FeedForward: ("mlp_bias",)}
+    for mixer, keys in settings.items():
         for key in keys:
             value = getattr(model, key)
-            if letter in model.layers and value and key not in holds:
+            if has(model, mixer) and value and key not in holds:
                 return f"model.{key}={str(value).lower()}: {architecture} has none"
     return None
 

@@ -25,6 +25,11 @@ from moe_mamba.hf.formats.base import (
 )
 from moe_mamba.hf.formats.llama import read_head_dim
 from moe_mamba.hf.formats.settings import INERT, TRAINING_ALONE, Configuration, Settings
+from moe_mamba.model.mixers.attention import Attention
+from moe_mamba.model.mixers.feed_forward import FeedForward
+from moe_mamba.model.mixers.mamba import Mamba
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.pattern import has
 
 KERNELS = frozenset(
     {
@@ -35,6 +40,9 @@ KERNELS = frozenset(
 """Keys of how it is computed."""
 
 NORMS = {"dt_norm": "dt_layernorm", "B_norm": "b_layernorm", "C_norm": "c_layernorm"}
+
+HALVES = (Mamba.letter + Attention.letter, FeedForward.letter + MoE.letter)
+"""What the first and the second half of a Jamba layer can be."""
 
 
 class Jamba:
@@ -54,14 +62,15 @@ class Jamba:
 
     def _pairs_refusal(self, model: ModelConfig) -> str | None:
         for index, letter in enumerate(model.layers):
-            if letter not in ("M*", "-E")[index % 2]:
-                wanted = ("M or *", "- or E")[index % 2]
+            if letter not in HALVES[index % 2]:
+                wanted = " or ".join(HALVES[index % 2])
                 return f"{describe_layer(model, index)}, where {self.architecture} has {wanted}"
         if len(model.layers) % 2:
-            return f"{describe_layer(model, len(model.layers) - 1)}, the last: {self.architecture} ends with - or E"
-        if "*" not in model.layers:
+            last = describe_layer(model, len(model.layers) - 1)
+            return f"{last}, the last: {self.architecture} ends with {' or '.join(HALVES[1])}"
+        if not has(model, Attention):
             return f"no layer is attention (*): without one, Transformers' {self.architecture} cannot cache"
-        for letter, kind, half in (("*", "attention", 0), ("E", "experts", 1)):
+        for letter, kind, half in ((Attention.letter, "attention", 0), (MoE.letter, "experts", 1)):
             found = _places(model.layers[half::2], letter)
             if found and _period(found, len(model.layers) // 2) is None:
                 at = ", ".join(str(2 * place + half) for place in found)
@@ -71,18 +80,18 @@ class Jamba:
     def _mixers_refusal(self, model: ModelConfig) -> str | None:
         if model.positions != "none":
             return f"model.positions={model.positions}: attention in {self.architecture} has no positions"
-        if "M" in model.layers and not model.mamba_norms:
+        if has(model, Mamba) and not model.mamba_norms:
             return f"model.mamba_norms=false: {self.architecture} has norms on dt, B and C"
         if model.head_dim is not None and model.head_dim * model.heads != model.d_model:
             return f"model.head_dim={model.head_dim}: {self.architecture} of Transformers 4 has hidden_size / heads"
         return attention_refusal(model, self.architecture)
 
     def _experts_refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
-        if "E" not in model.layers:
+        if not has(model, MoE):
             return None
         if moe.experts == 1:
             return f"moe.experts=1: {self.architecture} takes one expert for a feed-forward layer without a router"
-        if "-" in model.layers and expert_width(model, moe) != model.resolved_d_ff:
+        if has(model, FeedForward) and expert_width(model, moe) != model.resolved_d_ff:
             return (
                 f"moe.d_expert={moe.d_expert} beside model.d_ff={model.resolved_d_ff}: "
                 f"{self.architecture} has one width for both"
@@ -91,10 +100,10 @@ class Jamba:
 
     def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         """See WayOut."""
-        layers, has_experts = len(model.layers) // 2, "E" in model.layers
-        attention = _period(_places(model.layers[::2], "*"), layers)
+        layers, has_experts = len(model.layers) // 2, has(model, MoE)
+        attention = _period(_places(model.layers[::2], Attention.letter), layers)
         # Without experts their places say nothing, because one expert is a feed-forward layer.
-        experts = _period(_places(model.layers[1::2], "E"), layers) or (1, 0)
+        experts = _period(_places(model.layers[1::2], MoE.letter), layers) or (1, 0)
         assert attention is not None
         return {
             "model_type": "jamba",
@@ -153,7 +162,7 @@ class Jamba:
                 "norm_epsilon": settings.real("rms_norm_eps", 1e-6),
                 "tied_head": settings.flag("tie_word_embeddings", False),
             }
-            return build(model, experts if "E" in layers else {})
+            return build(model, experts if MoE.letter in layers else {})
 
     def _read_layers(self, settings: Settings) -> str:
         """One letter a layer of ours."""
@@ -164,8 +173,8 @@ class Jamba:
         attention, experts = places("attn_layer", 8, 4), places("expert_layer", 2, 1)
         several = settings.number("num_experts", 16) > 1
         return "".join(
-            ("*" if index % attention[0] == attention[1] else "M")
-            + ("E" if several and index % experts[0] == experts[1] else "-")
+            (Attention.letter if index % attention[0] == attention[1] else Mamba.letter)
+            + (MoE.letter if several and index % experts[0] == experts[1] else FeedForward.letter)
             for index in range(settings.number("num_hidden_layers"))
         )
 
@@ -186,13 +195,13 @@ class Jamba:
         for index in range(len(model.layers) // 2):
             theirs, ours = f"model.layers.{index}", (f"layers.{2 * index}", f"layers.{2 * index + 1}")
             yield same(f"{theirs}.input_layernorm.weight", f"{ours[0]}.norm.weight")
-            if model.layers[2 * index] == "*":
+            if model.layers[2 * index] == Attention.letter:
                 yield from attention_entries(f"{theirs}.self_attn", f"{ours[0]}.mixer")
             else:
                 yield from mamba_entries(f"{theirs}.mamba", f"{ours[0]}.mixer", NORMS)
             yield same(f"{theirs}.pre_ff_layernorm.weight", f"{ours[1]}.norm.weight")
             theirs, mixer = f"{theirs}.feed_forward", f"{ours[1]}.mixer"
-            if model.layers[2 * index + 1] == "-":
+            if model.layers[2 * index + 1] == FeedForward.letter:
                 yield from gated_entries(theirs, mixer, model.resolved_d_ff)
             else:
                 names = ("gate_proj", "up_proj", "down_proj")

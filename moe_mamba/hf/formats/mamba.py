@@ -15,6 +15,7 @@ from moe_mamba.hf.formats.base import (
     stack_refusal,
 )
 from moe_mamba.hf.formats.settings import INERT, Configuration, Settings
+from moe_mamba.model.mixers.mamba import Mamba as MambaMixer
 
 INITIAL = frozenset(
     {
@@ -34,7 +35,7 @@ class Mamba:
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         """See WayOut."""
         for index, letter in enumerate(model.layers):
-            if letter != "M":
+            if letter != MambaMixer.letter:
                 return f"{describe_layer(model, index)}, which {self.architecture} has not"
         if model.mamba_norms:
             return f"model.mamba_norms=true: {self.architecture} has no norms inside the mixer"

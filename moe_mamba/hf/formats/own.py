@@ -37,7 +37,7 @@ class Own:
                 "AutoConfig": "configuration_moe_mamba.MoEMambaConfig",
                 **{auto: f"modeling_moe_mamba.{name}" for auto, name in CLASSES.items()},
             },
-            **model.model_dump(exclude={"kernels"}),
+            **model.model_dump(),
             "moe": moe.model_dump(),
             "tie_word_embeddings": model.tied_head,
         }
@@ -45,7 +45,7 @@ class Own:
     def read(self, configuration: Configuration) -> tuple[ModelConfig, MoEConfig]:
         """See Format."""
         with Settings(configuration, self.architecture) as settings:
-            model = settings.given(ModelConfig.model_fields.keys() - {"kernels"})
+            model = settings.given(ModelConfig.model_fields.keys())
             moe = settings.section("moe", inert=MoEConfig.model_fields).given(MoEConfig.model_fields)
             tied = model.get("tied_head", False)
             settings.require({"tie_word_embeddings": tied}, f"tied_head={tied} says otherwise")

@@ -16,9 +16,11 @@ from moe_mamba.hf.shell.order import reordered, reordered_attention, reordered_r
 from moe_mamba.hf.shell.padding import Reading, document_starts, read
 from moe_mamba.hf.shell.pretrained import MoEMambaLayer, MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, embedding_weight
-from moe_mamba.model.layer import State, initial_states, run_layers
+from moe_mamba.model.layer import initial_states, run_layers
+from moe_mamba.model.mixers.base import State, Statistics
 from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.norm import build_norm
+from moe_mamba.model.pattern import check_pattern, layer_specs, looks_ahead
 from moe_mamba.model.sequences import Recording, Sequences
 
 logger = logging.get_logger(__name__)
@@ -46,7 +48,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         stack = config.stack
         moe: Any = MoEConfig(**config.moe)
         self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
-        self.layers = nn.ModuleList(MoEMambaLayer(letter, stack, moe) for letter in stack.layers)
+        check_pattern(stack, moe)
+        self.looks_ahead = looks_ahead(stack, moe)
+        self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack))
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:
@@ -138,7 +142,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             logits = recording.router_logits or []
             recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
-            recorded["router_statistics"] = statistics
+            recorded["router_statistics"] = list(statistics.values())
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -167,11 +171,6 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
     def _computes_again(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether experts choose their tokens, later ones among them."""
-        return "E" in self.config.layers and self.config.moe["router"] == "expert_choice"
-
     def check_that_it_generates(self) -> None:
         """Refuse what has no cache.
 
@@ -186,7 +185,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
 
     def _mix(
         self, embedded: Tensor, cache: StateCache | None, reading: Reading, recording: Recording
-    ) -> tuple[Tensor, list[RouterStatistics]]:
+    ) -> tuple[Tensor, Statistics]:
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
         states = None if cache is None else self._states(cache, embedded)
@@ -208,7 +207,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             cache.count(batch, length, reading.visible)
         return reordered(stream.view(embedded.shape), reading.places), statistics
 
-    def _states(self, cache: StateCache, embedded: Tensor) -> list[State]:
+    def _states(self, cache: StateCache, embedded: Tensor) -> list[State | None]:
         """The cache's states, or those before any token. All are zeros: quantised or offloaded weights make none."""
         batch, length, _ = embedded.shape
         if cache.batch_size not in (-1, batch):

@@ -9,10 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from moe_mamba.model.layer import State, map_rows
-from moe_mamba.model.mixers.attention import AttentionState
-from moe_mamba.model.mixers.mamba import MambaState
-from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.mixers.base import State
 
 CACHE = "cache" if "cache" in {field.name for field in fields(MoeCausalLMOutputWithPast)} else "past_key_values"
 """What this version of Transformers calls a cache: ``cache`` since 5.24, ``past_key_values`` before."""
@@ -35,7 +32,7 @@ class StateCache(Cache):
 
     def __init__(self) -> None:
         Cache.__init__(self, layers=[])
-        self.states: list[State] = []
+        self.states: list[State | None] = []
         self.seen: Any = 0
         self.visible: Tensor | None = None
 
@@ -101,11 +98,11 @@ class StateCache(Cache):
         self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.keep([map_rows(state, function) for state in self.states])
+        self.keep([state and state.map_rows(function) for state in self.states])
         if self.visible is not None:
             self.visible = function(self.visible)
 
-    def keep(self, states: list[State]) -> None:
+    def keep(self, states: list[State | None]) -> None:
         """Take a pass's new states."""
         self.states = states
 
@@ -150,12 +147,12 @@ class MoEMambaStaticCache(StateCache, StaticCache):
         for tensor in (*self.tensors(), *([] if isinstance(self.seen, int) else [self.seen])):
             tensor.zero_()
 
-    def keep(self, states: list[State]) -> None:
+    def keep(self, states: list[State | None]) -> None:
         """Take new states, in the tensors that it has where they are as large; no gradient flows through them."""
         if self.states:
             self.states = [_written(old, new) for old, new in zip(self.states, states, strict=True)]
         else:
-            self.states = [map_state(state, lambda tensor: tensor.detach().clone()) for state in states]
+            self.states = [state and state.map(lambda tensor: tensor.detach().clone()) for state in states]
 
     def count(self, batch: int, length: int, visible: Tensor | None) -> None:
         """Count new tokens; ``visible`` (batch, length) bool says which are text, None: all."""
@@ -174,7 +171,7 @@ class MoEMambaStaticCache(StateCache, StaticCache):
         self._is_empty = False
 
 
-def _written(old: State, new: State) -> State:
+def _written(old: State | None, new: State | None) -> State | None:
     """``new``, in the tensors of ``old`` where they are as large."""
     if old is None or new is None:
         return new
@@ -188,26 +185,3 @@ def _written(old: State, new: State) -> State:
         field.name: write(getattr(old, field.name), getattr(new, field.name)) for field in fields(new)
     }
     return replace(new, **values)
-
-
-def map_state(state: State, function: Callable[[Tensor], Tensor]) -> Any:
-    """A layer's state with every tensor changed."""
-    if state is None:
-        return None
-    values: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(state)}
-    values = {name: value if value is None else function(value) for name, value in values.items()}
-    return replace(state, **values)
-
-
-def _state_to(state: State, device: Any, non_blocking: bool = False) -> Any:
-    return map_state(state, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-
-def _sequences_to(sequences: Sequences, device: Any, non_blocking: bool = False) -> Sequences:
-    starts = sequences.starts
-    return sequences if starts is None else replace(sequences, starts=starts.to(device, non_blocking=non_blocking))
-
-
-# With a device map accelerate brings a layer's inputs to the layer's device: tensors, and what has a method `to`.
-for _class, _to in ((MambaState, _state_to), (AttentionState, _state_to), (Sequences, _sequences_to)):
-    setattr(_class, "to", _to)  # noqa: B010

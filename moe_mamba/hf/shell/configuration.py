@@ -36,8 +36,6 @@ class StackConfig:
         assembled: arguments of ModelConfig
     """
 
-    kernels: ClassVar[str] = "auto"
-
     # assembled: fields of ModelConfig
 
     # assembled: methods of ModelConfig

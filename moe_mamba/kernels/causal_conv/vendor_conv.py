@@ -29,7 +29,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, 
     if width not in WIDTHS:
         raise UserError(
             f"causal_conv: causal-conv1d (kernels=vendor) takes a weight of width 2 to 4, not {width}: "
-            "choose --model.kernels=auto"
+            "choose --run.kernels=auto"
         )
     padding = -channels % VECTOR
     if padding:
@@ -60,7 +60,5 @@ def _their_conv() -> Callable[..., Any]:
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError as error:
-        raise UserError(
-            f"causal-conv1d is installed but does not load ({error}): choose --model.kernels=auto"
-        ) from error
+        raise UserError(f"causal-conv1d is installed but does not load ({error}): choose --run.kernels=auto") from error
     return causal_conv1d_fn

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.selective_scan.operands import Operands
 
-MEND = "choose --model.kernels=auto"
+MEND = "choose --run.kernels=auto"
 
 
 @torch.compiler.disable

@@ -7,19 +7,22 @@ a head.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_mamba.config import ModelConfig
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.initialize import Initializer, matrix, zeros
+from moe_mamba.model.mixers.base import Mixer, State, Statistics, choose_rows
 from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
 
 
 @dataclass(frozen=True)
-class AttentionState:
+class AttentionState(State):
     """What attention keeps between passes: it grows by the tokens seen, to at most ``model.sliding_window`` - 1.
 
     Or it has room for a fixed number of tokens, none of which it leaves behind.
@@ -57,6 +60,22 @@ class AttentionState:
         self.key.index_copy_(2, place, key.detach().to(self.key.dtype))
         self.value.index_copy_(2, place, value.detach().to(self.value.dtype))
         return self.key, self.value
+
+    def kept_where(self, waits: Tensor, new: Any, tokens: int) -> Any:
+        """See ``State``: keys and values of rows that wait move behind the places that the tokens took."""
+        if new.seen is None:  # the last of what it was, where a window keeps no more of it
+            kept, length = new.key.shape[2], self.key.shape[2]
+            source = (torch.arange(kept, device=waits.device) + length - kept).clamp(min=0)
+            key, value = (
+                choose_rows(waits, was[:, :, source], now)
+                for was, now in ((self.key, new.key), (self.value, new.value))
+            )
+            return replace(new, key=key, value=value, start=torch.where(waits, self.start + kept - length, new.start))
+        place = torch.arange(new.key.shape[2], device=waits.device)
+        moved = torch.where((place >= tokens) & (place < new.seen), place - tokens, place)
+        source = torch.where(waits[:, None], moved, place)[:, None, :, None].expand_as(new.key)
+        key, value = new.key.gather(2, source), new.value.gather(2, source)
+        return replace(new, key=key, value=value, start=torch.where(waits, self.start + tokens, new.start))
 
 
 def rotary_frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -126,8 +145,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tu
     return weight @ value, weight
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Attention over the documents of each sequence, or over a window of them; projections named as in Llama."""
+
+    letter, title = "*", "attention"
+    settings = (
+        *("heads", "resolved_kv_heads", "resolved_head_dim", "sliding_window", "attention_bias"),
+        *("positions", "rope_base", "rope_type"),
+    )
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -138,6 +163,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
         self.o_proj = nn.Linear(width, config.d_model, bias=bias)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Attention":
+        """See ``Mixer``."""
+        return cls(config)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
@@ -170,8 +200,8 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: AttentionState | None = None
-    ) -> tuple[Tensor, None, AttentionState | None]:
-        """Attend from each token of ``x`` (tokens, d_model) to its document so far; returns (y, None, new state)."""
+    ) -> tuple[Tensor, Statistics, AttentionState | None]:
+        """Attend from each token of ``x`` (tokens, d_model) to its document so far; returns (y, {}, new state)."""
         query, key, value = (
             projection(x).view(sequences.batch, sequences.length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -197,7 +227,7 @@ class Attention(nn.Module):
             last = start[:, -1].expand(sequences.batch)
             seen = None if state.seen is None else state.seen + sequences.length
             state = self._kept(key, value, last) if seen is None else AttentionState(key, value, last, seen)
-        return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), None, state
+        return self.o_proj(y.transpose(1, 2).reshape(sequences.tokens, -1)), {}, state
 
     def _mask(self, place: Tensor, start: Tensor, seen: int) -> Tensor:
         """Which of ``seen`` tokens, past ones first, each new one attends to, (b or 1, 1, l, seen) bool.
@@ -227,3 +257,70 @@ class Attention(nn.Module):
         if sequences.starts is None:
             return place, first.expand(-1, sequences.length)
         return place, torch.where(sequences.starts, place, first).cummax(dim=1).values
+
+    @classmethod
+    def check(cls, config: ModelConfig, moe: MoEConfig) -> None:
+        """Refuse heads that do not divide, and rotary positions of an odd width or with a scaling that does nothing.
+
+        Raises:
+            ValueError: see ``Mixer``.
+        """
+        if config.head_dim is None and config.d_model % config.heads:
+            raise ValueError(
+                f"model.d_model={config.d_model} is not divisible by model.heads={config.heads}: "
+                "change one of them, or set model.head_dim"
+            )
+        if config.heads % config.resolved_kv_heads:
+            raise ValueError(
+                f"model.heads={config.heads} is not divisible by model.kv_heads={config.kv_heads}: change one of them"
+            )
+        if config.positions == "rope" and config.resolved_head_dim % 2:
+            width = "model.d_model / model.heads" if config.head_dim is None else "model.head_dim"
+            raise ValueError(
+                f"{width} = {config.resolved_head_dim} is odd: "
+                "rotary positions need an even one, or set model.positions=none"
+            )
+        if config.rope_type != "default" and config.positions != "rope":
+            raise ValueError(
+                f"model.rope_type={config.rope_type} with model.positions={config.positions}, which has no rotary "
+                "frequencies: set model.rope_type=default, or model.positions=rope"
+            )
+        if config.rope_type == "default" and config.rope_factor != 1:
+            raise ValueError(
+                f"model.rope_factor={config.rope_factor:g} with model.rope_type=default, which scales nothing: "
+                "set model.rope_type=linear or llama3"
+            )
+        if config.rope_type == "llama3" and config.rope_low_freq_factor >= config.rope_high_freq_factor:
+            raise ValueError(
+                f"model.rope_low_freq_factor={config.rope_low_freq_factor:g} is not below "
+                f"model.rope_high_freq_factor={config.rope_high_freq_factor:g}: change one of them"
+            )
+
+    @classmethod
+    def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
+        """Each rank has some heads; key and value heads, where there are fewer than ranks, are replicated."""
+
+        def heads(axis: int, count: int, key: str, is_replicable: bool = False) -> tuple[ShardSpec, ...]:
+            block = Block(count * config.resolved_head_dim, units=count)
+            return (ShardSpec(axis, "tensor", (block,), key, is_replicable),)
+
+        query = heads(0, config.heads, "model.heads")
+        key_value = heads(0, config.resolved_kv_heads, "model.kv_heads", is_replicable=True)
+        inputs = {"q_proj": query, "k_proj": key_value, "v_proj": key_value}
+        specs = {f"{name}.{part}": spec for name, spec in inputs.items() for part in ("weight", "bias")}
+        return specs | {"o_proj.weight": heads(1, config.heads, "model.heads")}
+
+    @classmethod
+    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
+        """Queries, keys, values, outputs."""
+        return config.d_model * 6 * width
+
+    def flops_per_token(self, length: int) -> int:
+        """The matrices' and 6 x length x heads x head_dim: queries with keys, weights with values, half of them masked.
+
+        With a sliding window of w < length tokens, 2 w - w^2 / length in the place of length.
+        """
+        window = min(self.config.sliding_window or length, length)
+        seen = 2 * window * length - window**2  # twice the keys that a sequence's tokens see in all
+        products = 6 * seen * self.config.heads * self.head_dim // length
+        return super().flops_per_token(length) + products

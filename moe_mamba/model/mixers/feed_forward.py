@@ -2,10 +2,12 @@
 
 from torch import Tensor, nn
 
-from moe_mamba.config import ModelConfig
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation
 from moe_mamba.model.initialize import Initializer, matrix, zeros
+from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
 
 
 def input_width(activation: str, width: int) -> int:
@@ -13,15 +15,26 @@ def input_width(activation: str, width: int) -> int:
     return 2 * width if activation == "swiglu" else width
 
 
-class FeedForward(nn.Module):
+class FeedForward(Mixer):
     """Two matrices, with biases or without, and an activation between them."""
 
-    def __init__(self, config: ModelConfig, width: int | None = None, bias: bool = False) -> None:
+    letter, title = "-", "feed-forward"
+    settings = ("resolved_d_ff", "activation", "mlp_bias")
+
+    def __init__(
+        self, config: ModelConfig, width: int | None = None, bias: bool = False, kernels: str = "auto"
+    ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.width = width or config.resolved_d_ff
         self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
         self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "FeedForward":
+        """See ``Mixer``."""
+        return cls(config, bias=config.mlp_bias, kernels=kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
@@ -33,7 +46,34 @@ class FeedForward(nn.Module):
             fills |= {"in_proj.bias": zeros, "out_proj.bias": zeros}
         return fills
 
-    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, None, None]:
-        """Map ``x`` (tokens, d_model) token by token; returns (y, None, None) as every mixer does."""
-        hidden = activation(self.in_proj(x), self.config.activation, self.config.kernels)  # (tokens, width)
-        return self.out_proj(hidden), None, None
+    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, Statistics, None]:
+        """Map ``x`` (tokens, d_model) token by token; returns (y, {}, None)."""
+        hidden = activation(self.in_proj(x), self.config.activation, self.kernels)  # (tokens, width)
+        return self.out_proj(hidden), {}, None
+
+    @classmethod
+    def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
+        """Each rank has some hidden units."""
+        return cls.hidden_specs(config, config.resolved_d_ff, "model.d_ff")
+
+    @classmethod
+    def kernel_operations(cls, config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
+        """See ``Mixer``."""
+        return {"activation": 0}
+
+    @classmethod
+    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
+        """The hidden units before and after the activation."""
+        return config.resolved_d_ff * (input_width(config.activation, 1) + 2) * width
+
+    @classmethod
+    def hidden_specs(cls, config: ModelConfig, width: int, key: str) -> ShardSpecs:
+        """How the two matrices are sharded: along the hidden ``width``, which the configuration's ``key`` sets."""
+        block = Block(width, units=width)
+        gates = input_width(config.activation, 1)  # [gate | up], or up alone
+        inputs = (ShardSpec(0, "tensor", (block,) * gates, key),)
+        return {
+            "in_proj.weight": inputs,
+            "in_proj.bias": inputs,
+            "out_proj.weight": (ShardSpec(1, "tensor", (block,), key),),
+        }

@@ -19,17 +19,19 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from moe_mamba.config import ModelConfig
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
 from moe_mamba.model.initialize import Initializer, ones, uniform
+from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.norm import RMSNorm
 from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
 
 SMALLEST_DELTA, LARGEST_DELTA, DELTA_FLOOR = 1e-3, 1e-1, 1e-4  # at the start of training
 
 
 @dataclass(frozen=True)
-class MambaState:
+class MambaState(State):
     """What the mixer keeps between passes; its size does not depend on the tokens seen.
 
     Attributes:
@@ -72,6 +74,8 @@ class StepProjection(nn.Module):
     quantisation and adapters would put another module with another sum in the place of.
     """
 
+    fp32_names = ("bias",)
+
     def __init__(self, dt_rank: int, d_inner: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_inner, dt_rank))
@@ -83,15 +87,21 @@ class StepProjection(nn.Module):
         return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    letter, title = "M", "Mamba"
+    settings = ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms")
+    not_matrices = ("A_log",)
+
+    def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
+        self.fp32_names = ("A_log", "D") if config.selective else ("A_log", "D", "dt_B_C")
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
-        self.conv1d = DepthwiseConv(d_inner, config.d_conv, config.kernels)
+        self.conv1d = DepthwiseConv(d_inner, config.d_conv, kernels)
         if config.selective:
             self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         else:
@@ -101,9 +111,14 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         if config.mamba_norms:
-            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, config.kernels)
-            self.B_norm = RMSNorm(d_state, config.norm_epsilon, config.kernels)
-            self.C_norm = RMSNorm(d_state, config.norm_epsilon, config.kernels)
+            self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, kernels)
+            self.B_norm = RMSNorm(d_state, config.norm_epsilon, kernels)
+            self.C_norm = RMSNorm(d_state, config.norm_epsilon, kernels)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Mamba":
+        """See ``Mixer``."""
+        return cls(config, kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters start: as in mamba-ssm, whatever ``model.initialization`` says.
@@ -126,9 +141,13 @@ class Mamba(nn.Module):
         }
 
     def initial_state(
-        self, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        room: int | None = None,
     ) -> MambaState:
-        """Return the state before any token; ``dtype`` is the activations'."""
+        """Return the state before any token; ``dtype`` is the activations'. Its size is the same for any ``room``."""
         config = self.config
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
@@ -138,16 +157,16 @@ class Mamba(nn.Module):
 
     def forward(
         self, x: Tensor, sequences: Sequences, state: MambaState | None = None
-    ) -> tuple[Tensor, None, MambaState | None]:
-        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, None, new state)."""
+    ) -> tuple[Tensor, Statistics, MambaState | None]:
+        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, {}, new state)."""
         projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
         if state is not None and sequences.length == 1 and sequences.starts is None:
             x, z = projected.chunk(2, dim=-1)
             y, new_state = self._step(x, z, state)
-            return self.out_proj(y), None, new_state
+            return self.out_proj(y), {}, new_state
         x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
         y, passed_state = self._pass(x, z, sequences.starts, state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), None, passed_state
+        return self.out_proj(y.reshape(sequences.tokens, -1)), {}, passed_state
 
     def _pass(
         self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
@@ -157,7 +176,7 @@ class Mamba(nn.Module):
         x, conv = self.conv1d(x, starts, conv)
         delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
-        kernels = self.config.kernels
+        kernels = self.kernels
         if kernels == "vendor" and state is not None:
             kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
         y, scan = selective_scan(
@@ -170,7 +189,7 @@ class Mamba(nn.Module):
         x, conv = self.conv1d(x, None, state.conv)  # (batch, d_inner)
         delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)
-        y, scan = selective_scan_step(x, delta, A, B, C, self.D, z, bias, state.scan, self.config.kernels)
+        y, scan = selective_scan_step(x, delta, A, B, C, self.D, z, bias, state.scan, self.kernels)
         return y, MambaState(conv, scan)
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -198,6 +217,42 @@ class Mamba(nn.Module):
         dt.zero_()
         B.fill_(1.0)
         C.normal_(generator=generator)
+
+    @classmethod
+    def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
+        """Each rank has some channels. What ``x_proj`` makes of all channels is used by every rank: it is reduced."""
+
+        def channels(axis: int, blocks: int = 1, is_reduced: bool = False) -> tuple[ShardSpec, ...]:
+            block = Block(config.d_inner, units=config.d_inner)
+            key = "model.expand x model.d_model"
+            return (ShardSpec(axis, "tensor", (block,) * blocks, key, is_reduced=is_reduced),)
+
+        return {
+            "in_proj.weight": channels(0, blocks=2),  # [x | z]
+            "conv1d.weight": channels(0),
+            "conv1d.bias": channels(0),
+            "x_proj.weight": channels(1, is_reduced=True),
+            "dt_proj.weight": channels(0),
+            "dt_proj.bias": channels(0),
+            "A_log": channels(0),
+            "D": channels(0),
+            "out_proj.weight": channels(1),
+        }
+
+    @classmethod
+    def kernel_operations(cls, config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
+        """See ``Mixer``."""
+        used = {"selective_scan": config.d_state, "causal_conv": config.d_conv}
+        return used | {"rms_norm": 0} if config.mamba_norms else used
+
+    @classmethod
+    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
+        """x, z, convolution, delta, gate, scan's output in the compute dtype; the scan's inputs in fp32, too."""
+        return config.d_inner * (8 * width + 8)
+
+    def flops_per_token(self, length: int) -> int:
+        """The matrices' and, for the scan, 9 a state forward (Mamba, section 4.5), three times that in all."""
+        return super().flops_per_token(length) + 27 * self.config.d_inner * self.config.d_state
 
 
 def _A_log(weight: Tensor, generator: Generator) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, combine_rows, gather_rows, grouped_matmul
 from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.mixers.feed_forward import FeedForward, input_width
 from moe_mamba.model.mixers.routing import Router, RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs, prefixed
 
 
 class Dispatcher(Protocol):
@@ -49,9 +51,10 @@ class Experts(nn.Module):
 
     is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
 
-    def __init__(self, config: ModelConfig, experts: int, width: int) -> None:
+    def __init__(self, config: ModelConfig, experts: int, width: int, kernels: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.in_proj = nn.Parameter(torch.empty(experts, config.d_model, input_width(config.activation, width)))
         self.out_proj = nn.Parameter(torch.empty(experts, width, config.d_model))
 
@@ -70,29 +73,50 @@ class Experts(nn.Module):
             counts: (experts,) rows of each expert.
             capacity: rows of every expert, where all have as many.
         """
-        kernels = self.config.kernels
+        kernels = self.kernels
         hidden = grouped_matmul(rows, self.in_proj, counts, capacity, kernels)  # (rows, input width)
         hidden = activation(hidden, self.config.activation, kernels)  # (rows, width)
         return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)  # (rows, d_model)
 
 
-class MoE(nn.Module):
+class MoE(Mixer):
     """A mixture-of-experts layer: routed experts, and shared ones that see every token."""
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    letter, title = "E", "mixture of experts"
+    settings = ("activation",)
+    gathers_tokens = False  # routers and experts work on each rank's own tokens
+    routes = True
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         width = moe.d_expert or config.resolved_d_ff
-        self.router = Router(config, moe)
-        self.experts = Experts(config, moe.experts, width)
-        self.shared = FeedForward(config, moe.shared_experts * width) if moe.shared_experts else None
-        self.dispatcher: Dispatcher = LocalDispatcher(config.kernels)
+        self.router = Router(config, moe, kernels)
+        self.experts = Experts(config, moe.experts, width, kernels)
+        shared = moe.shared_experts
+        self.shared = FeedForward(config, shared * width, kernels=kernels) if shared else None
+        self.dispatcher: Dispatcher = LocalDispatcher(kernels)
 
-    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, RouterStatistics, None]:
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "MoE":
+        """See ``Mixer``."""
+        return cls(config, moe, kernels)
+
+    @classmethod
+    def looks_ahead(cls, config: ModelConfig, moe: MoEConfig) -> bool:
+        """Experts that choose their tokens choose among later ones, too."""
+        return moe.router == "expert_choice"
+
+    @classmethod
+    def depends_on_batch(cls, config: ModelConfig, moe: MoEConfig) -> bool:
+        """With a capacity, the tokens of a batch displace each other."""
+        return moe.evaluation_capacity is not None
+
+    def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, Statistics, None]:
         """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
         y, statistics = self.routed(x, sequences)
         if self.shared is not None:
             y = y + self.shared(x, sequences)[0]
-        return y, statistics, None
+        return y, {"router": statistics}, None
 
     def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
         """Give the routed experts' part of the output, (tokens, d_model)."""
@@ -100,3 +124,32 @@ class MoE(nn.Module):
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
         capacity = None if routing.capacity is None else len(rows) // len(counts)
         return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
+
+    def idle_parameters(self) -> int:
+        """Those of the routed experts that did not get the token."""
+        routed = sum(weight.numel() for weight in self.experts.parameters())
+        return routed - routed * self.router.config.top_k // self.router.config.experts
+
+    @classmethod
+    def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
+        """Each rank has some experts; with ``parallel.expert_tensor`` a part of each one's width, too."""
+        width = moe.d_expert or config.resolved_d_ff
+        experts = ShardSpec(0, "expert", (Block(moe.experts, units=moe.experts),), "moe.experts")
+        block, gates = Block(width, units=width), input_width(config.activation, 1)
+        shared = FeedForward.hidden_specs(config, moe.shared_experts * width, "moe.shared_experts x moe.d_expert")
+        return {
+            "experts.in_proj": (experts, ShardSpec(2, "expert_tensor", (block,) * gates, "moe.d_expert")),
+            "experts.out_proj": (experts, ShardSpec(1, "expert_tensor", (block,), "moe.d_expert")),
+            **(prefixed("shared", shared) if moe.shared_experts else {}),
+        }
+
+    @classmethod
+    def kernel_operations(cls, config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
+        """See ``Mixer``."""
+        return dict.fromkeys(("sort_by_expert", "gather_rows", "combine_rows", "grouped_matmul", "activation"), 0)
+
+    @classmethod
+    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
+        """Of each expert that a token meets: its rows, and the hidden units before and after the activation."""
+        hidden = (moe.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
+        return (moe.top_k + moe.shared_experts) * (hidden + 2 * config.d_model) * width

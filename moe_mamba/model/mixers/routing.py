@@ -84,7 +84,7 @@ def route_dropless(chosen: Tensor, weight: Tensor, experts: int, kernels: str = 
         chosen: (tokens, top_k) int64: experts of each token, best first.
         weight: (tokens, top_k).
         experts: how many there are.
-        kernels: back end, as in ``model.kernels``.
+        kernels: back end, as in ``run.kernels``.
     """
     order = sort_by_expert(chosen, experts, backend=kernels)
     return _routing(order, weight, None)
@@ -98,7 +98,7 @@ def route_by_capacity(chosen: Tensor, weight: Tensor, experts: int, capacity: in
         weight: (tokens, top_k).
         experts: how many there are.
         capacity: slots of each expert. One that stays empty has weight 0 and the number of some token.
-        kernels: back end, as in ``model.kernels``.
+        kernels: back end, as in ``run.kernels``.
     """
     order = sort_by_expert(chosen, experts, capacity, backend=kernels)
     return _routing(order, weight, capacity)
@@ -130,13 +130,14 @@ class Router(nn.Module):
 
     balance_bias: Tensor
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig) -> None:
+    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = moe
-        self.kernels = config.kernels
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(moe.experts, config.d_model))
         if moe.balance == "bias":
             self.register_buffer("balance_bias", torch.zeros(moe.experts))
+        self.fp32_names = ("weight", "balance_bias") if moe.balance == "bias" else ("weight",)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters and buffers start."""

@@ -20,7 +20,7 @@ def test_values(activation: str) -> None:
     initialize(layer, 0)
     x = torch.randn(5, 8, dtype=torch.float64)
     y, statistics, state = layer(x, Sequences(1, 5))
-    assert (statistics, state) == (None, None)
+    assert (statistics, state) == ({}, None)
     expected = PLAIN[activation](x @ layer.in_proj.weight.T) @ layer.out_proj.weight.T
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 

@@ -126,7 +126,8 @@ def _losses(y: Tensor, statistics: RouterStatistics) -> Tensor:
 
 def _check(layer: MoE) -> None:
     x, other = _x(), _x()
-    y, statistics, state = layer(x, SEQUENCES)
+    y, measured, state = layer(x, SEQUENCES)
+    statistics = measured["router"]
     assert state is None
     expected, counted = _loop(layer, other)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
@@ -169,14 +170,15 @@ def test_no_value_is_looked_at(case: str, dtype: torch.dtype) -> None:
     layer = MoE(ModelConfig(d_model=D, d_ff=8), MoEConfig(**{"experts": 8, "capacity_factor": None, **CASES[case]}))
     layer.to(dtype).router.float()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        y, statistics, _ = layer(torch.randn(BATCH * LENGTH, D, dtype=dtype), SEQUENCES)
+        y, measured, _ = layer(torch.randn(BATCH * LENGTH, D, dtype=dtype), SEQUENCES)
+        statistics = measured["router"]
         torch.autograd.grad(y.square().sum() + balance_loss(statistics), list(layer.parameters()))
     assert y.shape == (BATCH * LENGTH, D)
 
 
 def test_cases_drop_something() -> None:
     for case in ("switch capacity 1", "switch capacity 0.1", "top-2 capacity", "expert choice"):
-        assert _layer(CASES[case])(_x(), SEQUENCES)[1].dropped > 0
+        assert _layer(CASES[case])(_x(), SEQUENCES)[1]["router"].dropped > 0
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
@@ -190,7 +192,8 @@ def test_router_learns_from_the_output_alone_at_top_1(scores: str) -> None:
 def test_evaluation_drops_nothing_unless_told() -> None:
     dropless, tight = _layer({}), _layer({"capacity_factor": 0.5})
     tight.eval()
-    y, statistics, _ = tight(_x(), SEQUENCES)
+    y, measured, _ = tight(_x(), SEQUENCES)
+    statistics = measured["router"]
     assert statistics.dropped == 0
     torch.testing.assert_close(y, dropless(_x(), SEQUENCES)[0])
     told = _layer({"capacity_factor": None, "evaluation_capacity": 0.5}).eval()
@@ -211,7 +214,8 @@ def test_expert_choice_looks_at_one_sequence_at_a_time() -> None:
 
 def test_dropped_tokens_get_no_update() -> None:
     layer = _layer({"capacity_factor": 0.1})
-    y, statistics, _ = layer(_x(), SEQUENCES)
+    y, measured, _ = layer(_x(), SEQUENCES)
+    statistics = measured["router"]
     assert int((y == 0).all(-1).sum()) == int(statistics.dropped) > 0
 
 
@@ -236,10 +240,10 @@ def test_balance_bias_evens_the_load() -> None:
     layer = _layer({"balance": "bias", "scores": "sigmoid"})
     layer.router.balance_bias.zero_()
     x = _x().detach()
-    first = layer(x, SEQUENCES)[1].assigned
+    first = layer(x, SEQUENCES)[1]["router"].assigned
     for _ in range(200):
-        update_balance_bias(layer.router, layer(x, SEQUENCES)[1].assigned, 0.01)
-    last = layer(x, SEQUENCES)[1].assigned
+        update_balance_bias(layer.router, layer(x, SEQUENCES)[1]["router"].assigned, 0.01)
+    last = layer(x, SEQUENCES)[1]["router"].assigned
     assert last.max() < first.max()
     assert last.max() - last.min() <= 3
 
@@ -248,7 +252,8 @@ def test_router_is_fp32_in_a_bf16_layer() -> None:
     layer = _layer({"capacity_factor": 1.0}).bfloat16()
     layer.router.float()
     x = _x().detach().bfloat16()
-    y, statistics, _ = layer(x, SEQUENCES)
+    y, measured, _ = layer(x, SEQUENCES)
+    statistics = measured["router"]
     assert y.dtype == torch.bfloat16
     assert {value.dtype for value in vars(statistics).values()} == {torch.float32}
     logits = x.float() @ layer.router.weight.T

@@ -1,0 +1,70 @@
+"""The pattern, parsed: what ``model.pattern`` and ``model.repeat`` say, as a list of layers."""
+
+from dataclasses import dataclass
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.model.mixers import MIXERS
+from moe_mamba.model.mixers.base import Mixer
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer of the residual stack.
+
+    Attributes:
+        mixers: the kinds that read its normalised input, and whose outputs are added to the residual stream.
+    """
+
+    mixers: tuple[type[Mixer], ...]
+
+
+def layer_specs(config: ModelConfig) -> list[LayerSpec]:
+    """Every layer of the model, in order.
+
+    Raises:
+        ValueError: the pattern is empty, or has a letter that stands for nothing.
+    """
+    if not config.pattern:
+        raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
+    period = []
+    for letter in config.pattern:
+        if letter not in MIXERS:
+            known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
+            raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}; known are {known}")
+        period.append(LayerSpec((MIXERS[letter],)))
+    return period * config.repeat
+
+
+def kinds(config: ModelConfig) -> list[type[Mixer]]:
+    """The kinds of mixers that the model has, each once, in order of appearance."""
+    return list(dict.fromkeys(mixer for spec in layer_specs(config) for mixer in spec.mixers))
+
+
+def has(config: ModelConfig, mixer: type[Mixer]) -> bool:
+    """Whether some layer of the model is of this kind."""
+    return mixer in kinds(config)
+
+
+def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
+    """Refuse a configuration of which no model can be built.
+
+    Raises:
+        ValueError: as ``layer_specs``, or as a mixer's ``check``.
+    """
+    for mixer in kinds(config):
+        mixer.check(config, moe)
+
+
+def has_experts(config: ModelConfig) -> bool:
+    """Whether some layer has routed experts."""
+    return any(mixer.routes for mixer in kinds(config))
+
+
+def looks_ahead(config: ModelConfig, moe: MoEConfig) -> bool:
+    """Whether some layer looks at later tokens, so that the model cannot generate."""
+    return any(mixer.looks_ahead(config, moe) for mixer in kinds(config))
+
+
+def depends_on_batch(config: ModelConfig, moe: MoEConfig) -> bool:
+    """Whether, in evaluation, a sequence's output depends on what else is in its batch."""
+    return any(mixer.depends_on_batch(config, moe) for mixer in kinds(config))
