@@ -1,0 +1,143 @@
+"""A mixer that only this file knows trains, is sharded, saved, resumed in another layout, and generates.
+
+Nothing of the package has a line for it: what it declares is all that there is.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from launch.train import train
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.config_file import load_config
+from moe_mamba.errors import UserError
+from moe_mamba.model.generation import generate
+from moe_mamba.model.initialize import Initializer, initialize, ones, uniform
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mixers import MIXERS
+from moe_mamba.model.mixers.base import Mixer, State, Statistics
+from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.planning.shards import shards_table
+from moe_mamba.run.metrics import read_metrics
+from moe_mamba.run.restore import restore
+from tests.train.runs import curve
+from tests.world import World
+
+
+@dataclass(frozen=True)
+class ShiftState(State):
+    """The last input (batch, d_inner)."""
+
+    last: Tensor
+
+
+class TokenShift(Mixer):
+    """Each channel adds a learned share of what it had one token before."""
+
+    letter, title = "T", "token shift"
+    fp32_names = ("share",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.d_model, config.d_inner, bias=False)
+        self.share = nn.Parameter(torch.empty(config.d_inner))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "TokenShift":
+        return cls(config)
+
+    def initializers(self) -> dict[str, Initializer]:
+        wide, narrow = uniform(self.config.d_inner), uniform(self.config.d_model)
+        return {"in_proj.weight": narrow, "share": ones, "out_proj.weight": wide}
+
+    def initial_state(self, batch: int, dtype: torch.dtype, device: Any, room: int | None = None) -> ShiftState:
+        return ShiftState(torch.zeros(batch, self.config.d_inner, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, sequences: Sequences, state: Any = None) -> tuple[Tensor, Statistics, Any]:
+        u = self.in_proj(x).view(sequences.batch, sequences.length, -1)  # (batch, length, d_inner)
+        first = torch.zeros_like(u[:, 0]) if state is None else state.last
+        before = torch.cat((first[:, None], u[:, :-1]), dim=1)
+        if sequences.starts is not None:
+            before = before.masked_fill(sequences.starts[..., None], 0)
+        y = torch.tanh(u + self.share.to(u.dtype) * before).flatten(0, 1)
+        return self.out_proj(y), {}, None if state is None else ShiftState(u[:, -1])
+
+    @classmethod
+    def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
+        def channels(axis: int) -> tuple[ShardSpec, ...]:
+            return (ShardSpec(axis, "tensor", (Block(config.d_inner, units=config.d_inner),), "model.d_inner"),)
+
+        return {"in_proj.weight": channels(0), "share": channels(0), "out_proj.weight": channels(1)}
+
+    @classmethod
+    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
+        return 3 * config.d_inner * width
+
+
+KEYS = {
+    "model.pattern": "TE",
+    "moe.capacity_factor": None,
+    "train.global_batch": 8,
+    "train.micro_batch": 4,
+    "train.sample_tokens": 4,
+    "train.validate_every": 0,
+    "checkpoint.every": 3,
+}
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    with mock.patch.dict(MIXERS, {TokenShift.letter: TokenShift}):
+        yield
+
+
+def train_with_it(**arguments: Any) -> None:
+    """In a worker, which has its own registry."""
+    with mock.patch.dict(MIXERS, {TokenShift.letter: TokenShift}):
+        train(**arguments)
+
+
+def test_an_unknown_letter_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^model\.pattern=TE: unknown letter 'T'; known are M Mamba, \* attention, "):
+        load_config(None, {"model.pattern": "TE"})
+
+
+def test_it_trains_resumes_in_another_layout_and_generates(
+    world: World, tiny: Path, tmp_path: Path, registered: None
+) -> None:
+    def losses(folder: str, ranks: int, **layout: int) -> Tensor:
+        keys = KEYS | {f"parallel.{key}": size for key, size in layout.items()}
+        world.run(train_with_it, ranks=ranks, config=str(tiny), **{"run.folder": str(tmp_path / folder)}, **keys)
+        return torch.tensor(curve(read_metrics(tmp_path / folder)))
+
+    alone = losses("alone", 1)
+    assert alone[-1] < alone[0]
+    torch.testing.assert_close(losses("sharded", 2, tensor=2, expert=2), alone, rtol=0, atol=1e-5)
+    shutil.rmtree(tmp_path / "alone" / "checkpoints" / "step-00000006")
+    torch.testing.assert_close(losses("alone", 2, tensor=2), alone, rtol=0, atol=1e-5)
+    model = restore(tmp_path / "alone", torch.device("cpu")).model
+    text = list(generate(model, [1, 2, 3], 4, temperature=0))
+    with torch.no_grad():
+        for place in range(len(text)):
+            logits = model(torch.tensor([[1, 2, 3, *text[:place]]])).logits
+            assert int(logits[0, -1].argmax()) == text[place]
+
+
+def test_everything_that_asks_about_layers_has_an_answer(registered: None) -> None:
+    config = load_config(None, {"model.pattern": "TM", "model.repeat": 1, "model.d_model": 16})
+    table = shards_table(config)
+    assert "layers.0.mixer.share" in table and "model.d_inner" in table
+    model = LanguageModel(config.model, config.moe)
+    initialize(model, 0)
+    assert "layers.0.mixer.share" in model.fp32_parameter_names()
+    assert model.mixers()[0].flops_per_token(8) == 6 * 2 * 16 * 32
