@@ -26,7 +26,7 @@ from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.faults.coordinator import Hub, Line, hang_line
 from moe_mamba.faults.signals import Stop
-from moe_mamba.parallel.groups import finish_world, from_all, from_first
+from moe_mamba.parallel.distributed import finish_world, from_all, from_first
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
 

@@ -1,13 +1,12 @@
 """From our configuration to DeepSpeed's engine, and from the engine's memory to logical tensors."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from moe_mamba.checkpoint.shards import Piece, boxes_of_flat_range
@@ -15,22 +14,20 @@ from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import zero3
 from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
 from moe_mamba.parallel.placement import Shard
 
 BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
-MOMENTS = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 
 
 def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_batch: int) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in DeepSpeed's engine with AdamW, ZeRO, clipping and accumulation as the configuration says.
+    """Wrap `model` in DeepSpeed's engine with the optimizer, ZeRO, clipping and accumulation as the configuration says.
 
     DeepSpeed's own bf16 mode stays off: it would cast A_log and the router too. The model comes already cast, its
     fp32 parameters in groups of their own; ZeRO keeps fp32 masters and accumulates gradients in fp32.
     """
     train, data = config.train, groups.topology.data
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config), lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon
-    )
+    optimizer = OPTIMIZER.build(parameter_groups(model, config), train)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -46,7 +43,7 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "steps_per_print": 2**31,
         },
     )
-    _materialize_moments(engine)
+    _materialize_state(engine)
     return engine
 
 
@@ -64,25 +61,8 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     return zero
 
 
-def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
-    """AdamW's groups: one for each dtype (ZeRO cannot mix them) with and without decay, bf16 first.
-
-    Weight decay is for matrices; norms, biases, D and A_log have none, unless `train.decay_all`.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
-    not_decayed = model.not_decayed()
-    for name, parameter in model.named_parameters():
-        is_matrix = len(zero3.gathered_shape(parameter)) >= 2 and name not in not_decayed
-        decay = config.train.weight_decay if is_matrix or config.train.decay_all else 0.0
-        groups[parameter.dtype == torch.float32, decay].append(parameter)
-    # The first group's dtype is the one by which ZeRO decides whether gradients need an fp32 accumulator.
-    ordered = [{"params": groups[key], "weight_decay": key[1], "name": f"{key}"} for key in sorted(groups)]
-    split = split_params_into_different_moe_groups_for_optimizer(ordered)
-    return [group for group in split if group["params"]]
-
-
 def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The AdamW inside the engine, whatever ZeRO has wrapped around it."""
+    """The optimizer inside the engine, whatever ZeRO has wrapped around it."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -119,7 +99,7 @@ def _gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
 
 
 def state_pieces(engine: deepspeed.DeepSpeedEngine, held: dict[str, Shard]) -> list[Piece]:
-    """What this rank owns of the logical state: fp32 weights, both moments of AdamW, balancing biases.
+    """What this rank owns of the logical state: fp32 weights, the optimizer's state, balancing biases.
 
     Each piece is a box of a logical tensor and a view of the engine's memory: saved from, or loaded into.
     """
@@ -137,7 +117,7 @@ def state_pieces(engine: deepspeed.DeepSpeedEngine, held: dict[str, Shard]) -> l
 
 
 def finish_loading(engine: deepspeed.DeepSpeedEngine, optimizer_steps: int) -> None:
-    """After the pieces were filled: AdamW's step count, and the running weights from the fp32 masters."""
+    """After the pieces were filled: the optimizer's step count, and the running weights from the fp32 masters."""
     for state in base_optimizer(engine).state.values():
         state["step"].fill_(optimizer_steps)
     if engine.zero_optimization_partition_weights():
@@ -151,7 +131,7 @@ def _owned_ranges(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) ->
     state = base_optimizer(engine).state
     if not engine.zero_optimization():
         yield "weights", 0, parameter.data.view(-1)
-        for kind, key in MOMENTS.items():
+        for kind, key in OPTIMIZER.state.items():
             yield kind, 0, state[parameter][key].view(-1)
         return
     if engine.zero_optimization_partition_weights():
@@ -163,20 +143,16 @@ def _owned_ranges(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) ->
     else:
         return
     yield "weights", start, partition.data.narrow(0, first, count)
-    for kind, key in MOMENTS.items():
+    for kind, key in OPTIMIZER.state.items():
         yield kind, start, state[partition][key].narrow(0, first, count)
 
 
-def _materialize_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make AdamW's state now, as its first step would: a checkpoint is loaded into it before any step."""
+def _materialize_state(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make the optimizer's state now, as its first step would: a checkpoint is loaded into it before any step."""
     optimizer = base_optimizer(engine)
     if engine.zero_optimization_partition_weights():
         stepped = zero3.masters(engine)
     else:
         stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for weights in stepped:
-        optimizer.state[weights] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(weights, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(weights, requires_grad=False),
-        }
+        optimizer.state[weights] = OPTIMIZER.initial_state(weights)

@@ -28,7 +28,8 @@ from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.groups import from_all, from_first, limit_collectives, start_groups, start_world
+from moe_mamba.parallel.distributed import from_all, from_first, limit_collectives, start_world
+from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import shards
 from moe_mamba.parallel.topology import Topology, World

@@ -17,7 +17,8 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers import attention, feed_forward
 from moe_mamba.model.mixers.routing import Router, update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.groups import Groups, start_groups, start_world
+from moe_mamba.parallel.distributed import start_world
+from moe_mamba.parallel.groups import Groups, start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import Shard, check_shards, shards
 from moe_mamba.parallel.topology import Topology, World

@@ -12,6 +12,7 @@ import pytest
 
 from moe_mamba.config import Config
 from moe_mamba.parallel import engine as engines
+from moe_mamba.parallel.optimizer import parameter_groups
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
 from tests.parallel.communication import Collective, counting
@@ -220,7 +221,7 @@ def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dic
                 if number == 0:
                     engine.step()
             engines.step(engine, config.train.gradient_clip)
-    groups = engines.parameter_groups(built.model, config)
+    groups = parameter_groups(built.model, config)
     sizes = {group["name"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
     return start, found, sizes
 

@@ -2,7 +2,7 @@ import torch
 
 from moe_mamba.config_file import load_config
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.engine import parameter_groups
+from moe_mamba.parallel.optimizer import parameter_groups
 from moe_mamba.parallel.parallelize import cast_to_bf16
 
 

@@ -17,8 +17,9 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.moe import MoE
 from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.sequences import Sequences
+from moe_mamba.parallel.distributed import start_world
 from moe_mamba.parallel.expert import ExpertParallelMoE
-from moe_mamba.parallel.groups import start_groups, start_world
+from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.parallelize import cut
 from moe_mamba.parallel.placement import shards
@@ -96,7 +97,8 @@ def _rank(case: str, tensor: int, expert: int, expert_tensor: bool) -> dict[str,
     topology = Topology(World.from_environment(), tensor, expert, expert_tensor)
     model, layer, held = _spread(case, topology)
     x, gradient = (part.chunk(tensor)[topology.tensor_rank].clone() for part in _text(topology.data_rank))
-    y, statistics, state = layer(x.requires_grad_(), Sequences(BATCH, LENGTH))
+    y, measured, state = layer(x.requires_grad_(), Sequences(BATCH, LENGTH))
+    statistics = measured["router"]
     assert state is None
     _loss(y, gradient, statistics).backward()
     parts = []
@@ -117,7 +119,8 @@ def _check(world: Any, case: str, ranks: int, tensor: int, expert: int, expert_t
         y, x_gradient, counted = [], [], []
         for one, its_gradient in zip(x, gradient, strict=True):
             one = one.clone().requires_grad_()
-            out, statistics, _ = layer(one, Sequences(BATCH // routed_apart, LENGTH))
+            out, measured, _ = layer(one, Sequences(BATCH // routed_apart, LENGTH))
+            statistics = measured["router"]
             _loss(out, its_gradient, statistics).backward()
             y, x_gradient, counted = [*y, out], [*x_gradient, one.grad], [*counted, _values(statistics)]
         _close("y", torch.cat([peer["y"] for peer in peers]), torch.cat(y))
@@ -154,10 +157,10 @@ def test_experts_cut_by_tensor(world: Any, case: str, ranks: int, expert: int) -
 
 
 def test_cases_are_uneven() -> None:
-    statistics = _whole("switch with idle ranks")(_text(0)[0], Sequences(BATCH, LENGTH))[1]
+    statistics = _whole("switch with idle ranks")(_text(0)[0], Sequences(BATCH, LENGTH))[1]["router"]
     assert statistics.assigned[2:].sum() == 0
     for case in ("capacity", "top-2 capacity", "expert choice"):
-        assert _whole(case)(_text(0)[0], Sequences(BATCH, LENGTH))[1].dropped > 0
+        assert _whole(case)(_text(0)[0], Sequences(BATCH, LENGTH))[1]["router"].dropped > 0
 
 
 def _in_bf16(case: str) -> tuple[Tensor, Tensor]:

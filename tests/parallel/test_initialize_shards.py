@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from moe_mamba.config import Config
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.groups import start_groups, start_world
+from moe_mamba.parallel.distributed import start_world
+from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import shards
 from moe_mamba.parallel.topology import Topology, World

@@ -129,7 +129,7 @@ def one_process() -> Iterator[None]:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         try:
-            from moe_mamba.parallel.groups import finish_world, start_world
+            from moe_mamba.parallel.distributed import finish_world, start_world
             from moe_mamba.parallel.topology import World
 
             start_world(World(0, 1, 0, 1))

@@ -55,7 +55,7 @@ def _rank(rank: int, ranks: int, folder: Path, shapes: MoEShapes, repeats: int) 
     """One process of a world of ``ranks``; the first writes the rows down."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the table alone goes to standard output; DeepSpeed talks
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-    from moe_mamba.parallel.groups import finish_world, start_world
+    from moe_mamba.parallel.distributed import finish_world, start_world
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     topology = Topology(World(rank, ranks, rank, ranks), expert=ranks)

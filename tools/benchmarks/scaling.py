@@ -171,7 +171,7 @@ def _start_server(shapes: ScalingShapes) -> None:
 def _rank(connection: Connection, rank: int, ranks: int, store: str, layout: str, shapes: ScalingShapes) -> None:
     """One process: steps when asked, until the other end closes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    from moe_mamba.parallel.groups import finish_world, start_world
+    from moe_mamba.parallel.distributed import finish_world, start_world
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)

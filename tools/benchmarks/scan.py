@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.pairs import Row, Run, pair_row, peer, wall_clock
 from moe_mamba.kernels import selective_scan
-from moe_mamba.parallel.groups import keep_freed_memory
+from moe_mamba.parallel.distributed import keep_freed_memory
 
 STATUS = Path("/proc/self/status")  # Linux: the only place that tells a process's own peak
 MEMORY_GOAL = 300.0  # MiB at memory_length

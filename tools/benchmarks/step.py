@@ -14,7 +14,7 @@ from benchmarks.profiling import Profile, profile
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.groups import keep_freed_memory
+from moe_mamba.parallel.distributed import keep_freed_memory
 
 PROFILED_STEPS = 3
 

@@ -1,0 +1,83 @@
+"""Joining and leaving the world of processes, and what all of them tell each other."""
+
+import ctypes
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from moe_mamba.parallel.topology import World
+
+T = TypeVar("T")
+
+# Rank 0 prepares the corpus before it joins, so the others may wait long at the door.
+JOIN_TIMEOUT = timedelta(hours=3)
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def start_world(world: World) -> None:
+    """Choose this process's device and join the process group (NCCL on GPUs, gloo on CPUs)."""
+    # Without a launcher DeepSpeed would look for MPI: say what a world of one is.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() // world.local_size))
+
+    import deepspeed
+    import deepspeed.ops
+
+    # Its shared-memory op is compiled at first start (20 s) and dies without a C++ compiler; gloo does the work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if world.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=JOIN_TIMEOUT,
+        verbose=False,
+    )
+
+
+def keep_freed_memory() -> None:
+    """On a CPU with glibc: keep what large tensors leave, for the next ones.
+
+    It would give their memory back at once, and the system hands it out again zeroed page by page, which costs a layer
+    of stacked experts up to a fifth of its time.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def limit_collectives(seconds: float) -> None:
+    """Let a collective of any group that this rank is in, default or made since, fail after `seconds`."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def finish_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_first(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all(value: T) -> list[T]:
+    """What every rank has, in the order of ranks."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
