@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from moe_mamba.command_line import run_command
 from moe_mamba.convert.from_hf import import_folder
 from moe_mamba.convert.starting_point import how_to_train
 
@@ -23,7 +22,3 @@ def main(input: str, output: str, tokenizer: str | None = None, overwrite: bool 
     format, config, step = import_folder(Path(input), Path(output), tokenizer, overwrite)
     print(f"{input}: {format.architecture} as {config.model.pattern} x {config.model.repeat}, in {step}")
     print(how_to_train(Path(output)))
-
-
-if __name__ == "__main__":
-    run_command(main)

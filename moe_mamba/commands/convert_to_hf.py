@@ -3,7 +3,6 @@
 import re
 from typing import Literal
 
-from moe_mamba.command_line import run_command
 from moe_mamba.convert.to_hf import export
 from moe_mamba.errors import UserError
 
@@ -45,7 +44,3 @@ def parse_size(text: str) -> int:
     if match is None or match[2] not in UNITS or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
         raise UserError(f"--max_shard_size={text} is no size: give one such as 500MB or 5GB")
     return size
-
-
-if __name__ == "__main__":
-    run_command(main)

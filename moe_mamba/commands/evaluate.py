@@ -4,7 +4,6 @@ import json as json_format
 import sys
 from pathlib import Path
 
-from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, Positive
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
@@ -127,9 +126,3 @@ def _score_tasks(
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-
-
-if __name__ == "__main__":
-    # Of this folder nothing is imported, and it would hide the package `evaluate` from the harness's tasks.
-    sys.path = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
-    run_command(main)

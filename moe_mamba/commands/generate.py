@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, Positive
 from moe_mamba.data.text_stream import TextStream
 from moe_mamba.errors import UserError
@@ -216,7 +215,3 @@ def _stops(stop: str | None) -> list[str]:
         return [stop]
     is_list = isinstance(stops, list) and stops and all(isinstance(one, str) and one for one in stops)
     return stops if is_list else [stop]
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -7,7 +7,6 @@ from typing import Any
 
 from moe_mamba.checkpoint.inspection import inspect, inspect_tensor
 from moe_mamba.checkpoint.store import resolve
-from moe_mamba.command_line import run_command
 
 
 def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None:
@@ -91,7 +90,3 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,16 +1,16 @@
-"""Know a model before paying for it: ``python tools/plan.py --config configs/paper/moe_mamba_25m.yaml``."""
+"""Know a model before paying for it."""
 
 import json as json_format
 from typing import Any
 
-from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.errors import UserError
+from moe_mamba.installation import command
 from moe_mamba.planning.memory import plan, table
 
 USAGE = """Say what a model is and what it takes, before anything starts.
 
-  python tools/plan.py [--config FILE] [--gpus N] [--json] [--section.key=value ...]
+  {command} [--config FILE] [--gpus N] [--json] [--section.key=value ...]
 
 Every key, its default and its meaning:
 """
@@ -29,13 +29,9 @@ def main(
         overrides: any key of the configuration, as --section.key=value.
     """
     if help:
-        print(f"{USAGE}\n{reference()}")
+        print(f"{USAGE.format(command=command('plan'))}\n{reference()}")
         return
     if gpus is not None and not (type(gpus) is int and gpus > 0):
         raise UserError(f"--gpus={gpus} is no number of devices: give 1 or more")
     settings = load_config(config, overrides)
     print(json_format.dumps(plan(settings, gpus)) if json else table(settings, gpus))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -3,7 +3,6 @@
 from collections import Counter
 from pathlib import Path
 
-from moe_mamba.command_line import run_command
 from moe_mamba.errors import UserError
 from moe_mamba.run.plots import plot_loss
 
@@ -21,7 +20,3 @@ def main(runs: str, output: str = "curves.png") -> None:
     count = Counter(folder.name for folder in folders)
     plot_loss({folder.name if count[folder.name] == 1 else str(folder): folder for folder in folders}, output)
     print(output)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from moe_mamba.command_line import run_command
 from moe_mamba.config import Positive
 from moe_mamba.data.manifest import REJECTS
 from moe_mamba.data.preprocess import count_cores, preprocess
@@ -33,7 +32,3 @@ def main(
     )
     if manifest.rejects:
         print(f"{manifest.rejects:,} damaged lines or files are kept in {Path(output) / REJECTS}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_command(main)

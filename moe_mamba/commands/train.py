@@ -1,23 +1,24 @@
-"""Train a model: `deepspeed launch/train.py`, `torchrun launch/train.py`, or plain `python launch/train.py`."""
+"""Train a model: what ``launch/train.py`` and ``moe-mamba train`` run, on one process or under a launcher."""
 
 from pathlib import Path
 from typing import Any
 
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
-
-DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+from moe_mamba.installation import CONFIGS
 
 USAGE = """Train a model, or go on with a run where it stopped.
 
-  deepspeed launch/train.py [--config FILE] [--section.key=value ...]
+  deepspeed launch/train.py [--config FILE] [--section.key=value ...]                 in a checkout
+  moe-mamba train [--config FILE] [--section.key=value ...]                           installed, one process
+  deepspeed --module moe_mamba.commands.train [--config FILE] [--section.key=value ...]   installed, several
 
 Without --config, configs/demo.yaml. The same line again resumes the run in run.folder. Every key, its default
 and its meaning:
 """
 
 
-def train(*, config: str | Path | None = None, help: bool = False, local_rank: int = 0, **overrides: Any) -> None:
+def main(*, config: str | Path | None = None, help: bool = False, local_rank: int = 0, **overrides: Any) -> None:
     """Train the model that `config` and `overrides` describe.
 
     Args:
@@ -29,7 +30,7 @@ def train(*, config: str | Path | None = None, help: bool = False, local_rank: i
     if help:
         print(f"{USAGE}\n{reference()}")
         return
-    settings = load_config(config or DEMO, overrides)
+    settings = load_config(config or CONFIGS / "demo.yaml", overrides)
 
     from moe_mamba.run.console import Screen
     from moe_mamba.run.folder import RunFolder
@@ -38,10 +39,10 @@ def train(*, config: str | Path | None = None, help: bool = False, local_rank: i
     folder.open(settings)
     with Screen(folder.log) as screen:
         # Imported with the screen in place: these libraries chatter as soon as they are loaded.
-        from moe_mamba.train.trainer import train as run
+        from moe_mamba.train.trainer import train
 
-        run(settings, folder, screen)
+        train(settings, folder, screen)
 
 
 if __name__ == "__main__":
-    run_command(train)
+    run_command(main)

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, NonNegativeFloat, Positive
 from moe_mamba.convert.starting_point import how_to_train
 from moe_mamba.convert.upcycle import routing, upcycle
@@ -49,7 +48,3 @@ def main(
     config, step = upcycle(checkpoint, Path(output), moe, every, noise, seed, overwrite)
     print(f"{checkpoint}: as {config.model.pattern} x {config.model.repeat}, {experts} experts a layer, in {step}")
     print(how_to_train(Path(output)))
-
-
-if __name__ == "__main__":
-    run_command(main)
