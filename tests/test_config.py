@@ -159,7 +159,7 @@ def test_every_shipped_config_loads() -> None:
 def test_a_config_that_ships_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/demo.yaml") == load_config(ROOT / "configs" / "demo.yaml")
-    with pytest.raises(UserError, match="config file configs/demon.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"config file configs/demon\.yaml cannot be read"):
         load_config("configs/demon.yaml")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").write_text("model: {d_model: 64}\n")
