@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -69,7 +70,7 @@ def test_it_holds_every_config_and_source_and_nothing_beside_the_package(wheel: 
 def test_one_command_names_every_other(installed: Path, tmp_path: Path) -> None:
     files = {path.stem for path in (ROOT / "moe_mamba" / "commands").glob("*.py")} - {"__init__"}
     assert files == COMMANDS.keys()
-    shown = _call(installed, tmp_path, str(installed / "bin" / "moe-mamba"))
+    shown = _call(installed, tmp_path, str(installed / "bin" / "moe-mamba"), "--help")
     assert all(f"  {name} " in shown for name in COMMANDS)
 
 
@@ -94,3 +95,21 @@ def test_it_trains_and_generates(installed: Path, tiny: Path, tmp_path: Path) ->
     assert len(curve(read_metrics(tmp_path / "run"))) == STEPS
     written = _call(installed, tmp_path, command, "generate", "--checkpoint=run", "--prompt=1", "--max_new_tokens=2")
     assert written.startswith("1")
+
+
+def _free_port() -> int:
+    with socket.socket() as kernel:
+        kernel.bind(("127.0.0.1", 0))
+        return kernel.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_every_launcher_finds_the_module(installed: Path, tiny: Path, tmp_path: Path, launcher: str) -> None:
+    flags = {
+        "deepspeed": ["--num_gpus=2", f"--master_port={_free_port()}", "--module"],
+        "torchrun": ["--standalone", "--nproc-per-node=2", "-m"],
+    }[launcher]
+    line = [str(Path(sys.executable).parent / launcher), *flags, "moe_mamba.commands.train"]
+    assert "2 x cpu" in _call(installed, tmp_path, *line, f"--config={tiny}", "--run.folder=run")
+    assert len(curve(read_metrics(tmp_path / "run"))) == STEPS
