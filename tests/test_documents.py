@@ -19,6 +19,7 @@ from moe_mamba.config_file import keys
 from moe_mamba.train import trainer
 from tests import ROOT
 from tests.hf.checkpoints import make_run
+from tests.test_walls import ALLOWED
 
 PATHS = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in PATHS}
@@ -26,7 +27,7 @@ ALL = "\n".join(PAGES.values())
 CONFIG_KEYS = {name for name, _, _ in keys()}
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 PROGRAMS = r"(?:pip|python|deepspeed|torchrun|pytest|moe-mamba|tools/gpu_check\.sh)"
-# Command lines that are not run here: the file that runs the line, or what it stands for; or why nothing does.
+# Command lines that are not run here -> the file that runs them, or the same command on small inputs; or why none does.
 ELSEWHERE = {
     "pip install -e . && deepspeed launch/train.py": ".ci/run",
     "pip install -e '.[test]' && pytest": ".ci/run",
@@ -59,6 +60,7 @@ ELSEWHERE = {
     "python tools/preprocess_c4.py --input 'c4/en/*.json.gz' --tokenizer gpt2 --output data/c4": (
         "tests/test_preprocess_c4.py"
     ),
+    "python tools/evaluate.py --checkpoint runs/demo --input held_out.txt": "tests/test_launch.py",
     "python tools/evaluate.py --checkpoint runs/demo --tasks=hellaswag,lambada_openai": (
         "tests/evaluation/test_evaluate_tool.py"
     ),
@@ -115,7 +117,6 @@ def prepared(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "runs" / "dense" / "tokenizer", folder / "tokenizers" / "neox")
     make_run(folder / "mamba", {"pattern": "M"})
     _run("python tools/convert_to_hf.py --checkpoint mamba --output mamba-130m", folder)
-    (folder / "held_out.txt").write_text("3 plus 3 is 6; twice that is 12.")
     (folder / "prompts.txt").write_text("3 plus\n4 plus 4 is\n")
     return folder
 
@@ -190,12 +191,13 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-def test_the_design_names_every_room() -> None:
-    for path in (ROOT / "moe_mamba").iterdir():
-        if path.suffix == ".py" and path.name != "__init__.py":
-            assert f"`{path.name}`" in PAGES["design.md"], path
-        elif path.is_dir() and path.name != "__pycache__":
-            assert f"| `{path.name}/` |" in PAGES["design.md"], path
+def test_the_design_names_every_room_above_all_that_it_imports() -> None:
+    section = PAGES["design.md"].partition("## The rooms")[2].partition("\n## ")[0]
+    first_cells = re.findall(r"(?m)^\| (`[^|]*) \|", section)
+    rooms = re.findall(r"`(\w+)(?:/|\.py)`", " ".join(first_cells))
+    assert sorted(rooms) == sorted(ALLOWED)
+    places = {room: rooms.index(room) for room in rooms}
+    assert not [(room, other) for room, others in ALLOWED.items() for other in others if places[room] > places[other]]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
