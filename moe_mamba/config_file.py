@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
+from moe_mamba.installation import find_config
 from moe_mamba.model.pattern import check_pattern, has_experts
 
 MOVED = {"model.kernels": "run.kernels"}
@@ -23,13 +24,13 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """Read a configuration from YAML and from dotted overrides, which win.
 
     Args:
-        path: YAML file; None: every key at its default.
+        path: YAML file, or the name of one that we ship, such as ``configs/demo.yaml``; None: every key at its default.
         overrides: dotted key, such as ``model.d_model``, -> value (text is read as the key's type).
 
     Raises:
         UserError: a file, key or value is wrong; the line names it and the mend.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = _read_yaml(find_config(Path(path))) if path is not None else {}
     for key, value in (overrides or {}).items():
         section, _, name = key.partition(".")
         if not name:

@@ -154,3 +154,13 @@ def test_every_shipped_config_loads() -> None:
     assert len(files) > 1
     for file in files:
         load_config(file)
+
+
+def test_a_config_that_ships_is_found_by_its_name_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/demo.yaml") == load_config(ROOT / "configs" / "demo.yaml")
+    with pytest.raises(UserError, match=r"config file configs/demon\.yaml cannot be read"):
+        load_config("configs/demon.yaml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("model: {d_model: 64}\n")
+    assert load_config("configs/demo.yaml").model.d_model == 64, "the user's own file comes first"

@@ -14,7 +14,8 @@ ALLOWED: dict[str, set[str]] = {
     "config_types": set(),
     "config_model": {"config_types"},
     "config": {"config_model", "config_types"},
-    "config_file": {"model", "config"},
+    "installation": set(),
+    "config_file": {"model", "config", "installation"},
     "command_line": set(),
     "kernels": set(),
     "checkpoint": set(),
@@ -23,14 +24,19 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
     "planning": {"parallel", "model", "config"},
-    "run": {"checkpoint", "model", "data", "config", "config_file"},
-    "convert": {"hf", "run", "checkpoint", "model", "data", "config", "config_file"},
+    "run": {"checkpoint", "model", "data", "config", "config_file", "installation"},
+    "convert": {"hf", "run", "checkpoint", "model", "data", "config", "config_file", "installation"},
     "evaluation": {"parallel", "run", "model", "kernels", "data", "config"},
     "faults": {"parallel", "run", "config"},
     "train": {
         *("evaluation", "faults", "planning", "run", "checkpoint", "parallel"),
-        *("model", "kernels", "data", "config"),
+        *("model", "kernels", "data", "config", "installation"),
     },
+    "commands": {
+        *("train", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
+        *("model", "data", "config", "config_file", "command_line", "installation"),
+    },
+    "__main__": {"command_line"},
 }
 CONFIGURATION = ("config_types", "config_model", "config", "config_file")
 # room: packages from outside, beside the standard library's, that it must not know

@@ -1,55 +1,7 @@
 """Turn a dense model into a mixture of experts."""
 
-from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
-
 from moe_mamba.command_line import run_command
-from moe_mamba.config import NonNegative, NonNegativeFloat, Positive
-from moe_mamba.convert.starting_point import how_to_train
-from moe_mamba.convert.upcycle import routing, upcycle
-
-
-def main(
-    checkpoint: str,
-    output: str,
-    experts: Annotated[int, Field(ge=2)],
-    top_k: Positive = 1,
-    router: Literal["switch", "top_k"] | None = None,
-    renormalize: bool | None = None,
-    scores: Literal["softmax", "sigmoid"] = "softmax",
-    balance: Literal["loss", "bias", "none"] = "loss",
-    every: Positive = 1,
-    noise: NonNegativeFloat = 0.0,
-    seed: NonNegative = 0,
-    overwrite: bool = False,
-) -> None:
-    """Sparse upcycling: experts are copies of a dense model's feed-forward layers, and its first pass gives the same.
-
-    Routers start fresh. With renormalised weights (top_k of 2 or more) nothing else changes; without, they start so
-    small that all weights are alike, and the experts' output is scaled to make up for them. The optimizer's state is
-    left behind.
-
-    Args:
-        checkpoint: a run's folder (its newest checkpoint is used) or one of its checkpoints/step-... folders.
-        output: the run's folder to write.
-        experts: copies of each layer.
-        top_k: experts a token.
-        router: switch or top_k; switch where top_k is 1.
-        renormalize: the weights of a token's experts sum to one; true where top_k is above 1.
-        scores: softmax or sigmoid.
-        balance: loss, bias or none, as in moe.balance.
-        every: replace each such-many-th feed-forward layer.
-        noise: what is added to each weight of an expert, as a share of its matrix's root mean square; 0: exact copies.
-        seed: of routers and noise.
-        overwrite: replace a run's folder that is there, once the new one is whole.
-    """
-    moe = routing(experts=experts, top_k=top_k, router=router, renormalize=renormalize, scores=scores, balance=balance)
-    config, step = upcycle(checkpoint, Path(output), moe, every, noise, seed, overwrite)
-    print(f"{checkpoint}: as {config.model.pattern} x {config.model.repeat}, {experts} experts a layer, in {step}")
-    print(how_to_train(Path(output)))
-
+from moe_mamba.commands.upcycle import main
 
 if __name__ == "__main__":
     run_command(main)

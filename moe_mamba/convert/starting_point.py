@@ -14,6 +14,7 @@ from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.config import Config
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
+from moe_mamba.installation import command
 from moe_mamba.run.atomic import whole_folder
 from moe_mamba.run.folder import RunFolder
 
@@ -65,4 +66,4 @@ def how_to_train(output: Path) -> str:
     """The line that says how to start a run from these weights."""
     folder = RunFolder(output)
     config, free, start = (shlex.quote(str(path)) for path in (folder.config, folder.next_free, output))
-    return f"train on with: python launch/train.py --config {config} --run.folder={free} --train.warm_start={start}"
+    return f"train on with: {command('train')} --config {config} --run.folder={free} --train.warm_start={start}"

@@ -12,6 +12,7 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
+from moe_mamba.installation import command
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.run.folder import RunFolder
 
@@ -63,8 +64,8 @@ def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -
     source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
     if tokenizer is None and not Path(source).is_dir():
         raise UserError(
-            f"{source} is missing: bring it back (tools/convert_to_hf.py takes another copy: --tokenizer=gpt2, bytes, "
-            "a folder or a .model file)"
+            f"{source} is missing: bring it back ({command('convert_to_hf')} takes another copy: --tokenizer=gpt2, "
+            "bytes, a folder or a .model file)"
         )
     loaded = load_tokenizer(source)
     if loaded.fingerprint != description["tokenizer"]:

@@ -12,6 +12,7 @@ from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
 from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
 from moe_mamba.evaluation.scores import Scores
+from moe_mamba.installation import command
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
@@ -176,11 +177,10 @@ def finish(
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     source = next(iter(corpora.validation.values()))
     if isinstance(source, SyntheticTask):
-        screen.say(f"next      python tools/evaluate.py --checkpoint {folder.path} --input {source.name}")
+        screen.say(f"next      {command('evaluate')} --checkpoint {folder.path} --input {source.name}")
         return
-    screen.say(
-        f"next      python tools/generate.py --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
-    )
+    line = f"{command('generate')} --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
+    screen.say(f"next      {line}")
 
 
 def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, world: World) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from moe_mamba.commands.convert_to_hf import main, parse_size
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.convert.to_hf import choose_format, export
 from moe_mamba.convert.weight_stream import box_of
@@ -19,7 +20,6 @@ from moe_mamba.hf.formats import NATIVE
 from moe_mamba.run.restore import restore
 from tests.hf.checkpoints import make_run
 from tools import convert_from_hf
-from tools.convert_to_hf import main, parse_size
 
 transformers = pytest.importorskip("transformers")
 

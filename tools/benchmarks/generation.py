@@ -37,7 +37,7 @@ class GenerationShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "GenerationShapes":
-        """The shapes that the README reports, or tiny ones."""
+        """The shapes that docs/measurements.md reports, or tiny ones."""
         return GenerationShapes(2, 32, 32, 32, (1, 2), 2, (32, 64), 2, 32) if tiny else GenerationShapes()
 
 

@@ -35,7 +35,7 @@ class KernelShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "KernelShapes":
-        """The shapes that the README reports, or tiny ones."""
+        """The shapes that docs/measurements.md reports, or tiny ones."""
         return KernelShapes(((2, 16),), (2, 8), 16, 4) if tiny else KernelShapes()
 
 

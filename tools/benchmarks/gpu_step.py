@@ -33,7 +33,7 @@ class StepShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "StepShapes":
-        """What the README reports, or a tiny step."""
+        """What docs/measurements.md reports, or a tiny step."""
         return StepShapes(2, 16) if tiny else StepShapes()
 
 

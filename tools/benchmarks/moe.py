@@ -37,7 +37,7 @@ class MoEShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "MoEShapes":
-        """The shapes that the README reports, or tiny ones."""
+        """The shapes that docs/measurements.md reports, or tiny ones."""
         return MoEShapes(128, 16, 32, (2,), (2,)) if tiny else MoEShapes()
 
 

@@ -57,7 +57,7 @@ class ScalingShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "ScalingShapes":
-        """The shapes that the README reports, or tiny ones."""
+        """The shapes that docs/measurements.md reports, or tiny ones."""
         return ScalingShapes(32, 16, 16, 1, (2,), ("expert",), 1) if tiny else ScalingShapes()
 
     def config(self, ranks: int, layout: str) -> Config:

@@ -36,7 +36,7 @@ class ScanShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "ScanShapes":
-        """The shapes that the README reports, or tiny ones."""
+        """The shapes that docs/measurements.md reports, or tiny ones."""
         return ScanShapes(2, 16, 64, 32, 4, (16, 32)) if tiny else ScanShapes()
 
     def name(self, length: int) -> str:

@@ -32,7 +32,7 @@ class StepShapes:
 
     @staticmethod
     def choose(tiny: bool) -> "StepShapes":
-        """The shapes that the README reports, or tiny ones."""
+        """The shapes that docs/measurements.md reports, or tiny ones."""
         return StepShapes(2, 16, 32, 32, 32, 1) if tiny else StepShapes()
 
     @property

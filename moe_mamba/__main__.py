@@ -1,0 +1,38 @@
+"""Every command behind one: ``moe-mamba train``, ``moe-mamba generate``; ``python -m moe_mamba train`` is the same."""
+
+import sys
+from importlib import import_module
+
+from moe_mamba.command_line import run_command
+
+COMMANDS = {
+    "train": "train a model, or go on with a run where it stopped",
+    "plan": "parameters, FLOPs and memory of a configuration, before anything starts",
+    "preprocess_c4": "shard C4, or any other documents",
+    "generate": "write text with a trained model",
+    "evaluate": "score a trained model on text, or on the tasks of EleutherAI's harness",
+    "convert_to_hf": "turn a checkpoint into a folder that Transformers loads",
+    "convert_from_hf": "turn a Hugging Face folder into a run's folder",
+    "upcycle": "turn a dense model into a mixture of experts",
+    "plot": "draw the loss curves of runs in one picture",
+    "inspect_checkpoint": "check a checkpoint, and say what it holds",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names; ``--help`` after it lists its flags."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("moe-mamba COMMAND [--flag=value ...]; moe-mamba COMMAND --help lists its flags\n")
+        print("\n".join(f"  {command:<{width}}  {what}" for command, what in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        print(f"error: moe-mamba has no command {name!r}: choose among {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[:2] = [f"moe-mamba {name}"]
+    run_command(import_module(f"moe_mamba.commands.{name}").main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands: each a function ``main`` over the package, whose signature is the flags; nothing is decided here."""

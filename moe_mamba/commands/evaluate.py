@@ -1,0 +1,128 @@
+"""Score a trained model on text, or on the tasks of EleutherAI's evaluation harness."""
+
+import json as json_format
+import sys
+from pathlib import Path
+
+from moe_mamba.config import NonNegative, Positive
+from moe_mamba.data.loader import evaluation_batches
+from moe_mamba.data.prepare import prepare_corpus
+from moe_mamba.data.shards import Shards
+from moe_mamba.errors import UserError
+from moe_mamba.evaluation.scores import evaluate
+from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.run.restore import Restored, restore
+from moe_mamba.train.report import figures, validation_line
+
+
+def main(
+    checkpoint: str,
+    input: str | None = None,
+    tasks: str | None = None,
+    sequence_length: Positive | None = None,
+    batch: Positive = 8,
+    max_documents: Positive | None = None,
+    num_fewshot: NonNegative | None = None,
+    limit: Positive | None = None,
+    output: str | None = None,
+    json: bool = False,
+) -> None:
+    """Score a model on shards or documents (--input), or on tasks of EleutherAI's harness (--tasks).
+
+    Text gives loss (nats a token), perplexity, bits per byte and the share of tokens predicted right; a synthetic task,
+    such as --input synthetic:induction_heads, the same of its answers; tasks give the harness's own table.
+
+    Args:
+        checkpoint: a run's folder (its newest checkpoint is used) or one of its checkpoints/step-... folders.
+        input: shards, a text file, or any other source that `data.train` takes (see launch/train.py --help).
+        tasks: names of the harness's tasks, such as hellaswag,lambada_openai, task files (.yaml), or folders of such,
+            written with a /; needs pip install -e '.[evaluation]'.
+        sequence_length: tokens a window, and of a task's context the last so many; the run's own where none is given.
+        batch: windows or requests at once.
+        max_documents: with --input: documents to take of a source of documents.
+        num_fewshot: with --tasks: examples before each question, where a task allows; as each task says if not given.
+        limit: with --tasks: questions of each task, for a try.
+        output: with --tasks: file for the harness's whole results, as JSON.
+        json: print one JSON object instead.
+    """
+    only: dict[str, dict[str, object]] = {
+        "--input": {"max_documents": max_documents},
+        "--tasks": {"num_fewshot": num_fewshot, "limit": limit, "output": output},
+    }
+    if (input is None) == (tasks is None):
+        raise UserError("--input and --tasks: give one of them, a text or names of tasks")
+    other = "--tasks" if tasks is None else "--input"
+    for flag, value in only[other].items():
+        if value is not None:
+            raise UserError(f"--{flag} goes with {other}: leave it out")
+    restored = restore(checkpoint, World(0, 1, 0, 1).device)
+    length = sequence_length or restored.config.data.sequence_length
+    if tasks is not None:
+        _score_tasks(restored, tasks, length, batch, num_fewshot, limit, output, json)
+    elif input is not None:
+        _score_text(restored, input, length, batch, max_documents, json)
+
+
+def _score_text(
+    restored: Restored, source: str, length: int, batch: int, max_documents: int | None, as_json: bool
+) -> None:
+    """Print the loss on shards, documents or a synthetic task."""
+    data, tokenizer = restored.config.data, restored.tokenizer
+    shards = prepare_corpus(source, tokenizer, data.cache, max_documents, verify=True)
+    if isinstance(shards, Shards) and shards.rejects:
+        print(f"{shards.rejects:,} damaged lines are kept in {shards.rejects_file}", file=sys.stderr)
+    batches = evaluation_batches(shards, length, batch, tokenizer.end_of_text, data.reset_at_document)
+    scores = evaluate(restored.model, batches, Topology(World(0, 1, 0, 1)))
+    assert scores is not None  # nothing stops it
+    if as_json:
+        print(json_format.dumps(figures(scores, shards) | {"tokens": scores.targets}))
+        return
+    print(f"{restored.path}: {validation_line(source, scores, shards)}, {scores.targets:,} tokens")
+
+
+def _score_tasks(
+    restored: Restored,
+    tasks: str,
+    length: int,
+    batch: int,
+    num_fewshot: int | None,
+    limit: int | None,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Print what the harness finds."""
+    names = [task for task in tasks.split(",") if task]
+    if not names:
+        raise UserError(f"--tasks={tasks} names no task: give some, such as hellaswag,lambada_openai")
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise UserError(f"--output={output}: no file can be written there: give a file in a folder that exists")
+    try:
+        from lm_eval.utils import handle_non_serializable, make_table
+
+        from moe_mamba.evaluation.harness import HarnessModel
+        from moe_mamba.evaluation.harness_tasks import load_tasks, run_tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UserError(
+            "--tasks needs EleutherAI's harness, which is not installed: pip install -e '.[evaluation]'"
+        ) from error
+    model = HarnessModel(restored, batch=batch, max_length=length)
+    results = run_tasks(model, load_tasks(names), num_fewshot, limit)
+    results = {"checkpoint": str(restored.path), "sequence_length": length, "limit": limit} | results
+    text = json_format.dumps(results, default=handle_non_serializable)
+    if output is not None:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+    if model.cut:
+        print(
+            f"{model.cut:,} of {model.asked:,} requests were longer than {length} tokens and lost their beginning: "
+            "--sequence_length reads more",
+            file=sys.stderr,
+        )
+    if as_json:
+        print(text)
+        return
+    print(f"{restored.path}, contexts of at most {length} tokens{f', the first {limit} questions' if limit else ''}")
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
