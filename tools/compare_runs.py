@@ -56,6 +56,9 @@ class Checkout:
     Args:
         path: the checkout's root.
 
+    Attributes:
+        commit: that was checked out at the start, with a + where files differ from it; None outside a repository.
+
     Raises:
         UserError: it is no checkout of this project.
     """
@@ -67,14 +70,10 @@ class Checkout:
         imported = self._call("-c", "import moe_mamba; print(moe_mamba.__file__)").strip()
         if Path(imported).resolve().parents[1] != self.path:
             raise UserError(f"{path}: Python imports {imported} there: give the root of a checkout")
-
-    @property
-    def commit(self) -> str | None:
-        """The commit that is checked out, with a + where files differ from it; None outside a repository."""
         git = ["git", "-C", str(self.path)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-        return head.stdout.strip() + "+" * bool(changes.stdout) if head.returncode == 0 else None
+        self.commit = head.stdout.strip() + "+" * bool(changes.stdout) if head.returncode == 0 else None
 
     def train(self, config: Path, folder: Path, processes: int) -> None:
         """Train in ``folder``, or go on there from its newest checkpoint; shards of corpora are kept beside it."""
