@@ -70,7 +70,7 @@ class Checkout:
         imported = self._call("-c", "import moe_mamba; print(moe_mamba.__file__)").strip()
         if Path(imported).resolve().parents[1] != self.path:
             raise UserError(f"{path}: Python imports {imported} there: give the root of a checkout")
-        git = ["git", "-C", str(self.path)]
+        git = ["git", "--no-optional-locks", "-C", str(self.path)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
         self.commit = head.stdout.strip() + "+" * bool(changes.stdout) if head.returncode == 0 else None
