@@ -33,8 +33,8 @@ def expected(name: str, tmp_path: Path) -> dict[str, Any]:
 
 def test_the_run_goes_on(name: str, expected: dict[str, Any], world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    boxes = {file.name for file in run.glob("checkpoints/*/*.safetensors")}
-    assert boxes == {f"rank-{rank:05d}.safetensors" for rank in range(1 + (name == TWO_RANKS))}
+    files = {file.name for file in run.glob("checkpoints/*/*.safetensors")}
+    assert files == {f"rank-{rank:05d}.safetensors" for rank in range(1 + (name == TWO_RANKS))}
     kinds = {tensor.partition("/")[0] for tensor in store.logical_tensors(store.resolve(run))}
     assert {"weights", "moment1", "moment2"} <= kinds
     world.run(
