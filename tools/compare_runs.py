@@ -1,0 +1,285 @@
+"""Compare two checkouts of this project bit for bit: a refactor must move no loss, no weight and no export.
+
+Each checkout trains the same tiny models with its own code, in processes of its own: fp32 on the CPU, one thread, the
+built-in corpus. Kernels for GPUs and bf16 are not looked at.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import Field
+from safetensors.torch import load_file
+
+from moe_mamba.checkpoint import store
+from moe_mamba.checkpoint.retention import name_of
+from moe_mamba.command_line import run_command
+from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.run.metrics import read_metrics
+
+PATTERNS = "M,ME,M-,*-,*E,MEM-*E"  # the paper's five architectures, and all kinds of layers in one
+RESUMED = 10  # steps, the last ones, that the code of after also makes from a checkpoint of before
+TINY: dict[str, dict[str, Any]] = {
+    "model": {"repeat": 1, "d_model": 32, "d_state": 8, "heads": 4, "kv_heads": 2, "vocab_size": 257},
+    "moe": {"experts": 4, "d_expert": 32},
+    "data": {"train": ["builtin"], "tokenizer": "bytes", "sequence_length": 64, "max_documents": 200},
+    "train": {"global_batch": 8, "micro_batch": 4, "validate_every": 0, "validation_batches": 1, "sample_tokens": 0},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes, and how tensors and experts are sharded over them."""
+
+    name: str
+    processes: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+
+LAYOUTS = {"single": Layout("1 process"), "tp2_ep2": Layout("TP 2 x EP 2", processes=2, tensor=2, expert=2)}
+
+
+class Checkout:
+    """The code of one side; its commands run in processes that import its package and no other.
+
+    Args:
+        path: the checkout's root.
+
+    Attributes:
+        commit: that was checked out at the start, with a + where files differ from it; None outside a repository.
+
+    Raises:
+        UserError: it is no checkout of this project.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+        if not (self.path / "launch" / "train.py").is_file():
+            raise UserError(f"{path} has no launch/train.py: give the root of a checkout")
+        imported = self._call("-c", "import moe_mamba; print(moe_mamba.__file__)").strip()
+        if Path(imported).resolve().parents[1] != self.path:
+            raise UserError(f"{path}: Python imports {imported} there: give the root of a checkout")
+        git = ["git", "--no-optional-locks", "-C", str(self.path)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        self.commit = head.stdout.strip() + "+" * bool(changes.stdout) if head.returncode == 0 else None
+
+    def train(self, config: Path, folder: Path, processes: int) -> None:
+        """Train in ``folder``, or go on there from its newest checkpoint; shards of corpora are kept beside it."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        flags = [f"--config={config}", f"--run.folder={folder}", f"--data.cache={folder.parent / 'cache'}"]
+        self._call(*(launcher if processes > 1 else ()), "launch/train.py", *flags)
+
+    def export(self, folder: Path, output: Path) -> None:
+        """Write the newest checkpoint of a run as a folder for Transformers."""
+        self._call("tools/convert_to_hf.py", f"--checkpoint={folder}", f"--output={output}")
+
+    def _call(self, *arguments: str) -> str:
+        """What Python prints in this checkout; RunStopped where it fails."""
+        environment = os.environ | {
+            "PYTHONPATH": str(self.path),
+            "PYTHONDONTWRITEBYTECODE": "1",  # what is compared stays as it is
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+            raise RunStopped(f"in {self.path}, python {' '.join(arguments)} ended with exit code {done.returncode}")
+        return done.stdout
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, how many values or tensors of it there are, and the first difference; None: all are equal."""
+
+    pattern: str
+    layout: str
+    what: str
+    count: int
+    difference: str | None
+
+    @classmethod
+    def of(cls, pattern: str, layout: Layout, what: str, before: dict[str, Any], after: dict[str, Any]) -> "Comparison":
+        """Compare values and tensors by name."""
+        return cls(pattern, layout.name, what, len(before), first_difference(before, after))
+
+    def __str__(self) -> str:
+        result = "equal" if self.difference is None else f"DIFFERS: {self.difference}"
+        return f"{self.pattern:<8}{self.layout:<13}{self.what:<12}{self.count:>4} compared: {result}"
+
+
+def main(
+    before: str,
+    after: str,
+    steps: Annotated[int, Field(ge=2)] = 50,
+    patterns: str = PATTERNS,
+    layouts: str = "single,tp2_ep2",
+    output: str | None = None,
+    folder: str | None = None,
+    **overrides: Any,
+) -> None:
+    """Train with the code of both and compare losses, checkpoints and exports, bit for bit.
+
+    Ends with exit code 1 and a line that names the first difference where there is one.
+
+    Args:
+        before: root of the checkout that gives the truth.
+        after: root of the checkout that is to do the same.
+        steps: of each run; the last 10 are also made by the code of after, from a checkpoint of before.
+        patterns: of the models, with commas between them.
+        layouts: single, tp2_ep2 (tensor 2 without expert 2 where a pattern has no experts), or both.
+        output: file to write the comparisons to, as JSON.
+        folder: a new folder that keeps the runs; by default they are removed at the end.
+        overrides: any key of the configuration, for all runs, such as --moe.balance=bias.
+    """
+    if unknown := [name for name in layouts.split(",") if name not in LAYOUTS]:
+        raise UserError(f"--layouts={layouts}: no layout is called {unknown[0]!r}: choose among {', '.join(LAYOUTS)}")
+    if folder and Path(folder).exists():
+        raise UserError(f"--folder={folder} exists already: give a new one, so that no run goes on with an old one")
+    sides = Checkout(before), Checkout(after)
+    found = []
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as work:
+        for pattern in patterns.split(","):
+            for layout in layouts.split(","):
+                for comparison in compare(*sides, Path(work).resolve(), pattern, LAYOUTS[layout], steps, overrides):
+                    print(comparison, flush=True)
+                    found.append(comparison)
+    if output is not None:
+        record = {
+            "before": sides[0].commit,
+            "after": sides[1].commit,
+            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+            "steps": steps,
+            "overrides": overrides,
+            "comparisons": [vars(comparison) for comparison in found],
+        }
+        Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if different := [comparison for comparison in found if comparison.difference]:
+        first = different[0]
+        raise RunStopped(
+            f"{len(different)} of {len(found)} comparisons differ, the first in the {first.what} of {first.pattern}, "
+            f"{first.layout}: {first.difference}"
+        )
+    print(f"equal in all {len(found)} comparisons, {steps} steps a run")
+
+
+def compare(
+    before: Checkout,
+    after: Checkout,
+    work: Path,
+    pattern: str,
+    layout: Layout,
+    steps: int,
+    overrides: Mapping[str, Any],
+) -> Iterator[Comparison]:
+    """Train a pattern in a layout with both, and compare what they leave.
+
+    Args:
+        before: gives the truth.
+        after: is to do the same.
+        work: folder of all runs; corpora that are sharded there already are used again.
+        pattern: of the model.
+        layout: of the processes.
+        steps: of each run, 2 or more.
+        overrides: key, such as ``moe.balance``, -> value.
+    """
+    saved = steps - min(RESUMED, steps // 2)
+    name = f"{pattern.replace('*', 'A')}_{layout.processes}"
+    config = work / f"{name}.yaml"
+    work.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(_config(pattern, layout, steps, saved, overrides)), encoding="utf-8")
+    first, second, resumed = work / "before" / name, work / "after" / name, work / "after" / f"{name}_resumed"
+
+    before.train(config, first, layout.processes)
+    after.train(config, second, layout.processes)
+    figures, tensors = _figures(first), _checkpoint(first)
+    yield Comparison.of(pattern, layout, "losses", figures, _figures(second))
+    yield Comparison.of(pattern, layout, "checkpoint", tensors, _checkpoint(second))
+
+    shutil.copytree(first, resumed, ignore=shutil.ignore_patterns(name_of(steps), "best.json", "metrics.jsonl"))
+    after.train(config, resumed, layout.processes)
+    yield Comparison.of(
+        pattern, layout, "resume", _figures(first, saved) | tensors, _figures(resumed) | _checkpoint(resumed)
+    )
+
+    before.export(first, first / "export")
+    after.export(second, second / "export")
+    yield Comparison.of(pattern, layout, "export", _export(first / "export"), _export(second / "export"))
+
+
+def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """What differs first, by name, in values and tensors; None where all are the same, to the bit."""
+    for name, value in before.items():
+        if name not in after:
+            return f"{name} is missing after"
+        if difference := _difference(value, after[name]):
+            return f"{name} {difference}"
+    return next((f"{name} is new after" for name in after if name not in before), None)
+
+
+def _difference(before: Any, after: Any) -> str | None:
+    if not isinstance(before, torch.Tensor):
+        return None if before == after else f"is {before!r} before and {after!r} after"
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        kinds = [f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in (before, after)]
+        return f"is {kinds[0]} before and {kinds[1]} after"
+    bits = [tensor.reshape(-1).view(torch.uint8).view(-1, tensor.itemsize) for tensor in (before, after)]
+    count = int((bits[0] != bits[1]).any(1).sum())
+    largest = (before.double() - after.double()).abs().max() if count else 0
+    return f"differs in {count:,} of {before.numel():,} values, by at most {largest:.2e}" if count else None
+
+
+def _config(
+    pattern: str, layout: Layout, steps: int, saved: int, overrides: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The configuration's tree; all keys that it leaves out are each checkout's defaults."""
+    tree = {section: dict(values) for section, values in TINY.items()}
+    tree["model"]["pattern"] = pattern
+    tree["train"]["steps"] = steps
+    tree["checkpoint"] = {"every": saved}
+    tree["parallel"] = {"tensor": layout.tensor, "expert": layout.expert if "E" in pattern else 1}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _figures(folder: Path, after: int = 0) -> dict[str, float]:
+    """Loss, gradient's norm and the other figures of each step of a run past ``after``, but for its speed."""
+    return {
+        f"{name} of step {line['step']}": value
+        for line in read_metrics(folder)
+        if line["step"] > after
+        for name, value in line.items()
+        if isinstance(value, float) and name != "tokens_per_second"
+    }
+
+
+def _checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Every logical tensor of a run's newest checkpoint: weights, optimizer's state, biases."""
+    step = store.resolve(folder)
+    return {name: store.read_tensor(step, name) for name in store.logical_tensors(step)}
+
+
+def _export(folder: Path) -> dict[str, Any]:
+    """Every tensor of an exported model, and every key of its config.json."""
+    content = {f"config.json: {key}": value for key, value in json.loads((folder / "config.json").read_text()).items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        content |= load_file(file)
+    return content
+
+
+if __name__ == "__main__":
+    run_command(main)
