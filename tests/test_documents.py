@@ -41,6 +41,7 @@ ELSEWHERE = {
         "tests/hf/test_ecosystem_trl_long.py"
     ),
     "pip wheel .": "tests/test_wheel.py",
+    "python tools/compare_runs.py --before=../before --after=. --steps=50": "tests/test_compare_runs.py",
     "pip check": "not run: it says something of one environment",
     "moe-mamba plan --config configs/paper/moe_mamba_25m.yaml": "tests/test_wheel.py",
     "moe-mamba --help": "tests/test_wheel.py",
