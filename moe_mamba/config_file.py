@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
 
@@ -47,9 +48,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, whole or not at all; :func:`load_config` of the file gives an equal one."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
 def keys() -> Iterator[tuple[str, str, str]]:

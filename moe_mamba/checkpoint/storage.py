@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from moe_mamba.atomic_file import synchronize
 from moe_mamba.checkpoint.manifest import (
     DESCRIPTION,
     DTYPE_NAMES,
@@ -64,21 +65,9 @@ class HashedFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.stream.flush()
-                os.fsync(self.stream.fileno())
-        finally:
-            self.stream.close()
-
-
-def synchronize_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        self.stream.close()
+        if kind is None:
+            synchronize(self.path)
 
 
 def _row_bytes(sizes: Sequence[int], dtype: torch.dtype) -> int:
@@ -226,7 +215,7 @@ class Writer(StorageWriter):
                 raise OSError(f"{name} has {size} bytes of {record['bytes']} after writing")
         about = {"format": "moe_mamba checkpoint", "version": VERSION, "finite": True}
         self._write_json(MANIFEST, about | {"files": files})
-        synchronize_folder(self.folder)
+        synchronize(self.folder)
 
     def _write_json(self, name: str, content: object) -> dict[str, Any]:
         with HashedFile(self.folder / name) as file:
