@@ -25,7 +25,6 @@ from torch.futures import Future
 from moe_mamba.atomic_file import synchronize
 from moe_mamba.checkpoint.manifest import (
     DESCRIPTION,
-    DTYPE_NAMES,
     INDEX,
     MANIFEST,
     SLAB,
@@ -34,6 +33,7 @@ from moe_mamba.checkpoint.manifest import (
     DamagedError,
     read_index,
 )
+from moe_mamba.safetensors_header import DTYPE_NAMES, TensorInfo, make_header
 
 
 @dataclass(frozen=True)
@@ -124,22 +124,15 @@ def read_box(
 
 
 def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
-    """The head of a safetensors file with `items` in order, and the byte that each item starts at."""
-    entries, ends = {}, [0]
+    """The header of a safetensors file with `items` in order, and the byte that each item starts at."""
+    tensors = []
     for item in items:
         assert item.tensor_data is not None
         chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
-        ends.append(ends[-1] + math.prod(chunk.sizes) * dtype.itemsize)
         part = "" if chunk.sizes == item.tensor_data.size else "@" + ",".join(map(str, chunk.offsets))
-        entries[item.index.fqn + part] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(chunk.sizes),
-            "data_offsets": ends[-2:],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    head = len(text).to_bytes(8, "little") + text
-    return head, [len(head) + end for end in ends[:-1]]
+        tensors.append(TensorInfo(item.index.fqn + part, dtype, tuple(chunk.sizes)))
+    header, starts = make_header(tensors)
+    return header, starts[:-1]
 
 
 def _write_box(file: HashedFile, item: WriteItem, planner: SavePlanner, start: int) -> Box:
@@ -187,9 +180,9 @@ class Writer(StorageWriter):
         items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)  # type: ignore[union-attr]
         if items:
             name, boxes = plan.storage_data, defaultdict(list)
-            head, starts = _header(items)
+            header, starts = _header(items)
             with HashedFile(self.folder / name) as file:
-                file.write(head)
+                file.write(header)
                 for item, start in zip(items, starts, strict=True):
                     assert file.bytes == start, f"{item.index} has another size than its plan"
                     boxes[item.index.fqn].append(_write_box(file, item, planner, start))
