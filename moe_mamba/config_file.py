@@ -67,7 +67,11 @@ def reference() -> str:
 
 
 def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]]:
-    """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value)."""
+    """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value).
+
+    A ``model.vocab_size`` of null asks for the saved one.
+    """
+    asked = asked if asked.has_vocabulary else asked.with_vocabulary(saved.model.vocab_size)
     free = {"train", "parallel", "checkpoint", "logging"}
     fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
     free_in_fixed = {"run.folder", "model.kernels", "data.cache", "data.verify"}

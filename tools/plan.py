@@ -34,6 +34,8 @@ def main(
     if gpus is not None and not (type(gpus) is int and gpus > 0):
         raise UserError(f"--gpus={gpus} is no number of devices: give 1 or more")
     settings = load_config(config, overrides)
+    if not settings.has_vocabulary:
+        raise UserError("model.vocab_size=null is known once a run has its tokenizer: give --model.vocab_size=N")
     print(json_format.dumps(plan(settings, gpus)) if json else table(settings, gpus))
 
 

@@ -72,6 +72,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
             watch.join()
             beginning = from_first(beginning)
             assert beginning is not None
+            config = beginning.config
             if beginning.done >= config.steps:
                 watch.is_done = True
                 report.finished(config, folder, screen, beginning.done, world)
