@@ -46,9 +46,11 @@ class Loader:
         self._seed = seed
         self._end_of_text = end_of_text
         self._reset = reset_at_document and all(source.is_text for source in self._sources)
-        self._windows = [source.windows(sequence_length) for source in self._sources]
-        for (name, source), windows in zip(sources.items(), self._windows, strict=True):
-            if windows is None and len(self._sources) > 1:
+        self._windows: list[int | None] = []
+        for name, source in sources.items():
+            windows = source.windows(sequence_length)
+            self._windows.append(windows)
+            if windows is None and len(sources) > 1:
                 raise UserError(f"data.train: {name} is trained on alone: leave the other sources out")
             if windows == 0:
                 size, unit = source.extent
