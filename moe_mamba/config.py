@@ -235,9 +235,23 @@ class Config(Section):
         assert self.train.tokens is not None
         return max(1, self.train.tokens // (self.train.global_batch * self.data.sequence_length))
 
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether ``model.vocab_size`` is a number, as every model wants it."""
+        return self.model.vocab_size is not None
+
+    def with_vocabulary(self, vocab_size: int) -> "Config":
+        """The same with another ``model.vocab_size``."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
     @model_validator(mode="after")
     def _check(self) -> "Config":
         parallel = self.parallel
+        if not self.has_vocabulary and self.data.tokenizer in ("sentencepiece", "symbols"):
+            raise ValueError(
+                f"model.vocab_size=null with data.tokenizer={self.data.tokenizer}, which has as many tokens as "
+                "model.vocab_size says: give it a number"
+            )
         if self.train.precision == "bf16" and parallel.zero == 0:
             raise ValueError(
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"

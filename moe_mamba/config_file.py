@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
 from moe_mamba.installation import find_config
@@ -95,9 +96,7 @@ def _moved(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, whole or not at all; :func:`load_config` of the file gives an equal one."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
 def keys() -> Iterator[tuple[str, str, str]]:
@@ -116,7 +115,11 @@ def reference() -> str:
 
 
 def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]]:
-    """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value)."""
+    """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value).
+
+    A ``model.vocab_size`` of null asks for the saved one.
+    """
+    asked = asked if asked.has_vocabulary else asked.with_vocabulary(saved.model.vocab_size)
     free = {"train", "parallel", "checkpoint", "logging"}
     fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
     free_in_fixed = {"run.folder", "run.kernels", "data.cache", "data.verify"}

@@ -12,6 +12,7 @@ from moe_mamba.config_types import (
     Positive,
     Section,
     Text,
+    VocabularySize,
 )
 
 
@@ -21,7 +22,9 @@ class ModelConfig(Section):
     pattern: Text = Field("ME", description="one letter a layer: M Mamba, * attention, - feed-forward, E experts")
     repeat: Positive = Field(8, description="how often the pattern is repeated")
     d_model: Positive = Field(512, description="width of the residual stream")
-    vocab_size: Positive = Field(2048, description="tokens the embedding and the head know")
+    vocab_size: VocabularySize = Field(
+        2048, description="tokens the embedding and the head know; null in a run's config: the tokenizer's size"
+    )
     d_state: Positive = Field(16, description="Mamba: states a channel")
     d_conv: Positive = Field(4, description="Mamba: width of the causal convolution, tokens")
     expand: Positive = Field(2, description="Mamba: d_inner = expand x d_model")

@@ -3,7 +3,15 @@
 import json
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -28,6 +36,14 @@ def _structure_from_text(value: object) -> object:
     return [part for part in value.split(",") if part]
 
 
+def _null_or_checked(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    value = _none_from_text(value)
+    return None if value is None else check(value)
+
+
+# A type checker takes it for an int, which it is for all that builds a model: null stands only in what a user asks for,
+# until a run resolves it (Config.with_vocabulary).
+VocabularySize = Annotated[Positive, WrapValidator(_null_or_checked), PlainSerializer(lambda value: value)]
 Text = Annotated[str, BeforeValidator(lambda value: value if value is None else str(value))]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(_none_from_text)]
 OptionalFactor = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_text)]

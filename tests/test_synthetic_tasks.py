@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from moe_mamba.config_file import load_config
+from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.errors import UserError
 from moe_mamba.run.folder import RunFolder
@@ -65,7 +66,7 @@ def test_a_run_measures_its_answers(done: Path) -> None:
     for name, length, count in (("short", 16, 24), ("long", 64, 6)):
         found = validations[-1][name]
         task = SyntheticTask.parse("synthetic:induction_heads", 17)
-        batch = task.batch(0, count, length, "validation", 0)
+        batch = next(evaluation_batches(task, length, count, 16, True))
         answers = batch.targets[:, -1]
         with torch.no_grad():
             guesses = restored.model(batch.tokens).logits[:, -1].argmax(-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.checkpoint.manifest import Box, DamagedError, is_marked_finite, read_index
 from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.checkpoint.storage import read_box
@@ -101,9 +102,7 @@ def write_next_step(folder: Path, next_step: NextStep) -> None:
         return
     # JSON has no NaN and no Inf; as text, float() reads them back.
     content = {name: value if value is None else str(value) for name, value in next_step._asdict().items()}
-    new = folder / f".{NEXT_STEP}"
-    new.write_text(json.dumps(content) + "\n")
-    new.replace(folder / NEXT_STEP)
+    write_atomically(folder / NEXT_STEP, json.dumps(content) + "\n")
 
 
 def read_next_step(folder: Path) -> NextStep | None:

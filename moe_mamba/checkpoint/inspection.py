@@ -9,7 +9,6 @@ import torch
 from moe_mamba.checkpoint.chunks import fault_of_cover
 from moe_mamba.checkpoint.divergence import read_next_step
 from moe_mamba.checkpoint.manifest import (
-    DTYPE_NAMES,
     INDEX,
     DamagedError,
     Stored,
@@ -19,6 +18,7 @@ from moe_mamba.checkpoint.manifest import (
 )
 from moe_mamba.checkpoint.storage import read_box
 from moe_mamba.errors import UserError
+from moe_mamba.safetensors_header import DTYPE_NAMES
 
 PART = 2**22  # elements of a tensor looked at together in float64
 MODEL_KEYS = ("pattern", "repeat", "d_model", "d_state", "vocab_size")

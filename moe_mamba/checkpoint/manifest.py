@@ -19,24 +19,11 @@ import torch
 import xxhash
 
 from moe_mamba.errors import UserError
+from moe_mamba.safetensors_header import DTYPES
 
 VERSION = 1
 MANIFEST, INDEX, DESCRIPTION = "manifest.json", "index.json", "description.json"
 SLAB = 32 * 2**20  # bytes copied at once: a save or a load needs no more memory than this beside the tensors
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class DamagedError(UserError):

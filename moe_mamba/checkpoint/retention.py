@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_mamba.atomic_file import remove_leftovers, rename, write_atomically
 from moe_mamba.checkpoint.divergence import (
     DivergedError,
     NextStep,
@@ -17,7 +18,6 @@ from moe_mamba.checkpoint.divergence import (
     write_next_step,
 )
 from moe_mamba.checkpoint.manifest import DamagedError, read_description, verify
-from moe_mamba.checkpoint.storage import synchronize_folder
 from moe_mamba.errors import UserError
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -47,7 +47,7 @@ def restore_replaced(folder: Path) -> None:
     for aside in folder.glob(".step-*.replaced"):
         name = folder / aside.name[1:].removesuffix(".replaced")
         if not name.exists():
-            aside.rename(name)
+            rename(aside, name)
 
 
 def clear(folder: Path) -> None:
@@ -55,12 +55,13 @@ def clear(folder: Path) -> None:
     restore_replaced(folder)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
+    remove_leftovers(folder)
 
 
 def _remove(path: Path) -> None:
     """Remove a step; hidden first, so that no half of it is ever taken for a checkpoint."""
     aside = path.with_name(f".{path.name}.old")
-    path.rename(aside)
+    rename(path, aside)
     shutil.rmtree(aside)
 
 
@@ -74,9 +75,8 @@ def name_and_prune(partial: Path, final: Path, keep: int) -> None:
     """
     aside = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        final.rename(aside)
-    partial.rename(final)
-    synchronize_folder(final.parent)
+        rename(final, aside)
+    rename(partial, final)
     if aside.exists():
         shutil.rmtree(aside)
     for path in steps_in(final.parent):
@@ -174,6 +174,5 @@ def _best(steps: Sequence[Path]) -> tuple[Path, float] | None:
 
 
 def _write_best(folder: Path, path: Path, loss: float) -> None:
-    new = folder / ".best.json"
-    new.write_text(json.dumps({"step": step_of(path), "checkpoint": path.name, "validation_loss": loss}) + "\n")
-    new.replace(folder / "best.json")
+    best = {"step": step_of(path), "checkpoint": path.name, "validation_loss": loss}
+    write_atomically(folder / "best.json", json.dumps(best) + "\n")

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from moe_mamba.atomic_file import synchronize
 from moe_mamba.checkpoint.manifest import (
     DESCRIPTION,
-    DTYPE_NAMES,
     INDEX,
     MANIFEST,
     SLAB,
@@ -33,6 +33,7 @@ from moe_mamba.checkpoint.manifest import (
     DamagedError,
     read_index,
 )
+from moe_mamba.safetensors_header import DTYPE_NAMES, TensorInfo, make_header
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,9 @@ class HashedFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.stream.flush()
-                os.fsync(self.stream.fileno())
-        finally:
-            self.stream.close()
-
-
-def synchronize_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        self.stream.close()
+        if kind is None:
+            synchronize(self.path)
 
 
 def _row_bytes(sizes: Sequence[int], dtype: torch.dtype) -> int:
@@ -135,22 +124,15 @@ def read_box(
 
 
 def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
-    """The head of a safetensors file with `items` in order, and the byte that each item starts at."""
-    entries, ends = {}, [0]
+    """The header of a safetensors file with `items` in order, and the byte that each item starts at."""
+    tensors = []
     for item in items:
         assert item.tensor_data is not None
         chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
-        ends.append(ends[-1] + math.prod(chunk.sizes) * dtype.itemsize)
         part = "" if chunk.sizes == item.tensor_data.size else "@" + ",".join(map(str, chunk.offsets))
-        entries[item.index.fqn + part] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(chunk.sizes),
-            "data_offsets": ends[-2:],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    head = len(text).to_bytes(8, "little") + text
-    return head, [len(head) + end for end in ends[:-1]]
+        tensors.append(TensorInfo(item.index.fqn + part, dtype, tuple(chunk.sizes)))
+    header, starts = make_header(tensors)
+    return header, starts[:-1]
 
 
 def _write_box(file: HashedFile, item: WriteItem, planner: SavePlanner, start: int) -> Box:
@@ -198,9 +180,9 @@ class Writer(StorageWriter):
         items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)  # type: ignore[union-attr]
         if items:
             name, boxes = plan.storage_data, defaultdict(list)
-            head, starts = _header(items)
+            header, starts = _header(items)
             with HashedFile(self.folder / name) as file:
-                file.write(head)
+                file.write(header)
                 for item, start in zip(items, starts, strict=True):
                     assert file.bytes == start, f"{item.index} has another size than its plan"
                     boxes[item.index.fqn].append(_write_box(file, item, planner, start))
@@ -226,7 +208,7 @@ class Writer(StorageWriter):
                 raise OSError(f"{name} has {size} bytes of {record['bytes']} after writing")
         about = {"format": "moe_mamba checkpoint", "version": VERSION, "finite": True}
         self._write_json(MANIFEST, about | {"files": files})
-        synchronize_folder(self.folder)
+        synchronize(self.folder)
 
     def _write_json(self, name: str, content: object) -> dict[str, Any]:
         with HashedFile(self.folder / name) as file:

@@ -7,7 +7,6 @@ from pathlib import Path
 from moe_mamba.config import NonNegative, Positive
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
-from moe_mamba.data.shards import Shards
 from moe_mamba.errors import UserError
 from moe_mamba.evaluation.scores import evaluate
 from moe_mamba.parallel.topology import Topology, World
@@ -68,16 +67,16 @@ def _score_text(
 ) -> None:
     """Print the loss on shards, documents or a synthetic task."""
     data, tokenizer = restored.config.data, restored.tokenizer
-    shards = prepare_corpus(source, tokenizer, data.cache, max_documents, verify=True)
-    if isinstance(shards, Shards) and shards.rejects:
-        print(f"{shards.rejects:,} damaged lines are kept in {shards.rejects_file}", file=sys.stderr)
-    batches = evaluation_batches(shards, length, batch, tokenizer.end_of_text, data.reset_at_document)
+    corpus = prepare_corpus(source, tokenizer, data.cache, max_documents, verify=True)
+    if corpus.rejects:
+        print(f"{corpus.rejects:,} damaged lines are kept in {corpus.rejects_file}", file=sys.stderr)
+    batches = evaluation_batches(corpus, length, batch, tokenizer.end_of_text, data.reset_at_document)
     scores = evaluate(restored.model, batches, Topology(World(0, 1, 0, 1)))
     assert scores is not None  # nothing stops it
     if as_json:
-        print(json_format.dumps(figures(scores, shards) | {"tokens": scores.targets}))
+        print(json_format.dumps(figures(scores, corpus) | {"tokens": scores.targets}))
         return
-    print(f"{restored.path}: {validation_line(source, scores, shards)}, {scores.targets:,} tokens")
+    print(f"{restored.path}: {validation_line(source, scores, corpus)}, {scores.targets:,} tokens")
 
 
 def _score_tasks(

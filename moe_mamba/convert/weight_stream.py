@@ -11,8 +11,8 @@ from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats import WayOut
-from moe_mamba.hf.safetensors_files import Header
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.safetensors_header import TensorInfo
 
 PART = 64 * 2**20  # bytes read at once, of one tensor or of several
 
@@ -52,9 +52,9 @@ class WeightStream:
         self.headers = []
         for name, entry in self._entries.items():
             shape = tuple(entry.view(self._ours[entry.ours]).shape)
-            self.headers.append(Header(name, torch.float32 if entry.ours in wide else dtype, shape))
+            self.headers.append(TensorInfo(name, torch.float32 if entry.ours in wide else dtype, shape))
 
-    def read(self, headers: Sequence[Header]) -> Iterator[Tensor]:
+    def read(self, headers: Sequence[TensorInfo]) -> Iterator[Tensor]:
         """The values of these tensors, in this order, each in contiguous parts of whole rows.
 
         Raises:
@@ -68,7 +68,7 @@ class WeightStream:
             waiting.append(part)
         yield from self._load(waiting)
 
-    def _parts(self, header: Header) -> Iterator[_Part]:
+    def _parts(self, header: TensorInfo) -> Iterator[_Part]:
         entry = self._entries[header.name]
         ours = self._ours[entry.ours]
         view = entry.view(ours)

@@ -1,7 +1,7 @@
 """Windows of tokens in a fixed order, as batches.
 
-Window i of a corpus has the tokens [i L, i L + L) of its row as inputs and those one further as targets: no two
-windows share an input, and the last target of one is the first input of the next.
+Windows of a source come in an order of each epoch's own, or one after the other where they never end; each of several
+sources gets its share by weight (order.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,7 @@ import torch
 
 from moe_mamba.data.batch import UNCOUNTED, Batch
 from moe_mamba.data.order import blend, permute
-from moe_mamba.data.shards import Shards
-from moe_mamba.data.synthetic import SyntheticTask
+from moe_mamba.data.source import Source, Windows
 from moe_mamba.errors import UserError
 
 
@@ -21,7 +20,7 @@ class Loader:
 
     def __init__(
         self,
-        corpora: Mapping[str, Shards],
+        sources: Mapping[str, Source],
         weights: Mapping[str, float],
         sequence_length: int,
         seed: int,
@@ -31,7 +30,7 @@ class Loader:
         """Set the order.
 
         Args:
-            corpora: name -> shards.
+            sources: by name; one whose windows never end stands alone.
             weights: the same names -> share of the windows, in any unit.
             sequence_length: tokens a window.
             seed: another one gives another order.
@@ -39,28 +38,40 @@ class Loader:
             end_of_text: id of that token.
 
         Raises:
-            UserError: a corpus is shorter than one window.
+            UserError: a source is shorter than one window, or cannot be trained on beside others.
         """
-        self._corpora = list(corpora.values())
-        self._weights = [weights[name] for name in corpora]
+        self._sources = list(sources.values())
+        self._weights = [weights[name] for name in sources]
         self._length = sequence_length
         self._seed = seed
         self._end_of_text = end_of_text
-        self._reset = reset_at_document
-        self._windows = [(shards.tokens - 1) // sequence_length for shards in self._corpora]
-        for name, shards, windows in zip(corpora, self._corpora, self._windows, strict=True):
-            if windows < 1:
+        self._reset = reset_at_document and all(source.is_text for source in self._sources)
+        self._windows: list[int | None] = []
+        for name, source in sources.items():
+            windows = source.windows(sequence_length)
+            self._windows.append(windows)
+            if windows is None and len(sources) > 1:
+                raise UserError(f"data.train: {name} is trained on alone: leave the other sources out")
+            if windows == 0:
+                size, unit = source.extent
                 raise UserError(
-                    f"{name}: {shards.tokens} tokens are fewer than one sequence of {sequence_length} and its last "
+                    f"{name}: {size} {unit} are fewer than one sequence of {sequence_length} and its last "
                     "target: lower data.sequence_length, or give more text"
                 )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the windows come again after an epoch."""
+        return None not in self._windows
 
     def places(self, first_position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Number of the corpus, in the order given, and window, of positions from ``first_position``: (count,) each."""
         corpus, within = blend(np.arange(first_position, first_position + count), self._weights)
-        window = np.empty_like(within)
+        window = within.copy()
         for number in np.unique(corpus):
-            size, identity = self._windows[number], self._corpora[number].identity
+            size, identity = self._windows[number], self._sources[number].identity
+            if size is None:
+                continue
             epoch, index = np.divmod(within, size)
             for turn in np.unique(epoch[corpus == number]):
                 chosen = (corpus == number) & (epoch == turn)
@@ -69,46 +80,37 @@ class Loader:
 
     def batch(self, first_position: int, count: int) -> Batch:
         """The ``count`` windows from ``first_position`` on."""
-        rows = []
-        for number, window in zip(*self.places(first_position, count), strict=True):
-            start = int(window) * self._length
-            rows.append(self._corpora[number].read(start, start + self._length + 1))
-        return _make_batch(np.stack(rows), self._end_of_text, self._reset)
+        rows = [
+            self._sources[number].window(int(window), self._length, self._seed)
+            for number, window in zip(*self.places(first_position, count), strict=True)
+        ]
+        tokens, targets = map(np.stack, zip(*rows, strict=True))
+        return _make_batch(Windows(tokens, targets), self._end_of_text, self._reset)
 
 
 def evaluation_batches(
-    shards: Shards | SyntheticTask, sequence_length: int, batch: int, end_of_text: int, reset_at_document: bool
+    source: Source, sequence_length: int, batch: int, end_of_text: int, reset_at_document: bool
 ) -> Iterator[Batch]:
-    """Go over a corpus in order: each token is a target once, but for the first.
+    """Go over a source in order: each token of a text is a target once, but for the first.
 
     Args:
-        shards: the corpus; of a synthetic task, its validation set, whose sequences may have a length of their own.
+        source: the corpus; of a synthetic task, its validation set, whose sequences may have a length of their own.
         sequence_length: tokens a window; the last window is filled with end-of-text and uncounted targets.
         batch: windows a batch; the last batch is filled with windows of uncounted targets.
         end_of_text: id of that token.
         reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.
 
     Raises:
-        UserError: the corpus has no two tokens.
+        UserError: the source has no two tokens, or its sequences are too short for it.
     """
-    if isinstance(shards, SyntheticTask):
-        yield from shards.evaluation_batches(sequence_length, batch)
-        return
-    if shards.tokens < 2:
-        raise UserError(f"{shards.name}: {shards.tokens} tokens leave nothing to predict: give more text")
-    starts = range(0, shards.tokens - 1, sequence_length)
-    for first in range(0, len(starts), batch):
-        rows = np.full((batch, sequence_length + 1), UNCOUNTED, dtype=np.int64)
-        for row, start in zip(rows, starts[first : first + batch], strict=False):
-            tokens = shards.read(start, min(start + sequence_length + 1, shards.tokens))
-            row[: len(tokens)] = tokens
-        yield _make_batch(rows, end_of_text, reset_at_document)
+    source.check_validation(sequence_length)
+    for windows in source.validation_windows(sequence_length, batch):
+        yield _make_batch(windows, end_of_text, reset_at_document and source.is_text)
 
 
-def _make_batch(rows: np.ndarray, end_of_text: int, reset_at_document: bool) -> Batch:
-    """Cut (sequences, length + 1) ids into inputs and targets; -100 among them is filling."""
-    tokens = torch.from_numpy(rows[:, :-1].copy())  # (sequences, length)
-    targets = torch.from_numpy(rows[:, 1:].copy())  # (sequences, length)
+def _make_batch(windows: Windows, end_of_text: int, reset_at_document: bool) -> Batch:
+    """Windows (sequences, length), which are taken over, as tensors; filling becomes end-of-text."""
+    tokens, targets = map(torch.from_numpy, windows)
     tokens[tokens == UNCOUNTED] = end_of_text
     if not reset_at_document:
         return Batch(tokens, targets, None)

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.data.corpus import START, Place
 from moe_mamba.errors import UserError
 
@@ -70,13 +70,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Replace the folder's manifest at once, on the disk itself."""
-        aside = folder / f"{MANIFEST}.tmp"
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(folder / MANIFEST)
-        sync(folder)
+        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def load_manifest(folder: Path) -> Manifest | None:
@@ -100,12 +94,3 @@ def checksum(path: Path) -> str:
     """Sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,11 @@
 """What every tokenizer does, and the two that need no vocabulary: bytes, and numbered symbols."""
 
 import hashlib
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,8 +33,14 @@ class Tokenizer(ABC):
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of what ``load_tokenizer`` needs of a folder; the last one marks the folder as whole."""
+
     def save(self, folder: str | Path) -> None:
-        """Write into ``folder`` what ``load_tokenizer(folder)`` needs."""
+        """Write into ``folder``, also where several processes do so at once, what ``load_tokenizer(folder)`` needs."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            write_atomically(Path(folder) / name, content)
 
     def use_one_thread(self) -> None:  # noqa: B027 (bytes have no threads)
         """Encode on one thread from now on, for a process beside others."""
@@ -62,9 +68,9 @@ class BytesTokenizer(Tokenizer):
         end = END_OF_TEXT.encode()
         return b"".join(bytes([i]) if i < 256 else end for i in ids).decode("utf-8", "replace")
 
-    def save(self, folder: str | Path) -> None:
-        """Write a file that names the kind."""
-        write_file(folder, self.FILE, b'{"tokenizer": "bytes"}\n')
+    def files(self) -> dict[str, bytes]:
+        """A file that names the kind."""
+        return {self.FILE: b'{"tokenizer": "bytes"}\n'}
 
 
 class SymbolsTokenizer(Tokenizer):
@@ -89,17 +95,6 @@ class SymbolsTokenizer(Tokenizer):
         """The ids as numbers; end-of-text reads as <|endoftext|>."""
         return " ".join(END_OF_TEXT if i == self.end_of_text else str(int(i)) for i in ids)
 
-    def save(self, folder: str | Path) -> None:
-        """Write a file that says how many ids there are."""
-        write_file(folder, self.FILE, f'{{"tokenizer": "symbols", "vocab_size": {self.vocab_size}}}\n'.encode())
-
-
-def write_file(folder: str | Path, name: str, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also where several processes write it at once."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    aside = Path(folder) / f"{name}.{secrets.token_hex(8)}.tmp"
-    try:
-        aside.write_bytes(content)
-        aside.replace(Path(folder) / name)
-    finally:
-        aside.unlink(missing_ok=True)
+    def files(self) -> dict[str, bytes]:
+        """A file that says how many ids there are."""
+        return {self.FILE: f'{{"tokenizer": "symbols", "vocab_size": {self.vocab_size}}}\n'.encode()}

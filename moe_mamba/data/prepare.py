@@ -10,6 +10,7 @@ from moe_mamba.data.corpus import Corpus
 from moe_mamba.data.manifest import load_manifest
 from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.shards import Shards, is_shards, tokenizer_folder
+from moe_mamba.data.source import Source
 from moe_mamba.data.synthetic import SyntheticTask, is_synthetic
 from moe_mamba.data.tokenizer import (
     TRAINING_CHARACTERS,
@@ -70,7 +71,7 @@ def prepare_corpus(
     *,
     verify: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Shards | SyntheticTask:
+) -> Source:
     """Open a source as shards, or as a synthetic task.
 
     Documents are tokenized into ``cache_folder`` first, unless they were before.

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from moe_mamba.atomic_file import TEMPORARY, put_in_place, synchronize
 from moe_mamba.data.corpus import START, Corpus, Place, Reject
 from moe_mamba.data.manifest import (
     MANIFEST,
@@ -35,7 +36,6 @@ from moe_mamba.data.manifest import (
     Part,
     checksum,
     load_manifest,
-    sync,
 )
 from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -178,7 +178,7 @@ class _PartWriter:
         self.folder, self.name = folder, f"part-{number:05d}"
         self.documents = self.tokens = self.text_bytes = 0
         self.largest_id = -1
-        self._aside = {suffix: folder / f"{self.name}{suffix}.tmp" for suffix in (".bin", ".idx")}
+        self._aside = {suffix: folder / f"{self.name}{suffix}{TEMPORARY}" for suffix in (".bin", ".idx")}
         self._builder = indexed_dataset().IndexedDatasetBuilder(str(self._aside[".bin"]), dtype=np.dtype(dtype).type)
 
     def add(self, batch: Batch, encoded: Encoded) -> None:
@@ -197,10 +197,8 @@ class _PartWriter:
         self._builder.finalize(str(self._aside[".idx"]))
         checksums = {}
         for suffix, aside in self._aside.items():
-            sync(aside)
             checksums[f"{self.name}{suffix}"] = checksum(aside)
-            aside.replace(self.folder / f"{self.name}{suffix}")
-        sync(self.folder)
+            put_in_place(aside, self.folder / f"{self.name}{suffix}")
         return Part(self.name, self.documents, self.tokens, self.text_bytes, self.largest_id, checksums)
 
 
@@ -281,7 +279,7 @@ def _work(texts: list[str]) -> Encoded:
 def _resume(folder: Path, planned: Manifest) -> Manifest:
     """The manifest to go on from; clears what a stopped run wrote and did not enter."""
     found = load_manifest(folder)
-    strangers = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
+    strangers = [entry.name for entry in folder.iterdir() if not entry.name.endswith(TEMPORARY)]
     if found is None and strangers:
         raise UserError(f"{folder}: not empty ({strangers[0]} is in it) and without {MANIFEST}: give a new folder")
     if found is None or not (found.parts or found.complete):
@@ -295,7 +293,7 @@ def _resume(folder: Path, planned: Manifest) -> Manifest:
             )
     if not found.complete:
         entered = {file for part in found.parts for file in part.checksums}
-        for path in {*folder.rglob("*.tmp"), *folder.glob("part-*")}:
+        for path in {*folder.rglob(f"*{TEMPORARY}"), *folder.glob("part-*")}:
             if path.name not in entered:
                 path.unlink()
         if _rejects_bytes(folder):
@@ -310,8 +308,7 @@ def _keep_rejects(folder: Path, rejects: list[Reject]) -> int:
             for reject in rejects:
                 values = reject._asdict() | {"raw": base64.b64encode(reject.raw).decode()}
                 file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        synchronize(folder / REJECTS)
     return len(rejects)
 
 

@@ -12,8 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from moe_mamba.data.batch import UNCOUNTED
 from moe_mamba.data.manifest import MANIFEST, REJECTS, TOKENIZER_FOLDER, Manifest, checksum, load_manifest
 from moe_mamba.data.quiet import indexed_dataset
+from moe_mamba.data.source import Windows
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
 
@@ -98,6 +100,59 @@ class Shards:
         """Where they are kept, with their places and bytes; None where there are none."""
         return Path(self.name) / REJECTS if self.rejects else None
 
+    @property
+    def is_text(self) -> bool:
+        """See Source."""
+        return True
+
+    @property
+    def extent(self) -> tuple[int, str]:
+        """See Source."""
+        return self.tokens, "tokens"
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """See Source; None for foreign shards."""
+        return None if self.text_bytes is None else self.text_bytes / self.tokens
+
+    def unigram_entropy(self) -> float:
+        """See Source; end-of-text is a token like others."""
+        counts = np.zeros(0, dtype=np.int64)
+        for block in self.blocks():
+            more = np.bincount(block, minlength=len(counts))
+            more[: len(counts)] += counts
+            counts = more
+        share = counts[counts > 0] / counts.sum()
+        return float(-(share * np.log(share)).sum())
+
+    def windows(self, sequence_length: int) -> int:
+        """Windows of so many tokens, each with a target behind its last one; see Source."""
+        return (self.tokens - 1) // sequence_length
+
+    def window(self, number: int, sequence_length: int, seed: int) -> Windows:
+        """Tokens [i L, i L + L) of the row for window i, and those one further as targets.
+
+        No two windows share a token, and the last target of one is the first token of the next.
+        """
+        start = number * sequence_length
+        row = self.read(start, start + sequence_length + 1)
+        return Windows(row[:-1], row[1:])
+
+    def check_validation(self, sequence_length: int) -> None:
+        """Raise a UserError where there are no two tokens."""
+        if self.tokens < 2:
+            raise UserError(f"{self.name}: {self.tokens} tokens leave nothing to predict: give more text")
+
+    def validation_windows(self, sequence_length: int, batch: int) -> Iterator[Windows]:
+        """See Source; each token but the first is a target once."""
+        starts = range(0, self.tokens - 1, sequence_length)
+        for first in range(0, len(starts), batch):
+            rows = np.full((batch, sequence_length + 1), UNCOUNTED, dtype=np.int64)
+            for row, start in zip(rows, starts[first : first + batch], strict=False):
+                tokens = self.read(start, min(start + sequence_length + 1, self.tokens))
+                row[: len(tokens)] = tokens
+            yield Windows(rows[:, :-1].copy(), rows[:, 1:].copy())
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of the row, across parts: (stop - start,) int64."""
         pieces = []
@@ -130,22 +185,6 @@ def tokenizer_folder(path: str | Path) -> Path | None:
     """Where the tokenizer of a folder of shards is saved; None for foreign shards."""
     folder = Path(path) / TOKENIZER_FOLDER
     return folder if folder.is_dir() else None
-
-
-def unigram_entropy(shards: Shards) -> float:
-    """Entropy of the tokens' frequencies, end-of-text included, in nats: the loss of a model that knows no context."""
-    counts = np.zeros(0, dtype=np.int64)
-    for block in shards.blocks():
-        more = np.bincount(block, minlength=len(counts))
-        more[: len(counts)] += counts
-        counts = more
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def bytes_per_token(shards: Shards) -> float | None:
-    """Bytes of text by tokens, end-of-text included; bits per byte = loss / ln 2 / this. None for foreign shards."""
-    return None if shards.text_bytes is None else shards.text_bytes / shards.tokens
 
 
 def _prefix(path: str | Path) -> Path:

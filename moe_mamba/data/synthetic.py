@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
-from moe_mamba.data.batch import UNCOUNTED, Batch
+from moe_mamba.data.batch import UNCOUNTED
+from moe_mamba.data.source import Windows
 from moe_mamba.errors import UserError
 
 PREFIX = "synthetic:"
@@ -96,17 +96,51 @@ class SyntheticTask:
         described = {key: value for key, value in asdict(self).items() if key not in ("name", "length", "sequences")}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
-    def batch(self, first_position: int, count: int, length: int, split: Split, seed: int) -> Batch:
-        """The ``count`` sequences of ``length`` tokens from ``first_position`` on."""
-        self.check_length(length)
-        draw = self._induction_heads if self.task == "induction_heads" else self._selective_copying
-        drawn = []
-        for position in range(first_position, first_position + count):
-            drawn.append(draw(np.random.default_rng([split == "validation", seed, position]), length))
-        tokens, targets = (torch.from_numpy(np.stack(rows)) for rows in zip(*drawn, strict=True))
-        return Batch(tokens, targets, None)
+    @property
+    def is_text(self) -> bool:
+        """See Source."""
+        return False
 
-    def evaluation_batches(self, sequence_length: int, batch: int) -> Iterator[Batch]:
+    @property
+    def extent(self) -> tuple[int, str]:
+        """See Source."""
+        return self.sequences, "sequences"
+
+    @property
+    def bytes_per_token(self) -> None:
+        """See Source: symbols stand for no bytes."""
+
+    @property
+    def rejects(self) -> int:
+        """See Source."""
+        return 0
+
+    @property
+    def rejects_file(self) -> None:
+        """See Source."""
+
+    def unigram_entropy(self) -> None:
+        """See Source: only answers are targets."""
+
+    def windows(self, sequence_length: int) -> None:
+        """There is no end of them.
+
+        Raises:
+            UserError: sequences too short for the task, or another length in the source.
+        """
+        if self.length:
+            raise UserError(f"data.train: {self.name}: a training length is data.sequence_length: leave length= out")
+        self.check_length(sequence_length)
+
+    def window(self, number: int, sequence_length: int, seed: int) -> Windows:
+        """The sequence of this position, from 0 on without end."""
+        return self._draw("train", seed, number, sequence_length)
+
+    def check_validation(self, sequence_length: int) -> None:
+        """See Source."""
+        self.check_length(self.length or sequence_length)
+
+    def validation_windows(self, sequence_length: int, batch: int) -> Iterator[Windows]:
         """Go over the validation set, which is the same for every seed of a run.
 
         Args:
@@ -117,9 +151,10 @@ class SyntheticTask:
         length = self.length or sequence_length
         batch = max(1, batch * sequence_length // length) if length > sequence_length else batch
         for first in range(0, self.sequences, batch):
-            found = self.batch(first, batch, length, "validation", 0)
-            found.targets[self.sequences - first :] = UNCOUNTED
-            yield found
+            drawn = [self._draw("validation", 0, position, length) for position in range(first, first + batch)]
+            tokens, targets = map(np.stack, zip(*drawn, strict=True))
+            targets[self.sequences - first :] = UNCOUNTED
+            yield Windows(tokens, targets)
 
     def check_length(self, length: int) -> None:
         """Refuse sequences that the task does not fit into.
@@ -130,6 +165,11 @@ class SyntheticTask:
         shortest = 3 if self.task == "induction_heads" else 2 * self.memorize
         if length < shortest:
             raise UserError(f"{self.name}: sequences of {length} tokens cannot hold the task: give {shortest} or more")
+
+    def _draw(self, split: Split, seed: int, position: int, length: int) -> Windows:
+        """One sequence: (length,) each."""
+        draw = self._induction_heads if self.task == "induction_heads" else self._selective_copying
+        return Windows(*draw(np.random.default_rng([split == "validation", seed, position]), length))
 
     def _induction_heads(self, generator: np.random.Generator, length: int) -> Sequence:
         special = self.vocab_size - 2
@@ -152,25 +192,6 @@ class SyntheticTask:
         tokens[places] = targets[body:] = 1 + _below(marker - 1, generator, self.memorize)
         tokens[body:] = marker
         return tokens, targets
-
-
-class SyntheticLoader:
-    """Batches of a task by position, as ``Loader`` gives windows of text."""
-
-    def __init__(self, task: SyntheticTask, sequence_length: int, seed: int) -> None:
-        """Check that the task can be trained on.
-
-        Raises:
-            UserError: sequences too short for it, or another length in the source.
-        """
-        if task.length:
-            raise UserError(f"data.train: {task.name}: a training length is data.sequence_length: leave length= out")
-        task.check_length(sequence_length)
-        self._task, self._length, self._seed = task, sequence_length, seed
-
-    def batch(self, first_position: int, count: int) -> Batch:
-        """The ``count`` sequences from ``first_position`` on."""
-        return self._task.batch(first_position, count, self._length, "train", self._seed)
 
 
 def _below(limit: int, generator: np.random.Generator, count: int) -> np.ndarray:

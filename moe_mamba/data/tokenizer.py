@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from moe_mamba.data.plain_tokenizers import END_OF_TEXT, BytesTokenizer, SymbolsTokenizer, Tokenizer, write_file
+from moe_mamba.data.plain_tokenizers import END_OF_TEXT, BytesTokenizer, SymbolsTokenizer, Tokenizer
 from moe_mamba.data.quiet import quiet_hub
 from moe_mamba.errors import UserError
 
@@ -77,9 +77,9 @@ class SentencePieceTokenizer(Tokenizer):
                 parts[-1].append(int(i))
         return END_OF_TEXT.join(self.processor.decode(part) for part in parts)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model."""
-        write_file(folder, self.FILE, self.model)
+    def files(self) -> dict[str, bytes]:
+        """The model."""
+        return {self.FILE: self.model}
 
 
 class LibraryTokenizer(Tokenizer):
@@ -127,10 +127,12 @@ class LibraryTokenizer(Tokenizer):
         """The text of the ids, special tokens included."""
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the end-of-text token's name as Transformers has it, then tokenizer.json, which marks the folder."""
-        write_file(folder, self.CONFIG, (json.dumps({"eos_token": self.end_name}) + "\n").encode("utf-8"))
-        write_file(folder, self.FILE, self.content.encode("utf-8"))
+    def files(self) -> dict[str, bytes]:
+        """The end-of-text token's name as Transformers has it, then tokenizer.json."""
+        return {
+            self.CONFIG: (json.dumps({"eos_token": self.end_name}) + "\n").encode(),
+            self.FILE: self.content.encode(),
+        }
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

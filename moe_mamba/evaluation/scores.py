@@ -9,6 +9,7 @@ import torch
 
 from moe_mamba.data.loader import Batch
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.distributed import reduce_over_data
 from moe_mamba.parallel.topology import Topology
 
 
@@ -70,9 +71,7 @@ def evaluate(
         right = (model.argmax(logits) == batch.targets).sum()  # no id is -100
         sums += torch.stack([loss.double(), count.double(), right.double()])
     model.train(was_training)
-    if topology.world.size > 1:
-        torch.distributed.all_reduce(sums)
-    loss, targets, right = (sums / topology.tensor).tolist()  # tensor peers have the same sums
+    loss, targets, right = reduce_over_data(sums, topology).tolist()
     return Scores(loss / max(1.0, targets), round(targets), right / max(1.0, targets))
 
 

@@ -305,6 +305,7 @@ def _from(module: str, names: list[str]) -> str:
 _TYPES = {
     "Text": "str",
     "Positive": "int",
+    "VocabularySize": "int",
     "NonNegative": "int",
     "NonNegativeFloat": "Union[float, int]",
     "Annotated[float, Field(gt=0)]": "Union[float, int]",

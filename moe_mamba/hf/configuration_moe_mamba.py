@@ -84,7 +84,7 @@ class StackConfig:
         pattern: one letter a layer: M Mamba, * attention, - feed-forward, E experts.
         repeat: how often the pattern is repeated.
         d_model: width of the residual stream.
-        vocab_size: tokens the embedding and the head know.
+        vocab_size: tokens the embedding and the head know; null in a run's config: the tokenizer's size.
         d_state: Mamba: states a channel.
         d_conv: Mamba: width of the causal convolution, tokens.
         expand: Mamba: d_inner = expand x d_model.

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_mamba.errors import UserError
-from moe_mamba.hf.safetensors_files import DTYPES, INDEX, ONE_FILE
+from moe_mamba.hf.safetensors_files import INDEX, ONE_FILE
+from moe_mamba.safetensors_header import DTYPE_NAMES
 
 TORCH_FILE = "pytorch_model.bin"
 MEND = "fetch the folder again"
@@ -115,7 +116,7 @@ def _torch_file(path: Path) -> dict[str, Stored]:
     if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
         raise UserError(f"{path} is no mapping of names to plain tensors: give a folder with {ONE_FILE}")
     return {
-        name: Stored(tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)), partial(_itself, tensor))
+        name: Stored(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), partial(_itself, tensor))
         for name, tensor in content.items()
     }
 

@@ -1,46 +1,22 @@
-"""Safetensors files as Transformers shards them, written in parts: no tensor need be whole in memory.
-
-The library's own writer wants every tensor of a file at once, so the format's head (8 bytes of length, then JSON) is
-written here; everything reads the files with the library.
-"""
+"""Safetensors files as Transformers shards them, written in parts: no tensor need be whole in memory."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+from moe_mamba.safetensors_header import TensorInfo, make_header
+
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Header:
-    """A tensor to write: its name, dtype and shape."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(
     folder: Path,
-    tensors: Sequence[Header],
+    tensors: Sequence[TensorInfo],
     max_shard_bytes: int,
-    read: Callable[[Sequence[Header]], Iterable[Tensor]],
+    read: Callable[[Sequence[TensorInfo]], Iterable[Tensor]],
 ) -> list[Path]:
     """Write ``model.safetensors``, or shards ``model-00001-of-00002.safetensors`` and their index.
 
@@ -69,8 +45,8 @@ def write_tensors(
     return [folder / name for name in names]
 
 
-def _cut(tensors: Sequence[Header], limit: int) -> list[list[Header]]:
-    shards: list[list[Header]] = [[]]
+def _cut(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.bytes > limit:
@@ -81,20 +57,13 @@ def _cut(tensors: Sequence[Header], limit: int) -> list[list[Header]]:
     return shards
 
 
-def _write_file(path: Path, tensors: Sequence[Header], read: Callable[[Sequence[Header]], Iterable[Tensor]]) -> None:
-    head: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        head[tensor.name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end := end + tensor.bytes],
-        }
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
+def _write_file(
+    path: Path, tensors: Sequence[TensorInfo], read: Callable[[Sequence[TensorInfo]], Iterable[Tensor]]
+) -> None:
+    header, (*_, size) = make_header(tensors, {"format": "pt"})
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(header)
         for part in read(tensors):
             stream.write(part.reshape(-1).view(torch.uint8).numpy().data)
-    if (size := path.stat().st_size) != 8 + len(text) + end:
-        raise RuntimeError(f"{path.name} has {size} bytes of {8 + len(text) + end}")
+    if (written := path.stat().st_size) != size:
+        raise RuntimeError(f"{path.name} has {written} bytes of {size}")

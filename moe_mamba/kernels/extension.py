@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_mamba.atomic_file import put_in_place
+
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "moe_mamba_kernels"
 PATIENCE = 300.0  # seconds that a compiler, and another process that builds, is waited for
@@ -172,7 +174,7 @@ def _cached(folder: Path) -> ctypes.CDLL:
         own = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
         _announce(f"building the C++ kernels (once, a few seconds): {folder}")
         try:
-            os.replace(_compile(own, log), path)
+            put_in_place(_compile(own, log), path)
         finally:
             shutil.rmtree(own, ignore_errors=True)
         return ctypes.CDLL(str(path))

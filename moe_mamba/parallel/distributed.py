@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from moe_mamba.parallel.topology import World
+from moe_mamba.parallel.topology import Topology, World
 
 T = TypeVar("T")
 
@@ -81,3 +82,17 @@ def from_all(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def reduce_over_data(values: Tensor, topology: Topology) -> Tensor:
+    """Sum over data-parallel ranks what tensor-parallel ranks have alike; the same on every rank.
+
+    One collective over the world, whose sum is divided by the number of tensor-parallel ranks.
+
+    Args:
+        values: float64 of any shape, so that counts stay whole numbers; overwritten.
+        topology: the layout.
+    """
+    if topology.world.size > 1:
+        dist.all_reduce(values)
+    return values / topology.tensor

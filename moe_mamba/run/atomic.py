@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_mamba.atomic_file import rename, synchronize_tree
 from moe_mamba.errors import UserError
 
 
@@ -49,15 +50,16 @@ def whole_folder(output: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     aside, replaced = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced"))
     try:
         if replaced.exists() and not output.exists():  # a kill came between the two renames
-            replaced.rename(output)
+            rename(replaced, output)
         check_output(output, overwrite, mark)
         for leftover in (aside, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
+        synchronize_tree(aside)
         if output.exists():
-            output.rename(replaced)
-        aside.rename(output)
+            rename(output, replaced)
+        rename(aside, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error}): mend that, or give another") from None

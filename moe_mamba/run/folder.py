@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_mamba.atomic_file import remove_leftovers
 from moe_mamba.config import Config
 from moe_mamba.config_file import changed_on_resume, load_config, save_config
 from moe_mamba.errors import UserError
@@ -50,6 +51,8 @@ class RunFolder:
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             _lock(descriptor, self.path)
+            for folder in (self.path, self.tokenizer):
+                remove_leftovers(folder)
             yield
         finally:
             os.close(descriptor)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import LoggingConfig
 from moe_mamba.errors import UserError
 
@@ -103,7 +104,7 @@ class WeightsAndBiases:
         (folder / "wandb").mkdir(exist_ok=True)
         name = folder / "wandb" / "run_id.txt"
         if not name.exists():
-            name.write_text(uuid.uuid4().hex[:12])
+            write_atomically(name, uuid.uuid4().hex[:12])
         self.run = wandb.init(
             project=project,
             name=folder.name,

@@ -7,13 +7,10 @@ from typing import Any
 from moe_mamba.config import Config
 from moe_mamba.data.loader import Loader
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
-from moe_mamba.data.shards import Shards
-from moe_mamba.data.synthetic import SyntheticLoader, SyntheticTask
+from moe_mamba.data.source import Source
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.run.folder import RunFolder
-
-Source = Shards | SyntheticTask
 
 
 @dataclass(frozen=True)
@@ -22,18 +19,18 @@ class Corpora:
 
     tokenizer: Tokenizer
     train: dict[str, Source]
-    loader: Loader | SyntheticLoader
+    loader: Loader
     validation: dict[str, Source]
 
     @property
     def sources(self) -> dict[str, Source]:
         """Every source, training and validation."""
-        return self.train | {shards.name: shards for shards in self.validation.values()}
+        return self.train | {source.name: source for source in self.validation.values()}
 
     @property
     def identities(self) -> dict[str, str]:
         """Hash of the tokens of each source that is trained on; the order of windows follows from it."""
-        return {source: shards.identity for source, shards in self.train.items()}
+        return {name: source.identity for name, source in self.train.items()}
 
     def check_unchanged(self, description: dict[str, Any], folder: RunFolder) -> None:
         """Refuse to go on with other text than the checkpoint was trained on.
@@ -67,22 +64,15 @@ def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None], 
         return prepare_corpus(source, tokenizer, data.cache, data.max_documents, verify=verify, say=say)
 
     train = {source: open_source(source) for source in data.train_weights}
-    loader = _loader(config, train, tokenizer)
+    loader = Loader(
+        train,
+        data.train_weights,
+        data.sequence_length,
+        config.run.seed,
+        data.reset_at_document,
+        tokenizer.end_of_text,
+    )
     validation = {name: open_source(source) for name, source in data.validation_sets.items()}
-    for task in validation.values():
-        if isinstance(task, SyntheticTask):
-            task.check_length(task.length or data.sequence_length)
+    for source in validation.values():
+        source.check_validation(data.sequence_length)
     return Corpora(tokenizer, train, loader, validation)
-
-
-def _loader(config: Config, train: dict[str, Source], tokenizer: Tokenizer) -> Loader | SyntheticLoader:
-    data, seed = config.data, config.run.seed
-    tasks = [source for source in train.values() if isinstance(source, SyntheticTask)]
-    if not tasks:
-        shards = {name: source for name, source in train.items() if isinstance(source, Shards)}
-        return Loader(
-            shards, data.train_weights, data.sequence_length, seed, data.reset_at_document, tokenizer.end_of_text
-        )
-    if len(train) > 1:
-        raise UserError(f"data.train: {tasks[0].name} is trained on alone: leave the other sources out")
-    return SyntheticLoader(tasks[0], data.sequence_length, seed)

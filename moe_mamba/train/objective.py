@@ -59,16 +59,11 @@ class Objective:
         """
         cross_entropy, _ = self._cross_entropy(logits, targets)
         shared = over_all_ranks(statistics, self._topology)
-        balance = _mean([balance_loss(layer) for layer in shared.values()], like=cross_entropy)
-        z = _mean([z_loss(layer) for layer in shared.values()], like=cross_entropy)
+        balance, z = _router_losses(shared, like=cross_entropy)
         self._add(cross_entropy, balance, z, shared)
         if self._config.balance_over == "device":
             # Tensor peers' gradients of the router are summed, and each has a loss of its own here.
-            balance = (
-                _mean([balance_loss(layer) for layer in statistics.values()], like=cross_entropy)
-                / self._topology.tensor
-            )
-            z = _mean([z_loss(layer) for layer in statistics.values()], like=cross_entropy) / self._topology.tensor
+            balance, z = (value / self._topology.tensor for value in _router_losses(statistics, like=cross_entropy))
         loss = cross_entropy * self._scale
         if self._config.balance == "loss":
             loss = loss + self._config.balance_weight * balance
@@ -126,6 +121,12 @@ def _combine(*parts: RouterStatistics) -> RouterStatistics:
             for field in fields(RouterStatistics)
         }
     )
+
+
+def _router_losses(statistics: Statistics, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The balance loss and the z-loss, means over layers."""
+    balance, z = ([loss(layer) for layer in statistics.values()] for loss in (balance_loss, z_loss))
+    return _mean(balance, like), _mean(z, like)
 
 
 def _mean(values: list[Tensor], like: Tensor) -> Tensor:

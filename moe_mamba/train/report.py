@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from moe_mamba.config import Config
-from moe_mamba.data.shards import Shards, bytes_per_token, unigram_entropy
-from moe_mamba.data.synthetic import SyntheticTask
+from moe_mamba.data.source import Source
 from moe_mamba.errors import UserError
 from moe_mamba.evaluation.scores import Scores
 from moe_mamba.installation import command
@@ -21,7 +20,7 @@ from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.plots import plot_expert_load, plot_loss
-from moe_mamba.train.corpora import Corpora, Source
+from moe_mamba.train.corpora import Corpora
 from moe_mamba.train.objective import StepSums
 
 PROMPT = "The"
@@ -62,9 +61,9 @@ def describe_layout(config: Config, topology: Topology) -> str:
 def damaged_lines(corpora: Corpora) -> list[str]:
     """What of the text could not be read."""
     return [
-        f"{shards.rejects:,} damaged lines of {source} were left out: they are kept in {shards.rejects_file}"
-        for source, shards in corpora.sources.items()
-        if isinstance(shards, Shards) and shards.rejects
+        f"{source.rejects:,} damaged lines of {name} were left out: they are kept in {source.rejects_file}"
+        for name, source in corpora.sources.items()
+        if source.rejects
     ]
 
 
@@ -96,11 +95,10 @@ def _operations(config: Config) -> dict[str, int]:
 
 def figures(scores: Scores, source: Source) -> dict[str, float | None]:
     """A validation's figures by name."""
-    bits = None if isinstance(source, SyntheticTask) else scores.bits_per_byte(bytes_per_token(source))
     return {
         "loss": scores.loss,
         "perplexity": scores.perplexity,
-        "bits_per_byte": bits,
+        "bits_per_byte": scores.bits_per_byte(source.bytes_per_token),
         "accuracy": scores.accuracy,
     }
 
@@ -114,9 +112,8 @@ def validation_line(name: str, scores: Scores, source: Source) -> str:
     return f"{line}, {100 * scores.accuracy:.2f} % right"
 
 
-def against_unigram(scores: Scores, shards: Shards) -> str:
+def against_unigram(scores: Scores, entropy: float) -> str:
     """How much of the text's structure was learnt, beyond how often each token comes."""
-    entropy = unigram_entropy(shards)
     side = "below" if scores.loss < entropy else "above"
     return f"{abs(entropy - scores.loss):.2f} nat {side} the unigram entropy of its tokens ({entropy:.4f})"
 
@@ -170,13 +167,13 @@ def finish(
     for name, score in scores.items():
         source = corpora.validation[name]
         screen.say(f"result    {validation_line(name, score, source)}")
-        if isinstance(source, Shards):
-            screen.say(f"          {against_unigram(score, source)}")
+        if (entropy := source.unigram_entropy()) is not None:
+            screen.say(f"          {against_unigram(score, entropy)}")
     screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
     if config.train.sample_tokens and not topology.is_cut and config.parallel.zero < 3:  # else no device can alone
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     source = next(iter(corpora.validation.values()))
-    if isinstance(source, SyntheticTask):
+    if not source.is_text:
         screen.say(f"next      {command('evaluate')} --checkpoint {folder.path} --input {source.name}")
         return
     line = f"{command('generate')} --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
@@ -222,12 +219,13 @@ def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
 
 
 def _training_size(corpora: Corpora) -> str:
-    tokens = [source.tokens for source in corpora.train.values() if isinstance(source, Shards)]
-    return f"{_short(sum(tokens))} tokens" if tokens else "endless sequences"
+    sizes, units = zip(*(source.extent for source in corpora.train.values()), strict=True)
+    return f"{_short(sum(sizes))} {units[0]}" if corpora.loader.is_finite else "endless sequences"
 
 
 def _validation_size(source: Source) -> str:
-    return _short(source.tokens) if isinstance(source, Shards) else f"{source.sequences} sequences"
+    size, unit = source.extent
+    return f"{_short(size)} {unit}"
 
 
 def _short(number: float) -> str:

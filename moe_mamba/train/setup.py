@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_mamba.checkpoint import store
 from moe_mamba.config import Config
+from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.model.pattern import has_experts
 from moe_mamba.parallel.parallelize import check_compiler
 from moe_mamba.parallel.placement import check_shards
@@ -22,12 +23,14 @@ class Beginning:
     """Where a run starts from, the same on all ranks.
 
     Attributes:
+        config: as it was asked for, with the size of the vocabulary.
         newest: the checkpoint to go on from.
         done: steps that it has made.
         warm: the checkpoint whose weights a fresh run takes.
         micro_batch: sequences that a device works on at once.
     """
 
+    config: Config
     newest: Path | None
     done: int
     warm: Path | None
@@ -42,7 +45,8 @@ def check(config: Config, world: World) -> Topology:
     """
     world.check_devices()
     topology = Topology.of(config, world)
-    check_shards(config, topology)
+    # A vocabulary of any size can be sharded: it is padded.
+    check_shards(config if config.has_vocabulary else config.with_vocabulary(1), topology)
     check_compiler(config.train)
     return topology
 
@@ -60,13 +64,23 @@ def settle(config: Config, folder: RunFolder, screen: Screen, topology: Topology
     if newest is None and any(folder.checkpoints.glob("step-*")):
         screen.say("anew      no checkpoint serves to go on from: training starts from step 0")
     done = store.step_of(newest) if newest else 0
+    config = _with_vocabulary(config, newest)
     warm = find_weights(config, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()
     corpora = open_corpora(config, folder, screen.say, verify=config.data.verify) if done < config.steps else None
     if newest and corpora:
         corpora.check_unchanged(store.read_description(newest), folder)
-    return Beginning(newest, done, warm, choose_micro_batch(config, topology)), corpora
+    return Beginning(config, newest, done, warm, choose_micro_batch(config, topology)), corpora
+
+
+def _with_vocabulary(config: Config, newest: Path | None) -> Config:
+    """Where ``model.vocab_size`` is null: the size that a run goes on with, or the tokenizer's for a new one."""
+    if config.has_vocabulary:
+        return config
+    if newest is not None:
+        return config.with_vocabulary(store.read_description(newest)["config"]["model"]["vocab_size"])
+    return config.with_vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
 
 
 def accumulation_changes(config: Config, beginning: Beginning, micro_steps: int) -> list[str]:

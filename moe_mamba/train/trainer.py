@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep
@@ -28,7 +27,7 @@ from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.distributed import from_all, from_first, limit_collectives, start_world
+from moe_mamba.parallel.distributed import from_all, from_first, limit_collectives, reduce_over_data, start_world
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import shards
@@ -67,6 +66,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
             watch.join()
             beginning = from_first(beginning)
             assert beginning is not None
+            config = beginning.config
             if beginning.done >= config.steps:
                 watch.is_done = True
                 report.finished(config, folder, screen, beginning.done, world)
@@ -204,13 +204,11 @@ class Trainer:
         ]
 
     def _agree(self, counted: int) -> tuple[int, str | None]:
-        """The sum of what tensor peers count alike, and why to stop before this step, if so; the same on all ranks."""
-        sums = torch.tensor([counted, *self.watch.stop.asked], device=self.world.device)
-        if self.world.size > 1:
-            torch.distributed.all_reduce(sums)
-        total, *asked = sums.tolist()
-        reason = next((reason for reason, ranks in zip(REASONS, asked, strict=True) if ranks), None)
-        return total // self.topology.tensor, reason
+        """The sum over data ranks, and why to stop before this step, if any rank is asked to; the same on all ranks."""
+        values = torch.tensor([counted, *self.watch.stop.asked], dtype=torch.float64, device=self.world.device)
+        total, *asked = reduce_over_data(values, self.topology).tolist()
+        reason = next((reason for reason, share in zip(REASONS, asked, strict=True) if share), None)
+        return round(total), reason
 
     def _train_step(self, batches: list[Batch], targets: int, begin: float) -> None:
         """One optimizer step; `begin` is when it began, in seconds of the performance counter."""
@@ -225,7 +223,7 @@ class Trainer:
                 self.engine.step()
         sums = objective.sums
         assert sums is not None
-        loss = self._sum(sums.cross_entropy) / targets
+        loss = float(reduce_over_data(sums.cross_entropy.double(), self.topology)) / targets
         if not math.isfinite(loss):
             self._stop(f"the loss is {loss} at step {self.step + 1}", NextStep(loss, None), batches)
         norm = engines.step(self.engine, self.config.train.gradient_clip)
@@ -244,13 +242,6 @@ class Trainer:
             for name, router in self.model.routers().items():
                 # Experts sharded by tensor count in shares, whose sum may be a rounding away from the whole number.
                 update_balance_bias(router, sums.statistics[name].assigned.round(), self.config.moe.bias_rate)
-
-    def _sum(self, value: Tensor) -> float:
-        """Sum over all data ranks."""
-        value = value.double()
-        if self.world.size > 1:
-            torch.distributed.all_reduce(value)
-        return float(value) / self.topology.tensor  # tensor peers have the same value
 
     def _state(self) -> list[Piece]:
         """What this rank owns of the run's state."""

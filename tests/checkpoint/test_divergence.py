@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -233,11 +234,11 @@ def test_the_best_stays_even_if_it_has_diverged(tmp_path: Path) -> None:
 
 
 def note_while_the_disk_is_full(folder: Path) -> None:
-    def no_space(self: Path, _: str) -> None:
+    def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "write_text", no_space)
+        patch.setattr(os, "fsync", no_space)
         store.note_next_step(folder, 1, GOOD, 2)
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from moe_mamba.checkpoint import manifest, storage, store
+from moe_mamba.checkpoint import storage, store
 from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.errors import UserError
+from moe_mamba.safetensors_header import DTYPES
 from tests.world import World
 
 
@@ -21,7 +22,7 @@ def halves(tensor: torch.Tensor) -> list[Piece]:
     return [Piece("w", shape, (0, *rest), tensor[:middle]), Piece("w", shape, (middle, *rest), tensor[middle:])]
 
 
-@pytest.mark.parametrize("dtype", list(manifest.DTYPES.values()), ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
 def test_every_dtype_survives(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = (torch.arange(24).view(4, 6) % 5).to(dtype)
     path = store.save(tmp_path, 1, [Piece("w", (4, 6), (0, 0), tensor)], {})

@@ -7,7 +7,7 @@ import torch
 from moe_mamba.data.loader import UNCOUNTED, Batch, Loader, evaluation_batches
 from moe_mamba.data.shards import Shards
 from moe_mamba.errors import UserError
-from tests.data.conftest import END, write_shards
+from tests.data.conftest import END, write_foreign, write_shards
 
 LENGTH = 32
 
@@ -100,6 +100,14 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     assert (batch.tokens.tolist(), batch.targets[0, -1].item()) == ([[97] * LENGTH], END)
 
 
+def test_the_order_never_changes(tmp_path: Path) -> None:
+    """A run goes on with the same windows under another version."""
+    corpora = {name: write_shards(tmp_path / name, [f"{name} {i} " * 20 for i in range(9)]) for name in ("a", "b")}
+    number, window = make_loader(corpora, {"a": 3.0, "b": 1.0}, seed=7).places(40, 12)
+    assert number.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+    assert window.tolist() == [13, 2, 4, 7, 15, 14, 19, 16, 18, 18, 6, 5]
+
+
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 @pytest.mark.parametrize("reset", [False, True])
 def test_evaluation_counts_each_token_once(shards: Shards, batch: int, reset: bool) -> None:
@@ -126,3 +134,13 @@ def test_evaluation_of_less_than_a_window(tmp_path: Path) -> None:
     (batch,) = evaluation_batches(shards, 8, 4, END, False)
     assert batch.tokens.tolist() == [[97, 98, END, END, END, END, END, END], *[[END] * 8] * 3]
     assert batch.targets.tolist() == [[98, END, *[UNCOUNTED] * 6], *[[UNCOUNTED] * 8] * 3]
+
+
+def test_nothing_to_predict_is_refused_before_a_run(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "one", [[1]])
+    shards = Shards.open(tmp_path / "one")
+    for length in (1, LENGTH):
+        with pytest.raises(UserError, match="one: 1 tokens leave nothing to predict: give more text"):
+            shards.check_validation(length)
+    with pytest.raises(UserError, match="nothing to predict"):
+        next(evaluation_batches(shards, LENGTH, 1, END, False))

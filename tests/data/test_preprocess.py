@@ -105,7 +105,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 
         return wrapper
 
-    for owner, name in ((module, "sync"), (os, "fsync"), (Path, "replace"), (module, "encode_documents")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (module, "encode_documents")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     stop, stops, finished = 0, 0, False
     while not finished:
@@ -125,13 +125,13 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from moe_mamba.data import preprocess as module\n"
         "from moe_mamba.data.tokenizer import BytesTokenizer\n"
         "if __name__ == '__main__':\n"
         "    module.BATCH_BYTES = 4096\n"
-        "    replace = module.Path.replace\n"
-        "    module.Path.replace = lambda *paths: (time.sleep(0.1), replace(*paths))[1]\n"
+        "    replace = os.replace\n"
+        "    os.replace = lambda *paths: (time.sleep(0.1), replace(*paths))[1]\n"
         "    module.preprocess(sys.argv[1], BytesTokenizer(), sys.argv[2], workers=2, part_bytes=20_000)\n"
     )
     (tmp_path / "program.py").write_text(program)
@@ -216,11 +216,11 @@ def test_cores_are_counted_on_every_system(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_full_disk_is_one_line(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: Path) -> None:
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left on device\): free some"):
-        patch.setattr(module, "sync", full)
+        patch.setattr(os, "fsync", full)
         preprocess(source, BytesTokenizer(), tmp_path / "out")
     assert preprocess(source, BytesTokenizer(), tmp_path / "out").complete
 

@@ -8,7 +8,7 @@ import pytest
 from moe_mamba.data.corpus import Corpus
 from moe_mamba.data.preprocess import preprocess
 from moe_mamba.data.quiet import indexed_dataset
-from moe_mamba.data.shards import BLOCK, Shards, bytes_per_token, is_shards, unigram_entropy
+from moe_mamba.data.shards import BLOCK, Shards, is_shards
 from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from tests.data.conftest import END, write_documents, write_foreign, write_shards
@@ -57,9 +57,9 @@ def test_blocks_cover_the_row(monkeypatch: pytest.MonkeyPatch, shards: Shards, t
 
 def test_unigram_entropy_and_bytes_per_token(shards: Shards, texts: list[str]) -> None:
     share = np.bincount(row_of(texts)) / shards.tokens
-    assert math.isclose(unigram_entropy(shards), -(share[share > 0] * np.log(share[share > 0])).sum())
+    assert math.isclose(shards.unigram_entropy(), -(share[share > 0] * np.log(share[share > 0])).sum())
     size = sum(len(text.encode()) for text in texts)
-    assert bytes_per_token(shards) == size / (size + len(texts))
+    assert shards.bytes_per_token == size / (size + len(texts))
 
 
 def test_another_tokenizers_shards_are_refused(own: Path) -> None:
@@ -140,7 +140,7 @@ def test_foreign_shards(tmp_path: Path) -> None:
         assert is_shards(path)
         shards = Shards.open(path, BytesTokenizer(), verify="checksums")
         assert shards.read(0, shards.tokens).tolist() == [1, 2, END, 3, END]
-        assert (shards.documents, shards.text_bytes, bytes_per_token(shards)) == (2, None, None)
+        assert (shards.documents, shards.text_bytes, shards.bytes_per_token) == (2, None, None)
     write_foreign(tmp_path / "another", [[1, END]])
     assert Shards.open(tmp_path / "another").identity != shards.identity
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from moe_mamba.data.batch import UNCOUNTED, Batch
-from moe_mamba.data.loader import evaluation_batches
+from moe_mamba.data.loader import Loader, evaluation_batches
 from moe_mamba.data.plain_tokenizers import BytesTokenizer, SymbolsTokenizer
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
-from moe_mamba.data.synthetic import SyntheticLoader, SyntheticTask
+from moe_mamba.data.synthetic import SyntheticTask
 from moe_mamba.data.tokenizer import holds_tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 
@@ -19,8 +19,12 @@ SPECIAL = 15  # of induction heads; the marker of selective copying
 INDUCTION, COPYING = "synthetic:induction_heads", "synthetic:selective_copying"
 
 
-def loader(source: str, length: int = 64, seed: int = 0) -> SyntheticLoader:
-    return SyntheticLoader(SyntheticTask.parse(source, IDS), length, seed)
+def loader(source: str, length: int = 64, seed: int = 0) -> Loader:
+    return Loader({source: SyntheticTask.parse(source, IDS)}, {source: 1.0}, length, seed, True, IDS - 1)
+
+
+def validation(task: SyntheticTask, batch: int) -> list[Batch]:
+    return list(evaluation_batches(task, 64, batch, IDS - 1, True))
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -82,7 +86,7 @@ def test_a_sequence_depends_on_seed_and_position_alone(source: str) -> None:
 
 def test_validation_is_the_same_for_every_seed_and_not_what_was_trained_on() -> None:
     task = SyntheticTask.parse(f"{INDUCTION}:sequences=40", IDS)
-    found = torch.cat([batch.tokens for batch in task.evaluation_batches(64, 8)])
+    found = torch.cat([batch.tokens for batch in validation(task, 8)])
     trained = loader(INDUCTION).batch(0, 1000).tokens
     assert len(found) == 40
     assert not {tuple(row) for row in found.tolist()} & {tuple(row) for row in trained.tolist()}
@@ -90,13 +94,13 @@ def test_validation_is_the_same_for_every_seed_and_not_what_was_trained_on() -> 
 
 def test_validation_sets_have_their_own_length_and_number() -> None:
     task = SyntheticTask.parse(f"{COPYING}:memorize=8:length=256:sequences=10", IDS)
-    batches = list(evaluation_batches(task, 64, 16, IDS - 1, True))
+    batches = validation(task, 16)
     assert [tuple(batch.tokens.shape) for batch in batches] == [(4, 256)] * 3  # as many tokens as 16 of 64
     assert [batch.counted for batch in batches] == [32, 32, 16]
-    shapes = {tuple(batch.tokens.shape) for batch in SyntheticTask.parse(COPYING, IDS).evaluation_batches(64, 16)}
+    shapes = {tuple(batch.tokens.shape) for batch in validation(SyntheticTask.parse(COPYING, IDS), 16)}
     assert shapes == {(16, 64)}
     long = SyntheticTask.parse(f"{INDUCTION}:length=4096:sequences=2", IDS)
-    assert [tuple(batch.tokens.shape) for batch in long.evaluation_batches(64, 16)] == [(1, 4096)] * 2
+    assert [tuple(batch.tokens.shape) for batch in validation(long, 16)] == [(1, 4096)] * 2
 
 
 def test_numbers_of_a_sequence_never_change() -> None:

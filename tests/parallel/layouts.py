@@ -17,7 +17,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers import attention, feed_forward
 from moe_mamba.model.mixers.routing import Router, update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.distributed import start_world
+from moe_mamba.parallel.distributed import reduce_over_data, start_world
 from moe_mamba.parallel.groups import Groups, start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import Shard, check_shards, shards
@@ -226,9 +226,8 @@ def train(config: Config, steps: int) -> Trained:
                 if number < micro_steps - 1:
                     engine.step()
             norms.append(engines.step(engine, config.train.gradient_clip))
-            loss = objective.sums.cross_entropy.double()
-            dist.all_reduce(loss)
-            losses.append(float(loss) / built.topology.tensor / counted)
+            loss = reduce_over_data(objective.sums.cross_entropy.double(), built.topology)
+            losses.append(float(loss) / counted)
             if config.moe.balance == "bias":
                 for name, router in built.model.routers().items():
                     update_balance_bias(router, objective.sums.statistics[name].assigned, config.moe.bias_rate)

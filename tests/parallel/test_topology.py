@@ -4,11 +4,13 @@ import re
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
 from moe_mamba.errors import UserError
+from moe_mamba.parallel.distributed import reduce_over_data
 from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.topology import Topology, World
 from tests.parallel.layouts import Layout, build, config_of, legal_layouts
@@ -281,3 +283,17 @@ def test_groups_have_the_right_members(world: Processes, layout: Layout) -> None
         assert set(found["replicas"]) == counts
         for count, group in found["replicas"].items():
             assert group == [r for r in every if r // count == rank // count]
+
+
+def reduced(tensor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In a worker: values that tensor-parallel ranks have alike, summed over data ranks; and that sum, one by one."""
+    topology = Topology(World.from_environment(), tensor)
+    each = [torch.tensor([2.0**40 + rank, 0.1 * rank, float(rank == 1)]).double() for rank in range(topology.data)]
+    return reduce_over_data(each[topology.data_rank].clone(), topology), torch.stack(each).sum(0)
+
+
+@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (4, 1), (4, 2), (3, 3), (6, 3)])
+def test_sums_over_data_count_each_tensor_parallel_group_once(world: Processes, ranks: int, tensor: int) -> None:
+    for found, expected in world.run(reduced, tensor, ranks=ranks):
+        assert found.dtype == torch.float64 and found[0] == expected[0] and found[2] == expected[2]  # counts are exact
+        torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)

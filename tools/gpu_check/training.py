@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.gpu_clock import Rates, rates
 from gpu_check.report import finite
+from moe_mamba.atomic_file import write_atomically
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import RunStopped
@@ -73,9 +74,7 @@ def main(output: str, work: str, device: str = "cuda", tiny: bool = False, steps
         if (folder / "metrics.jsonl").exists():
             peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
             content = figures(folder, overrides, reached, peak, time.monotonic() - begin, device)
-            part = Path(f"{output}.part")
-            part.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            part.replace(output)
+            write_atomically(Path(output), json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
     with writing(write):
         runpy.run_path(str(ROOT / "launch" / "train.py"))["train"](config=CONFIG, **overrides)

@@ -1,0 +1,65 @@
+"""What a source of windows answers, whatever it is made of: tokenized text (shards.py) or a task (synthetic.py)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Windows(NamedTuple):
+    """Tokens and the targets that follow them, int64 of one shape; UNCOUNTED marks filling, and what is no target."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+class Source(Protocol):
+    """A corpus to train on or to validate on."""
+
+    @property
+    def name(self) -> str:
+        """As the user writes it, to read it again."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of what decides its windows: the order of training follows from it, and a resumed run wants the same."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is documents, each with an end-of-text, which a prompt may continue; else sequences of symbols."""
+
+    @property
+    def extent(self) -> tuple[int, str]:
+        """How much a validation reads, and of what: (32780, "tokens")."""
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text by tokens, end-of-text included; bits per byte = loss / ln 2 / this. None: not known."""
+
+    @property
+    def rejects(self) -> int:
+        """Damaged lines or files that were left out."""
+
+    @property
+    def rejects_file(self) -> Path | None:
+        """Where they are kept, with their places and bytes; None where there are none."""
+
+    def unigram_entropy(self) -> float | None:
+        """Entropy of the tokens' frequencies in nats: the loss of a model that knows no context. None: of no text."""
+
+    def windows(self, sequence_length: int) -> int | None:
+        """How many windows an epoch of training has; None: they never end, and are read in order.
+
+        Raises:
+            UserError: it cannot be trained on at this length.
+        """
+
+    def window(self, number: int, sequence_length: int, seed: int) -> Windows:
+        """A window to train on, (sequence_length,) each; ``seed`` is the run's, for what is drawn by chance."""
+
+    def check_validation(self, sequence_length: int) -> None:
+        """Raise a UserError where it cannot be validated on with windows of this length."""
+
+    def validation_windows(self, sequence_length: int, batch: int) -> Iterator[Windows]:
+        """Go over it in order: batches of (sequences, length), all of one shape, the last one filled."""
