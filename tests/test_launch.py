@@ -14,6 +14,7 @@ from moe_mamba.config import Config
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
 from tests.train.runs import STEPS, curve
+from tests.world import free_port
 
 BIN = Path(sys.executable).parent
 
@@ -58,13 +59,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path, argum
 @pytest.mark.parametrize(
     "launcher",
     [
-        [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29731"],
-        [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29732"],
+        [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port={port}"],
+        [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port={port}"],
     ],
     ids=["deepspeed", "torchrun"],
 )
 def test_every_launcher_trains_on_two_processes(tiny: Path, tmp_path: Path, launcher: list[str]) -> None:
     folder = tmp_path / "run"
+    launcher = [part.format(port=free_port()) for part in launcher]
     done = call(*launcher, "launch/train.py", f"--config={tiny}", f"--run.folder={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 x cpu" in done.stdout
@@ -89,7 +91,7 @@ def test_the_launcher_passes_exit_code_2_through(tiny: Path, tmp_path: Path) -> 
     done = call(
         str(BIN / "deepspeed"),
         "--num_gpus=2",
-        "--master_port=29733",
+        f"--master_port={free_port()}",
         "launch/train.py",
         f"--config={tiny}",
         f"--run.folder={tmp_path / 'run'}",

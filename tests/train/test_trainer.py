@@ -14,6 +14,7 @@ from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import read_metrics
 from tests.train.runs import STEPS, curve, run, weights
+from tests.train.seams import stepping_in
 from tests.world import WorkerError, World
 
 
@@ -190,21 +191,14 @@ def test_a_profile_is_a_trace_of_the_asked_steps(world: World, tiny: Path, tmp_p
 
 
 def train_with_a_nan(rank: int, parameter: str, **arguments: Any) -> None:
-    """Train; after the second step, one weight of a rank becomes no number."""
-    from moe_mamba.train.trainer import Trainer
+    """Train; after the second step, one weight of a rank becomes NaN."""
 
-    healthy = Trainer._train_step
-
-    def broken(trainer: Trainer, *rest: Any) -> None:
+    def poison(trainer: Any) -> None:
         if trainer.step == 2 and trainer.world.rank == rank:
             trainer.model.get_parameter(parameter).data.view(-1)[0] = math.nan
-        healthy(trainer, *rest)
 
-    Trainer._train_step = broken  # type: ignore[method-assign]
-    try:
+    with stepping_in("step", poison):
         train(**arguments)
-    finally:
-        Trainer._train_step = healthy  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
