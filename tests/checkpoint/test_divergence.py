@@ -444,8 +444,8 @@ def count(looks: bool, **arguments: Any) -> tuple[list[Counter], list[Counter]]:
             patch.setattr(store, "first_not_finite", lambda _: None)
         with (
             stepping_in("step", before=begin),
-            stepping_in("made", before=lambda _: steps.append(counted.counts)),
-            stepping_in("save", before=begin, after=lambda _: saves.append(counted.counts)),
+            stepping_in("made", before=lambda _: steps.append(counted.counts.copy())),
+            stepping_in("save", before=begin, after=lambda _: saves.append(counted.counts.copy())),
             counted,
         ):
             train(**arguments)

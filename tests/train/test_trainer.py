@@ -277,6 +277,11 @@ def test_other_text_under_the_same_name_is_refused(world: World, tiny: Path, cor
         run(world, tiny, tmp_path / "run", data__train=str(text), train__steps=4)
 
 
+def test_a_warm_start_from_nowhere_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"UserError: .*nowhere"):
+        run(world, tiny, tmp_path / "run", train__warm_start=str(tmp_path / "nowhere"))
+
+
 def test_a_warm_start_from_another_model_is_refused(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"another model: weights/embedding\.weight has the shape \(257, 16\)"):
         run(world, tiny, tmp_path / "run", train__warm_start=str(plain), model__d_model=32)
