@@ -58,7 +58,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path, argum
     "launcher",
     [
         [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port={port}"],
-        [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port={port}"],
+        pytest.param([str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port={port}"], marks=pytest.mark.slow),
     ],
     ids=["deepspeed", "torchrun"],
 )
@@ -71,6 +71,7 @@ def test_every_launcher_trains_on_two_processes(tiny: Path, tmp_path: Path, laun
     assert len(curve(read_metrics(folder))) == STEPS
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_in_one_line_and_the_same_line_trains_at_a_lower_rate(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = sys.executable, "launch/train.py", f"--config={tiny}", f"--run.folder={folder}", "--checkpoint.every=1"
@@ -85,6 +86,7 @@ def test_a_diverged_run_ends_in_one_line_and_the_same_line_trains_at_a_lower_rat
     assert len(curve(read_metrics(folder))) == STEPS
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_exit_code_2_through(tiny: Path, tmp_path: Path) -> None:
     done = call(
         str(BIN / "deepspeed"),

@@ -17,6 +17,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_c4_through_gpt2(shared_data: Path, tmp_path: Path) -> None:
     source = f"{shared_data}/c4/en/c4-train*.json.gz"
     command = ("--input", source, "--tokenizer", shared_data / "gpt2", "--output", tmp_path / "c4", "--workers", 2)

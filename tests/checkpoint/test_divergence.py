@@ -264,9 +264,9 @@ def diverge(world: World, tiny: Path, folder: Path, **overrides: Any) -> str:
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, {"parallel__zero": 0}),
+        pytest.param(1, {"parallel__zero": 0}, marks=pytest.mark.slow),
         (2, {"parallel__zero": 2, "train__precision": "bf16", "checkpoint__asynchronous": True}),
-        (2, {"parallel__zero": 3, "model__pattern": "M-"}),
+        pytest.param(2, {"parallel__zero": 3, "model__pattern": "M-"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_diverged_run_goes_on_from_the_checkpoint_that_it_names(

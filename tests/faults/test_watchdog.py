@@ -116,6 +116,7 @@ def test_a_rank_killed_under_a_launcher_is_named_in_one_line(start: Callable[...
     assert "Traceback" not in job.output
 
 
+@pytest.mark.slow
 def test_where_rank_0_is_killed_another_names_it(start: Callable[..., Job]) -> None:
     jobs = start_two(start)
     jobs[0].wait_for_steps(3)
@@ -126,6 +127,7 @@ def test_where_rank_0_is_killed_another_names_it(start: Callable[..., Job]) -> N
     assert jobs[1].output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_collective_that_hangs_is_caught_with_the_place(start: Callable[..., Job]) -> None:
     jobs = start_two(start, (*LONG, "--parallel.timeout=15"))
     jobs[0].wait_for_steps(3)
@@ -139,7 +141,8 @@ def test_a_collective_that_hangs_is_caught_with_the_place(start: Callable[..., J
 
 
 LAUNCHERS = [
-    (DEEPSPEED, signal.SIGTERM, "the end of its launcher"),  # it leaves its trainers running
+    # It leaves its trainers running.
+    pytest.param(DEEPSPEED, signal.SIGTERM, "the end of its launcher", marks=pytest.mark.slow),
     pytest.param(DEEPSPEED, signal.SIGKILL, "the end of its launcher", marks=pytest.mark.long),
     pytest.param(TORCHRUN, signal.SIGTERM, "SIGTERM", marks=pytest.mark.long),
     pytest.param(TORCHRUN, signal.SIGKILL, "the end of its launcher", marks=pytest.mark.long),

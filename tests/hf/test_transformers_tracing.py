@@ -14,7 +14,7 @@ Pair = Callable[..., Any]
 PATTERNS = ["ME*-"]
 
 
-@pytest.fixture(autouse=True, params=["kernels", "plain"])
+@pytest.fixture(autouse=True, params=[pytest.param("kernels", marks=pytest.mark.slow), "plain"])
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     if request.param == "plain":

@@ -52,7 +52,14 @@ def test_a_finished_run_says_so_and_stays_as_it_is(world: World, tiny: Path, pla
     assert (plain / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("overrides", [{}, {"train__precision": "bf16"}, {"parallel__zero": 0}, {"parallel__zero": 2}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"train__precision": "bf16"},
+        *(pytest.param({"parallel__zero": zero}, marks=pytest.mark.slow) for zero in (0, 2)),
+    ],
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     world: World, tiny: Path, tmp_path: Path, overrides: dict
 ) -> None:
@@ -84,8 +91,8 @@ def test_a_longer_run_sees_the_same_past(world: World, tiny: Path, plain: Path, 
     ("ranks", "overrides"),
     [
         (1, {"train__micro_batch": 2}),
-        (2, {}),
-        (2, {"parallel__zero": 0}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__zero": 0}, marks=pytest.mark.slow),
         (2, {"parallel__zero": 2, "train__micro_batch": 2}),
     ],
 )
