@@ -101,6 +101,7 @@ def test_the_launcher_passes_exit_code_2_through(tiny: Path, tmp_path: Path) -> 
     assert (done.stdout + done.stderr).count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_the_screen_says_that_kernels_are_built_and_what_a_missing_one_costs(tiny: Path, tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo a compiler && exit\necho error: broken >&2\nexit 1\n')
@@ -117,6 +118,7 @@ def test_the_screen_says_that_kernels_are_built_and_what_a_missing_one_costs(tin
     assert "kernels   torch: selective_scan" in screen
 
 
+@pytest.mark.slow
 def test_a_broken_run_is_one_line_and_exit_code_1(tiny: Path, tmp_path: Path) -> None:
     done = call(
         sys.executable,

@@ -156,7 +156,7 @@ def fail_on_rank_1(folder: Path, ends: str) -> str:
 
 def test_a_full_disk_is_one_line_on_all_ranks_later(world: World, tmp_path: Path) -> None:
     before = store.save(tmp_path, 1, pieces_of(STATE), {})
-    expected = f"no space left for the checkpoint of step 5 in {tmp_path}: free some, or lower store.keep; "
+    expected = f"no space left for the checkpoint of step 5 in {tmp_path}: free some, or lower checkpoint.keep; "
     expected += "the last complete checkpoint, step-00000001, is kept"
     for ends in ("save", "wait", "end"):
         assert set(world.run(fail_on_rank_1, tmp_path, ends)) == {expected}

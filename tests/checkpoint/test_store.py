@@ -271,7 +271,7 @@ def save_on_a_disk_that_is_full_for_rank_1(folder: Path, fault: int) -> str:
 def test_a_full_disk_is_one_line_on_all_ranks_and_keeps_the_last_checkpoint(world: World, tmp_path: Path) -> None:
     before = save_here(tmp_path, 1)
     errors = world.run(save_on_a_disk_that_is_full_for_rank_1, tmp_path, errno.ENOSPC, ranks=3)
-    expected = f"no space left for the checkpoint of step 5 in {tmp_path}: free some, or lower store.keep; "
+    expected = f"no space left for the checkpoint of step 5 in {tmp_path}: free some, or lower checkpoint.keep; "
     assert set(errors) == {expected + "the last complete checkpoint, step-00000001, is kept"}
     assert list(tmp_path.iterdir()) == [before]
     assert store.newest(tmp_path) == before

@@ -184,7 +184,11 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize(
     ("place", "step", "saved", "action"),
-    [("step", 2, 3, terminate), ("validation", 3, 3, interrupt), ("save", 2, 2, terminate)],
+    [
+        ("step", 2, 3, terminate),
+        pytest.param("validation", 3, 3, interrupt, marks=pytest.mark.slow),
+        ("save", 2, 2, terminate),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_no_bit_changes(
     world: World, tiny: Path, tmp_path: Path, two: Path, place: str, step: int, saved: int, action: Callable[[], None]

@@ -69,8 +69,9 @@ def test_same_curve_as_one_process(world: World, pattern: str, ranks: tuple[int,
     check_same_curve(world, pattern, [Layout(count, zero=3) for count in ranks])
 
 
-def test_tensor_peers(world: World) -> None:
-    check_same_curve(world, "M-", [Layout(2, 2, zero=3), Layout(4, 2, zero=3)])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_tensor_peers(world: World, ranks: int) -> None:
+    check_same_curve(world, "M-", [Layout(ranks, 2, zero=3)])
 
 
 @pytest.mark.slow

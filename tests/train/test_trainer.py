@@ -132,6 +132,7 @@ def test_balance_statistics_are_of_all_ranks(world: World, tiny: Path, tmp_path:
             assert mine["expert_load"] == other["expert_load"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(world: World, tiny: Path, tmp_path: Path) -> None:
     constant = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0, "train__minimum_rate": 1.0}
     dropless = {"moe__capacity_factor": "null", "moe__balance": "none", "train__micro_batch": 4} | constant
@@ -208,7 +209,7 @@ def train_with_a_nan(rank: int, parameter: str, **arguments: Any) -> None:
         train(**arguments)
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(("rank", "ranks"), [pytest.param(0, 1, marks=pytest.mark.slow), (1, 2)])
 def test_a_loss_that_is_no_number_names_step_and_place_and_keeps_the_checkpoint(
     world: World, tiny: Path, tmp_path: Path, rank: int, ranks: int
 ) -> None:
@@ -235,6 +236,7 @@ def test_a_folder_in_use_is_refused(world: World, tiny: Path, tmp_path: Path) ->
     assert len(curve(run(world, tiny, folder.path))) == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_that_never_saved_may_be_changed(world: World, tiny: Path, corpus: Path, tmp_path: Path) -> None:
     """SentencePiece of a first try that was too short for one window is not kept for the second."""
     short = tmp_path / "short.txt"
@@ -256,6 +258,7 @@ def test_damaged_lines_are_said_and_kept(world: World, tiny: Path, corpus: Path,
     assert re.search(r"warning +1 damaged lines of .*damaged\.jsonl .*rejects\.jsonl", log)
 
 
+@pytest.mark.slow
 def test_pictures_that_a_kill_prevented_are_drawn(world: World, tiny: Path, tmp_path: Path) -> None:
     run(world, tiny, tmp_path / "run")
     for picture in (tmp_path / "run" / "plots").iterdir():
