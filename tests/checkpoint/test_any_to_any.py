@@ -12,7 +12,7 @@ from tests.parallel.layouts import Layout, difference
 from tests.train.runs import curve, run, weights
 from tests.world import World
 
-SAVED, STEPS = 10, 20
+SAVED, STEPS = 4, 8
 LAYOUTS = (
     Layout(1, zero=0),
     Layout(2, tensor=2, expert=2, zero=1),
@@ -54,7 +54,7 @@ def alone(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def saved(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
-    """Layout -> folder of a run in it that stopped at step 10; filled as tests ask."""
+    """Layout -> folder of a run in it that stopped half-way; filled as tests ask."""
     return {}
 
 
