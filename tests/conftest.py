@@ -1,11 +1,14 @@
 """Fixtures that every test may use."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from moe_mamba.command_line import run_command
 from tests import ROOT
 
 if not torch.cuda.is_available():
@@ -25,8 +28,29 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refusal(main, *flags)`: the line that a command ends with, as its user sees it, without a process of its own."""
+
+    def call(main: Callable[..., None], *flags: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["tool.py", *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_command(main)
+        said = capsys.readouterr()
+        assert (stop.value.code, said.out) == (2, ""), said
+        (line,) = said.err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return call
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; a test is slow or long, so that a mark picks what it says."""
+    both = [item.nodeid for item in items if {"slow", "long"} <= item.keywords.keys()]
+    if both:
+        raise pytest.UsageError(f"slow and long at once: {', '.join(both)}")
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

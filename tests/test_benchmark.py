@@ -43,7 +43,11 @@ ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | 
     ("flags", "measured"),
     [
         # Processes that import torch again take most of the time: of the rows that start some, one.
-        (("--only=prefill,decode,context,profile,scaling",), {"weak scaling"} | GENERATION),
+        pytest.param(
+            ("--only=prefill,decode,context,profile,scaling",),
+            {"weak scaling"} | GENERATION,
+            marks=pytest.mark.slow,
+        ),
         pytest.param((), ALL, marks=pytest.mark.long),
     ],
     ids=["quick", "whole"],

@@ -34,7 +34,12 @@ QUICK = ("kernels", "gpu_conv", "training")  # test_benchmark.py runs the other 
 
 
 @pytest.mark.parametrize(
-    "names", [QUICK, pytest.param(tuple(one.name for one in SECTIONS), marks=pytest.mark.long)], ids=["quick", "whole"]
+    "names",
+    [
+        pytest.param(QUICK, marks=pytest.mark.slow),
+        pytest.param(tuple(one.name for one in SECTIONS), marks=pytest.mark.long),
+    ],
+    ids=["quick", "whole"],
 )
 def test_the_check(names: tuple[str, ...], tmp_path: Path) -> None:
     done = check("--device=cpu", "--tiny", f"--only={','.join(names)}", OUT=str(tmp_path))

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -20,6 +21,13 @@ from typing import Any
 import pytest
 
 PROCESSES = 8
+
+
+def free_port() -> int:
+    """A port that the kernel says is free, for a process that is started at once and cannot ask itself."""
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return asked.getsockname()[1]
 
 
 class WorkerError(AssertionError):
@@ -57,9 +65,10 @@ class World:
         self._start(ranks)
         self.calls += 1
         store = Path(self.folder.name) / f"store-{self.calls}"
+        port = free_port()
         payload = pickle.dumps((function, arguments, options))
         for rank in range(ranks):
-            self.workers[rank][1].send_bytes(pickle.dumps((sys.path, rank, ranks, str(store), timeout, payload)))
+            self.workers[rank][1].send_bytes(pickle.dumps((sys.path, rank, ranks, str(store), port, timeout, payload)))
         answers = self._collect(ranks, timeout)
         failures = [f"rank {rank}:\n{text}" for rank, (is_sound, text) in enumerate(answers) if not is_sound]
         if failures:
@@ -122,13 +131,13 @@ def _work(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            path, rank, ranks, store, timeout, payload = pickle.loads(connection.recv_bytes())
+            path, rank, ranks, store, port, timeout, payload = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         sys.path[:] = path
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a run's end ignores it, and a shell's background
         try:
-            with _group(rank, ranks, store, timeout):
+            with _group(rank, ranks, store, port, timeout):
                 function, arguments, options = pickle.loads(payload)
                 answer = (True, pickle.dumps(function(*arguments, **options)))
         except BaseException:
@@ -137,11 +146,10 @@ def _work(connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _group(rank: int, ranks: int, store: str, timeout: float) -> Iterator[None]:
+def _group(rank: int, ranks: int, store: str, port: int, timeout: float) -> Iterator[None]:
     """A gloo world of `ranks`; whatever the function made of groups is forgotten at the end."""
     import torch.distributed as dist
 
-    port = 20000 + os.getppid() % 20000
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
     dist.init_process_group(

@@ -12,7 +12,7 @@ from tests.parallel.layouts import Layout, difference
 from tests.train.runs import curve, run, weights
 from tests.world import World
 
-SAVED, STEPS = 10, 20
+SAVED, STEPS = 4, 8
 LAYOUTS = (
     Layout(1, zero=0),
     Layout(2, tensor=2, expert=2, zero=1),
@@ -54,7 +54,7 @@ def alone(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def saved(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
-    """Layout -> folder of a run in it that stopped at step 10; filled as tests ask."""
+    """Layout -> folder of a run in it that stopped half-way; filled as tests ask."""
     return {}
 
 
@@ -69,9 +69,17 @@ def stopped_run(
 
 
 CHAIN = list(itertools.pairwise((*LAYOUTS, LAYOUTS[0])))  # each layout saves once and loads once
+QUICK = (CHAIN[1], CHAIN[4])  # experts over two, then four; tensor over four, then an odd number of ranks
+
+
+def mark_of(pair: tuple[Layout, Layout]) -> list[pytest.MarkDecorator]:
+    if pair in QUICK:
+        return []
+    return [pytest.mark.slow if pair in CHAIN else pytest.mark.long]
+
+
 PAIRS = [
-    pytest.param(first, second, marks=[] if (first, second) in CHAIN else pytest.mark.long)
-    for first, second in itertools.permutations(LAYOUTS, 2)
+    pytest.param(first, second, marks=mark_of((first, second))) for first, second in itertools.permutations(LAYOUTS, 2)
 ]
 
 

@@ -1,12 +1,11 @@
 """A diverged run never saves what no run can go on from, and always says where one can."""
 
-import contextlib
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from moe_mamba.checkpoint.divergence import NextStep, is_finite, read_next_step
 from moe_mamba.checkpoint.saver import Saver
 from moe_mamba.checkpoint.shards import Piece
 from moe_mamba.errors import UserError
+from moe_mamba.parallel.engine import state_pieces
 from moe_mamba.run.metrics import read_metrics
 from tests.train.runs import STEPS, curve, run, same_weights, save_as_before
+from tests.train.seams import stepping_in
 from tests.world import WorkerError, World
 
 GOOD, BAD = NextStep(4.5, 0.25), NextStep(math.nan, None)
@@ -264,9 +265,9 @@ def diverge(world: World, tiny: Path, folder: Path, **overrides: Any) -> str:
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, {"parallel__zero": 0}),
+        pytest.param(1, {"parallel__zero": 0}, marks=pytest.mark.slow),
         (2, {"parallel__zero": 2, "train__precision": "bf16", "checkpoint__asynchronous": True}),
-        (2, {"parallel__zero": 3, "model__pattern": "M-"}),
+        pytest.param(2, {"parallel__zero": 3, "model__pattern": "M-"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_diverged_run_goes_on_from_the_checkpoint_that_it_names(
@@ -313,37 +314,20 @@ def test_a_finished_model_whose_validation_is_no_number_is_not_saved(world: Worl
     assert len(curve(run(world, tiny, folder, train__steps=3, **CONSTANT))) == 3
 
 
-@contextlib.contextmanager
-def after_each_step(act: Callable[[Any], None]) -> Iterator[None]:
-    """In a worker: `act` on the trainer when a step is made, before it may be saved."""
-    from moe_mamba.train.trainer import Trainer
-
-    usual = Trainer._log
-
-    def also(trainer: Trainer, *rest: Any) -> None:
-        act(trainer)
-        usual(trainer, *rest)
-
-    Trainer._log = also  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Trainer._log = usual  # type: ignore[method-assign]
-
-
 def train_with_poison(step: int, kind: str, name: str, value: float, stop: bool, **arguments: Any) -> None:
     """Train; after `step`, one number that the last rank owns becomes `value`; then perhaps SIGTERM comes."""
 
     @torch.no_grad()
     def poison(trainer: Any) -> None:
         if trainer.step == step and trainer.world.rank == trainer.world.size - 1:
-            named = (piece for piece in trainer._state() if piece.name.startswith(f"{kind}/") and name in piece.name)
+            state = state_pieces(trainer.engine, trainer.held)
+            named = (piece for piece in state if piece.name.startswith(f"{kind}/") and name in piece.name)
             piece = next(piece for piece in named if piece.tensor.numel())
             piece.tensor[(0,) * piece.tensor.dim()] = value
             if stop:
                 trainer.watch.stop.ask("SIGTERM")
 
-    with after_each_step(poison):
+    with stepping_in("made", poison):
         train(**arguments)
 
 
@@ -449,26 +433,23 @@ class Counted(TorchDispatchMode):
 
 def count(looks: bool, **arguments: Any) -> tuple[list[Counter], list[Counter]]:
     """Train, and count within each step and within each save, with or without a look for what is not finite."""
-    from moe_mamba.train.trainer import Trainer
-
     steps: list[Counter] = []
     saves: list[Counter] = []
+    counted = Counted()
 
-    def counted(usual: Callable[..., Any], into: list[Counter]) -> Callable[..., Any]:
-        def call(*rest: Any) -> Any:
-            with Counted() as mode:
-                result = usual(*rest)
-            into.append(mode.counts)
-            return result
-
-        return call
+    def begin(_: Any) -> None:
+        counted.counts = Counter()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", counted(Trainer._train_step, steps))
-        patch.setattr(Trainer, "_save", counted(Trainer._save, saves))
         if not looks:
             patch.setattr(store, "first_not_finite", lambda _: None)
-        train(**arguments)
+        with (
+            stepping_in("step", before=begin),
+            stepping_in("made", before=lambda _: steps.append(counted.counts.copy())),
+            stepping_in("save", before=begin, after=lambda _: saves.append(counted.counts.copy())),
+            counted,
+        ):
+            train(**arguments)
     return steps, saves
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of conversion."""
+"""What tests of conversion share with those of the class that Transformers loads."""
 
 from tests.hf.conftest import pair
 

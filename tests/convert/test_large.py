@@ -63,6 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(run: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "tiny", {"pattern": "ME"})
     tiny = _peak(tmp_path / "tiny", tmp_path / "tiny_out", "moe_mamba")
@@ -80,6 +81,7 @@ def _names(run: Path) -> list[str]:
     return [entry.theirs for entry in OWN.entries(config.model, config.moe)]
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(run: Path, tmp_path: Path) -> None:
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     out.mkdir()

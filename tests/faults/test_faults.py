@@ -72,7 +72,11 @@ def aimed(aim: str, skipped: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("kills", "asynchronous"),
-    [(3, False), pytest.param(100, False, marks=pytest.mark.long), pytest.param(100, True, marks=pytest.mark.long)],
+    [
+        pytest.param(3, False, marks=pytest.mark.slow),
+        pytest.param(100, False, marks=pytest.mark.long),
+        pytest.param(100, True, marks=pytest.mark.long),
+    ],
 )
 def test_kills_at_any_instant_change_no_bit(
     world: World, tiny: Path, tmp_path: Path, kills: int, asynchronous: bool

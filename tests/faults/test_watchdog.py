@@ -22,12 +22,13 @@ from moe_mamba.faults.signals import REASONS, Stop, launchers
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
 from tests.train.runs import STEPS, curve, run, same_weights
-from tests.world import WorkerError, World
+from tests.train.seams import stepping_in
+from tests.world import WorkerError, World, free_port
 
 BIN = Path(sys.executable).parent
 LONG = ("--train.steps=100000", "--train.validate_every=0", "--checkpoint.every=0", "--train.schedule=wsd")
-DEEPSPEED = (str(BIN / "deepspeed"), "--quiet", "--num_gpus=2", "--master_port=29741")
-TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29742")
+DEEPSPEED = (str(BIN / "deepspeed"), "--quiet", "--num_gpus=2", "--master_port={port}")
+TORCHRUN = (str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port={port}")
 
 
 class Job:
@@ -35,6 +36,7 @@ class Job:
 
     def __init__(self, tiny: Path, folder: Path, *launcher: str, arguments: tuple[str, ...], **environment: str):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+        launcher = tuple(part.format(port=free_port()) for part in launcher)
         command = [*launcher, "launch/train.py", f"--config={tiny}", f"--run.folder={folder}", *arguments]
         self.folder = folder
         self.screen = folder.with_name(f"{folder.name}-{environment.get('RANK', 'all')}.txt")
@@ -95,9 +97,9 @@ def start(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
             job.kill()
 
 
-def start_two(start: Callable[..., Job], port: int, arguments: tuple[str, ...] = LONG) -> list[Job]:
+def start_two(start: Callable[..., Job], arguments: tuple[str, ...] = LONG) -> list[Job]:
     """Two ranks that no launcher looks after."""
-    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start(sys.executable, arguments=arguments, **where, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)
     ]
@@ -114,8 +116,9 @@ def test_a_rank_killed_under_a_launcher_is_named_in_one_line(start: Callable[...
     assert "Traceback" not in job.output
 
 
+@pytest.mark.slow
 def test_where_rank_0_is_killed_another_names_it(start: Callable[..., Job]) -> None:
-    jobs = start_two(start, 29743)
+    jobs = start_two(start)
     jobs[0].wait_for_steps(3)
     jobs[0].process.kill()
     assert jobs[1].wait_for_end() == 1
@@ -124,8 +127,9 @@ def test_where_rank_0_is_killed_another_names_it(start: Callable[..., Job]) -> N
     assert jobs[1].output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_collective_that_hangs_is_caught_with_the_place(start: Callable[..., Job]) -> None:
-    jobs = start_two(start, 29744, (*LONG, "--parallel.timeout=15"))
+    jobs = start_two(start, (*LONG, "--parallel.timeout=15"))
     jobs[0].wait_for_steps(3)
     jobs[1].process.send_signal(signal.SIGSTOP)
     assert jobs[0].wait_for_end() == 1
@@ -137,7 +141,8 @@ def test_a_collective_that_hangs_is_caught_with_the_place(start: Callable[..., J
 
 
 LAUNCHERS = [
-    (DEEPSPEED, signal.SIGTERM, "the end of its launcher"),  # it leaves its trainers running
+    # It leaves its trainers running.
+    pytest.param(DEEPSPEED, signal.SIGTERM, "the end of its launcher", marks=pytest.mark.slow),
     pytest.param(DEEPSPEED, signal.SIGKILL, "the end of its launcher", marks=pytest.mark.long),
     pytest.param(TORCHRUN, signal.SIGTERM, "SIGTERM", marks=pytest.mark.long),
     pytest.param(TORCHRUN, signal.SIGKILL, "the end of its launcher", marks=pytest.mark.long),
@@ -159,21 +164,14 @@ def test_a_launcher_that_ends_leaves_a_checkpoint_and_no_process(
 
 
 def train_and_break(place: str, rank: int, step: int, action: Callable[[], None], **arguments: Any) -> None:
-    """Train, where a method of the trainer does something first on a rank, once `step` steps are done."""
-    from moe_mamba.train.trainer import Trainer
+    """Train, where a rank does something at a place of the loop, once `step` steps are done."""
 
-    whole = getattr(Trainer, place)
-
-    def broken(trainer: Trainer, *rest: Any) -> Any:
+    def act(trainer: Any) -> None:
         if trainer.step == step and trainer.world.rank == rank:
             action()
-        return whole(trainer, *rest)
 
-    setattr(Trainer, place, broken)
-    try:
+    with stepping_in(place, act):
         train(**arguments)
-    finally:
-        setattr(Trainer, place, whole)
 
 
 def terminate() -> None:
@@ -186,7 +184,11 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize(
     ("place", "step", "saved", "action"),
-    [("_train_step", 2, 3, terminate), ("_validate", 3, 3, interrupt), ("_save", 2, 2, terminate)],
+    [
+        ("step", 2, 3, terminate),
+        pytest.param("validation", 3, 3, interrupt, marks=pytest.mark.slow),
+        ("save", 2, 2, terminate),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_no_bit_changes(
     world: World, tiny: Path, tmp_path: Path, two: Path, place: str, step: int, saved: int, action: Callable[[], None]
@@ -234,7 +236,7 @@ def terminate_and_dawdle() -> None:
 def test_what_cannot_be_saved_in_the_grace_time_ends_without(world: World, tiny: Path, tmp_path: Path) -> None:
     keys = {"run.folder": str(tmp_path / "run"), "checkpoint.grace": 1}
     with pytest.raises(WorkerError, match="exit code 1"):
-        world.run(train_and_break, "_save", 0, 4, terminate_and_dawdle, ranks=1, config=str(tiny), **keys)
+        world.run(train_and_break, "save", 0, 4, terminate_and_dawdle, ranks=1, config=str(tiny), **keys)
     assert "not saved within checkpoint.grace=1 s" in (tmp_path / "run" / "log.txt").read_text()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
 
@@ -246,7 +248,7 @@ def fail() -> None:
 def test_an_exception_on_one_rank_is_the_line_of_all(world: World, tiny: Path, tmp_path: Path) -> None:
     keys = {"run.folder": str(tmp_path / "run")}
     with pytest.raises(WorkerError) as stop:
-        world.run(train_and_break, "_train_step", 1, 2, fail, ranks=2, config=str(tiny), **keys)
+        world.run(train_and_break, "step", 1, 2, fail, ranks=2, config=str(tiny), **keys)
     (line, *_) = (line for line in str(stop.value).splitlines() if "RunStopped: " in line)
     assert "RunStopped: rank 1 (" in line
     assert "stopped after step 2: ValueError: a fault of ours" in line

@@ -172,6 +172,7 @@ print(json.dumps([text, model(tokens, labels=tokens).loss.item()]))
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_enough_where_the_package_is_not(pair: Pair, tmp_path: Path) -> None:
     _, model = pair("MEM-*E", mamba_norms=True)
     model.save_pretrained(tmp_path / "model")

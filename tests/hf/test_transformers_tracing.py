@@ -14,7 +14,7 @@ Pair = Callable[..., Any]
 PATTERNS = ["ME*-"]
 
 
-@pytest.fixture(autouse=True, params=["kernels", "plain"])
+@pytest.fixture(autouse=True, params=[pytest.param("kernels", marks=pytest.mark.slow), "plain"])
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     if request.param == "plain":
@@ -79,6 +79,7 @@ def test_the_experts_operators_are_what_torch_asks_of_one() -> None:
     torch.library.opcheck(operators.grouped_outer.default, (x.detach(), torch.randn(6, 5), counts))
 
 
+@pytest.mark.slow
 def test_the_code_of_several_folders_may_be_loaded(pair: Pair, tmp_path: Path) -> None:
     """Each copy of the file is a module of its own; the operators are the process's."""
     _, model = pair("ME", {"router": "top_k", "top_k": 2})

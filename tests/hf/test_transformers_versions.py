@@ -54,9 +54,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _parameters() -> list[Any]:
-    """The oldest and the installed in every run, the others in a long one."""
-    quick = {TESTED[0], TESTED[-1]}
-    return [pytest.param(version, marks=[] if version in quick else pytest.mark.long) for version in TESTED]
+    """The oldest and the newest in a slow run, the others in a long one; the installed one is in every other test."""
+    ends = {TESTED[0], TESTED[-1]}
+    marks = {version: pytest.mark.slow if version in ends else pytest.mark.long for version in TESTED}
+    return [pytest.param(version, marks=mark) for version, mark in marks.items()]
 
 
 @pytest.mark.parametrize("version", _parameters())

@@ -15,6 +15,7 @@ CAPABILITIES = (80, 90, 100)
 REGISTERS = 255  # of a thread, at most
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
     output = tmp_path / "figures.json"

@@ -71,6 +71,7 @@ def test_no_compiler_is_one_warning_and_the_torch_version(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_start_at_once_build_once_and_a_killed_build_is_no_obstacle(
     fresh: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -107,6 +108,7 @@ def test_a_compiler_that_fails_is_one_line_for_all_that_waited(
     assert capfd.readouterr().err.count("building the C++ kernels") == 1
 
 
+@pytest.mark.slow
 def test_a_compiler_that_hangs_is_stopped(fresh: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_compiler(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 300")
     monkeypatch.setattr(extension, "PATIENCE", 6.0)
@@ -117,6 +119,7 @@ def test_a_compiler_that_hangs_is_stopped(fresh: Build, tmp_path: Path, monkeypa
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cache_that_cannot_be_written(
     fresh: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -67,9 +67,15 @@ def alone(config: Config) -> dict[str, Tensor]:
     return {name: t.detach().bfloat16() if is_half and name not in keep else t.detach() for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_every_layout_starts_from_the_same_bits(world: Processes, kind: str) -> None:
-    for layout in LAYOUTS if kind == "everything" else LAYOUTS[-3:]:
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        *((kind, LAYOUTS[-3:]) for kind in MODELS),
+        pytest.param("everything", LAYOUTS[:-3], marks=pytest.mark.slow, id="everything, the other layouts"),
+    ],
+)
+def test_every_layout_starts_from_the_same_bits(world: Processes, kind: str, layouts: list[Layout]) -> None:
+    for layout in layouts:
         config = config_of("M*-E", layout, **MODELS[kind])
         expected = alone(config)
         ranks = world.run(parts, config, ranks=layout.ranks)

@@ -210,10 +210,13 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Boxes, Boxes]:
 @pytest.mark.parametrize(
     ("pattern", "layouts"),
     [
-        ("ME", [Layout(4, 2, 2, zero=2), Layout(8, 2, 4, zero=1)]),
-        ("*E", [Layout(4, 4, 4, zero=0)]),
-        ("M-", [Layout(2, 2, zero=1), Layout(3, zero=2)]),
-        ("MEM-*E", [Layout(4, 1, 4, zero=0), Layout(4, 2, 2, zero=1, expert_tensor=True)]),
+        ("ME", [Layout(4, 2, 2, zero=2)]),
+        ("M-", [Layout(2, 2, zero=1)]),
+        ("MEM-*E", [Layout(4, 2, 2, zero=1, expert_tensor=True)]),
+        pytest.param("ME", [Layout(8, 2, 4, zero=1)], marks=pytest.mark.slow),
+        pytest.param("*E", [Layout(4, 4, 4, zero=0)], marks=pytest.mark.slow),
+        pytest.param("M-", [Layout(3, zero=2)], marks=pytest.mark.slow),
+        pytest.param("MEM-*E", [Layout(4, 1, 4, zero=0)], marks=pytest.mark.slow),
     ],
 )
 def test_training_under_the_engine(world: World, pattern: str, layouts: list[Layout]) -> None:
@@ -221,6 +224,7 @@ def test_training_under_the_engine(world: World, pattern: str, layouts: list[Lay
         errors.check(layout)
 
 
+@pytest.mark.slow
 def test_training_with_biases_and_a_window(world: World) -> None:
     for layout, errors in engine_error(world, "*-", [Layout(4, 2, zero=2)], **IMPORTED).items():
         errors.check(layout)

@@ -61,29 +61,6 @@ def test_every_legal_layout_is_accepted(pattern: str) -> None:
         assert accept(config_of(pattern, layout), layout.ranks).data == layout.data
 
 
-@pytest.mark.parametrize(
-    ("sections", "named"),
-    [
-        ({"parallel": {"pipeline": 2}}, ["parallel.pipeline=2", "set parallel.pipeline=1"]),
-        ({"parallel": {"context": 4}}, ["parallel.context=4", "set parallel.context=1"]),
-        ({"parallel": {"expert_tensor": True}}, ["parallel.expert_tensor=true", "parallel.tensor to 2"]),
-        ({"parallel": {"zero": 3}}, ["parallel.zero=3", "model.pattern=ME", "parallel.zero=2"]),
-        ({"parallel": {"zero": 0}, "train": {"precision": "bf16"}}, ["train.precision=bf16", "parallel.zero=1"]),
-        ({"parallel": {"zero": 0, "offload_optimizer": True}}, ["parallel.offload_optimizer", "parallel.zero=1"]),
-        ({"parallel": {"expert": 2}, "model": {"pattern": "M-"}}, ["parallel.expert=2", "M-", "parallel.expert=1"]),
-        ({"parallel": {"zero": 4}}, ["parallel.zero=4", "0, 1, 2 or 3"]),
-        ({"parallel": {"tensor": 0}}, ["parallel.tensor=0"]),
-    ],
-)
-def test_the_configuration_refuses_at_once(sections: dict[str, dict[str, Any]], named: list[str]) -> None:
-    with pytest.raises(UserError) as refusal:
-        parse_config(sections)
-    line = str(refusal.value)
-    assert "\n" not in line
-    for part in named:
-        assert part in line
-
-
 def asked(pattern: str, layout: Layout, **keys: Any) -> Config:
     """As `config_of`, for layouts that cannot be."""
     sizes = {f"parallel__{key}": getattr(layout, key) for key in ("tensor", "expert", "expert_tensor")}

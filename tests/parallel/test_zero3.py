@@ -57,19 +57,29 @@ def check_same_curve(world: World, pattern: str, layouts: list[Layout], **keys: 
         ).check(layout)
 
 
-@pytest.mark.parametrize("pattern", ["M-", "*-"])
-def test_same_curve_as_one_process(world: World, pattern: str) -> None:
-    check_same_curve(world, pattern, [Layout(1, zero=3), Layout(2, zero=3), Layout(4, zero=3)])
+@pytest.mark.parametrize(
+    ("pattern", "ranks"),
+    [
+        ("M-", (4,)),
+        pytest.param("M-", (1, 2), marks=pytest.mark.slow),
+        pytest.param("*-", (1, 2, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_same_curve_as_one_process(world: World, pattern: str, ranks: tuple[int, ...]) -> None:
+    check_same_curve(world, pattern, [Layout(count, zero=3) for count in ranks])
 
 
-def test_tensor_peers(world: World) -> None:
-    check_same_curve(world, "M-", [Layout(2, 2, zero=3), Layout(4, 2, zero=3)])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_tensor_peers(world: World, ranks: int) -> None:
+    check_same_curve(world, "M-", [Layout(ranks, 2, zero=3)])
 
 
+@pytest.mark.slow
 def test_biases(world: World) -> None:
     check_same_curve(world, "*-", [Layout(2, zero=3), Layout(4, 2, zero=3)], **IMPORTED)
 
 
+@pytest.mark.slow
 def test_recomputation(world: World) -> None:
     check_same_curve(world, "M-", [Layout(2, zero=3)], train__recompute=True)
 
@@ -91,7 +101,13 @@ def check_resumes(world: World, tiny: Path, folder: Path, first: dict[str, Any],
     assert error <= 1e-4, name
 
 
-@pytest.mark.parametrize("there", [{"parallel__zero": 2, "ranks": 1}, {"parallel__zero": 0, "ranks": 4}])
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"parallel__zero": 2, "ranks": 1},
+        pytest.param({"parallel__zero": 0, "ranks": 4}, marks=pytest.mark.slow),
+    ],
+)
 def test_runs_resume_under_another_stage_and_back(
     world: World, tiny: Path, tmp_path: Path, there: dict[str, Any]
 ) -> None:
@@ -100,6 +116,7 @@ def test_runs_resume_under_another_stage_and_back(
     check_resumes(world, tiny, tmp_path / "to", there, here)
 
 
+@pytest.mark.slow
 def test_runs_resume_on_other_ranks_of_this_stage(world: World, tiny: Path, tmp_path: Path) -> None:
     here, there = {"parallel__zero": 3, "ranks": 4}, {"parallel__zero": 3, "ranks": 2, "parallel__tensor": 2}
     check_resumes(world, tiny, tmp_path, here, there)
@@ -124,6 +141,7 @@ def most_parameters_held(config: Config) -> tuple[int, int, int]:
     return sum(p.ds_tensor.numel() for p in parameters), most, sum(p.ds_numel for p in parameters)
 
 
+@pytest.mark.slow
 def test_no_rank_ever_holds_the_model(world: World) -> None:
     config = config_of("M-", Layout(4, zero=3), model__repeat=3)
     for kept, most, whole in world.run(most_parameters_held, config, ranks=4):
@@ -156,7 +174,7 @@ def dtypes(config: Config) -> tuple[dict[str, torch.dtype], set[torch.dtype], di
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dtypes_of_a_running_engine(world: World, zero: int, offload: bool) -> None:
     keys: dict[str, Any] = {"train__precision": "bf16", "parallel__offload_optimizer": offload}
     config = config_of("M*-", Layout(2, zero=zero), **keys)
@@ -170,7 +188,7 @@ def test_dtypes_of_a_running_engine(world: World, zero: int, offload: bool) -> N
         assert in_fp32 == {"A", "D", "delta_bias"} and scan["x"] == torch.bfloat16
 
 
-@pytest.mark.parametrize("pattern", ["M-", "*-"])
+@pytest.mark.parametrize("pattern", ["M-", pytest.param("*-", marks=pytest.mark.slow)])
 def test_bf16_is_the_same_function_at_every_stage(world: World, pattern: str) -> None:
     keys: dict[str, Any] = {"train__precision": "bf16", "train__learning_rate": 1e-3}
     under_1 = world.run(train, config_of(pattern, Layout(2), **keys), 5)[0].losses

@@ -14,6 +14,7 @@ from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import read_metrics
 from tests.train.runs import STEPS, curve, run, weights
+from tests.train.seams import stepping_in
 from tests.world import WorkerError, World
 
 
@@ -51,7 +52,14 @@ def test_a_finished_run_says_so_and_stays_as_it_is(world: World, tiny: Path, pla
     assert (plain / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("overrides", [{}, {"train__precision": "bf16"}, {"parallel__zero": 0}, {"parallel__zero": 2}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"train__precision": "bf16"},
+        *(pytest.param({"parallel__zero": zero}, marks=pytest.mark.slow) for zero in (0, 2)),
+    ],
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     world: World, tiny: Path, tmp_path: Path, overrides: dict
 ) -> None:
@@ -83,8 +91,8 @@ def test_a_longer_run_sees_the_same_past(world: World, tiny: Path, plain: Path, 
     ("ranks", "overrides"),
     [
         (1, {"train__micro_batch": 2}),
-        (2, {}),
-        (2, {"parallel__zero": 0}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__zero": 0}, marks=pytest.mark.slow),
         (2, {"parallel__zero": 2, "train__micro_batch": 2}),
     ],
 )
@@ -124,6 +132,7 @@ def test_balance_statistics_are_of_all_ranks(world: World, tiny: Path, tmp_path:
             assert mine["expert_load"] == other["expert_load"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(world: World, tiny: Path, tmp_path: Path) -> None:
     constant = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0, "train__minimum_rate": 1.0}
     dropless = {"moe__capacity_factor": "null", "moe__balance": "none", "train__micro_batch": 4} | constant
@@ -190,24 +199,17 @@ def test_a_profile_is_a_trace_of_the_asked_steps(world: World, tiny: Path, tmp_p
 
 
 def train_with_a_nan(rank: int, parameter: str, **arguments: Any) -> None:
-    """Train; after the second step, one weight of a rank becomes no number."""
-    from moe_mamba.train.trainer import Trainer
+    """Train; after the second step, one weight of a rank becomes NaN."""
 
-    healthy = Trainer._train_step
-
-    def broken(trainer: Trainer, *rest: Any) -> None:
+    def poison(trainer: Any) -> None:
         if trainer.step == 2 and trainer.world.rank == rank:
             trainer.model.get_parameter(parameter).data.view(-1)[0] = math.nan
-        healthy(trainer, *rest)
 
-    Trainer._train_step = broken  # type: ignore[method-assign]
-    try:
+    with stepping_in("step", poison):
         train(**arguments)
-    finally:
-        Trainer._train_step = healthy  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(("rank", "ranks"), [pytest.param(0, 1, marks=pytest.mark.slow), (1, 2)])
 def test_a_loss_that_is_no_number_names_step_and_place_and_keeps_the_checkpoint(
     world: World, tiny: Path, tmp_path: Path, rank: int, ranks: int
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_folder_in_use_is_refused(world: World, tiny: Path, tmp_path: Path) ->
     assert len(curve(run(world, tiny, folder.path))) == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_that_never_saved_may_be_changed(world: World, tiny: Path, corpus: Path, tmp_path: Path) -> None:
     """SentencePiece of a first try that was too short for one window is not kept for the second."""
     short = tmp_path / "short.txt"
@@ -255,6 +258,7 @@ def test_damaged_lines_are_said_and_kept(world: World, tiny: Path, corpus: Path,
     assert re.search(r"warning +1 damaged lines of .*damaged\.jsonl .*rejects\.jsonl", log)
 
 
+@pytest.mark.slow
 def test_pictures_that_a_kill_prevented_are_drawn(world: World, tiny: Path, tmp_path: Path) -> None:
     run(world, tiny, tmp_path / "run")
     for picture in (tmp_path / "run" / "plots").iterdir():
@@ -281,6 +285,11 @@ def test_other_text_under_the_same_name_is_refused(world: World, tiny: Path, cor
     text.write_bytes(text.read_bytes().replace(b"plus", b"minus"))
     with pytest.raises(WorkerError, match=r"text\.jsonl holds other text than .*--run\.folder=.*run-2"):
         run(world, tiny, tmp_path / "run", data__train=str(text), train__steps=4)
+
+
+def test_a_warm_start_from_nowhere_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"UserError: .*nowhere"):
+        run(world, tiny, tmp_path / "run", train__warm_start=str(tmp_path / "nowhere"))
 
 
 def test_a_warm_start_from_another_model_is_refused(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
