@@ -104,7 +104,7 @@ PARTS = (
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
     *_mixer_parts(),
     Part("model/mixers/__init__.py", only=("MIXERS",)),
-    Part("model/pattern.py", only=("LayerSpec", "layer_specs", "kinds", "check_pattern", "looks_ahead")),
+    Part("model/pattern.py", only=("LayerSpec", "layer_specs", "kinds", "check_pattern", "has_experts", "looks_ahead")),
     Part("model/loss.py"),
     Part("model/layer.py", without=("build_layers",)),
     Part("hf/shell/cache.py"),

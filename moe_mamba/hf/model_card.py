@@ -18,7 +18,17 @@ HYPERPARAMETERS = (
 SHAPE = ("d_model", "vocab_size", "norm", "norm_epsilon", "tied_head")
 FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4, "accuracy": 4}  # of a validation -> decimals
 RESULTS = ("step", "tokens", "set", "loss (nat a token)", "perplexity", "bits a byte", "share right")
-ROUTING = ("experts", "router", "top_k", "scores", "renormalize", "capacity_factor", "balance", "shared_experts")
+ROUTING = (
+    "experts",
+    "router",
+    "top_k",
+    "scores",
+    "renormalize",
+    "capacity_factor",
+    "evaluation_capacity",
+    "balance",
+    "shared_experts",
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Assembled from the source of the package moe_mamba by tools/assemble_hf.py: chan
 names one of its modules, more stands there; nothing of it is needed.
 """
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -297,7 +299,9 @@ def plain_selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
     dtype, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     batch, length, _ = x.shape
-    size = math.isqrt(length - 1) + 1
+    size = 1
+    while size * size < length:  # comparisons: a traced length is bounded by them, and need not be one number
+        size += 1
     x, A, B, C, D = (tensor.to(work) for tensor in (x, A, B, C, D))
     step = F.softplus(delta.to(work) if delta_bias is None else delta.to(work) + delta_bias.to(work))
 
@@ -1713,6 +1717,11 @@ def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
         mixer.check(config, moe)
 
 
+def has_experts(config: ModelConfig) -> bool:
+    """Whether some layer has routed experts."""
+    return any(mixer.routes for mixer in kinds(config))
+
+
 def looks_ahead(config: ModelConfig, moe: MoEConfig) -> bool:
     """Whether some layer looks at later tokens, so that the model cannot generate."""
     return any(mixer.looks_ahead(config, moe) for mixer in kinds(config))
@@ -1998,8 +2007,8 @@ class MoEMambaStaticCache(StateCache, StaticCache):
         if visible is not None:
             if self.visible is None:
                 self.visible = torch.ones(batch, self.max_cache_len or 0, dtype=torch.bool, device=visible.device)
-            first = int(self.seen)
-            self.visible[:, first : first + length] = visible
+            place = torch.arange(length, device=visible.device) + self.seen.to(visible.device)
+            self.visible.index_copy_(1, place, visible)
         self.seen.add_(length)
         self._is_empty = False
 
@@ -2026,6 +2035,15 @@ def _written(old: State | None, new: State | None) -> State | None:
 # A state cannot skip a token that stands between others. So where padding does not stand before a row's first token,
 # the tokens of a row change places: padding first, text after it, each in order. Then a document start at the first
 # token hides what is before; a row that goes on from a cache waits until its padding has passed.
+
+
+BINARY = "attention_mask must hold 1 for text and 0 for padding, and nothing else"
+BEGIN = (
+    "position_ids begin after 0 without a cache: they go on from tokens whose state is not here; pass the cache of "
+    "those tokens, or positions from 0"
+)
+UNCOMPILED = "run this pass without compiling it"
+POSITIONS = "position_ids must rise by one a token, or begin again at 0 where a document starts"
 
 
 @dataclass(frozen=True)
@@ -2072,7 +2090,8 @@ def read(
     """
     is_traced = torch.compiler.is_compiling()
     if is_traced and length == 1 and cache is not None and not cache.is_empty:
-        return Reading()  # a step for one token, of which nothing can be looked at
+        _check_step(cache, mask, position_ids)
+        return Reading()
     past = 0 if cache is None or cache.is_empty else int(cache.seen)
     new = None if mask is None else _new_columns(mask, batch, length, cache, past)
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch)):
@@ -2080,7 +2099,7 @@ def read(
     if position_ids is not None and position_ids.shape[1] != length:
         raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
     if is_traced:
-        return Reading(_traced_starts(new, position_ids, starts))
+        return _traced(new, position_ids, starts, cache, mask)
     if mask is not None and new is not None:
         new = _checked(mask, new, cache, past)
     restarts = starts
@@ -2120,7 +2139,10 @@ def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> 
     seen = mask[:, :past].bool()
     changed = (~seen if before is None else seen ^ before.to(seen.device)).any()
     begun = new.new_ones(()) if before is None else before.any(1).all()
-    is_changed, is_plain = torch.stack((changed, new.all() & begun)).tolist()  # one wait for the device
+    flags = torch.stack((_is_binary(mask).to(new.device), changed, new.all() & begun))
+    is_binary, is_changed, is_plain = flags.tolist()  # one wait for the device
+    if not is_binary:
+        raise ValueError(BINARY)
     if is_changed:
         raise ValueError(
             "attention_mask tells otherwise of tokens that the cache has read: a state cannot forget a token, "
@@ -2145,8 +2167,7 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | No
     needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
     if not needs_order:
         return Reading(_starts(starts, past), new)
-    order = new.int().argsort(dim=1, stable=True)  # padding first
-    places = (padding.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+    order, places = _padding_first(new)
     waiting = torch.where(begun, padding.sum(1), 0) if waits else None
     return Reading(_starts(starts.gather(1, order), past), new, order, places, waiting)
 
@@ -2168,22 +2189,59 @@ def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
     goes_on = (first & (positions != 0)).any()
     are_skipped, go_on = torch.stack((skips, goes_on)).tolist()
     if go_on and not past:
-        raise ValueError(
-            "position_ids begin after 0 without a cache: they go on from tokens whose state is not here; pass the "
-            "cache of those tokens, or positions from 0"
-        )
+        raise ValueError(BEGIN)
     if are_skipped:
-        raise ValueError("position_ids must rise by one a token, or begin again at 0 where a document starts")
+        raise ValueError(POSITIONS)
     return restarts
 
 
-def _traced_starts(new: Tensor | None, positions: Tensor | None, starts: Tensor | None) -> Tensor | None:
-    """Starts without a look at any value, for padding on the left alone."""
-    if positions is not None and positions.shape[0] > 1:
-        starts = _either(starts, positions == 0)
-    if new is None:
-        return starts
-    return _either(None if starts is None else starts & new, new & (new.cumsum(1) == 1))
+def _is_binary(mask: Tensor) -> Tensor:
+    """Whether a mask holds 0 and 1 only, () bool."""
+    return ((mask == 0) | (mask == 1)).all()
+
+
+def _traced(
+    new: Tensor | None, positions: Tensor | None, starts: Tensor | None, cache: StateCache | None, mask: Tensor | None
+) -> Reading:
+    """As ``read``, without a look at any value: what would be refused raises a RuntimeError when the graph runs."""
+    goes_on = cache is not None and not cache.is_empty
+    if positions is not None:
+        is_start = positions == 0
+        rises = positions[:, 1:] == positions[:, :-1] + 1
+        if new is None:  # beside padding the mask says where a text goes on
+            torch._assert_async((rises | is_start[:, 1:]).all(), POSITIONS)
+        if not goes_on and new is None:
+            torch._assert_async(is_start[:, 0].all(), BEGIN)
+        like = positions if new is None else new
+        starts = _either(starts, is_start.expand(like.shape[0], -1))
+    if new is None or mask is None:
+        return Reading(starts)
+    torch._assert_async(_is_binary(mask), BINARY)
+    if goes_on:
+        torch._assert_async(new.all(), f"a compiled pass goes on from a cache without padding: {UNCOMPILED}")
+        return Reading(starts)
+    first = new & (new.cumsum(1) == 1)
+    starts = _either(None if starts is None else starts & new, first)
+    order, places = _padding_first(new)
+    return Reading(starts.gather(1, order), new, order, places)
+
+
+def _check_step(cache: StateCache, mask: Tensor | None, positions: Tensor | None) -> None:
+    """Let a compiled step for one token raise a RuntimeError where that token is padding, or begins a document."""
+    if positions is not None:
+        no_start = (positions != 0).all()
+        torch._assert_async(no_start, f"a compiled step for one token begins no document: {UNCOMPILED}")
+    if mask is not None:
+        column = torch.as_tensor(cache.seen, device=mask.device).clamp(max=mask.shape[1] - 1).view(1)
+        is_text = (mask.index_select(1, column) == 1).all()
+        torch._assert_async(is_text, f"a compiled step for one token reads no padding: {UNCOMPILED}")
+
+
+def _padding_first(new: Tensor) -> tuple[Tensor, Tensor]:
+    """``order`` and ``places`` of a ``Reading`` for tokens of which ``new`` (batch, length) bool are text."""
+    order = new.int().argsort(dim=1, stable=True)
+    places = ((~new).sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+    return order, places
 
 
 def _starts(starts: Tensor | None, past: int) -> Tensor | None:
@@ -2231,6 +2289,11 @@ def document_starts(
         return starts
     if bounds is None or cu_seq_lens_k is None or not torch.equal(bounds, cu_seq_lens_k) or embedded.shape[0] != 1:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be the same, of the documents of one row")
+    ends = [int(bounds[0]), int(bounds[-1])] if bounds.numel() > 1 else []
+    if ends != [0, embedded.shape[1]] or bool((bounds[1:] < bounds[:-1]).any()):
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to the {embedded.shape[1]} tokens of the row, where each document starts"
+        )
     by_bounds = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
     by_bounds[0, bounds[1:-1].long()] = True
     return _either(starts, by_bounds)
@@ -2337,7 +2400,11 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         for model in self.modules():
             if isinstance(model, MoEMambaPreTrainedModel):
                 vars(model)["_fills"] = _fills(model)
-        super().initialize_weights()
+        try:
+            super().initialize_weights()
+        finally:
+            for model in self.modules():
+                vars(model).pop("_fills", None)  # functions of functions cannot be pickled
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -2390,6 +2457,27 @@ class MoEMambaModelOutput(MoeModelOutputWithPast):
     router_statistics: list[RouterStatistics] | None = None
 
 
+DOCUMENTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+"""Keywords that packing collators give."""
+
+
+def _check_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Refuse inputs that are no batch of texts."""
+    given, name, axes = input_ids, "input_ids", "(batch, length)"
+    if inputs_embeds is not None:
+        given, name, axes = inputs_embeds, "inputs_embeds", "(batch, length, d_model)"
+    assert given is not None
+    if given.dim() != axes.count(",") + 1 or 0 in given.shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, and must be {axes}, of one token at least")
+
+
+def _nearest(keyword: str) -> str:
+    """A hint at what may be meant by a keyword that is unknown."""
+    known = [*inspect.signature(MoEMambaModel.forward).parameters, "labels", "logits_to_keep", "shift_labels"]
+    near = difflib.get_close_matches(keyword, known, 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 class MoEMambaModel(MoEMambaPreTrainedModel):
     """The residual stack without a head.
 
@@ -2402,7 +2490,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         moe: Any = MoEConfig(**config.moe)
         self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
         check_pattern(stack, moe)
-        self.looks_ahead = looks_ahead(stack, moe)
+        self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack)
         self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack))
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
@@ -2467,8 +2555,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
                 expert choice, of another class, of another batch or without room, tokens that go on from others
                 whose cache is missing.
         """
+        if unknown := documents.keys() - DOCUMENTS:
+            raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}{_nearest(min(unknown))}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
+        _check_shape(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         cache = self._cache(cache, past_key_values, use_cache)
@@ -2483,6 +2574,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         )
         starts = document_starts(inputs_embeds, **documents)
         reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, starts)
+        if self.looks_ahead and (reading.starts is not None or reading.visible is not None):
+            raise ValueError(
+                "moe.router=expert_choice: experts choose among all tokens of a row, so padding and packed documents "
+                "would change each other's results: give texts of one length, one in each row"
+            )
         stream, statistics = self._mix(inputs_embeds, cache, reading, recording)  # (batch, length, d_model)
         if self.final_norm is not None:
             stream, _ = self.final_norm(stream)
@@ -2570,6 +2666,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             )
         room = cache.max_cache_len
         if torch.compiler.is_compiling() and cache.states:
+            if room is not None:
+                full = f"the cache has room for {room} tokens, and more come: make it larger"
+                torch._assert_async(torch.as_tensor(cache.seen) + length <= room, full)
             return cache.states
         if room is not None and not torch.compiler.is_compiling() and int(cache.seen) + length > room:
             raise ValueError(
@@ -2686,6 +2785,8 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         stream = read.last_hidden_state
+        self._check_labels(labels, "labels", stream)
+        self._check_labels(targets, "shift_labels", stream)
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is None:
@@ -2702,6 +2803,16 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             **{CACHE: getattr(read, CACHE)},
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_labels(self, labels: Tensor | None, name: str, stream: Tensor) -> None:
+        """Refuse labels of another shape than the tokens', or outside the vocabulary; -100 is not counted."""
+        if labels is None:
+            return
+        if labels.shape != stream.shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(labels.shape)}, and must be {tuple(stream.shape[:2])}")
+        size = self.config.vocab_size
+        inside = ((labels >= 0) & (labels < size)) | (labels == -100)
+        torch._assert_async(inside.all(), f"{name} must be -100, or tokens from 0 to {size - 1}")
 
     def _loss(
         self,
@@ -2739,15 +2850,36 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What ``generate`` gives to a pass."""
+        new = kwargs.get("next_sequence_length")  # of the text, what the cache has not read
+        if new is not None and new <= 0:
+            length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+            raise ValueError(
+                f"the text has {length} tokens, and the cache has read {length - new}: pass the whole text, what the "
+                "cache has read and at least one token more"
+            )
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("cache_position", None)  # the cache counts for itself
         inputs.pop("token_type_ids", None)
         return inputs
 
     def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The mask that Transformers guesses from pad tokens, less those that stand inside a text: they are text."""
+        """The mask that Transformers guesses from pad tokens, but those that stand inside a text: they are text."""
         mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
-        return (mask.cumsum(-1) > 0).to(mask.dtype)
+        after_first, before_last = mask.cumsum(-1) > 0, mask.flip(-1).cumsum(-1).flip(-1) > 0
+        return (after_first & before_last).to(mask.dtype)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in any model of Transformers; a cache may have either name, whatever the library's version calls it.
+
+        Raises:
+            ValueError: both names are given.
+        """
+        given = [kwargs.pop(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+        if given:
+            kwargs[CACHE] = given[0]
+        return super().generate(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -2768,6 +2900,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Give ``generate`` the one kind of cache that fits."""
         self.model.check_that_it_generates()
+        if batch_size > 1 and self.config.moe["evaluation_capacity"] is not None and self.model.has_experts:
+            capacity = self.config.moe["evaluation_capacity"]
+            raise ValueError(
+                f"moe.evaluation_capacity={capacity:g} lets the texts of a batch displace each other's tokens: "
+                "generate one at a time"
+            )
         wanted = generation_config.cache_implementation
         given = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if wanted not in (None, "dynamic", "static"):

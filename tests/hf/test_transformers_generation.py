@@ -103,7 +103,7 @@ def test_a_padded_second_turn(model: Any, room: int | None) -> None:
 
 
 def test_a_pad_token_inside_a_text_is_text(model: Any) -> None:
-    prompt = torch.tensor([[5, 1, 7, 1], [8, 9, 1, 6]])  # 1 is config.pad_token_id
+    prompt = torch.tensor([[5, 1, 7, 3], [8, 9, 1, 6]])  # 1 is config.pad_token_id
     ones = torch.ones_like(prompt)
     assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, attention_mask=ones, **GREEDY))
     padded = torch.tensor([[1, 1, 7, 4]])

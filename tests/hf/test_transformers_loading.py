@@ -139,7 +139,7 @@ def test_a_configuration_goes_there_and_back(tmp_path: Path) -> None:
 )
 def test_a_wrong_configuration_is_refused(keys: dict[str, Any], says: str) -> None:
     with pytest.raises(Exception, match=says):
-        MoEMambaConfig(**keys)
+        modeling.MoEMambaModel(MoEMambaConfig(**keys))
 
 
 def test_a_new_model_starts_as_the_trainers_do() -> None:

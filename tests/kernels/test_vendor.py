@@ -153,7 +153,7 @@ def test_scan_refuses_the_gradient_of_the_final_state(monkeypatch: pytest.Monkey
     operands = scan_operands(True)
     y, final_state = their_scan(**operands | {"x": operands["x"].clone().requires_grad_()})
     y.sum().backward(retain_graph=True)
-    with pytest.raises(UserError, match=r"no gradient of the final state: choose --model\.kernels=auto$"):
+    with pytest.raises(UserError, match=r"no gradient of the final state: choose --run\.kernels=auto$"):
         final_state.sum().backward()
 
 

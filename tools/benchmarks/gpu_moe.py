@@ -81,7 +81,7 @@ def our_layer(shapes: LayerShapes, x: Tensor, gradient: Tensor) -> Run:
 
     def run() -> None:
         y, statistics, _ = layer(x, Sequences(1, len(x)))
-        balance = balance_loss(statistics)
+        balance = balance_loss(statistics["router"])
         torch.autograd.grad([y, balance], [x, *layer.parameters()], [gradient, torch.ones_like(balance)])
 
     return run

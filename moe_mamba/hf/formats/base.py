@@ -15,7 +15,7 @@ from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.mixers.attention import Attention
 from moe_mamba.model.mixers.feed_forward import FeedForward
 from moe_mamba.model.mixers.mamba import Mamba
-from moe_mamba.model.pattern import has, kinds, layer_specs
+from moe_mamba.model.pattern import check_pattern, has, kinds, layer_specs
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,14 @@ def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig
         UserError: the values make no model.
     """
     try:
-        return ModelConfig(**model), MoEConfig(**moe)
+        built = ModelConfig(**model), MoEConfig(**moe)
+        check_pattern(*built)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
             f"config.json makes no model of ours: {key} {first['msg'].removeprefix('Value error, ')}"
         ) from None
+    except ValueError as error:
+        raise UserError(f"config.json makes no model of ours: {error}") from None
+    return built

@@ -1,5 +1,7 @@
 """The model without a head: embedding, layers, norm."""
 
+import difflib
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ from moe_mamba.model.layer import initial_states, run_layers
 from moe_mamba.model.mixers.base import State, Statistics
 from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.norm import build_norm
-from moe_mamba.model.pattern import check_pattern, layer_specs, looks_ahead
+from moe_mamba.model.pattern import check_pattern, has_experts, layer_specs, looks_ahead
 from moe_mamba.model.sequences import Recording, Sequences
 
 logger = logging.get_logger(__name__)
@@ -37,6 +39,27 @@ class MoEMambaModelOutput(MoeModelOutputWithPast):
     router_statistics: list[RouterStatistics] | None = None
 
 
+DOCUMENTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+"""Keywords that packing collators give."""
+
+
+def _check_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Refuse inputs that are no batch of texts."""
+    given, name, axes = input_ids, "input_ids", "(batch, length)"
+    if inputs_embeds is not None:
+        given, name, axes = inputs_embeds, "inputs_embeds", "(batch, length, d_model)"
+    assert given is not None
+    if given.dim() != axes.count(",") + 1 or 0 in given.shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, and must be {axes}, of one token at least")
+
+
+def _nearest(keyword: str) -> str:
+    """A hint at what may be meant by a keyword that is unknown."""
+    known = [*inspect.signature(MoEMambaModel.forward).parameters, "labels", "logits_to_keep", "shift_labels"]
+    near = difflib.get_close_matches(keyword, known, 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 class MoEMambaModel(MoEMambaPreTrainedModel):
     """The residual stack without a head.
 
@@ -49,7 +72,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         moe: Any = MoEConfig(**config.moe)
         self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
         check_pattern(stack, moe)
-        self.looks_ahead = looks_ahead(stack, moe)
+        self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack)
         self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack))
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
@@ -114,8 +137,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
                 expert choice, of another class, of another batch or without room, tokens that go on from others
                 whose cache is missing.
         """
+        if unknown := documents.keys() - DOCUMENTS:
+            raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}{_nearest(min(unknown))}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
+        _check_shape(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         cache = self._cache(cache, past_key_values, use_cache)
@@ -130,6 +156,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         )
         starts = document_starts(inputs_embeds, **documents)
         reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, starts)
+        if self.looks_ahead and (reading.starts is not None or reading.visible is not None):
+            raise ValueError(
+                "moe.router=expert_choice: experts choose among all tokens of a row, so padding and packed documents "
+                "would change each other's results: give texts of one length, one in each row"
+            )
         stream, statistics = self._mix(inputs_embeds, cache, reading, recording)  # (batch, length, d_model)
         if self.final_norm is not None:
             stream, _ = self.final_norm(stream)
@@ -217,6 +248,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             )
         room = cache.max_cache_len
         if torch.compiler.is_compiling() and cache.states:
+            if room is not None:
+                full = f"the cache has room for {room} tokens, and more come: make it larger"
+                torch._assert_async(torch.as_tensor(cache.seen) + length <= room, full)
             return cache.states
         if room is not None and not torch.compiler.is_compiling() and int(cache.seen) + length > room:
             raise ValueError(

@@ -165,8 +165,8 @@ class MoEMambaStaticCache(StateCache, StaticCache):
         if visible is not None:
             if self.visible is None:
                 self.visible = torch.ones(batch, self.max_cache_len or 0, dtype=torch.bool, device=visible.device)
-            first = int(self.seen)
-            self.visible[:, first : first + length] = visible
+            place = torch.arange(length, device=visible.device) + self.seen.to(visible.device)
+            self.visible.index_copy_(1, place, visible)
         self.seen.add_(length)
         self._is_empty = False
 

@@ -118,6 +118,8 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         stream = read.last_hidden_state
+        self._check_labels(labels, "labels", stream)
+        self._check_labels(targets, "shift_labels", stream)
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is None:
@@ -134,6 +136,16 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             **{CACHE: getattr(read, CACHE)},
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_labels(self, labels: Tensor | None, name: str, stream: Tensor) -> None:
+        """Refuse labels of another shape than the tokens', or outside the vocabulary; -100 is not counted."""
+        if labels is None:
+            return
+        if labels.shape != stream.shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(labels.shape)}, and must be {tuple(stream.shape[:2])}")
+        size = self.config.vocab_size
+        inside = ((labels >= 0) & (labels < size)) | (labels == -100)
+        torch._assert_async(inside.all(), f"{name} must be -100, or tokens from 0 to {size - 1}")
 
     def _loss(
         self,
@@ -171,15 +183,36 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What ``generate`` gives to a pass."""
+        new = kwargs.get("next_sequence_length")  # of the text, what the cache has not read
+        if new is not None and new <= 0:
+            length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+            raise ValueError(
+                f"the text has {length} tokens, and the cache has read {length - new}: pass the whole text, what the "
+                "cache has read and at least one token more"
+            )
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         inputs.pop("cache_position", None)  # the cache counts for itself
         inputs.pop("token_type_ids", None)
         return inputs
 
     def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The mask that Transformers guesses from pad tokens, less those that stand inside a text: they are text."""
+        """The mask that Transformers guesses from pad tokens, but those that stand inside a text: they are text."""
         mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
-        return (mask.cumsum(-1) > 0).to(mask.dtype)
+        after_first, before_last = mask.cumsum(-1) > 0, mask.flip(-1).cumsum(-1).flip(-1) > 0
+        return (after_first & before_last).to(mask.dtype)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in any model of Transformers; a cache may have either name, whatever the library's version calls it.
+
+        Raises:
+            ValueError: both names are given.
+        """
+        given = [kwargs.pop(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+        if given:
+            kwargs[CACHE] = given[0]
+        return super().generate(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -200,6 +233,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Give ``generate`` the one kind of cache that fits."""
         self.model.check_that_it_generates()
+        if batch_size > 1 and self.config.moe["evaluation_capacity"] is not None and self.model.has_experts:
+            capacity = self.config.moe["evaluation_capacity"]
+            raise ValueError(
+                f"moe.evaluation_capacity={capacity:g} lets the texts of a batch displace each other's tokens: "
+                "generate one at a time"
+            )
         wanted = generation_config.cache_implementation
         given = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if wanted not in (None, "dynamic", "static"):

@@ -6,11 +6,25 @@ from typing import Any, ClassVar, Literal, Optional, Union
 import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import logging
 
 from moe_mamba.hf.versions import NEWEST, OLDEST
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
     raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
+
+
+logger = logging.get_logger(__name__)
+
+KEPT = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "quantization_config",
+    "torch_dtype",
+    "trust_remote_code",
+}
+"""Keys that Transformers keeps in some configurations and versions, and that are none of the model's."""
 
 
 @strict
@@ -91,6 +105,9 @@ class MoEMambaConfig(PretrainedConfig):
         self.moe = asdict(MoEConfig(**(moe or {})))
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
+        own = PretrainedConfig()
+        if unknown := [name for name in kwargs if not (name.startswith("_") or name in KEPT or hasattr(own, name))]:
+            logger.warning(f"MoEMambaConfig knows no {', '.join(unknown)}: nothing reads what is said there")
         kwargs |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(**kwargs, tie_word_embeddings=self.tied_head)  # type: ignore[call-arg]  # 4.57 has a default
 

@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from moe_mamba.hf.shell.cache import StateCache
 
+BINARY = "attention_mask must hold 1 for text and 0 for padding, and nothing else"
+BEGIN = (
+    "position_ids begin after 0 without a cache: they go on from tokens whose state is not here; pass the cache of "
+    "those tokens, or positions from 0"
+)
+UNCOMPILED = "run this pass without compiling it"
+POSITIONS = "position_ids must rise by one a token, or begin again at 0 where a document starts"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -57,7 +65,8 @@ def read(
     """
     is_traced = torch.compiler.is_compiling()
     if is_traced and length == 1 and cache is not None and not cache.is_empty:
-        return Reading()  # a step for one token, of which nothing can be looked at
+        _check_step(cache, mask, position_ids)
+        return Reading()
     past = 0 if cache is None or cache.is_empty else int(cache.seen)
     new = None if mask is None else _new_columns(mask, batch, length, cache, past)
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch)):
@@ -65,7 +74,7 @@ def read(
     if position_ids is not None and position_ids.shape[1] != length:
         raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
     if is_traced:
-        return Reading(_traced_starts(new, position_ids, starts))
+        return _traced(new, position_ids, starts, cache, mask)
     if mask is not None and new is not None:
         new = _checked(mask, new, cache, past)
     restarts = starts
@@ -105,7 +114,10 @@ def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> 
     seen = mask[:, :past].bool()
     changed = (~seen if before is None else seen ^ before.to(seen.device)).any()
     begun = new.new_ones(()) if before is None else before.any(1).all()
-    is_changed, is_plain = torch.stack((changed, new.all() & begun)).tolist()  # one wait for the device
+    flags = torch.stack((_is_binary(mask).to(new.device), changed, new.all() & begun))
+    is_binary, is_changed, is_plain = flags.tolist()  # one wait for the device
+    if not is_binary:
+        raise ValueError(BINARY)
     if is_changed:
         raise ValueError(
             "attention_mask tells otherwise of tokens that the cache has read: a state cannot forget a token, "
@@ -130,8 +142,7 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | No
     needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
     if not needs_order:
         return Reading(_starts(starts, past), new)
-    order = new.int().argsort(dim=1, stable=True)  # padding first
-    places = (padding.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+    order, places = _padding_first(new)
     waiting = torch.where(begun, padding.sum(1), 0) if waits else None
     return Reading(_starts(starts.gather(1, order), past), new, order, places, waiting)
 
@@ -153,22 +164,59 @@ def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
     goes_on = (first & (positions != 0)).any()
     are_skipped, go_on = torch.stack((skips, goes_on)).tolist()
     if go_on and not past:
-        raise ValueError(
-            "position_ids begin after 0 without a cache: they go on from tokens whose state is not here; pass the "
-            "cache of those tokens, or positions from 0"
-        )
+        raise ValueError(BEGIN)
     if are_skipped:
-        raise ValueError("position_ids must rise by one a token, or begin again at 0 where a document starts")
+        raise ValueError(POSITIONS)
     return restarts
 
 
-def _traced_starts(new: Tensor | None, positions: Tensor | None, starts: Tensor | None) -> Tensor | None:
-    """Starts without a look at any value, for padding on the left alone."""
-    if positions is not None and positions.shape[0] > 1:
-        starts = _either(starts, positions == 0)
-    if new is None:
-        return starts
-    return _either(None if starts is None else starts & new, new & (new.cumsum(1) == 1))
+def _is_binary(mask: Tensor) -> Tensor:
+    """Whether a mask holds 0 and 1 only, () bool."""
+    return ((mask == 0) | (mask == 1)).all()
+
+
+def _traced(
+    new: Tensor | None, positions: Tensor | None, starts: Tensor | None, cache: StateCache | None, mask: Tensor | None
+) -> Reading:
+    """As ``read``, without a look at any value: what would be refused raises a RuntimeError when the graph runs."""
+    goes_on = cache is not None and not cache.is_empty
+    if positions is not None:
+        is_start = positions == 0
+        rises = positions[:, 1:] == positions[:, :-1] + 1
+        if new is None:  # beside padding the mask says where a text goes on
+            torch._assert_async((rises | is_start[:, 1:]).all(), POSITIONS)
+        if not goes_on and new is None:
+            torch._assert_async(is_start[:, 0].all(), BEGIN)
+        like = positions if new is None else new
+        starts = _either(starts, is_start.expand(like.shape[0], -1))
+    if new is None or mask is None:
+        return Reading(starts)
+    torch._assert_async(_is_binary(mask), BINARY)
+    if goes_on:
+        torch._assert_async(new.all(), f"a compiled pass goes on from a cache without padding: {UNCOMPILED}")
+        return Reading(starts)
+    first = new & (new.cumsum(1) == 1)
+    starts = _either(None if starts is None else starts & new, first)
+    order, places = _padding_first(new)
+    return Reading(starts.gather(1, order), new, order, places)
+
+
+def _check_step(cache: StateCache, mask: Tensor | None, positions: Tensor | None) -> None:
+    """Let a compiled step for one token raise a RuntimeError where that token is padding, or begins a document."""
+    if positions is not None:
+        no_start = (positions != 0).all()
+        torch._assert_async(no_start, f"a compiled step for one token begins no document: {UNCOMPILED}")
+    if mask is not None:
+        column = torch.as_tensor(cache.seen, device=mask.device).clamp(max=mask.shape[1] - 1).view(1)
+        is_text = (mask.index_select(1, column) == 1).all()
+        torch._assert_async(is_text, f"a compiled step for one token reads no padding: {UNCOMPILED}")
+
+
+def _padding_first(new: Tensor) -> tuple[Tensor, Tensor]:
+    """``order`` and ``places`` of a ``Reading`` for tokens of which ``new`` (batch, length) bool are text."""
+    order = new.int().argsort(dim=1, stable=True)
+    places = ((~new).sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+    return order, places
 
 
 def _starts(starts: Tensor | None, past: int) -> Tensor | None:
@@ -216,6 +264,11 @@ def document_starts(
         return starts
     if bounds is None or cu_seq_lens_k is None or not torch.equal(bounds, cu_seq_lens_k) or embedded.shape[0] != 1:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be the same, of the documents of one row")
+    ends = [int(bounds[0]), int(bounds[-1])] if bounds.numel() > 1 else []
+    if ends != [0, embedded.shape[1]] or bool((bounds[1:] < bounds[:-1]).any()):
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to the {embedded.shape[1]} tokens of the row, where each document starts"
+        )
     by_bounds = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
     by_bounds[0, bounds[1:-1].long()] = True
     return _either(starts, by_bounds)

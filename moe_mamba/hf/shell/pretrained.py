@@ -52,7 +52,11 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         for model in self.modules():
             if isinstance(model, MoEMambaPreTrainedModel):
                 vars(model)["_fills"] = _fills(model)
-        super().initialize_weights()
+        try:
+            super().initialize_weights()
+        finally:
+            for model in self.modules():
+                vars(model).pop("_fills", None)  # functions of functions cannot be pickled
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,8 +6,6 @@ state and reads. Nothing but plain operations, so it is differentiable, and what
 graph grows with the square root of the length, which must be known when it is traced.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +18,9 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
     dtype, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     batch, length, _ = x.shape
-    size = math.isqrt(length - 1) + 1
+    size = 1
+    while size * size < length:  # comparisons: a traced length is bounded by them, and need not be one number
+        size += 1
     x, A, B, C, D = (tensor.to(work) for tensor in (x, A, B, C, D))
     step = F.softplus(delta.to(work) if delta_bias is None else delta.to(work) + delta_bias.to(work))
 
