@@ -86,7 +86,7 @@ def our_loss(model: LanguageModel, config: Config, tokens: Tensor) -> Tensor:
     """Mean cross entropy of the next tokens, and the balance loss."""
     output = model(tokens)
     total, count = model.cross_entropy(output.logits, tokens.roll(-1, 1))
-    balance = torch.stack([balance_loss(layer) for layer in output.statistics]).mean()
+    balance = torch.stack([balance_loss(layer) for layer in output.statistics.values()]).mean()
     return total / count + config.moe.balance_weight * balance
 
 
