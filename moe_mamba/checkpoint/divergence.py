@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from moe_mamba.atomic_file import write_atomically
-from moe_mamba.checkpoint.manifest import Box, DamagedError, is_marked_finite, read_index
-from moe_mamba.checkpoint.shards import Piece
-from moe_mamba.checkpoint.storage import read_box
+from moe_mamba.checkpoint.manifest import Chunk, DamagedError, is_marked_finite, read_index
+from moe_mamba.checkpoint.shards import Shard
+from moe_mamba.checkpoint.storage import read_chunk
 
 NEXT_STEP = "next_step.json"
 PART = 2**23  # elements of a stored tensor looked at together
@@ -35,12 +35,12 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(get_total_norm(known, math.inf).bfloat16().isfinite())
 
 
-def first_not_finite(pieces: Iterable[Piece]) -> str | None:
+def first_not_finite(shards: Iterable[Shard]) -> str | None:
     """Name the first tensor in memory that is not finite, see `is_finite`; or None."""
-    held = [piece for piece in pieces if piece.read is None]
-    if is_finite(piece.tensor for piece in held):
+    held = [shard for shard in shards if shard.read is None]
+    if is_finite(shard.tensor for shard in held):
         return None
-    return next(piece.name for piece in held if not is_finite([piece.tensor]))
+    return next(shard.name for shard in held if not is_finite([shard.tensor]))
 
 
 def check_finite(folder: Path) -> None:
@@ -52,17 +52,17 @@ def check_finite(folder: Path) -> None:
     if is_marked_finite(folder):
         return
     for name, tensor in read_index(folder).items():
-        if not all(is_finite([part]) for box in tensor.boxes for part in _parts(folder, box, tensor.dtype)):
+        if not all(is_finite([part]) for chunk in tensor.chunks for part in _parts(folder, chunk, tensor.dtype)):
             raise DamagedError(f"{folder}: {name} holds NaN or Inf: use another checkpoint")
 
 
-def _parts(folder: Path, box: Box, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The numbers of a stored box, flat, some at a time."""
-    elements = math.prod(box.sizes)
-    with (folder / box.file).open("rb", buffering=0) as stream:
+def _parts(folder: Path, chunk: Chunk, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The numbers of a stored chunk, flat, some at a time."""
+    elements = math.prod(chunk.sizes)
+    with (folder / chunk.file).open("rb", buffering=0) as stream:
         for first in range(0, elements, PART):
             part = torch.empty(min(PART, elements - first), dtype=dtype)
-            read_box(stream, box.start, (elements,), (first,), part, dtype)
+            read_chunk(stream, chunk.start, (elements,), (first,), part, dtype)
             yield part
 
 

@@ -16,7 +16,7 @@ from moe_mamba.checkpoint.manifest import (
     read_index,
     read_manifest,
 )
-from moe_mamba.checkpoint.storage import read_box
+from moe_mamba.checkpoint.storage import read_chunk
 from moe_mamba.errors import UserError
 from moe_mamba.safetensors_header import DTYPE_NAMES
 
@@ -26,7 +26,7 @@ LAYOUT_KEYS = ("tensor", "expert", "expert_tensor", "zero")
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """All that a step's folder says of itself, after a check that its boxes make up its tensors.
+    """All that a step's folder says of itself, after a check that its chunks make up its tensors.
 
     Args:
         path: a step's folder with right checksums, as `store.resolve` gives it.
@@ -34,7 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
     Returns:
         A JSON object. ``step``, ``tokens``, ``validation_loss``, ``model``, ``layout`` (keys of the configuration)
         and ``processes`` are None where whoever saved did not say; ``files`` maps names to bytes; ``kinds`` sums up
-        ``tensors`` (name -> shape, dtype, elements, bytes, boxes) by the first part of their names. ``next_step``
+        ``tensors`` (name -> shape, dtype, elements, bytes, chunks) by the first part of their names. ``next_step``
         says what the step that training made from it gave, and ``diverged`` whether that was not finite; None where
         it was not made.
 
@@ -69,22 +69,22 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def check_covers(path: Path, index: dict[str, Stored]) -> None:
-    """Check that the boxes of each tensor hold each of its elements once.
+    """Check that the chunks of each tensor hold each of its elements once.
 
     Raises:
         DamagedError: names the first tensor of which that is not so.
     """
     for name, tensor in index.items():
-        fault = fault_of_cover(tensor.shape, [(box.offsets, box.sizes) for box in tensor.boxes])
+        fault = fault_of_cover(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
         if fault:
-            raise DamagedError(f"{path / INDEX}: the boxes of {name} {fault}: use another checkpoint")
+            raise DamagedError(f"{path / INDEX}: the chunks of {name} {fault}: use another checkpoint")
 
 
 def inspect_tensor(path: Path, name: str) -> dict[str, Any]:
-    """One tensor of a sound step's folder: its boxes, and statistics in float64, read box by box.
+    """One tensor of a sound step's folder: its chunks, and statistics in float64, read chunk by chunk.
 
     Returns:
-        A JSON object: ``name``, ``shape``, ``dtype``, ``elements``, ``boxes`` (offsets, sizes, file and first byte of
+        A JSON object: ``name``, ``shape``, ``dtype``, ``elements``, ``chunks`` (offsets, sizes, file and first byte of
         each); ``nan``, the number of values that are none; and of the others ``min``, ``max``, ``mean`` and ``norm``
         (None where there are no others).
 
@@ -96,8 +96,8 @@ def inspect_tensor(path: Path, name: str) -> dict[str, Any]:
         raise UserError(f"{path} has no tensor {name}: run without --tensor for a list of those that it has")
     tensor = index[name]
     check_covers(path, {name: tensor})
-    boxes = [box._asdict() for box in tensor.boxes]
-    return {"name": name} | _summary(tensor) | {"boxes": boxes} | _statistics(path, tensor)
+    chunks = [chunk._asdict() for chunk in tensor.chunks]
+    return {"name": name} | _summary(tensor) | {"boxes": chunks} | _statistics(path, tensor)
 
 
 def _summary(tensor: Stored) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _summary(tensor: Stored) -> dict[str, Any]:
         "dtype": DTYPE_NAMES[tensor.dtype],
         "elements": elements,
         "bytes": elements * tensor.dtype.itemsize,
-        "boxes": len(tensor.boxes),
+        "boxes": len(tensor.chunks),
     }
 
 
@@ -117,12 +117,12 @@ def _keys(section: Any, keys: tuple[str, ...]) -> dict[str, Any] | None:
 
 def _statistics(path: Path, tensor: Stored) -> dict[str, Any]:
     lowest, highest, total, squares, numbers, missing = math.inf, -math.inf, 0.0, 0.0, 0, 0
-    for box in tensor.boxes:
-        values = torch.empty(box.sizes, dtype=tensor.dtype)
+    for chunk in tensor.chunks:
+        values = torch.empty(chunk.sizes, dtype=tensor.dtype)
         if not values.numel():
             continue
-        with (path / box.file).open("rb") as stream:
-            read_box(stream, box.start, box.sizes, (0,) * len(box.sizes), values, tensor.dtype)
+        with (path / chunk.file).open("rb") as stream:
+            read_chunk(stream, chunk.start, chunk.sizes, (0,) * len(chunk.sizes), values, tensor.dtype)
         for part in values.flatten().split(PART):
             exact = part.double()
             exact = exact[~exact.isnan()]

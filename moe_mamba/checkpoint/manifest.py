@@ -1,8 +1,8 @@
 """What a checkpoint's folder says of itself: manifest, index and description, all JSON, and whether it is sound.
 
 A step's folder holds
-    rank-00000.safetensors  the boxes of tensors that rank 0 wrote (any safetensors reader opens it)
-    index.json              logical tensor -> dtype, shape, and where each of its boxes lies
+    rank-00000.safetensors  the chunks of tensors that rank 0 wrote (any safetensors reader opens it)
+    index.json              logical tensor -> dtype, shape, and where each of its chunks lies
     description.json        everything that is not a tensor
     manifest.json           format version; size and checksum of every other file: written last
 and, once training went on from there, next_step.json (divergence.py).
@@ -30,7 +30,7 @@ class DamagedError(UserError):
     """A file of a checkpoint is missing, torn, or not what was written; an older checkpoint may do."""
 
 
-class Box(NamedTuple):
+class Chunk(NamedTuple):
     """A stored part of a logical tensor: `sizes` elements at `offsets`, from byte `start` of `file` on."""
 
     offsets: tuple[int, ...]
@@ -45,7 +45,7 @@ class Stored:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    boxes: list[Box]
+    chunks: list[Chunk]
 
 
 def _read_json(path: Path) -> Any:
@@ -86,14 +86,15 @@ def is_marked_finite(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Stored]:
-    """Logical tensor -> dtype, shape and boxes; every box is checked to lie inside its tensor and its file."""
+    """Logical tensor -> dtype, shape and chunks; every chunk is checked to lie inside its tensor and its file."""
     files = read_manifest(folder)
     check_sizes(folder, files)
     content = _read_json(folder / INDEX)
     try:
         index = {name: _stored(entry) for name, entry in content.items()}
         sound = all(
-            tensor.boxes and all(_lies_inside(box, tensor, files) for box in tensor.boxes) for tensor in index.values()
+            tensor.chunks and all(_lies_inside(chunk, tensor, files) for chunk in tensor.chunks)
+            for tensor in index.values()
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
@@ -103,18 +104,20 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 
 def _stored(entry: dict[str, Any]) -> Stored:
-    boxes = [
-        Box(tuple(map(int, box["offsets"])), tuple(map(int, box["sizes"])), str(box["file"]), int(box["start"]))
-        for box in entry["boxes"]
+    chunks = [
+        Chunk(
+            tuple(map(int, chunk["offsets"])), tuple(map(int, chunk["sizes"])), str(chunk["file"]), int(chunk["start"])
+        )
+        for chunk in entry["boxes"]
     ]
-    return Stored(DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), boxes)
+    return Stored(DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), chunks)
 
 
-def _lies_inside(box: Box, tensor: Stored, files: dict[str, tuple[int, str]]) -> bool:
-    length = math.prod(box.sizes) * tensor.dtype.itemsize
-    return 0 <= box.start <= files[box.file][0] - length and all(
+def _lies_inside(chunk: Chunk, tensor: Stored, files: dict[str, tuple[int, str]]) -> bool:
+    length = math.prod(chunk.sizes) * tensor.dtype.itemsize
+    return 0 <= chunk.start <= files[chunk.file][0] - length and all(
         min(offset, size) >= 0 and offset + size <= whole
-        for offset, size, whole in zip(box.offsets, box.sizes, tensor.shape, strict=True)
+        for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
     )
 
 

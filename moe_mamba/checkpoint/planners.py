@@ -1,7 +1,7 @@
-"""Who writes and who reads which box of a checkpoint's tensors, from the pieces that each rank offers.
+"""Who writes and who reads which chunk of a checkpoint's tensors, from the shards that each rank offers.
 
-Between ranks go tuples of numbers: items of torch.distributed.checkpoint's plans, some objects a box, took the
-coordinator of 64 ranks 20 s for 100,000 boxes, and numbers take it 2. A rank makes the items of its own boxes alone.
+Between ranks go tuples of numbers: items of torch.distributed.checkpoint's plans, some objects a chunk, took the
+coordinator of 64 ranks 20 s for 100,000 chunks, and numbers take it 2. A rank makes the items of its own chunks alone.
 """
 
 import math
@@ -35,136 +35,136 @@ from torch.distributed.checkpoint.planner import (
 from moe_mamba.checkpoint.chunks import Extent, Overlaps, fault_of_cover
 from moe_mamba.checkpoint.divergence import is_finite
 from moe_mamba.checkpoint.manifest import DamagedError, Stored
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.errors import UserError
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # a logical tensor's shape and dtype
 
 
-def _extent(piece: Piece) -> Extent:
-    return tuple(piece.offsets), tuple(piece.tensor.shape)
+def _extent(shard: Shard) -> Extent:
+    return tuple(shard.offsets), tuple(shard.tensor.shape)
 
 
-class PieceSavePlanner(SavePlanner):
-    """Plans the writing of pieces: of boxes that several ranks offer, one rank writes."""
+class ShardSavePlanner(SavePlanner):
+    """Plans the writing of shards: of chunks that several ranks offer, one rank writes."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, shards: Sequence[Shard]) -> None:
         # an empty part of a tensor is what a rank has that owns nothing of it
-        self.pieces = [piece for piece in pieces if piece.tensor.numel() or 0 in piece.shape]
+        self.shards = [shard for shard in shards if shard.tensor.numel() or 0 in shard.shape]
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """The pieces are all that is saved."""
+        """The shards are all that is saved."""
 
     def create_local_plan(self) -> SavePlan:
-        """What this rank offers: name and kind of a tensor -> boxes."""
+        """What this rank offers: name and kind of a tensor -> chunks."""
         offer: dict[tuple[str, Kind], list[Extent]] = defaultdict(list)
-        for piece in self.pieces:
-            offer[piece.name, (tuple(piece.shape), piece.tensor.dtype)].append(_extent(piece))
+        for shard in self.shards:
+            offer[shard.name, (tuple(shard.shape), shard.tensor.dtype)].append(_extent(shard))
         return SavePlan([], planner_data=dict(offer))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Share out repeated boxes; refuse tensors with overlaps, holes, or ranks that disagree on shape or dtype.
+        """Share out repeated chunks; refuse tensors with overlaps, holes, or ranks that disagree on shape or dtype.
 
         Returns:
-            For each rank the boxes that others write; and shape and dtype of each tensor.
+            For each rank the chunks that others write; and shape and dtype of each tensor.
         """
         kinds: dict[str, Kind] = {}
         holders: dict[str, dict[Extent, list[int]]] = {}
         for rank, plan in enumerate(all_plans):
-            for (name, kind), boxes in plan.planner_data.items():
+            for (name, kind), chunks in plan.planner_data.items():
                 if kinds.setdefault(name, kind) != kind:
                     raise ValueError(f"{name}: ranks disagree on its shape or dtype: {kinds[name]} and {kind}")
                 ranks_of = holders.setdefault(name, {})
-                for box in boxes:
-                    ranks_of.setdefault(box, []).append(rank)
+                for chunk in chunks:
+                    ranks_of.setdefault(chunk, []).append(rank)
         for name, (shape, _) in kinds.items():
             fault = fault_of_cover(shape, holders[name].keys())
             if fault:
-                raise ValueError(f"{name}: the pieces {fault}")
+                raise ValueError(f"{name}: the shards {fault}")
         left = _share_out(kinds, holders, len(all_plans))
         tensors = {
             name: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
             for name, (shape, dtype) in kinds.items()
         }
-        return [SavePlan([], planner_data=boxes) for boxes in left], Metadata(dict(tensors))
+        return [SavePlan([], planner_data=chunks) for chunks in left], Metadata(dict(tensors))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """One item for each piece that this rank writes; its index holds the piece's number."""
+        """One item for each shard that this rank writes; its index holds the shard's number."""
         seen = set(new_plan.planner_data)
         items = []
-        for number, piece in enumerate(self.pieces):
-            key = piece.name, *_extent(piece)
+        for number, shard in enumerate(self.shards):
+            key = shard.name, *_extent(shard)
             if key not in seen:
                 seen.add(key)
-                items.append(_write_item(number, piece))
+                items.append(_write_item(number, shard))
         return SavePlan(items, storage_data=new_plan.storage_data)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of a planned box.
+        """The values of a planned chunk.
 
         Raises:
             UserError: what is read only now holds NaN or Inf; what is in memory was looked at before.
         """
         assert write_item.index.index is not None
-        piece = self.pieces[write_item.index.index]
-        if piece.read is None:
-            return piece.tensor
-        values = piece.read()
+        shard = self.shards[write_item.index.index]
+        if shard.read is None:
+            return shard.tensor
+        values = shard.read()
         if not is_finite([values]):
-            raise UserError(f"{piece.name} holds NaN or Inf: give other weights")
+            raise UserError(f"{shard.name} holds NaN or Inf: give other weights")
         return values
 
 
-def _write_item(number: int, piece: Piece) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(piece.offsets), piece.tensor.shape)
-    properties = TensorProperties(dtype=piece.tensor.dtype)
+def _write_item(number: int, shard: Shard) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(shard.offsets), shard.tensor.shape)
+    properties = TensorProperties(dtype=shard.tensor.dtype)
     return WriteItem(
-        index=MetadataIndex(piece.name, piece.offsets, number),
+        index=MetadataIndex(shard.name, shard.offsets, number),
         type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(chunk, properties, torch.Size(piece.shape)),
+        tensor_data=TensorWriteData(chunk, properties, torch.Size(shard.shape)),
     )
 
 
 def _share_out(
     kinds: Mapping[str, Kind], holders: Mapping[str, Mapping[Extent, list[int]]], ranks: int
 ) -> list[list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
-    """Give each repeated box to the holder with the fewest bytes to write; for each rank, what it need not write."""
+    """Give each repeated chunk to the holder with the fewest bytes to write; for each rank, what it need not write."""
     load = [0] * ranks
     repeated = []
-    for name, boxes in holders.items():
-        for (offsets, sizes), having in boxes.items():
+    for name, chunks in holders.items():
+        for (offsets, sizes), having in chunks.items():
             size = math.prod(sizes) * kinds[name][1].itemsize
             if len(having) == 1:
                 load[having[0]] += size
             else:
                 repeated.append((size, (name, offsets, sizes), having))
     left: list[list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = [[] for _ in range(ranks)]
-    for size, box, having in repeated:
+    for size, chunk, having in repeated:
         writer = min(having, key=lambda rank: load[rank])
         load[writer] += size
         for rank in set(having) - {writer}:
-            left[rank].append(box)
+            left[rank].append(chunk)
     return left
 
 
-class PieceLoadPlanner(LoadPlanner):
-    """Plans the filling of pieces from whatever boxes were saved; each rank for itself.
+class ShardLoadPlanner(LoadPlanner):
+    """Plans the filling of shards from whatever chunks were saved; each rank for itself.
 
     Args:
         path: the step's folder, for messages.
         index: its logical tensors.
-        pieces: what to fill.
+        shards: what to fill.
     """
 
-    def __init__(self, path: Path, index: Mapping[str, Stored], pieces: Sequence[Piece]) -> None:
+    def __init__(self, path: Path, index: Mapping[str, Stored], shards: Sequence[Shard]) -> None:
         self.path = path
         self.index = index
-        self.pieces: dict[str, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            if piece.tensor.numel():
-                self.pieces[piece.name].append(piece)
+        self.shards: dict[str, list[Shard]] = defaultdict(list)
+        for shard in shards:
+            if shard.tensor.numel():
+                self.shards[shard.name].append(shard)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -172,19 +172,19 @@ class PieceLoadPlanner(LoadPlanner):
         """The index says all."""
 
     def create_local_plan(self) -> LoadPlan:
-        """Find which parts of which stored boxes this rank's pieces want; nothing of it concerns other ranks."""
+        """Find which parts of which stored chunks this rank's shards want; nothing of it concerns other ranks."""
         self.items: list[ReadItem] = []
-        for name, pieces in self.pieces.items():
+        for name, shards in self.shards.items():
             stored = self.index.get(name)
             if stored is None:
                 raise UserError(f"{self.path} has no tensor {name}: it is a checkpoint of another model")
-            if stored.shape != tuple(pieces[0].shape):
+            if stored.shape != tuple(shards[0].shape):
                 raise UserError(
-                    f"{self.path}: {name} has shape {list(stored.shape)} there and {list(pieces[0].shape)} here: "
+                    f"{self.path}: {name} has shape {list(stored.shape)} there and {list(shards[0].shape)} here: "
                     "it is a checkpoint of another model"
                 )
-            reads = _read_items(name, stored, pieces)
-            if sum(math.prod(read.lengths) for read in reads) != sum(piece.tensor.numel() for piece in pieces):
+            reads = _read_items(name, stored, shards)
+            if sum(math.prod(read.lengths) for read in reads) != sum(shard.tensor.numel() for shard in shards):
                 raise DamagedError(f"{self.path} does not hold all of {name}: use another checkpoint")
             self.items += reads
         return LoadPlan([])
@@ -202,31 +202,31 @@ class PieceLoadPlanner(LoadPlanner):
         raise AssertionError("checkpoints hold no byte items")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of a piece that a stored box fills."""
+        """The part of a shard that a stored chunk fills."""
         assert read_item.dest_index.index is not None
-        target = self.pieces[read_item.dest_index.fqn][read_item.dest_index.index].tensor.detach()
+        target = self.shards[read_item.dest_index.fqn][read_item.dest_index.index].tensor.detach()
         for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             target = target.narrow(dimension, offset, length)
         return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The piece was filled in place."""
+        """The shard was filled in place."""
 
 
-def _read_items(name: str, stored: Stored, pieces: Sequence[Piece]) -> list[ReadItem]:
-    """The parts of stored boxes that fill `pieces`; indices hold the numbers of box and piece."""
+def _read_items(name: str, stored: Stored, shards: Sequence[Shard]) -> list[ReadItem]:
+    """The parts of stored chunks that fill `shards`; indices hold the numbers of chunk and shard."""
     items = []
-    overlaps = Overlaps([(box.offsets, box.sizes) for box in stored.boxes])
-    for target, piece in enumerate(pieces):
-        for source, (offsets, sizes) in overlaps.of(*_extent(piece)):
-            box = stored.boxes[source]
+    overlaps = Overlaps([(chunk.offsets, chunk.sizes) for chunk in stored.chunks])
+    for target, shard in enumerate(shards):
+        for source, (offsets, sizes) in overlaps.of(*_extent(shard)):
+            chunk = stored.chunks[source]
             items.append(
                 ReadItem(
                     type=LoadItemType.TENSOR,
-                    dest_index=MetadataIndex(name, piece.offsets, target),
-                    dest_offsets=_difference(offsets, piece.offsets),
-                    storage_index=MetadataIndex(name, box.offsets, source),
-                    storage_offsets=_difference(offsets, box.offsets),
+                    dest_index=MetadataIndex(name, shard.offsets, target),
+                    dest_offsets=_difference(offsets, shard.offsets),
+                    storage_index=MetadataIndex(name, chunk.offsets, source),
+                    storage_offsets=_difference(offsets, chunk.offsets),
                     lengths=torch.Size(sizes),
                 )
             )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.errors import UserError
 
 ALIGNMENT = 64  # bytes between the starts of copies: a multiple of every dtype's size, and what memcpy likes
@@ -26,12 +26,12 @@ class Saver:
     with collectives in a group of its own, so that they never mix with those of training. What goes wrong there is
     raised by the next `save`, by `wait`, or at the end of the `with` block. (`async_save` of
     torch.distributed.checkpoint would do the writing alone in its thread, but not the naming and pruning, and its
-    stagers know state dicts, not boxes.)
+    stagers know state dicts, not chunks.)
 
     Args:
         folder: the run's folder of checkpoints, seen by every rank.
         keep: newest checkpoints that stay; see `store.save`.
-        asynchronous: return from `save` as soon as this rank's pieces are copied to the CPU's memory.
+        asynchronous: return from `save` as soon as this rank's shards are copied to the CPU's memory.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool = False) -> None:
@@ -43,12 +43,12 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
 
-    def save(self, step: int, pieces: Sequence[Piece], description: dict[str, Any]) -> None:
-        """Save a step, when the one before is done; the pieces may change as soon as this returns.
+    def save(self, step: int, shards: Sequence[Shard], description: dict[str, Any]) -> None:
+        """Save a step, when the one before is done; the shards may change as soon as this returns.
 
         Args:
             step: number of the step.
-            pieces: this rank's boxes, see `store.save`.
+            shards: this rank's chunks, see `store.save`.
             description: what is not a tensor, as JSON.
 
         Raises:
@@ -57,10 +57,10 @@ class Saver:
         """
         self.wait()
         if self.asynchronous:
-            copies, description = self._copies.make(pieces), copy.deepcopy(description)
+            copies, description = self._copies.make(shards), copy.deepcopy(description)
             self._pending = self._thread.submit(self._write, step, copies, description)
         else:
-            self._write(step, pieces, description)
+            self._write(step, shards, description)
 
     def wait(self) -> None:
         """Wait until the last step is saved.
@@ -79,8 +79,8 @@ class Saver:
         else:
             store.note_next_step(self.folder, step, next_step, self.keep)
 
-    def _write(self, step: int, pieces: Sequence[Piece], description: dict[str, Any]) -> Path:
-        return store.save(self.folder, step, pieces, description, self.keep, self.group)
+    def _write(self, step: int, shards: Sequence[Shard], description: dict[str, Any]) -> Path:
+        return store.save(self.folder, step, shards, description, self.keep, self.group)
 
     def __enter__(self) -> "Saver":
         return self
@@ -99,28 +99,28 @@ class Saver:
 
 
 class Copies:
-    """Copies of pieces in the CPU's memory, pinned if pieces come from a GPU; the memory is kept between saves."""
+    """Copies of shards in the CPU's memory, pinned if shards come from a GPU; the memory is kept between saves."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.is_pinned = False
 
-    def make(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Contiguous copies of `pieces`, complete on return; those of the call before are overwritten."""
+    def make(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Contiguous copies of `shards`, complete on return; those of the call before are overwritten."""
         starts, end = [], 0
-        for piece in pieces:
+        for shard in shards:
             starts.append(end)
-            end += -(-piece.tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        from_gpu = any(piece.tensor.is_cuda for piece in pieces)
+            end += -(-shard.tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        from_gpu = any(shard.tensor.is_cuda for shard in shards)
         if end > self.memory.numel():
             self.free()
             self._allocate(end, from_gpu)
         copies = []
-        for start, piece in zip(starts, pieces, strict=True):
-            source = piece.tensor.detach()
+        for start, shard in zip(starts, shards, strict=True):
+            source = shard.tensor.detach()
             target = self.memory[start : start + source.nbytes].view(source.dtype).view(source.shape)
             target.copy_(source, non_blocking=True)
-            copies.append(Piece(piece.name, piece.shape, piece.offsets, target))
+            copies.append(Shard(shard.name, shard.shape, shard.offsets, target))
         if from_gpu:
             torch.cuda.synchronize()
         return copies

@@ -8,8 +8,8 @@ from torch import Size, Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of the logical tensor `name` of global `shape`, at `offsets`; `tensor` is this rank's memory of it.
+class Shard:
+    """A chunk of the logical tensor `name` of global `shape`, at `offsets`; `tensor` is this rank's memory of it.
 
     What is saved need not be in memory: `read` then gives it when its turn to be written comes, and `tensor`, on the
     meta device, has its shape and dtype alone.
@@ -22,11 +22,11 @@ class Piece:
     read: Callable[[], Tensor] | None = None
 
 
-def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Size, Size, int]]:
-    """Cut elements `start` to `stop` of a row-major tensor into boxes: ZeRO owns flat ranges.
+def chunks_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Size, Size, int]]:
+    """Cut elements `start` to `stop` of a row-major tensor into chunks: ZeRO owns flat ranges.
 
     Returns:
-        (offsets, sizes, flat index of the first element) of each box, in order: at most 2 x dimensions - 1 of them,
+        (offsets, sizes, flat index of the first element) of each chunk, in order: at most 2 x dimensions - 1 of them,
         each of consecutive elements.
     """
     if start >= stop:
@@ -36,18 +36,18 @@ def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[tup
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row
     if first > last:
-        return _boxes_in_row(shape, last, start, stop)
-    boxes = _boxes_in_row(shape, first - 1, start, first * row)
+        return _chunks_in_row(shape, last, start, stop)
+    chunks = _chunks_in_row(shape, first - 1, start, first * row)
     if first < last:
         whole_rows = Size((first,) + (0,) * (len(shape) - 1)), Size((last - first, *shape[1:])), first * row
-        boxes.append(whole_rows)
-    return boxes + _boxes_in_row(shape, last, last * row, stop)
+        chunks.append(whole_rows)
+    return chunks + _chunks_in_row(shape, last, last * row, stop)
 
 
-def _boxes_in_row(shape: Sequence[int], index: int, start: int, stop: int) -> list[tuple[Size, Size, int]]:
+def _chunks_in_row(shape: Sequence[int], index: int, start: int, stop: int) -> list[tuple[Size, Size, int]]:
     """Boxes of a flat range that lies inside row `index` of the first dimension."""
     begin = index * math.prod(shape[1:])
     return [
         (Size((index, *offsets)), Size((1, *sizes)), begin + flat)
-        for offsets, sizes, flat in boxes_of_flat_range(shape[1:], start - begin, stop - begin)
+        for offsets, sizes, flat in chunks_of_flat_range(shape[1:], start - begin, stop - begin)
     ]

@@ -29,7 +29,7 @@ from moe_mamba.checkpoint.manifest import (
     MANIFEST,
     SLAB,
     VERSION,
-    Box,
+    Chunk,
     DamagedError,
     read_index,
 )
@@ -38,12 +38,12 @@ from moe_mamba.safetensors_header import DTYPE_NAMES, TensorInfo, make_header
 
 @dataclass(frozen=True)
 class Written:
-    """The file that a rank wrote: its size and checksum, and the boxes of each tensor in it."""
+    """The file that a rank wrote: its size and checksum, and the chunks of each tensor in it."""
 
     file: str
     bytes: int
     checksum: str
-    boxes: dict[str, list[Box]]
+    chunks: dict[str, list[Chunk]]
 
 
 class HashedFile:
@@ -92,17 +92,17 @@ def _slabs(tensor: Tensor) -> Iterator[memoryview]:
             yield _bytes_view(part.cpu().contiguous())
 
 
-def read_box(
+def read_chunk(
     stream: Any, start: int, sizes: Sequence[int], offsets: Sequence[int], target: Tensor, dtype: torch.dtype
 ) -> None:
-    """Fill `target` with the part at `offsets` of a stored box of `sizes` that begins at byte `start` of `stream`.
+    """Fill `target` with the part at `offsets` of a stored chunk of `sizes` that begins at byte `start` of `stream`.
 
     Only rows (of the first dimension) that the part lies in are read, but whole, slab by slab, and the part is taken
     from them in memory: a part of their columns costs a read of them all. Rows too large for a slab are entered one
     by one, so that a cut along an inner dimension of stacked experts reads only what it needs.
 
     Raises:
-        DamagedError: the file ends before the box does.
+        DamagedError: the file ends before the chunk does.
     """
     if not sizes:
         sizes, offsets, target = (1,), (0,), target.reshape(1)
@@ -110,7 +110,7 @@ def read_box(
     if row > SLAB:
         for position in range(rows):
             row_start = start + (offsets[0] + position) * row
-            read_box(stream, row_start, sizes[1:], offsets[1:], target[position], dtype)
+            read_chunk(stream, row_start, sizes[1:], offsets[1:], target[position], dtype)
         return
     step = max(1, SLAB // row)
     for first in range(0, rows, step):
@@ -135,13 +135,13 @@ def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
     return header, starts[:-1]
 
 
-def _write_box(file: HashedFile, item: WriteItem, planner: SavePlanner, start: int) -> Box:
-    """Append a box; what was read for it alone is let go on return, before the next one is read."""
+def _write_chunk(file: HashedFile, item: WriteItem, planner: SavePlanner, start: int) -> Chunk:
+    """Append a chunk; what was read for it alone is let go on return, before the next one is read."""
     data = planner.resolve_data(item)
     assert isinstance(data, Tensor) and item.index.offset is not None
     for slab in _slabs(data.detach()):
         file.write(slab)
-    return Box(tuple(item.index.offset), tuple(data.shape), file.path.name, start)
+    return Chunk(tuple(item.index.offset), tuple(data.shape), file.path.name, start)
 
 
 class Writer(StorageWriter):
@@ -175,18 +175,18 @@ class Writer(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Stream this rank's boxes into its file (none without boxes); largest elements first, as alignment wants."""
+        """Stream this rank's chunks into its file (none without chunks); largest elements first, as alignment wants."""
         results: list[WriteResult] = []
         items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)  # type: ignore[union-attr]
         if items:
-            name, boxes = plan.storage_data, defaultdict(list)
+            name, chunks = plan.storage_data, defaultdict(list)
             header, starts = _header(items)
             with HashedFile(self.folder / name) as file:
                 file.write(header)
                 for item, start in zip(items, starts, strict=True):
                     assert file.bytes == start, f"{item.index} has another size than its plan"
-                    boxes[item.index.fqn].append(_write_box(file, item, planner, start))
-            written = Written(name, file.bytes, file.hash.hexdigest(), dict(boxes))
+                    chunks[item.index.fqn].append(_write_chunk(file, item, planner, start))
+            written = Written(name, file.bytes, file.hash.hexdigest(), dict(chunks))
             results = [WriteResult(MetadataIndex(name), file.bytes, written)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -198,8 +198,8 @@ class Writer(StorageWriter):
         index = {}
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata)
-            boxes = [box._asdict() for file in written for box in file.boxes.get(name, ())]
-            index[name] = {"dtype": DTYPE_NAMES[tensor.properties.dtype], "shape": list(tensor.size), "boxes": boxes}
+            chunks = [chunk._asdict() for file in written for chunk in file.chunks.get(name, ())]
+            index[name] = {"dtype": DTYPE_NAMES[tensor.properties.dtype], "shape": list(tensor.size), "boxes": chunks}
         files = {file.file: {"bytes": file.bytes, "xxh3": file.checksum} for file in written}
         for name, content in ((INDEX, index), (DESCRIPTION, self.description)):
             files[name] = self._write_json(name, content)
@@ -248,16 +248,16 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the planner's tensors, file by file and forwards."""
-        by_file: dict[str, list[tuple[Box, ReadItem]]] = defaultdict(list)
+        by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
         for item in plan.items:
             assert item.storage_index.index is not None
-            box = self.index[item.storage_index.fqn].boxes[item.storage_index.index]
-            by_file[box.file].append((box, item))
+            chunk = self.index[item.storage_index.fqn].chunks[item.storage_index.index]
+            by_file[chunk.file].append((chunk, item))
         for name, reads in by_file.items():
             with (self.folder / name).open("rb") as stream:
-                for box, item in sorted(reads, key=lambda read: read[0].start):
+                for chunk, item in sorted(reads, key=lambda read: read[0].start):
                     target, dtype = planner.resolve_tensor(item), self.index[item.storage_index.fqn].dtype
-                    read_box(stream, box.start, box.sizes, item.storage_offsets, target, dtype)
+                    read_chunk(stream, chunk.start, chunk.sizes, item.storage_offsets, target, dtype)
                     planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)

@@ -1,6 +1,6 @@
 """Checkpoints of logical tensors: any layout loads any other's.
 
-A rank offers boxes (`Piece`) of logical tensors, to save or to fill; torch.distributed.checkpoint plans who writes
+A rank offers chunks (`Shard`) of logical tensors, to save or to fill; torch.distributed.checkpoint plans who writes
 and who reads what, and nothing is gathered. NaN and Inf are not saved. A step is written aside, checked and renamed,
 so that what has its name is complete; the newest valid one is found at start. Where torch.distributed is initialized,
 `save` and `load` are called by every rank of the group, and fail on every rank when one fails; the other functions are
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 from moe_mamba.checkpoint import storage
 from moe_mamba.checkpoint.divergence import DivergedError, first_not_finite, has_diverged, read_next_step
 from moe_mamba.checkpoint.manifest import MANIFEST, DamagedError, read_description, read_index, verify
-from moe_mamba.checkpoint.planners import PieceLoadPlanner, PieceSavePlanner
+from moe_mamba.checkpoint.planners import ShardLoadPlanner, ShardSavePlanner
 from moe_mamba.checkpoint.retention import (
     STEP_NAME,
     check,
@@ -40,7 +40,7 @@ from moe_mamba.checkpoint.retention import (
     step_of,
     steps_in,
 )
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.errors import UserError
 
 __all__ = [
@@ -102,7 +102,7 @@ def _quiet() -> Iterator[None]:
 def save(
     folder: Path,
     step: int,
-    pieces: Sequence[Piece],
+    shards: Sequence[Shard],
     description: dict[str, Any],
     keep: int = 2,
     group: dist.ProcessGroup | None = None,
@@ -112,7 +112,7 @@ def save(
     Args:
         folder: the run's folder of checkpoints, seen by every rank.
         step: number of the step; an existing checkpoint of it is replaced.
-        pieces: this rank's boxes; over all ranks they must hold every tensor whole. Boxes that several ranks offer
+        shards: this rank's chunks; over all ranks they must hold every tensor whole. Boxes that several ranks offer
             are written once.
         description: what is not a tensor, as JSON; the coordinator's (rank 0) is taken. `validation_loss` in it
             decides which checkpoint is the best.
@@ -131,7 +131,7 @@ def save(
     rank, _ = _rank_and_size(group)
 
     def start() -> None:
-        if (name := first_not_finite(pieces)) is not None:
+        if (name := first_not_finite(shards)) is not None:
             raise _NotFiniteError(name)
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def save(
         _agree(start, group)
         writer = storage.Writer(partial, {"step": step} | description)
         with nullcontext() if dist.is_initialized() else _quiet():
-            dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(pieces), process_group=group)
+            dcp.save({}, storage_writer=writer, planner=ShardSavePlanner(shards), process_group=group)
         _agree(finish, group)
     except CheckpointException as error:
         if rank == 0:
@@ -180,10 +180,10 @@ def _save_error(error: CheckpointException, folder: Path, step: int) -> Exceptio
     return UserError(f"the checkpoint of step {step} could not be written in {folder} ({cause}): mend that; {kept}")
 
 
-def load(path: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None = None) -> None:
-    """Fill pieces in place from a step's folder, whatever layout saved it; other dtypes are converted.
+def load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None = None) -> None:
+    """Fill shards in place from a step's folder, whatever layout saved it; other dtypes are converted.
 
-    Each rank reads of each stored box the rows (of its first dimension) that its pieces want, and no more; of rows
+    Each rank reads of each stored chunk the rows (of its first dimension) that its shards want, and no more; of rows
     that it wants in part it reads the whole, slab by slab. Pieces may be views of any stride.
 
     Sizes of files are checked, checksums are not: `newest` and `resolve` check those.
@@ -191,14 +191,14 @@ def load(path: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None = 
     Raises:
         UserError: on every rank, when a tensor is missing, has another shape, or a file is damaged.
     """
-    _load(Path(path), pieces, group, alone=_rank_and_size(group)[1] == 1)
+    _load(Path(path), shards, group, alone=_rank_and_size(group)[1] == 1)
 
 
-def _load(path: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None, alone: bool) -> None:
+def _load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None, alone: bool) -> None:
     try:
         reader = storage.Reader(path) if alone else _agree_on_reader(path, group)
         with _quiet():
-            planner = PieceLoadPlanner(path, reader.index, pieces)
+            planner = ShardLoadPlanner(path, reader.index, shards)
             dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=alone)
     except CheckpointException as error:
         raise _load_error(error, path) from (None if _first_error(error, UserError) else error)
@@ -231,7 +231,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
         raise UserError(f"{path} has no tensor {name}: it is a checkpoint of another model")
     shape, dtype = tensors[name]
     tensor = torch.empty(shape, dtype=dtype)
-    _load(Path(path), [Piece(name, shape, (0,) * len(shape), tensor)], None, alone=True)
+    _load(Path(path), [Shard(name, shape, (0,) * len(shape), tensor)], None, alone=True)
     return tensor
 
 

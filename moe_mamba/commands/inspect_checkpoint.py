@@ -10,13 +10,13 @@ from moe_mamba.checkpoint.store import resolve
 
 
 def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None:
-    """List what a checkpoint holds, after checking it: checksums, and that the boxes of each tensor make it up.
+    """List what a checkpoint holds, after checking it: checksums, and that the chunks of each tensor make it up.
 
     Ends with "sound", or with exit code 2 and one line that names the damage, or the tensor that holds NaN or Inf.
 
     Args:
         checkpoint: a run's folder (its newest valid checkpoint is used) or one of its checkpoints/step-... folders.
-        tensor: show this tensor alone: where its boxes lie, and statistics of its values.
+        tensor: show this tensor alone: where its chunks lie, and statistics of its values.
         json: print one JSON object instead.
     """
     path = resolve(checkpoint, finite=tensor is None)
@@ -49,7 +49,7 @@ def table(found: dict[str, Any]) -> str:
         for name, kind in found["kinds"].items()
     ]
     tensors = [
-        (f"  {name}", _by(tensor["shape"]), tensor["dtype"], f"{tensor['elements']:,}", f"{tensor['boxes']:,}")
+        (f"  {name}", _by(tensor["shape"]), tensor["dtype"], f"{tensor['elements']:,}", f"{tensor['chunks']:,}")
         for name, tensor in found["tensors"].items()
     ]
     sections: list[Sequence[tuple[str, ...]]] = [
@@ -65,12 +65,12 @@ def tensor_table(found: dict[str, Any]) -> str:
     """A tensor for people, from what `inspect_tensor` found."""
     known = [(key, f"{found[key]:.6g}") for key in ("min", "max", "mean", "norm") if found[key] is not None]
     head = [("shape", _by(found["shape"])), ("dtype", found["dtype"]), ("elements", f"{found['elements']:,}")]
-    boxes = [
-        (f"  {_by(box['sizes'])}", f"at {box['offsets']}", box["file"], f"from byte {box['start']:,}")
-        for box in found["boxes"]
+    chunks = [
+        (f"  {_by(chunk['sizes'])}", f"at {chunk['offsets']}", chunk["file"], f"from byte {chunk['start']:,}")
+        for chunk in found["boxes"]
     ]
     missing = ("NaN", f"{found['nan']:,}")
-    return f"{found['name']}\n{_columns([*head, *known, missing])}\nboxes\n{_columns(boxes)}"
+    return f"{found['name']}\n{_columns([*head, *known, missing])}\nboxes\n{_columns(chunks)}"
 
 
 def _number(value: int | None) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.checkpoint.divergence import is_finite
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config, ModelConfig, MoEConfig, TrainConfig
 from moe_mamba.convert.starting_point import MARK, write_starting_point
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +25,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.attention import Attention, rotary_frequencies
 from moe_mamba.model.pattern import has
 from moe_mamba.run.atomic import check_output
-from moe_mamba.run.restore import weight_pieces
+from moe_mamba.run.restore import weight_shards
 
 READ_DTYPES = ("F32", "F16", "BF16")  # fp32, as checkpoints have weights, holds them exactly
 HEADS = ("lm_head.weight", "model.head.weight")
@@ -75,10 +75,10 @@ def import_folder(
     with torch.device("meta"):
         whole = LanguageModel(model, moe)
     entries = match(folder, format, model, moe, stored)
-    pieces = lazy_pieces(folder, whole, entries, stored)
+    shards = lazy_shards(folder, whole, entries, stored)
     half = stored[entries[0].theirs].dtype == "BF16"  # the embedding's
     config = Config(model=model, moe=moe, train=TrainConfig(precision="bf16" if half else "fp32"))
-    step = write_starting_point(output, config, _tokenizer(folder, tokenizer), pieces, overwrite)
+    step = write_starting_point(output, config, _tokenizer(folder, tokenizer), shards, overwrite)
     return format, config, step
 
 
@@ -116,9 +116,9 @@ def match(
     return entries
 
 
-def lazy_pieces(
+def lazy_shards(
     folder: Path, model: LanguageModel, entries: Sequence[Entry], stored: Mapping[str, Stored]
-) -> list[Piece]:
+) -> list[Shard]:
     """Every weight of ours, put together of theirs when its turn to be written comes.
 
     Args:
@@ -146,15 +146,15 @@ def lazy_pieces(
                 "that are not quantised"
             )
     return [
-        Piece(
-            piece.name,
-            piece.shape,
-            piece.offsets,
-            piece.tensor,
-            partial(_assemble, folder, piece.shape, made_of, stored),
+        Shard(
+            shard.name,
+            shard.shape,
+            shard.offsets,
+            shard.tensor,
+            partial(_assemble, folder, shard.shape, made_of, stored),
         )
-        for piece in weight_pieces(model)
-        for made_of in (parts[piece.name.removeprefix("weights/")],)
+        for shard in weight_shards(model)
+        for made_of in (parts[shard.name.removeprefix("weights/")],)
     ]
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
@@ -22,7 +22,7 @@ MARK = "config.yaml"  # what every run's folder holds, and --overwrite asks for
 
 
 def write_starting_point(
-    output: Path, config: Config, tokenizer: Tokenizer, pieces: Sequence[Piece], overwrite: bool = False
+    output: Path, config: Config, tokenizer: Tokenizer, shards: Sequence[Shard], overwrite: bool = False
 ) -> Path:
     """Write a run's folder: `config.yaml`, `tokenizer/`, and the weights as the checkpoint of step 0.
 
@@ -30,7 +30,7 @@ def write_starting_point(
         output: the folder; it appears when it is whole.
         config: what a run from these weights starts with; its folder and its tokenizer become `output`'s.
         tokenizer: whose ids the weights know.
-        pieces: ``weights/...``, every tensor of the model whole; those with `read` are read one after the other.
+        shards: ``weights/...``, every tensor of the model whole; those with `read` are read one after the other.
         overwrite: replace a run's folder that is there.
 
     Returns:
@@ -51,7 +51,7 @@ def write_starting_point(
     description = {"config": tree, "tokenizer": tokenizer.fingerprint, "corpora": {}, "tokens": 0}
     with _unused(output), whole_folder(output, overwrite, MARK) as aside:
         folder = RunFolder(aside)
-        step = store.save(folder.checkpoints, 0, pieces, description)
+        step = store.save(folder.checkpoints, 0, shards, description)
         tokenizer.save(folder.tokenizer)
         folder.save_config(config)
     return output / "checkpoints" / step.name

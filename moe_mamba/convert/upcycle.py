@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config, MoEConfig
 from moe_mamba.config_file import parse_config
 from moe_mamba.convert.starting_point import MARK, write_starting_point
@@ -36,7 +36,7 @@ from moe_mamba.model.mixers.feed_forward import FeedForward
 from moe_mamba.model.mixers.moe import MoE
 from moe_mamba.model.pattern import has_experts
 from moe_mamba.run.atomic import check_output
-from moe_mamba.run.restore import open_trained, weight_pieces
+from moe_mamba.run.restore import open_trained, weight_shards
 
 # Of a fresh router, where weights are not renormalised. Weights then differ by about 3e-7 of their value, no more than
 # fp32 sums err anyhow (measured: logits were as far from the dense model's as with renormalised weights; at 1e-5 five
@@ -60,7 +60,7 @@ def upcycle(
         output: the run's folder; it appears when it is whole.
         moe: from `routing`.
         every: see `upcycled_config`.
-        noise: see `upcycled_pieces`.
+        noise: see `upcycled_shards`.
         seed: of routers and noise.
         overwrite: replace a run's folder at `output`.
 
@@ -73,8 +73,8 @@ def upcycle(
     check_output(output, overwrite, MARK, dense)
     trained = open_trained(dense)
     config = upcycled_config(trained.config, moe, every)
-    pieces = list(upcycled_pieces(trained.path, config, seed, noise))
-    return config, write_starting_point(output, config, trained.tokenizer, pieces, overwrite)
+    shards = list(upcycled_shards(trained.path, config, seed, noise))
+    return config, write_starting_point(output, config, trained.tokenizer, shards, overwrite)
 
 
 def routing(
@@ -132,7 +132,7 @@ def output_scale(moe: MoEConfig) -> float:
     return 1.0 / (moe.top_k * score)
 
 
-def upcycled_pieces(dense: Path, config: Config, seed: int = 0, noise: float = 0.0) -> Iterator[Piece]:
+def upcycled_shards(dense: Path, config: Config, seed: int = 0, noise: float = 0.0) -> Iterator[Shard]:
     """The weights of the upcycled model, made from a dense step's folder one after the other as they are written.
 
     Args:
@@ -147,26 +147,26 @@ def upcycled_pieces(dense: Path, config: Config, seed: int = 0, noise: float = 0
     routers = {weight.name: weight for weight in logical_weights(model, seed) if weight.name.endswith("router.weight")}
     router_scale = 1.0 if config.moe.renormalize else ROUTER_SCALE
     here = store.logical_tensors(dense)
-    for piece in weight_pieces(model):
-        name = piece.name.removeprefix("weights/")
-        if piece.name in here:
-            yield _later(piece, partial(store.read_tensor, dense, piece.name))
+    for shard in weight_shards(model):
+        name = shard.name.removeprefix("weights/")
+        if shard.name in here:
+            yield _later(shard, partial(store.read_tensor, dense, shard.name))
         elif name in routers:
-            yield _later(piece, partial(_router, routers[name], router_scale))
+            yield _later(shard, partial(_router, routers[name], router_scale))
         elif name.endswith("balance_bias"):
-            yield _later(piece, partial(torch.zeros, piece.shape))
+            yield _later(shard, partial(torch.zeros, shard.shape))
         else:
-            source = piece.name.replace(".experts.", ".") + ".weight"
+            source = shard.name.replace(".experts.", ".") + ".weight"
             scale = output_scale(config.moe) if name.endswith("out_proj") else 1.0
-            for expert in range(piece.shape[0]):
+            for expert in range(shard.shape[0]):
                 entropy = (seed, expert, *name.encode())
                 copy = partial(_copy, dense, source, scale, noise, entropy)
-                part = torch.empty((1, *piece.shape[1:]), device="meta")
-                yield Piece(piece.name, piece.shape, (expert, 0, 0), part, copy)
+                part = torch.empty((1, *shard.shape[1:]), device="meta")
+                yield Shard(shard.name, shard.shape, (expert, 0, 0), part, copy)
 
 
-def _later(piece: Piece, read: Callable[[], Tensor]) -> Piece:
-    return Piece(piece.name, piece.shape, piece.offsets, piece.tensor, read)
+def _later(shard: Shard, read: Callable[[], Tensor]) -> Shard:
+    return Shard(shard.name, shard.shape, shard.offsets, shard.tensor, read)
 
 
 def _router(fresh: LogicalWeight, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats import WayOut
 from moe_mamba.model.language_model import LanguageModel
@@ -78,19 +78,19 @@ class WeightStream:
 
     def _load(self, parts: Iterable[_Part]) -> Iterator[Tensor]:
         """Read parts in one go, then give them one by one."""
-        pieces, views = [], []
+        shards, views = [], []
         for part in parts:
-            offsets, sizes = box_of(part.view, part.shape)
-            box = torch.empty(sizes)
-            pieces.append(Piece(f"weights/{part.ours}", part.shape, offsets, box))
-            views.append((_same_view(part.view, part.shape, box), part.dtype))
-        store.load(self.path, pieces)
+            offsets, sizes = chunk_of(part.view, part.shape)
+            chunk = torch.empty(sizes)
+            shards.append(Shard(f"weights/{part.ours}", part.shape, offsets, chunk))
+            views.append((_same_view(part.view, part.shape, chunk), part.dtype))
+        store.load(self.path, shards)
         for view, dtype in views:
             yield view.to(dtype).contiguous()
 
 
-def box_of(view: Tensor, shape: Sequence[int]) -> tuple[tuple[int, ...], Size]:
-    """(offsets, sizes) of the box of a contiguous tensor of `shape` that `view` shows; it shows a whole box."""
+def chunk_of(view: Tensor, shape: Sequence[int]) -> tuple[tuple[int, ...], Size]:
+    """(offsets, sizes) of the chunk of a contiguous tensor of `shape` that `view` shows; it shows a whole chunk."""
     first = int(view.storage_offset())
     last = first + sum((size - 1) * stride for size, stride in _axes(view))
     begin, end = _place(first, shape), _place(last, shape)
@@ -106,12 +106,12 @@ def _place(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(place))
 
 
-def _same_view(view: Tensor, shape: Sequence[int], box: Tensor) -> Tensor:
-    """What `view` is of a contiguous tensor of `shape`, of `box`: strides of the tensor become strides of the box."""
+def _same_view(view: Tensor, shape: Sequence[int], chunk: Tensor) -> Tensor:
+    """What `view` is of a contiguous tensor of `shape`, of `chunk`: strides of the tensor become strides of the chunk."""
     whole = torch.empty(shape, device="meta").stride()
     # A dimension of size one has no stride to speak of.
-    strides = {old: new for old, new, size in zip(whole, box.stride(), box.shape, strict=True) if size > 1}
-    return box.as_strided(view.shape, [strides.get(stride, 1) if size > 1 else 1 for size, stride in _axes(view)])
+    strides = {old: new for old, new, size in zip(whole, chunk.stride(), chunk.shape, strict=True) if size > 1}
+    return chunk.as_strided(view.shape, [strides.get(stride, 1) if size > 1 else 1 for size, stride in _axes(view)])
 
 
 def _axes(view: Tensor) -> Iterator[tuple[int, int]]:

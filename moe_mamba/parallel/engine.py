@@ -9,13 +9,13 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
-from moe_mamba.checkpoint.shards import Piece, boxes_of_flat_range
+from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import zero3
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
-from moe_mamba.parallel.placement import Shard
+from moe_mamba.parallel.placement import ParameterShard
 
 BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
 
@@ -98,26 +98,26 @@ def _gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
     return (everywhere + experts).sqrt()
 
 
-def state_pieces(engine: deepspeed.DeepSpeedEngine, held: dict[str, Shard]) -> list[Piece]:
+def state_shards(engine: deepspeed.DeepSpeedEngine, held: dict[str, ParameterShard]) -> list[Shard]:
     """What this rank owns of the logical state: fp32 weights, the optimizer's state, balancing biases.
 
-    Each piece is a box of a logical tensor and a view of the engine's memory: saved from, or loaded into.
+    Each shard is a chunk of a logical tensor and a view of the engine's memory: saved from, or loaded into.
     """
-    pieces = []
+    shards = []
     for name, parameter in engine.module.named_parameters():
         shard = held[name]
         for kind, start, flat in _owned_ranges(engine, parameter):
-            for offsets, sizes, first in boxes_of_flat_range(shard.local_shape, start, start + flat.numel()):
-                box = flat.narrow(0, first - start, sizes.numel()).view(sizes)
-                for logical, local in shard.boxes(offsets, sizes):
-                    pieces.append(Piece(f"{kind}/{name}", shard.shape, logical, box[local]))
+            for offsets, sizes, first in chunks_of_flat_range(shard.local_shape, start, start + flat.numel()):
+                chunk = flat.narrow(0, first - start, sizes.numel()).view(sizes)
+                for logical, local in shard.chunks(offsets, sizes):
+                    shards.append(Shard(f"{kind}/{name}", shard.shape, logical, chunk[local]))
     for name, buffer in engine.module.named_buffers():
-        pieces.append(Piece(f"weights/{name}", tuple(buffer.shape), (0,) * buffer.ndim, buffer))
-    return pieces
+        shards.append(Shard(f"weights/{name}", tuple(buffer.shape), (0,) * buffer.ndim, buffer))
+    return shards
 
 
 def finish_loading(engine: deepspeed.DeepSpeedEngine, optimizer_steps: int) -> None:
-    """After the pieces were filled: the optimizer's step count, and the running weights from the fp32 masters."""
+    """After the shards were filled: the optimizer's step count, and the running weights from the fp32 masters."""
     for state in base_optimizer(engine).state.values():
         state["step"].fill_(optimizer_steps)
     if engine.zero_optimization_partition_weights():

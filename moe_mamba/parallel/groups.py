@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moe_mamba.parallel.placement import Shard
+from moe_mamba.parallel.placement import ParameterShard
 from moe_mamba.parallel.topology import Topology
 
 
@@ -29,7 +29,7 @@ class Groups:
     mpu: "ModelParallelUnit | None"
 
 
-def start_groups(topology: Topology, held: dict[str, Shard]) -> Groups:
+def start_groups(topology: Topology, held: dict[str, ParameterShard]) -> Groups:
     """Make the groups of a layout; every rank calls it, after ``start_world``.
 
     Args:

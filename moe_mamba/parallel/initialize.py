@@ -5,10 +5,10 @@ from torch import Tensor
 
 from moe_mamba.model.initialize import LogicalWeight, logical_weights
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.placement import Shard
+from moe_mamba.parallel.placement import ParameterShard
 
 
-def initialize_shards(model: LanguageModel, whole: LanguageModel, shards: dict[str, Shard], seed: int) -> None:
+def initialize_shards(model: LanguageModel, whole: LanguageModel, shards: dict[str, ParameterShard], seed: int) -> None:
     """Fill this rank's parameters and buffers with its parts of the weights that one process would start with.
 
     Args:
@@ -21,7 +21,7 @@ def initialize_shards(model: LanguageModel, whole: LanguageModel, shards: dict[s
 
 
 @torch.no_grad()
-def fill(tensors: dict[str, Tensor], whole: LanguageModel, shards: dict[str, Shard], seed: int) -> None:
+def fill(tensors: dict[str, Tensor], whole: LanguageModel, shards: dict[str, ParameterShard], seed: int) -> None:
     """As ``initialize_shards``, for some of the parameters and buffers, by full name.
 
     One logical weight exists at a time (of one expert, where experts are stacked), and only if this rank holds some of
@@ -35,15 +35,15 @@ def fill(tensors: dict[str, Tensor], whole: LanguageModel, shards: dict[str, Sha
             _fill(tensors[weight.name], shards[weight.name], weight)
 
 
-def _fill(target: Tensor, shard: Shard, weight: LogicalWeight) -> None:
-    boxes = [(logical, target[local]) for logical, local in shard.boxes()]
+def _fill(target: Tensor, shard: ParameterShard, weight: LogicalWeight) -> None:
+    chunks = [(logical, target[local]) for logical, local in shard.chunks()]
     if weight.expert is not None:
-        boxes = [
-            (logical[1:], box[weight.expert - logical[0]])
-            for logical, box in boxes
-            if logical[0] <= weight.expert < logical[0] + len(box)
+        chunks = [
+            (logical[1:], chunk[weight.expert - logical[0]])
+            for logical, chunk in chunks
+            if logical[0] <= weight.expert < logical[0] + len(chunk)
         ]
-    value = weight.make() if boxes else None
-    for logical, box in boxes:
+    value = weight.make() if chunks else None
+    for logical, chunk in chunks:
         assert value is not None
-        box.copy_(value[tuple(slice(start, start + size) for start, size in zip(logical, box.shape, strict=True))])
+        chunk.copy_(value[tuple(slice(start, start + size) for start, size in zip(logical, chunk.shape, strict=True))])

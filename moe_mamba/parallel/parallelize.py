@@ -13,10 +13,10 @@ from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import initialize_shards
-from moe_mamba.parallel.placement import Shard
+from moe_mamba.parallel.placement import ParameterShard
 
 
-def build_model(config: Config, whole: LanguageModel, held: dict[str, Shard], groups: Groups) -> LanguageModel:
+def build_model(config: Config, whole: LanguageModel, held: dict[str, ParameterShard], groups: Groups) -> LanguageModel:
     """This rank's part of a model, with the weights that the seed gives any layout.
 
     Cut on the meta device, and only then given memory: no rank ever holds the whole.
@@ -47,7 +47,7 @@ def build_model(config: Config, whole: LanguageModel, held: dict[str, Shard], gr
     return model
 
 
-def cut(model: LanguageModel, groups: Groups, held: dict[str, Shard]) -> None:
+def cut(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
     """Cut a model on the meta device in place: layers among tensor peers, then experts among expert peers."""
     if groups.topology.tensor > 1:
         from moe_mamba.parallel.tensor import cut_layers
@@ -59,7 +59,7 @@ def cut(model: LanguageModel, groups: Groups, held: dict[str, Shard]) -> None:
         spread_experts(model, groups)
 
 
-def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, Shard]) -> None:
+def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
     """Tell DeepSpeed what each parameter is, and sum the gradients of tensor peers' replicas.
 
     DeepSpeed wants `allreduce=False` and a group's name on experts; in the norm of the gradient it counts a parameter

@@ -58,7 +58,7 @@ def segments_of_axis(spec: ShardSpec, rank: int, size: int) -> tuple[Segment, ..
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterShard:
     """What a rank holds of one parameter or buffer.
 
     Attributes:
@@ -91,17 +91,17 @@ class Shard:
             for segments, length in zip(self.segments, self.local_shape, strict=True)
         )
 
-    def boxes(
+    def chunks(
         self, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-        """The parts of a box of this rank's memory that are one box of the logical tensor; padding is left out.
+        """The parts of a chunk of this rank's memory that are one chunk of the logical tensor; padding is left out.
 
         Args:
-            offsets: of the box in the rank's memory; None: the whole.
-            sizes: of the box.
+            offsets: of the chunk in the rank's memory; None: the whole.
+            sizes: of the chunk.
 
         Yields:
-            offsets in the logical tensor, and the slices of the given box.
+            offsets in the logical tensor, and the slices of the given chunk.
         """
         offsets = offsets if offsets is not None else (0,) * len(self.local_shape)
         sizes = sizes if sizes is not None else self.local_shape
@@ -117,7 +117,7 @@ class Shard:
             yield tuple(logical for logical, _ in combination), tuple(part for _, part in combination)
 
 
-def shards(model: LanguageModel, topology: Topology) -> dict[str, Shard]:
+def parameter_shards(model: LanguageModel, topology: Topology) -> dict[str, ParameterShard]:
     """Full name -> what this rank holds of every parameter and buffer of ``model``, a whole one on any device."""
     specs = shard_specs(model.config, model.moe_config)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -133,7 +133,7 @@ def _place(group: Group, topology: Topology) -> tuple[int, int]:
     return 0, 1
 
 
-def _shard(name: str, shape: tuple[int, ...], specs: tuple[ShardSpec, ...], topology: Topology) -> Shard:
+def _shard(name: str, shape: tuple[int, ...], specs: tuple[ShardSpec, ...], topology: Topology) -> ParameterShard:
     segments: list[tuple[Segment, ...]] = [(Segment(0, 0, length),) for length in shape]
     local_shape = list(shape)
     tensor_axis, count = None, 1
@@ -145,7 +145,7 @@ def _shard(name: str, shape: tuple[int, ...], specs: tuple[ShardSpec, ...], topo
             tensor_axis, count = spec.axis, shards_of_axis(spec, size)
     is_expert = any(spec.group == "expert" for spec in specs)
     replicas = 1 if is_expert else topology.tensor // count
-    return Shard(
+    return ParameterShard(
         name,
         shape,
         tuple(segments),

@@ -26,10 +26,10 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.parallel.groups import Groups
-from moe_mamba.parallel.placement import Shard
+from moe_mamba.parallel.placement import ParameterShard
 
 
-def cut_layers(model: LanguageModel, groups: Groups, shards: dict[str, Shard]) -> None:
+def cut_layers(model: LanguageModel, groups: Groups, shards: dict[str, ParameterShard]) -> None:
     """Put megatron-core's layers in the place of a whole model's linears and embedding, in place.
 
     Args:
@@ -44,7 +44,7 @@ def cut_layers(model: LanguageModel, groups: Groups, shards: dict[str, Shard]) -
             _cut_mixer(module, name, groups.tensor, shards)
 
 
-def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, Shard]) -> None:
+def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
     """Cut all that a mixer owns, and gather the tokens of the peers at its entry."""
     for name, linear in list(mixer.named_modules()):
         if isinstance(linear, nn.Linear):
@@ -57,7 +57,7 @@ def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[
     mixer.register_forward_pre_hook(partial(_gather_tokens, group))
 
 
-def _cut_linear(linear: nn.Linear, shard: Shard, group: ProcessGroup) -> nn.Module:
+def _cut_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> nn.Module:
     if shard.tensor_axis is None:
         return linear
     if shard.tensor_axis == 0:
@@ -89,7 +89,7 @@ def _no_initialization(weight: Tensor) -> None:
 class ColumnLinear(ColumnParallelLinear):
     """Each peer has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
 
-    def __init__(self, linear: nn.Linear, shard: Shard, group: ProcessGroup) -> None:
+    def __init__(self, linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> None:
         super().__init__(
             linear.in_features,
             shard.local_shape[0] * group.size(),
@@ -138,7 +138,7 @@ class ReducedLinear(RowLinear):
 class VocabularyEmbedding(VocabParallelEmbedding):
     """Each peer has some rows; what it finds is reduce-scattered over tokens."""
 
-    def __init__(self, embedding: nn.Embedding, shard: Shard, group: ProcessGroup) -> None:
+    def __init__(self, embedding: nn.Embedding, shard: ParameterShard, group: ProcessGroup) -> None:
         super().__init__(
             shard.local_shape[0] * group.size(),
             embedding.embedding_dim,
@@ -151,7 +151,7 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         return super().forward(tokens[None]).squeeze(1)  # megatron-core wants a batch first and gives it second
 
 
-def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, Shard]) -> None:
+def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
     shard = shards["embedding.weight"]
     model.embedding = VocabularyEmbedding(model.embedding, shard, group)
     if model.head is not None:

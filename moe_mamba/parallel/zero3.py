@@ -25,7 +25,7 @@ from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
-from moe_mamba.parallel.placement import Shard
+from moe_mamba.parallel.placement import ParameterShard
 
 PERSISTENT = 10_000  # parameters of fewer elements stay gathered between steps: norms, biases
 
@@ -36,7 +36,7 @@ def settings() -> dict[str, Any]:
 
 
 def partition_model(
-    model: LanguageModel, whole: LanguageModel, held: dict[str, Shard], groups: Groups, config: Config
+    model: LanguageModel, whole: LanguageModel, held: dict[str, ParameterShard], groups: Groups, config: Config
 ) -> None:
     """Fill a model on the meta device and cut it over the data ranks, in place, one module after the other.
 

@@ -10,7 +10,7 @@ import torch
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import has_experts
-from moe_mamba.parallel.placement import Shard, check_shards, shards
+from moe_mamba.parallel.placement import ParameterShard, check_shards, parameter_shards
 from moe_mamba.parallel.topology import Topology, World
 
 FP32, BF16 = 4, 2  # bytes
@@ -69,7 +69,7 @@ def per_device(config: Config, model: LanguageModel, topology: Topology) -> dict
     """
     zero = config.parallel.zero
     keep = model.fp32_parameter_names()
-    held = shards(model, topology)
+    held = parameter_shards(model, topology)
     # ZeRO-3 cannot mix types, and keeps all in fp32.
     is_half = config.train.precision == "bf16" and zero < 3
     parameters = 0
@@ -90,7 +90,7 @@ def per_device(config: Config, model: LanguageModel, topology: Topology) -> dict
     }
 
 
-def _sharing(shard: Shard, topology: Topology) -> int:
+def _sharing(shard: ParameterShard, topology: Topology) -> int:
     """Devices among which ZeRO shares a parameter's state: those whose gradients of it are averaged."""
     if not shard.is_expert:
         return topology.data

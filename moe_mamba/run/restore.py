@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -97,12 +97,12 @@ def find_weights(config: Config, run_or_step: str | Path) -> Path:
     found = store.logical_tensors(path)
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe)
-    for piece in weight_pieces(model):
-        shape = found[piece.name][0] if piece.name in found else None
-        if shape != piece.shape:
+    for shard in weight_shards(model):
+        shape = found[shard.name][0] if shard.name in found else None
+        if shape != shard.shape:
             there = "is missing" if shape is None else f"has the shape {tuple(shape)}"
             raise UserError(
-                f"{path} is of another model: {piece.name} {there}, and this config wants {piece.shape}: "
+                f"{path} is of another model: {shard.name} {there}, and this config wants {shard.shape}: "
                 "give the config that it was trained with"
             )
     return path
@@ -114,12 +114,12 @@ def load_weights(model: LanguageModel, path: Path) -> None:
     Raises:
         UserError: the checkpoint's weights are not this model's.
     """
-    store.load(path, weight_pieces(model))
+    store.load(path, weight_shards(model))
 
 
-def weight_pieces(model: LanguageModel) -> list[Piece]:
-    """Every weight and persistent buffer of a whole model as one box."""
+def weight_shards(model: LanguageModel) -> list[Shard]:
+    """Every weight and persistent buffer of a whole model as one chunk."""
     return [
-        Piece(f"weights/{name}", tuple(value.shape), (0,) * value.ndim, value.data)
+        Shard(f"weights/{name}", tuple(value.shape), (0,) * value.ndim, value.data)
         for name, value in model.state_dict(keep_vars=True).items()
     ]

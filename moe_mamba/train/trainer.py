@@ -16,7 +16,7 @@ import torch
 from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep
 from moe_mamba.checkpoint.saver import Saver
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.data.loader import Batch, evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
@@ -30,7 +30,7 @@ from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.distributed import from_all, from_first, limit_collectives, reduce_over_data, start_world
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import shards
+from moe_mamba.parallel.placement import parameter_shards
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
@@ -134,13 +134,13 @@ class Trainer:
         announce_by(screen.shout)  # the rank that builds is not always the first
         for line in report.header(config, whole, corpora, topology, self.micro_batch):
             screen.say(line)
-        self.held = shards(whole, topology)
+        self.held = parameter_shards(whole, topology)
         groups = start_groups(topology, self.held)
         self.engine = engines.build_engine(
             build_model(config, whole, self.held, groups), config, groups, self.micro_batch
         )
         if beginning.warm:
-            store.load(beginning.warm, [piece for piece in self._state() if piece.name.startswith("weights/")])
+            store.load(beginning.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
         if beginning.newest:
             store.load(beginning.newest, self._state())
@@ -243,9 +243,9 @@ class Trainer:
                 # Experts sharded by tensor count in shares, whose sum may be a rounding away from the whole number.
                 update_balance_bias(router, sums.statistics[name].assigned.round(), self.config.moe.bias_rate)
 
-    def _state(self) -> list[Piece]:
+    def _state(self) -> list[Shard]:
         """What this rank owns of the run's state."""
-        return engines.state_pieces(self.engine, self.held)
+        return engines.state_shards(self.engine, self.held)
 
     def _stop(self, fault: str, next_step: NextStep | None = None, batches: Sequence[Batch] = ()) -> NoReturn:
         """End a run that has diverged, before anything of it is saved.

@@ -19,9 +19,9 @@ from launch.train import train
 from moe_mamba.checkpoint import divergence, store
 from moe_mamba.checkpoint.divergence import NextStep, is_finite, read_next_step
 from moe_mamba.checkpoint.saver import Saver
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.errors import UserError
-from moe_mamba.parallel.engine import state_pieces
+from moe_mamba.parallel.engine import state_shards
 from moe_mamba.run.metrics import read_metrics
 from tests.train.runs import STEPS, curve, run, same_weights, save_as_before
 from tests.train.seams import stepping_in
@@ -30,8 +30,8 @@ from tests.world import WorkerError, World
 GOOD, BAD = NextStep(4.5, 0.25), NextStep(math.nan, None)
 
 
-def whole(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+def whole(name: str, tensor: Tensor) -> Shard:
+    return Shard(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
 def save_here(folder: Path, step: int, keep: int = 2, **description: object) -> Path:
@@ -61,15 +61,15 @@ def test_one_bad_number_anywhere_is_found(value: float, elements: int) -> None:
 def save_with_a_bad_shard(folder: Path, kind: str, asynchronous: bool) -> str:
     """Two ranks with half of each tensor; the last number of rank 1 is NaN."""
     rank = dist.get_rank()
-    pieces = []
+    shards = []
     for name in ("weights/w", "moment1/w", "moment2/w"):
         tensor = torch.ones(2, 3)
         if rank == 1 and name.startswith(kind):
             tensor[-1, -1] = math.nan
-        pieces.append(Piece(name, (4, 3), (2 * rank, 0), tensor))
+        shards.append(Shard(name, (4, 3), (2 * rank, 0), tensor))
     try:
         with Saver(folder, 2, asynchronous) as saver:
-            saver.save(5, pieces, {})
+            saver.save(5, shards, {})
     except UserError as error:
         return str(error)
     return "saved"
@@ -95,7 +95,7 @@ def test_an_older_versions_poison_is_passed_over_by_name(tmp_path: Path) -> None
     assert store.newest(folder) == good
     bad = torch.ones(2, 3)
     bad[1, 1] = math.inf
-    parts = [Piece("moment2/w", (4, 3), (0, 0), torch.ones(2, 3)), Piece("moment2/w", (4, 3), (2, 0), bad)]
+    parts = [Shard("moment2/w", (4, 3), (0, 0), torch.ones(2, 3)), Shard("moment2/w", (4, 3), (2, 0), bad)]
     poisoned = save_as_before(folder, 3, [whole("weights/w", torch.ones(4, 3)), *parts])
     said: list[str] = []
     assert store.newest(folder, said.append) == good
@@ -320,10 +320,10 @@ def train_with_poison(step: int, kind: str, name: str, value: float, stop: bool,
     @torch.no_grad()
     def poison(trainer: Any) -> None:
         if trainer.step == step and trainer.world.rank == trainer.world.size - 1:
-            state = state_pieces(trainer.engine, trainer.held)
-            named = (piece for piece in state if piece.name.startswith(f"{kind}/") and name in piece.name)
-            piece = next(piece for piece in named if piece.tensor.numel())
-            piece.tensor[(0,) * piece.tensor.dim()] = value
+            state = state_shards(trainer.engine, trainer.held)
+            named = (shard for shard in state if shard.name.startswith(f"{kind}/") and name in shard.name)
+            shard = next(shard for shard in named if shard.tensor.numel())
+            shard.tensor[(0,) * shard.tensor.dim()] = value
             if stop:
                 trainer.watch.stop.ask("SIGTERM")
 

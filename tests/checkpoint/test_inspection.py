@@ -13,7 +13,7 @@ import xxhash
 from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep
 from moe_mamba.checkpoint.inspection import inspect, inspect_tensor
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.errors import UserError
 from tests.train.runs import save_as_before
 from tools.inspect_checkpoint import main
@@ -23,15 +23,15 @@ WEIGHT = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
 
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
-    pieces = [
-        Piece("weights/w", (2, 2), (0, 0), WEIGHT[:1]),
-        Piece("weights/w", (2, 2), (1, 0), WEIGHT[1:]),
-        Piece("moment1/w", (2, 2), (0, 0), torch.zeros(2, 2, dtype=torch.bfloat16)),
-        Piece("weights/scale", (), (), torch.tensor(2.0)),
+    shards = [
+        Shard("weights/w", (2, 2), (0, 0), WEIGHT[:1]),
+        Shard("weights/w", (2, 2), (1, 0), WEIGHT[1:]),
+        Shard("moment1/w", (2, 2), (0, 0), torch.zeros(2, 2, dtype=torch.bfloat16)),
+        Shard("weights/scale", (), (), torch.tensor(2.0)),
     ]
     config = {"model": {"pattern": "ME", "d_model": 16}, "parallel": {"tensor": 2, "expert": 1, "zero": 1}}
     description = {"config": config, "tokens": 640, "validation_loss": 2.5, "processes": 2}
-    return store.save(tmp_path / "run" / "checkpoints", 10, pieces, description)
+    return store.save(tmp_path / "run" / "checkpoints", 10, shards, description)
 
 
 def test_everything_inside_is_listed(step: Path) -> None:
@@ -53,9 +53,9 @@ def test_everything_inside_is_listed(step: Path) -> None:
     assert found["files"] == sizes
 
 
-def test_a_tensor_has_boxes_and_statistics(step: Path) -> None:
+def test_a_tensor_has_chunks_and_statistics(step: Path) -> None:
     found = inspect_tensor(step, "weights/w")
-    assert [(box["offsets"], box["sizes"]) for box in found["boxes"]] == [((0, 0), (1, 2)), ((1, 0), (1, 2))]
+    assert [(chunk["offsets"], chunk["sizes"]) for chunk in found["boxes"]] == [((0, 0), (1, 2)), ((1, 0), (1, 2))]
     assert {key: found[key] for key in ("nan", "min", "max", "mean")} == {
         "nan": 0,
         "min": -2,
@@ -88,8 +88,8 @@ def test_people_and_programs_are_told(step: Path, capsys: pytest.CaptureFixture[
 def test_a_tensor_that_an_older_version_let_be_poisoned_is_named_and_can_be_looked_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, counted: int
 ) -> None:
-    pieces = [Piece(name, (2,), (0,), torch.tensor([1.0, number])) for name, number in (("a", 2.0), ("b", value))]
-    step = save_as_before(tmp_path, 1, pieces)
+    shards = [Shard(name, (2,), (0,), torch.tensor([1.0, number])) for name, number in (("a", 2.0), ("b", value))]
+    step = save_as_before(tmp_path, 1, shards)
     with pytest.raises(UserError, match=r"step-00000001: b holds NaN or Inf: use another checkpoint$"):
         main(str(step))
     main(str(step), tensor="b")
@@ -114,7 +114,7 @@ def test_what_the_next_step_gave_is_told(step: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_checkpoint_that_says_little_is_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = store.save(tmp_path, 1, [Piece("w", (2,), (0,), torch.ones(2))], {})
+    path = store.save(tmp_path, 1, [Shard("w", (2,), (0,), torch.ones(2))], {})
     main(str(path))
     assert capsys.readouterr().out.endswith(": sound\n")
 
@@ -133,14 +133,14 @@ def rewrite_index(step: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "damage"),
     [
-        (lambda tensor: tensor["boxes"].pop(), "the boxes of weights/w hold 2 of 4 elements"),
-        (lambda tensor: tensor["boxes"][1].update(offsets=[0, 0]), "the boxes of weights/w overlap, and leave holes"),
-        (lambda tensor: tensor["boxes"].append(tensor["boxes"][0]), "the boxes of weights/w hold 6 of 4 elements"),
+        (lambda tensor: tensor["boxes"].pop(), "the chunks of weights/w hold 2 of 4 elements"),
+        (lambda tensor: tensor["boxes"][1].update(offsets=[0, 0]), "the chunks of weights/w overlap, and leave holes"),
+        (lambda tensor: tensor["boxes"].append(tensor["boxes"][0]), "the chunks of weights/w hold 6 of 4 elements"),
         (lambda tensor: tensor["boxes"][1].update(offsets=[2, 0]), r"index.json does not fit the checkpoint's files"),
         (lambda tensor: tensor["boxes"].clear(), r"index.json does not fit the checkpoint's files"),
     ],
 )
-def test_boxes_that_do_not_make_up_their_tensor_are_named(step: Path, change, damage: str) -> None:
+def test_chunks_that_do_not_make_up_their_tensor_are_named(step: Path, change, damage: str) -> None:
     rewrite_index(step, change)
     for arguments in ({}, {"tensor": "weights/w"}):
         with pytest.raises(UserError, match=damage) as error:

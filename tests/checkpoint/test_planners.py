@@ -1,4 +1,4 @@
-"""Plans of many boxes and many ranks: fast, fair, and of memory of any stride."""
+"""Plans of many chunks and many ranks: fast, fair, and of memory of any stride."""
 
 import pickle
 import time
@@ -11,58 +11,58 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.planners import PieceSavePlanner
-from moe_mamba.checkpoint.shards import Piece, boxes_of_flat_range
+from moe_mamba.checkpoint.planners import ShardSavePlanner
+from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
 from tests.world import World
 
 WHOLE = torch.arange(16 * 10 * 6, dtype=torch.float32).view(16, 10, 6)
 
 
-def flat_part(name: str, tensor: Tensor, rank: int, ranks: int) -> list[Piece]:
+def flat_part(name: str, tensor: Tensor, rank: int, ranks: int) -> list[Shard]:
     """A rank's part of the flat tensor, as ZeRO has it; ends lie inside rows."""
     start, stop = (tensor.numel() * edge // ranks for edge in (rank, rank + 1))
     return [
-        Piece(name, tuple(tensor.shape), tuple(offsets), tensor.view(-1)[first : first + sizes.numel()].view(sizes))
-        for offsets, sizes, first in boxes_of_flat_range(tensor.shape, start, stop)
+        Shard(name, tuple(tensor.shape), tuple(offsets), tensor.view(-1)[first : first + sizes.numel()].view(sizes))
+        for offsets, sizes, first in chunks_of_flat_range(tensor.shape, start, stop)
     ]
 
 
-def inner_halves(rank: int, shard: Tensor) -> list[Piece]:
+def inner_halves(rank: int, shard: Tensor) -> list[Shard]:
     """Views of a rank's shard, as tensor parallelism has it: half of each of two blocks along an inner axis.
 
     The shard (16, 5 + 1, 6) has a padded row, which belongs to no logical tensor; blocks are rows 0 to 5 and 6 to 9.
     """
     blocks = [(0, 6), (6, 4)]
-    pieces, here = [], 0
+    shards, here = [], 0
     for first, width in blocks:
         half = width // 2
-        pieces.append(Piece("w", tuple(WHOLE.shape), (0, first + rank * half, 0), shard.narrow(1, here, half)))
+        shards.append(Shard("w", tuple(WHOLE.shape), (0, first + rank * half, 0), shard.narrow(1, here, half)))
         here += half
-    return pieces
+    return shards
 
 
 def save_flat(folder: Path) -> str:
-    pieces = flat_part("w", WHOLE, dist.get_rank(), dist.get_world_size())
-    return str(store.save(folder, 1, pieces, {}))
+    shards = flat_part("w", WHOLE, dist.get_rank(), dist.get_world_size())
+    return str(store.save(folder, 1, shards, {}))
 
 
 def save_inner_halves(folder: Path) -> str:
     rank = dist.get_rank()
     shard = torch.full((16, 6, 6), -7.0)  # its padding must not be saved
-    for piece in inner_halves(rank, shard):
-        piece.tensor.copy_(WHOLE.narrow(1, piece.offsets[1], piece.tensor.shape[1]))
-        assert not piece.tensor.is_contiguous()
+    for shard in inner_halves(rank, shard):
+        shard.tensor.copy_(WHOLE.narrow(1, shard.offsets[1], shard.tensor.shape[1]))
+        assert not shard.tensor.is_contiguous()
     return str(store.save(folder, 1, inner_halves(rank, shard), {}))
 
 
-def test_a_piece_that_lies_in_the_boxes_of_eight_files(world: World, tmp_path: Path) -> None:
+def test_a_shard_that_lies_in_the_chunks_of_eight_files(world: World, tmp_path: Path) -> None:
     path = Path(world.run(save_flat, tmp_path, ranks=8)[0])
     assert len(list(path.glob("*.safetensors"))) == 8
     assert torch.equal(store.read_tensor(path, "w"), WHOLE)
     shard = torch.full((16, 6, 6), -7.0)
     store.load(path, inner_halves(1, shard))
-    for piece in inner_halves(1, shard):
-        assert torch.equal(piece.tensor, WHOLE.narrow(1, piece.offsets[1], piece.tensor.shape[1]))
+    for shard in inner_halves(1, shard):
+        assert torch.equal(shard.tensor, WHOLE.narrow(1, shard.offsets[1], shard.tensor.shape[1]))
     assert (shard[:, 5] == -7).all(), "padding is left alone"
 
 
@@ -71,28 +71,28 @@ def test_views_of_a_shard_along_an_inner_axis_are_saved(world: World, tmp_path: 
     assert torch.equal(store.read_tensor(path, "w"), WHOLE)
 
 
-def plan(pieces: list[list[Piece]]) -> list[list[tuple[str, tuple[int, ...]]]]:
+def plan(shards: list[list[Shard]]) -> list[list[tuple[str, tuple[int, ...]]]]:
     """What each rank writes, by way of the plans that travel between ranks."""
-    planners = [PieceSavePlanner(mine) for mine in pieces]
+    planners = [ShardSavePlanner(mine) for mine in shards]
     plans: list[SavePlan] = [pickle.loads(pickle.dumps(planner.create_local_plan())) for planner in planners]
     shares, _ = planners[0].create_global_plan(plans)
     finished = [planner.finish_plan(share) for planner, share in zip(planners, shares, strict=True)]
     return [[(item.index.fqn, tuple(item.index.offset or ())) for item in share.items] for share in finished]
 
 
-def test_boxes_that_several_ranks_offer_are_shared_out_evenly_by_bytes() -> None:
-    shared = [Piece(f"shared-{n}", (100,), (0,), torch.zeros(100)) for n in range(18)]
-    own = Piece("own", (600,), (0,), torch.zeros(600))
+def test_chunks_that_several_ranks_offer_are_shared_out_evenly_by_bytes() -> None:
+    shared = [Shard(f"shared-{n}", (100,), (0,), torch.zeros(100)) for n in range(18)]
+    own = Shard("own", (600,), (0,), torch.zeros(600))
     twice = [*shared, shared[0]]
     written = plan([[own, *shared], twice, shared, shared])
-    assert [len(boxes) for boxes in written] == [1, 6, 6, 6]
-    assert set(Counter(box for boxes in written for box in boxes).values()) == {1}
+    assert [len(chunks) for chunks in written] == [1, 6, 6, 6]
+    assert set(Counter(chunk for chunks in written for chunk in chunks).values()) == {1}
 
 
-def test_fifty_thousand_boxes_are_planned_in_seconds() -> None:
+def test_fifty_thousand_chunks_are_planned_in_seconds() -> None:
     tensors = [(f"{kind}/layers.{n}.w", torch.empty(250, 67)) for n in range(95) for kind in ("w", "m", "v")]
-    pieces = [[piece for name, tensor in tensors for piece in flat_part(name, tensor, rank, 64)] for rank in range(64)]
+    shards = [[shard for name, tensor in tensors for shard in flat_part(name, tensor, rank, 64)] for rank in range(64)]
     begin = time.perf_counter()
-    written = plan(pieces)
+    written = plan(shards)
     assert time.perf_counter() - begin < 20, "2 s on an idle core, for all ranks one after another"
-    assert sum(map(len, written)) == sum(map(len, pieces)) > 50_000
+    assert sum(map(len, written)) == sum(map(len, shards)) > 50_000

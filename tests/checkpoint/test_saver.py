@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moe_mamba.checkpoint import storage, store
 from moe_mamba.checkpoint.saver import Copies, Saver
-from moe_mamba.checkpoint.shards import Piece, boxes_of_flat_range
+from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
 from moe_mamba.errors import UserError
 from moe_mamba.run.metrics import read_metrics
 from tests.faults.test_faults import train_on_a_full_disk
@@ -28,16 +28,16 @@ STATE = {
 }
 
 
-def pieces_of(state: dict[str, torch.Tensor], rank: int = 0, ranks: int = 1) -> list[Piece]:
+def shards_of(state: dict[str, torch.Tensor], rank: int = 0, ranks: int = 1) -> list[Shard]:
     """Flat ranges as ZeRO has them, and scalars on every rank."""
-    pieces = []
+    shards = []
     for name, tensor in state.items():
         shape = tuple(tensor.shape)
         ends = [tensor.numel() * edge // ranks for edge in (rank, rank + 1)] if shape else [0, 1]
-        for offsets, sizes, first in boxes_of_flat_range(shape, *ends):
-            box = tensor.view(-1)[first : first + sizes.numel()].view(sizes)
-            pieces.append(Piece(name, shape, tuple(offsets), box))
-    return pieces
+        for offsets, sizes, first in chunks_of_flat_range(shape, *ends):
+            chunk = tensor.view(-1)[first : first + sizes.numel()].view(sizes)
+            shards.append(Shard(name, shape, tuple(offsets), chunk))
+    return shards
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def save_while_the_state_changes(folder: Path, saves: int) -> list[float]:
     with Saver(folder, keep=9, asynchronous=True) as saver:
         for step in range(1, saves + 1):
             with held_back() as told:
-                saver.save(step, pieces_of(state, dist.get_rank(), dist.get_world_size()), {"step_said": step})
+                saver.save(step, shards_of(state, dist.get_rank(), dist.get_world_size()), {"step_said": step})
                 for tensor in state.values():
                     tensor.add_(1)
                 for value in range(20):  # training's collectives, while the background has its own
@@ -92,10 +92,10 @@ def test_what_is_written_is_what_was_at_the_call_while_training_goes_on(world: W
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_both_ways_give_the_same_bytes(tmp_path: Path, asynchronous: bool) -> None:
-    expected = store.save(tmp_path / "plain", 3, pieces_of(STATE), {"validation_loss": 1.5})
+    expected = store.save(tmp_path / "plain", 3, shards_of(STATE), {"validation_loss": 1.5})
     with Saver(tmp_path / "saver", 2, asynchronous) as saver:
         for step in (1, 2, 3):
-            saver.save(step, pieces_of(STATE), {"validation_loss": 1.5})
+            saver.save(step, shards_of(STATE), {"validation_loss": 1.5})
     folder = tmp_path / "saver"
     assert {path.name for path in folder.iterdir()} == {*(f"step-0000000{n}" for n in (1, 2, 3)), "best.json"}
     for file in expected.iterdir():
@@ -105,16 +105,16 @@ def test_both_ways_give_the_same_bytes(tmp_path: Path, asynchronous: bool) -> No
 def test_copies_are_whole_whatever_the_strides_and_reuse_their_memory() -> None:
     base = torch.randn(6, 8, 4)
     views = [base[:, 2:5], base.permute(2, 0, 1), base[1, :, 3], base[0, 0, 0], base[:0], base.bool()[:, :3]]
-    pieces = [Piece(str(n), tuple(view.shape), (0,) * view.dim(), view) for n, view in enumerate(views)]
+    shards = [Shard(str(n), tuple(view.shape), (0,) * view.dim(), view) for n, view in enumerate(views)]
     copies = Copies()
-    made = copies.make(pieces)
+    made = copies.make(shards)
     memory = copies.memory.data_ptr()
     for copy, view in zip(made, views, strict=True):
         assert torch.equal(copy.tensor, view)
         assert copy.tensor.is_contiguous()
     base.zero_()
     assert made[0].tensor.all()
-    copies.make(pieces)
+    copies.make(shards)
     assert copies.memory.data_ptr() == memory
     assert not made[0].tensor.any()
 
@@ -123,7 +123,7 @@ def test_copies_are_whole_whatever_the_strides_and_reuse_their_memory() -> None:
 def test_a_gpu_is_copied_into_pinned_memory(tmp_path: Path) -> None:
     state = {name: tensor.cuda() for name, tensor in STATE.items()}
     with Saver(tmp_path, 2, asynchronous=True) as saver:
-        saver.save(1, pieces_of(state), {})
+        saver.save(1, shards_of(state), {})
         for tensor in state.values():
             tensor.zero_()
         saver.wait()
@@ -134,14 +134,14 @@ def test_a_gpu_is_copied_into_pinned_memory(tmp_path: Path) -> None:
 
 def fail_on_rank_1(folder: Path, ends: str) -> str:
     """The background fails on one rank: what every rank is told, at the next save, by wait, or at the end."""
-    pieces = pieces_of(STATE, dist.get_rank(), dist.get_world_size())
+    shards = shards_of(STATE, dist.get_rank(), dist.get_world_size())
     try:
         with Saver(folder, 2, asynchronous=True) as saver:
             with held_back(errno.ENOSPC if dist.get_rank() == 1 else None) as told:
-                saver.save(5, pieces, {})
+                saver.save(5, shards, {})
                 told.set()
                 if ends == "save":
-                    saver.save(6, pieces, {})
+                    saver.save(6, shards, {})
                 elif ends == "wait":
                     saver.wait()
                 else:
@@ -155,7 +155,7 @@ def fail_on_rank_1(folder: Path, ends: str) -> str:
 
 
 def test_a_full_disk_is_one_line_on_all_ranks_later(world: World, tmp_path: Path) -> None:
-    before = store.save(tmp_path, 1, pieces_of(STATE), {})
+    before = store.save(tmp_path, 1, shards_of(STATE), {})
     expected = f"no space left for the checkpoint of step 5 in {tmp_path}: free some, or lower checkpoint.keep; "
     expected += "the last complete checkpoint, step-00000001, is kept"
     for ends in ("save", "wait", "end"):
@@ -172,7 +172,7 @@ def save_for_ever(connection: Connection, folder: Path, step: int) -> None:
             step += 1
             for tensor in state.values():
                 tensor.fill_(step)
-            saver.save(step, pieces_of(state), {})
+            saver.save(step, shards_of(state), {})
             connection.send(step - 1)  # is complete, or this save had not begun
 
 

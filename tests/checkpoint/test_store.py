@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_mamba.checkpoint import storage, store
-from moe_mamba.checkpoint.shards import Piece, boxes_of_flat_range
+from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
 from moe_mamba.errors import UserError
 from tests.train.kills import kill_at_any_instant
 from tests.world import World
@@ -28,29 +28,29 @@ TENSORS = {
 }
 
 
-def whole(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+def whole(name: str, tensor: Tensor) -> Shard:
+    return Shard(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
-def layout(tensors: dict[str, Tensor], kind: str, rank: int, ranks: int) -> list[Piece]:
-    """This rank's pieces, views of `tensors`: replicated, cut along a dimension, or flat ranges as ZeRO has them."""
-    pieces = []
+def layout(tensors: dict[str, Tensor], kind: str, rank: int, ranks: int) -> list[Shard]:
+    """This rank's shards, views of `tensors`: replicated, cut along a dimension, or flat ranges as ZeRO has them."""
+    shards = []
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if kind == "replicated" or not shape:
-            pieces.append(whole(name, tensor))
+            shards.append(whole(name, tensor))
         elif kind == "flat":
             ends = [tensor.numel() * edge // ranks for edge in (rank, rank + 1)]
-            for offsets, sizes, first in boxes_of_flat_range(shape, *ends):
+            for offsets, sizes, first in chunks_of_flat_range(shape, *ends):
                 view = tensor.view(-1)[first : first + sizes.numel()].view(sizes)
-                pieces.append(Piece(name, shape, tuple(offsets), view))
+                shards.append(Shard(name, shape, tuple(offsets), view))
         else:
             dimension = int(kind) % len(shape)
             start, stop = (shape[dimension] * edge // ranks for edge in (rank, rank + 1))
             offsets = [0] * len(shape)
             offsets[dimension] = start
-            pieces.append(Piece(name, shape, tuple(offsets), tensor.narrow(dimension, start, stop - start)))
-    return pieces
+            shards.append(Shard(name, shape, tuple(offsets), tensor.narrow(dimension, start, stop - start)))
+    return shards
 
 
 def save_here(folder: Path, step: int = 1, tensors: dict[str, Tensor] = TENSORS, **description: object) -> Path:
@@ -58,12 +58,12 @@ def save_here(folder: Path, step: int = 1, tensors: dict[str, Tensor] = TENSORS,
 
 
 def save_as(folder: Path, kind: str) -> str:
-    pieces = layout(TENSORS, kind, dist.get_rank(), dist.get_world_size())
-    return str(store.save(folder, 3, pieces, {"rank": dist.get_rank()}))
+    shards = layout(TENSORS, kind, dist.get_rank(), dist.get_world_size())
+    return str(store.save(folder, 3, shards, {"rank": dist.get_rank()}))
 
 
 def load_as(path: Path, kind: str) -> bool:
-    """Load as `kind`; whether this rank's pieces, and nothing else, were filled rightly."""
+    """Load as `kind`; whether this rank's shards, and nothing else, were filled rightly."""
     empty = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     expected = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     mine = layout(empty, kind, dist.get_rank(), dist.get_world_size())
@@ -78,19 +78,19 @@ def load_as(path: Path, kind: str) -> bool:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (9,), (3, 4), (4, 1, 5), (2, 3, 4), (2, 3, 2, 3)])
-def test_boxes_of_a_flat_range_hold_each_element_once_and_are_few(shape: tuple[int, ...]) -> None:
+def test_chunks_of_a_flat_range_hold_each_element_once_and_are_few(shape: tuple[int, ...]) -> None:
     flat = torch.arange(math.prod(shape))
     for start in range(flat.numel() + 1):
         for stop in range(start, flat.numel() + 1):
-            boxes = boxes_of_flat_range(shape, start, stop)
-            assert len(boxes) <= max(1, 2 * len(shape) - 1)
+            chunks = chunks_of_flat_range(shape, start, stop)
+            assert len(chunks) <= max(1, 2 * len(shape) - 1)
             found = []
-            for offsets, sizes, first in boxes:
-                box = flat.view(shape)
+            for offsets, sizes, first in chunks:
+                chunk = flat.view(shape)
                 for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-                    box = box.narrow(dimension, offset, size)
-                assert torch.equal(box.reshape(-1), flat[first : first + sizes.numel()])
-                found.append(box.reshape(-1))
+                    chunk = chunk.narrow(dimension, offset, size)
+                assert torch.equal(chunk.reshape(-1), flat[first : first + sizes.numel()])
+                found.append(chunk.reshape(-1))
             assert torch.equal(torch.cat(found) if found else flat[:0], flat[start:stop])
 
 
@@ -124,7 +124,7 @@ def test_one_process_without_a_group_saves_and_loads(tmp_path: Path) -> None:
     assert store.read_description(path) == {"step": 1, "tokens": 5}
 
 
-def test_pieces_that_several_ranks_hold_are_written_once(world: World, tmp_path: Path) -> None:
+def test_shards_that_several_ranks_hold_are_written_once(world: World, tmp_path: Path) -> None:
     path = Path(world.run(save_as, tmp_path, "replicated", ranks=3)[0])
     data = sum(tensor.nbytes for tensor in TENSORS.values())
     files = list(path.glob("*.safetensors"))
@@ -140,11 +140,11 @@ def test_views_that_are_not_contiguous_and_other_dtypes_are_filled(tmp_path: Pat
     assert torch.equal(target, source.bfloat16())
 
 
-def test_pieces_with_holes_or_that_disagree_are_refused(tmp_path: Path) -> None:
-    half = Piece("weights/w", (4, 2), (0, 0), torch.zeros(2, 2))
-    with pytest.raises(RuntimeError, match="weights/w: the pieces hold 4 of 8 elements"):
+def test_shards_with_holes_or_that_disagree_are_refused(tmp_path: Path) -> None:
+    half = Shard("weights/w", (4, 2), (0, 0), torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="weights/w: the shards hold 4 of 8 elements"):
         store.save(tmp_path, 1, [half], {})
-    other = Piece("weights/w", (4, 2), (2, 0), torch.zeros(2, 2, dtype=torch.float64))
+    other = Shard("weights/w", (4, 2), (2, 0), torch.zeros(2, 2, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="disagree on its shape or dtype"):
         store.save(tmp_path, 1, [half, other], {})
     assert store.newest(tmp_path) is None
@@ -301,14 +301,14 @@ def test_a_planted_pickle_never_runs(tmp_path: Path) -> None:
         original = (path / name).read_bytes() if name in names else None
         (path / name).write_bytes(poison)
         target = torch.zeros_like(TENSORS["weights/embedding.weight"])
-        piece = whole("weights/embedding.weight", target)
+        shard = whole("weights/embedding.weight", target)
         if original is None:  # a foreign file is ignored
             assert store.newest(path.parent) == path
-            store.load(path, [piece])
+            store.load(path, [shard])
             assert torch.equal(target, TENSORS["weights/embedding.weight"])
             (path / name).unlink()
         else:
-            for use in (lambda piece=piece: store.load(path, [piece]), lambda: store.newest(path.parent)):
+            for use in (lambda shard=shard: store.load(path, [shard]), lambda: store.newest(path.parent)):
                 with pytest.raises(UserError, match=rf"{name} ") as error:
                     use()
                 assert "\n" not in str(error.value)
@@ -320,8 +320,8 @@ def save_for_ever(connection: Connection, folder: Path, step: int) -> None:
     torch.set_num_threads(1)
     while True:
         step += 1
-        pieces = [whole(name, torch.full((64, 64), float(step))) for name in "abc"]
-        store.save(folder, step, pieces, {}, keep=1)
+        shards = [whole(name, torch.full((64, 64), float(step))) for name in "abc"]
+        store.save(folder, step, shards, {}, keep=1)
         connection.send(step)
 
 

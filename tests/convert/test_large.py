@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.data.tokenizer import BytesTokenizer
 from moe_mamba.hf.formats import OWN
@@ -33,18 +33,18 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 def _make(path: Path, model: dict[str, Any], experts: int) -> int:
-    """A run whose weights are the number of their tensor, each cut in two boxes; its bytes of weights."""
+    """A run whose weights are the number of their tensor, each cut in two chunks; its bytes of weights."""
     config = Config(model=model, moe={"experts": experts, "capacity_factor": None})
     with torch.device("meta"):
         tensors = LanguageModel(config.model, config.moe).state_dict()
-    pieces = []
+    shards = []
     for number, (name, tensor) in enumerate(tensors.items()):
         shape, half = tuple(tensor.shape), tensor.shape[-1] // 2
         for start, stop in ((0, half), (half, shape[-1])):
             offsets = (0,) * (len(shape) - 1) + (start,)
-            box = torch.tensor(float(number)).expand(*shape[:-1], stop - start)
-            pieces.append(Piece(f"weights/{name}", shape, offsets, box))
-    save_run(path, config, pieces, BytesTokenizer())
+            chunk = torch.tensor(float(number)).expand(*shape[:-1], stop - start)
+            shards.append(Shard(f"weights/{name}", shape, offsets, chunk))
+    save_run(path, config, shards, BytesTokenizer())
     return sum(tensor.numel() * 4 for tensor in tensors.values())
 
 

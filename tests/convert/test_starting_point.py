@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.convert.starting_point import write_starting_point
 from moe_mamba.data.tokenizer import BytesTokenizer
 from moe_mamba.errors import UserError
 
 
-def later(number: int, read: "Reader") -> Piece:
-    return Piece(f"weights/{number}", (3, 5), (0, 0), torch.empty(3, 5, device="meta"), partial(read, number))
+def later(number: int, read: "Reader") -> Shard:
+    return Shard(f"weights/{number}", (3, 5), (0, 0), torch.empty(3, 5, device="meta"), partial(read, number))
 
 
 class Reader:
@@ -47,12 +47,12 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
-    pieces = [later(n, Reader()) for n in range(4)]
-    pieces.append(
-        Piece("weights/bad", (2,), (0,), torch.empty(2, device="meta"), lambda: torch.tensor([1.0, math.inf]))
+    shards = [later(n, Reader()) for n in range(4)]
+    shards.append(
+        Shard("weights/bad", (2,), (0,), torch.empty(2, device="meta"), lambda: torch.tensor([1.0, math.inf]))
     )
     with pytest.raises(UserError, match=r"^weights/bad holds NaN or Inf: give other weights$"):
-        write_starting_point(tmp_path / "run", Config(), BytesTokenizer(), pieces)
+        write_starting_point(tmp_path / "run", Config(), BytesTokenizer(), shards)
     assert not list(tmp_path.iterdir())
 
 

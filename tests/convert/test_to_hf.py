@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_mamba.commands.convert_to_hf import main, parse_size
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.convert.to_hf import choose_format, export
-from moe_mamba.convert.weight_stream import box_of
+from moe_mamba.convert.weight_stream import chunk_of
 from moe_mamba.data.tokenizer import BytesTokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import NATIVE
@@ -140,7 +140,7 @@ def test_sixteen_bits_keep_what_training_keeps_in_fp32(format: str, tmp_path: Pa
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118 (no dict)
 
 
-def test_a_view_of_a_tensor_is_read_from_its_box() -> None:
+def test_a_view_of_a_tensor_is_read_from_its_chunk() -> None:
     whole = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
     for view in (
         whole,
@@ -150,9 +150,9 @@ def test_a_view_of_a_tensor_is_read_from_its_box() -> None:
         whole[:, 2:].transpose(1, 3),
         whole[1, 2, 3, 4],
     ):
-        offsets, sizes = box_of(view, whole.shape)
-        box = whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
-        assert sorted(box.reshape(-1).tolist()) == sorted(view.reshape(-1).tolist())
+        offsets, sizes = chunk_of(view, whole.shape)
+        chunk = whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
+        assert sorted(chunk.reshape(-1).tolist()) == sorted(view.reshape(-1).tolist())
 
 
 def test_the_card_tells_what_the_run_knows(plain: Path, tmp_path: Path) -> None:

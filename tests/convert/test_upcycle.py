@@ -17,7 +17,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.run.folder import RunFolder
-from moe_mamba.run.restore import Restored, restore, weight_pieces
+from moe_mamba.run.restore import Restored, restore, weight_shards
 from tests.train.runs import curve, run, weights
 from tests.world import WorkerError, World
 from tools.upcycle import main
@@ -49,7 +49,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 if name.endswith(("out_proj.weight", "head.weight")):
                     weight *= 8
         output = tmp_path_factory.mktemp("dense") / "run"
-        write_starting_point(output, config, BytesTokenizer(), weight_pieces(model))
+        write_starting_point(output, config, BytesTokenizer(), weight_shards(model))
         return output
 
     return make

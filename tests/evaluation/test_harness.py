@@ -114,13 +114,13 @@ def test_of_whole_texts_no_state_is_left_to_read(build: Build) -> None:
     assert sum(read) == 11
 
 
-def test_long_requests_go_through_in_pieces(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_requests_go_through_in_shards(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [(before * 2, after * 3) for before, after in PAIRS]
     whole = build("M*E", max_length=1000).loglikelihood(requests("loglikelihood", pairs))
     monkeypatch.setattr(harness, "CHUNK", 5)
     monkeypatch.setattr(harness, "LOGITS", 1000)
-    pieces = build("M*E", max_length=1000).loglikelihood(requests("loglikelihood", pairs))
-    assert [score.log_probability for score in pieces] == pytest.approx([score.log_probability for score in whole])
+    shards = build("M*E", max_length=1000).loglikelihood(requests("loglikelihood", pairs))
+    assert [score.log_probability for score in shards] == pytest.approx([score.log_probability for score in whole])
 
 
 def test_of_a_long_context_the_last_tokens_count(build: Build) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.config_file import save_config
 from moe_mamba.data.tokenizer import BytesTokenizer, Tokenizer
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.run.folder import RunFolder
-from moe_mamba.run.restore import weight_pieces
+from moe_mamba.run.restore import weight_shards
 
 SIZES = {"repeat": 1, "d_model": 16, "vocab_size": 260, "d_state": 4, "heads": 4, "d_ff": 24}
 
@@ -34,25 +34,25 @@ def make_run(
     with torch.no_grad():  # norms, D and biases too, so that nothing can be mixed up
         for tensor in (*built.parameters(), *built.buffers()):
             tensor += 0.1 * torch.randn_like(tensor)
-    pieces = [part for piece in weight_pieces(built) for part in _halves(piece)]
-    save_run(path, config, pieces, tokenizer or BytesTokenizer())
+    shards = [part for shard in weight_shards(built) for part in _halves(shard)]
+    save_run(path, config, shards, tokenizer or BytesTokenizer())
     return built.eval()
 
 
-def _halves(piece: Piece) -> list[Piece]:
-    """A tensor as two boxes along its last dimension, as a layout might cut it."""
-    half = piece.shape[-1] // 2
-    inner = (0,) * (len(piece.shape) - 1)
+def _halves(shard: Shard) -> list[Shard]:
+    """A tensor as two chunks along its last dimension, as a layout might cut it."""
+    half = shard.shape[-1] // 2
+    inner = (0,) * (len(shard.shape) - 1)
     return [
-        Piece(piece.name, piece.shape, (*inner, start), piece.tensor[..., start:stop])
-        for start, stop in ((0, half), (half, piece.shape[-1]))
+        Shard(shard.name, shard.shape, (*inner, start), shard.tensor[..., start:stop])
+        for start, stop in ((0, half), (half, shard.shape[-1]))
     ]
 
 
-def save_run(path: Path, config: Config, pieces: list, tokenizer: Tokenizer) -> None:
+def save_run(path: Path, config: Config, shards: list, tokenizer: Tokenizer) -> None:
     """A run's folder with a checkpoint of step 10."""
     run = RunFolder(path)
     description = {"config": config.model_dump(), "tokenizer": tokenizer.fingerprint, "tokens": 5120, "corpora": {}}
-    store.save(run.checkpoints, 10, pieces, description)
+    store.save(run.checkpoints, 10, shards, description)
     tokenizer.save(run.tokenizer)
     save_config(config, run.config)

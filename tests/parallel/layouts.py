@@ -20,7 +20,7 @@ from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.distributed import reduce_over_data, start_world
 from moe_mamba.parallel.groups import Groups, start_groups
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import Shard, check_shards, shards
+from moe_mamba.parallel.placement import ParameterShard, check_shards, parameter_shards
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
 
@@ -119,7 +119,7 @@ class Built:
 
     topology: Topology
     groups: Groups
-    held: dict[str, Shard]
+    held: dict[str, ParameterShard]
     model: LanguageModel
 
 
@@ -131,7 +131,7 @@ def build(config: Config) -> Built:
     start_world(world)
     with torch.device("meta"):
         whole = LanguageModel(config.model, config.moe)
-    held = shards(whole, topology)
+    held = parameter_shards(whole, topology)
     groups = start_groups(topology, held)
     with mock.patch.object(attention, "zeros", _spread), mock.patch.object(feed_forward, "zeros", _spread):
         model = build_model(config, whole, held, groups)
@@ -145,20 +145,20 @@ def _spread(weight: Tensor, generator: torch.Generator) -> None:
     weight.copy_(torch.linspace(-1, 1, len(weight)))
 
 
-Boxes = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]
+Chunks = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]
 """(name, shape of the logical tensor, offsets, values) of what a rank holds."""
 
 
-def boxes_of(tensors: dict[str, Tensor], held: dict[str, Shard]) -> Boxes:
+def chunks_of(tensors: dict[str, Tensor], held: dict[str, ParameterShard]) -> Chunks:
     """A rank's parts of logical tensors."""
     return [
         (name, held[name].shape, logical, tensor[local].detach().clone())
         for name, tensor in tensors.items()
-        for logical, local in held[name].boxes()
+        for logical, local in held[name].chunks()
     ]
 
 
-def assemble(ranks: list[Boxes]) -> dict[str, Tensor]:
+def assemble(ranks: list[Chunks]) -> dict[str, Tensor]:
     """The logical tensors from all ranks' parts: they must cover everything, and copies must agree."""
     whole: dict[str, Tensor] = {}
     for name, shape, offsets, values in itertools.chain.from_iterable(ranks):
@@ -201,8 +201,8 @@ class Trained:
 
     losses: list[float]
     norms: list[float]
-    gradients: Boxes
-    weights: Boxes
+    gradients: Chunks
+    weights: Chunks
     margin: float
 
 
@@ -236,9 +236,9 @@ def train(config: Config, steps: int) -> Trained:
                 scale = (1 - config.train.beta1) * clipped
                 gradients = [
                     (name, shape, offsets, values / scale)
-                    for name, shape, offsets, values in pieces_of(engine, built.held, "moment1/")
+                    for name, shape, offsets, values in shards_of(engine, built.held, "moment1/")
                 ]
-    return Trained(losses, norms, gradients, pieces_of(engine, built.held, "weights/"), min(margins, default=1.0))
+    return Trained(losses, norms, gradients, shards_of(engine, built.held, "weights/"), min(margins, default=1.0))
 
 
 def train_far_from_ties(
@@ -257,12 +257,12 @@ def train_far_from_ties(
     raise AssertionError(f"{pattern}: {steps} steps come within {MARGIN} of a tie on each of 50 seeds")
 
 
-def pieces_of(engine: Any, held: dict[str, Shard], kind: str) -> Boxes:
-    """Copies of the pieces of one kind that a rank owns."""
+def shards_of(engine: Any, held: dict[str, ParameterShard], kind: str) -> Chunks:
+    """Copies of the shards of one kind that a rank owns."""
     return [
-        (piece.name.removeprefix(kind), piece.shape, piece.offsets, piece.tensor.detach().clone())
-        for piece in engines.state_pieces(engine, held)
-        if piece.name.startswith(kind)
+        (shard.name.removeprefix(kind), shard.shape, shard.offsets, shard.tensor.detach().clone())
+        for shard in engines.state_shards(engine, held)
+        if shard.name.startswith(kind)
     ]
 
 

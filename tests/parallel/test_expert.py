@@ -22,7 +22,7 @@ from moe_mamba.parallel.expert import ExpertParallelMoE
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.parallelize import cut
-from moe_mamba.parallel.placement import shards
+from moe_mamba.parallel.placement import parameter_shards
 from moe_mamba.parallel.topology import Topology, World
 
 D, WIDTH, EXPERTS, BATCH, LENGTH, SEED = 8, 16, 8, 2, 10, 3
@@ -66,7 +66,7 @@ def _spread(case: str, topology: Topology) -> tuple[LanguageModel, MoE, dict]:
     start_world(topology.world)
     with torch.device("meta"):
         whole, model = (LanguageModel(*_configs(case)) for _ in range(2))
-        held = shards(whole, topology)
+        held = parameter_shards(whole, topology)
         groups = start_groups(topology, held)
         cut(model, groups, held)
     model.to_empty(device="cpu")
@@ -104,7 +104,7 @@ def _rank(case: str, tensor: int, expert: int, expert_tensor: bool) -> dict[str,
     parts = []
     for name, parameter in model.named_parameters():
         if "mixer" in name:
-            parts += [(name, at, parameter.grad[local]) for at, local in held[name].boxes()]
+            parts += [(name, at, parameter.grad[local]) for at, local in held[name].chunks()]
     return {"y": y.detach(), "x": x.grad, "statistics": _values(statistics), "parts": parts}
 
 

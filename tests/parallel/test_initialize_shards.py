@@ -17,9 +17,9 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.distributed import start_world
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import shards
+from moe_mamba.parallel.placement import parameter_shards
 from moe_mamba.parallel.topology import Topology, World
-from tests.parallel.layouts import DECISIVE, Boxes, Layout, assemble, boxes_of, build, config_of
+from tests.parallel.layouts import DECISIVE, Chunks, Layout, assemble, build, chunks_of, config_of
 from tests.world import World as Processes
 
 SLACK = 4096  # bytes: generators and the like
@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def parts(config: Config) -> Boxes:
+def parts(config: Config) -> Chunks:
     """In a worker: this rank's parts of parameters and buffers."""
     built = build(config)
     for router in built.model.routers().values():
@@ -52,9 +52,9 @@ def parts(config: Config) -> Boxes:
     tensors = dict(built.model.named_parameters()) | dict(built.model.named_buffers())
     for name, tensor in tensors.items():
         if built.held[name].is_padded:  # rows that stand for nothing are zero
-            real = sum(tensor[local].numel() for _, local in built.held[name].boxes())
+            real = sum(tensor[local].numel() for _, local in built.held[name].chunks())
             assert tensor.count_nonzero() <= real
-    return boxes_of(tensors, built.held)
+    return chunks_of(tensors, built.held)
 
 
 def alone(config: Config) -> dict[str, Tensor]:
@@ -80,8 +80,8 @@ def test_every_layout_starts_from_the_same_bits(world: Processes, kind: str, lay
         expected = alone(config)
         ranks = world.run(parts, config, ranks=layout.ranks)
         assert assemble(ranks).keys() == expected.keys()
-        for rank, boxes in enumerate(ranks):
-            for name, shape, offsets, values in boxes:
+        for rank, chunks in enumerate(ranks):
+            for name, shape, offsets, values in chunks:
                 region = tuple(slice(o, o + size) for o, size in zip(offsets, values.shape, strict=True))
                 assert values.dtype == expected[name].dtype, f"{layout}, rank {rank}: {name}"
                 assert torch.equal(values, expected[name][region]), f"{layout}, rank {rank}: {name}"
@@ -144,7 +144,7 @@ def peak_of(config: Config, layout: Layout, rank: int) -> tuple[int, int, int, i
     topology = Topology.of(config, world)
     with torch.device("meta"):
         whole = LanguageModel(config.model, config.moe)
-    held = shards(whole, topology)
+    held = parameter_shards(whole, topology)
     groups = start_groups(topology, held)
     gc.collect()
     with PeakMemory() as memory:

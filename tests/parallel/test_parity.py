@@ -18,12 +18,12 @@ from tests.parallel.layouts import (
     LENGTH,
     MARGIN_FLOAT64,
     VOCABULARY,
-    Boxes,
+    Chunks,
     Layout,
     assemble,
     batch_of,
-    boxes_of,
     build,
+    chunks_of,
     config_of,
     difference,
     legal_layouts,
@@ -50,7 +50,7 @@ IMPORTED: dict[str, Any] = {
 }
 
 
-def forward_and_backward(config: Config) -> tuple[Boxes, Boxes]:
+def forward_and_backward(config: Config) -> tuple[Chunks, Chunks]:
     """In a worker: logits and gradients of one global batch in float64, without an engine."""
     built = build(config)
     model = built.model.double().train()
@@ -59,20 +59,20 @@ def forward_and_backward(config: Config) -> tuple[Boxes, Boxes]:
     micro_steps = GLOBAL_BATCH // (micro_batch * built.topology.data)
     counted = int((targets != -100).sum())
     objective = Objective(config.moe, model.cross_entropy, counted, micro_steps, built.topology)
-    outputs: Boxes = []
+    outputs: Chunks = []
     with routing_margins(model) as margins:
         for number in range(micro_steps):
             mine = [share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, starts)]
             output = model(mine[0], mine[2])
             (objective(output.logits, mine[1], output.statistics) / micro_steps).backward()
-            outputs.append(logits_box(output.logits, built.topology, number))
+            outputs.append(logits_chunk(output.logits, built.topology, number))
     assert min(margins, default=1.0) >= MARGIN_FLOAT64, "a routing decision lies near a tie: take another seed"
     gradients = {name: mean_over_data_ranks(built, parameter) for name, parameter in model.named_parameters()}
-    return outputs, boxes_of(gradients, built.held)
+    return outputs, chunks_of(gradients, built.held)
 
 
-def logits_box(logits: Tensor, topology: Any, number: int) -> Any:
-    """A rank's logits as a box of those of the global batch."""
+def logits_chunk(logits: Tensor, topology: Any, number: int) -> Any:
+    """A rank's logits as a chunk of those of the global batch."""
     first = (number * topology.data + topology.data_rank) * len(logits)
     rows = logits.shape[-1]
     column = topology.tensor_rank * rows if topology.tensor > 1 else 0
@@ -94,7 +94,9 @@ def float64_error(world: World, pattern: str, layouts: Iterable[Layout], **keys:
     for layout in layouts:
         if accumulation not in expected:
             alone = config_of(pattern, Layout(1), accumulation, **keys)
-            expected[accumulation] = [assemble([boxes]) for boxes in world.run(forward_and_backward, alone, ranks=1)[0]]
+            expected[accumulation] = [
+                assemble([chunks]) for chunks in world.run(forward_and_backward, alone, ranks=1)[0]
+            ]
         config = config_of(pattern, layout, accumulation, **keys)
         ranks = world.run(forward_and_backward, config, ranks=layout.ranks)
         found = [assemble([rank[part] for rank in ranks]) for part in (0, 1)]
@@ -195,7 +197,7 @@ def test_what_the_test_compares_would_see_an_unreduced_x_proj(world: World) -> N
     assert worst(assemble([rank[1] for rank in errors]), assemble([expected[0][1]]))[0] > 1e-3
 
 
-def gradients_without_the_sum_over_peers(config: Config) -> tuple[Boxes, Boxes]:
+def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks]:
     """The known fault of others: each peer keeps its own gradient of what x_proj gave."""
     from moe_mamba.parallel import tensor
 

@@ -14,11 +14,11 @@ from moe_mamba.model.language_model import LanguageModel, shard_specs
 from moe_mamba.model.sharding import Block, ShardSpec
 from moe_mamba.parallel.placement import (
     VOCABULARY_MULTIPLE,
-    Shard,
+    ParameterShard,
     check_shards,
     local_length,
+    parameter_shards,
     segments_of_axis,
-    shards,
 )
 from moe_mamba.parallel.topology import Topology, World
 from tests.parallel.layouts import Layout, config_of
@@ -41,20 +41,20 @@ def meta(pattern: str, activation: str = "swiglu") -> tuple[Config, LanguageMode
         return config, LanguageModel(config.model, config.moe)
 
 
-def on_every_rank(config: Config, model: LanguageModel, layout: Layout) -> list[dict[str, Shard]]:
+def on_every_rank(config: Config, model: LanguageModel, layout: Layout) -> list[dict[str, ParameterShard]]:
     topologies = [
         Topology(World(rank, layout.ranks, rank, layout.ranks), layout.tensor, layout.expert, layout.expert_tensor)
         for rank in range(layout.ranks)
     ]
     check_shards(config, topologies[0])
-    return [shards(model, topology) for topology in topologies]
+    return [parameter_shards(model, topology) for topology in topologies]
 
 
-def elements(shard: Shard) -> Tensor:
+def elements(shard: ParameterShard) -> Tensor:
     """What lies where in a rank's memory: the number of the logical element, -1 in padding."""
     logical = torch.arange(torch.Size(shard.shape).numel()).view(shard.shape)
     local = torch.full(shard.local_shape, -1)
-    for offsets, region in shard.boxes():
+    for offsets, region in shard.chunks():
         sizes = local[region].shape
         local[region] = logical[tuple(slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))]
     return local
@@ -183,8 +183,8 @@ def test_a_vocabulary_is_padded_and_a_rank_may_hold_none_of_it() -> None:
     assert {shard.local_shape for shard in rows} == {(VOCABULARY_MULTIPLE, 16)}
     assert [shard.segments[0][0].length for shard in rows] == [128, 128, 45, 0]
     assert [shard.is_padded for shard in rows] == [False, False, True, True]
-    assert list(rows[3].boxes()) == []
-    assert [box[0] for shard in rows for box in shard.boxes()] == [(0, 0), (128, 0), (256, 0)]
+    assert list(rows[3].chunks()) == []
+    assert [chunk[0] for shard in rows for chunk in shard.chunks()] == [(0, 0), (128, 0), (256, 0)]
 
 
 def test_gpt2s_odd_vocabulary() -> None:
@@ -198,17 +198,17 @@ def test_gpt2s_odd_vocabulary() -> None:
         assert rows[0].local_shape[0] * tensor == (50257 if tensor == 1 else -(-50257 // (128 * tensor)) * 128 * tensor)
 
 
-def test_boxes_of_any_part_of_memory_are_slices_of_the_whole() -> None:
-    """A random box of a rank's memory: its boxes, put together, are that part of the tensor of logical numbers."""
+def test_chunks_of_any_part_of_memory_are_slices_of_the_whole() -> None:
+    """A random chunk of a rank's memory: its chunks, put together, are that part of the tensor of logical numbers."""
     choose = random.Random(0)
     config, model = meta("M*-E")
     for layout in (Layout(4, 2, 2), Layout(8, 4, 2, expert_tensor=True), Layout(4, 4)):
         for held in on_every_rank(config, model, layout):
             for shard in held.values():
-                _check_random_boxes(shard, choose)
+                _check_random_chunks(shard, choose)
 
 
-def _check_random_boxes(shard: Shard, choose: random.Random) -> None:
+def _check_random_chunks(shard: ParameterShard, choose: random.Random) -> None:
     memory = elements(shard)
     logical = torch.arange(torch.Size(shard.shape).numel()).view(shard.shape)
     for _ in range(4):
@@ -216,10 +216,10 @@ def _check_random_boxes(shard: Shard, choose: random.Random) -> None:
         sizes = [choose.randint(1, length - o) for o, length in zip(offsets, shard.local_shape, strict=True)]
         mine = memory[tuple(slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))]
         rebuilt = torch.full(sizes, -1)
-        for place, region in shard.boxes(offsets, sizes):
-            box = logical[tuple(slice(o, o + n) for o, n in zip(place, rebuilt[region].shape, strict=True))]
+        for place, region in shard.chunks(offsets, sizes):
+            chunk = logical[tuple(slice(o, o + n) for o, n in zip(place, rebuilt[region].shape, strict=True))]
             assert (rebuilt[region] == -1).all()
-            rebuilt[region] = box
+            rebuilt[region] = chunk
         assert torch.equal(rebuilt, mine), shard.name
 
 

@@ -170,7 +170,7 @@ def dtypes(config: Config) -> tuple[dict[str, torch.dtype], set[torch.dtype], di
     finally:
         mamba.selective_scan = scan
     running = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}
-    return running, {piece.tensor.dtype for piece in engines.state_pieces(engine, built.held)}, seen, streams[0]
+    return running, {shard.tensor.dtype for shard in engines.state_shards(engine, built.held)}, seen, streams[0]
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

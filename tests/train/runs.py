@@ -10,7 +10,7 @@ import torch
 
 from launch.train import train
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.run.metrics import read_metrics
 from tests.world import World
 
@@ -41,11 +41,11 @@ def same_weights(folder: Path, other: Path) -> None:
         assert torch.equal(tensor, found[name]), name
 
 
-def save_as_before(folder: Path, step: int, pieces: Sequence[Piece], description: dict[str, Any] | None = None) -> Path:
+def save_as_before(folder: Path, step: int, shards: Sequence[Shard], description: dict[str, Any] | None = None) -> Path:
     """Save as versions did that looked for no NaN."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "first_not_finite", lambda _: None)
-        path = store.save(folder, step, pieces, description or {}, keep=99)
+        path = store.save(folder, step, shards, description or {}, keep=99)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["finite"]
     (path / "manifest.json").write_text(json.dumps(manifest))

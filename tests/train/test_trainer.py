@@ -241,12 +241,12 @@ def test_a_run_that_never_saved_may_be_changed(world: World, tiny: Path, corpus:
     """SentencePiece of a first try that was too short for one window is not kept for the second."""
     short = tmp_path / "short.txt"
     short.write_text("One line of text, and no more of it. " * 5)
-    pieces = {"data__tokenizer": "sentencepiece", "model__vocab_size": 300}
+    shards = {"data__tokenizer": "sentencepiece", "model__vocab_size": 300}
     with pytest.raises(WorkerError, match="fewer than one sequence"):
-        run(world, tiny, tmp_path / "run", data__train=str(short), data__sequence_length=999, **pieces)
-    run(world, tiny, tmp_path / "run", **pieces)
+        run(world, tiny, tmp_path / "run", data__train=str(short), data__sequence_length=999, **shards)
+    run(world, tiny, tmp_path / "run", **shards)
     first = load_tokenizer(tmp_path / "run" / "tokenizer")
-    run(world, tiny, tmp_path / "other", **pieces)
+    run(world, tiny, tmp_path / "other", **shards)
     assert first.fingerprint == load_tokenizer(tmp_path / "other" / "tokenizer").fingerprint
 
 
@@ -315,7 +315,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(world: World, tiny:
 def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
     """Build the engine of a bf16 run and list what its parameters and masters are."""
     from moe_mamba.config_file import load_config
-    from moe_mamba.parallel.engine import build_engine, state_pieces
+    from moe_mamba.parallel.engine import build_engine, state_shards
     from tests.parallel.layouts import build
 
     settings = load_config(config, {"train.precision": "bf16", "moe.balance": "bias", "model.mamba_norms": "True"})
@@ -324,13 +324,13 @@ def dtypes_in_the_engine(config: str, folder: str) -> dict[str, str]:
     found = {name: str(value.dtype) for name, value in engine.module.state_dict().items()}
     found["accumulated gradients"] = str(engine.optimizer.gradient_accumulation_dtype)
     assert engine.optimizer.use_grad_accum_attribute
-    return found | {f"piece {piece.name}": str(piece.tensor.dtype) for piece in state_pieces(engine, built.held)}
+    return found | {f"shard {shard.name}": str(shard.tensor.dtype) for shard in state_shards(engine, built.held)}
 
 
 def test_small_parameters_stay_fp32_in_a_bf16_engine(world: World, tiny: Path, tmp_path: Path) -> None:
     (found,) = world.run(dtypes_in_the_engine, str(tiny), str(tmp_path), ranks=1)
     fp32 = ("A_log", "mixer.D", "dt_proj.bias", "norm.weight", "router.weight", "balance_bias")
     for name, dtype in found.items():
-        is_fp32 = name.startswith(("piece ", "accumulated")) or name.endswith(fp32)
+        is_fp32 = name.startswith(("shard ", "accumulated")) or name.endswith(fp32)
         assert dtype == ("torch.float32" if is_fp32 else "torch.bfloat16"), name
     assert sum(name.endswith("A_log") for name in found) == 4  # running weight, master, two moments

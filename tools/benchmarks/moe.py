@@ -90,7 +90,7 @@ def our_pass(
     """Our layer, cut as training cuts it."""
     from moe_mamba.parallel.groups import start_groups
     from moe_mamba.parallel.parallelize import build_model
-    from moe_mamba.parallel.placement import shards
+    from moe_mamba.parallel.placement import parameter_shards
 
     config = Config(
         model=ModelConfig(pattern="E", repeat=1, d_model=shapes.d_model, d_ff=shapes.d_expert),
@@ -98,7 +98,7 @@ def our_pass(
     )
     with torch.device("meta"):
         whole = LanguageModel(config.model, config.moe)
-    held = shards(whole, topology)
+    held = parameter_shards(whole, topology)
     model = build_model(config, whole, held, start_groups(topology, held))
     (layer,) = (module for module in model.modules() if isinstance(module, MoE))
     layer.router.weight.data.copy_(router)

@@ -196,13 +196,13 @@ def training_step(config: Config, world: World) -> Callable[[], None]:
     from moe_mamba.parallel import engine as engines
     from moe_mamba.parallel.groups import start_groups
     from moe_mamba.parallel.parallelize import build_model
-    from moe_mamba.parallel.placement import shards
+    from moe_mamba.parallel.placement import parameter_shards
     from moe_mamba.train.objective import Objective
 
     topology = Topology.of(config, world)
     with torch.device("meta"):
         whole = LanguageModel(config.model, config.moe)
-    held = shards(whole, topology)
+    held = parameter_shards(whole, topology)
     groups = start_groups(topology, held)
     model = build_model(config, whole, held, groups)
     assert config.train.micro_batch is not None
