@@ -29,7 +29,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         overrides: dotted key, such as ``model.d_model``, -> value (text is read as the key's type).
 
     Raises:
-        UserError: a file, key or value is wrong; the line names it and the mend.
+        UserError: a file, key or value is wrong; the line names it and the fix.
     """
     tree = _read_yaml(find_config(Path(path))) if path is not None else {}
     for key, value in (overrides or {}).items():
@@ -48,7 +48,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     """The configuration that `tree`, section -> key -> value, describes.
 
     Raises:
-        UserError: a key or value is wrong; the line names it and the mend.
+        UserError: a key or value is wrong; the line names it and the fix.
     """
     try:
         config = Config.model_validate(_moved(tree))

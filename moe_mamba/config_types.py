@@ -32,7 +32,7 @@ def _structure_from_text(value: object) -> object:
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"begins with {value[0]} but is not JSON ({error}): mend it, or write a,b") from None
+            raise ValueError(f"begins with {value[0]} but is not JSON ({error}): fix it, or write a,b") from None
     return [part for part in value.split(",") if part]
 
 

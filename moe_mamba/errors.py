@@ -1,4 +1,4 @@
-"""The errors that are one line to the user: what is wrong, where, and how to mend it."""
+"""The errors that are one line to the user: what is wrong, where, and how to fix it."""
 
 
 class UserError(Exception):

@@ -159,8 +159,8 @@ def test_no_gpu_is_one_line() -> None:
         pytest.skip("there is a GPU here")
     done = check()
     assert done.returncode == 2
-    mend = "run this on a machine that has one, or give --device=cpu --tiny"
-    assert done.stderr == f"error: torch sees no GPU here: {mend}\n"
+    fix = "run this on a machine that has one, or give --device=cpu --tiny"
+    assert done.stderr == f"error: torch sees no GPU here: {fix}\n"
 
 
 @pytest.mark.parametrize(

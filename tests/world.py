@@ -70,7 +70,7 @@ class World:
         for rank in range(ranks):
             self.workers[rank][1].send_bytes(pickle.dumps((sys.path, rank, ranks, str(store), port, timeout, payload)))
         answers = self._collect(ranks, timeout)
-        failures = [f"rank {rank}:\n{text}" for rank, (is_sound, text) in enumerate(answers) if not is_sound]
+        failures = [f"rank {rank}:\n{text}" for rank, (is_valid, text) in enumerate(answers) if not is_valid]
         if failures:
             raise WorkerError(f"{function.__name__} failed\n" + "\n".join(failures))
         return [pickle.loads(result) for _, result in answers]
@@ -106,7 +106,7 @@ class World:
                     answers[rank] = (False, "no answer in time")
                 break
         if any(not process.is_alive() for process, _ in self.workers) or any(
-            text == "no answer in time" for is_sound, text in answers.values() if not is_sound
+            text == "no answer in time" for is_valid, text in answers.values() if not is_valid
         ):
             self._stop()
         return [answers[rank] for rank in range(ranks)]

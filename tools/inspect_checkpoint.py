@@ -1,4 +1,4 @@
-"""Say what is inside a checkpoint, and whether it is sound."""
+"""Say what is inside a checkpoint, and whether it is valid."""
 
 from moe_mamba.command_line import run_command
 from moe_mamba.commands.inspect_checkpoint import main

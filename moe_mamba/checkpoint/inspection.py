@@ -81,7 +81,7 @@ def check_covers(path: Path, index: dict[str, Stored]) -> None:
 
 
 def inspect_tensor(path: Path, name: str) -> dict[str, Any]:
-    """One tensor of a sound step's folder: its chunks, and statistics in float64, read chunk by chunk.
+    """One tensor of a valid step's folder: its chunks, and statistics in float64, read chunk by chunk.
 
     Returns:
         A JSON object: ``name``, ``shape``, ``dtype``, ``elements``, ``chunks`` (offsets, sizes, file and first byte of

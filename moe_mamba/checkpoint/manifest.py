@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says of itself: manifest, index and description, all JSON, and whether it is sound.
+"""What a checkpoint's folder says of itself: manifest, index and description, all JSON, and whether it is valid.
 
 A step's folder holds
     rank-00000.safetensors  the chunks of tensors that rank 0 wrote (any safetensors reader opens it)
@@ -27,7 +27,7 @@ SLAB = 32 * 2**20  # bytes copied at once: a save or a load needs no more memory
 
 
 class DamagedError(UserError):
-    """A file of a checkpoint is missing, torn, or not what was written; an older checkpoint may do."""
+    """A file of a checkpoint is missing, truncated, or not what was written; an older checkpoint may do."""
 
 
 class Chunk(NamedTuple):
@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (bytes, checksum) of a step's folder.
 
     Raises:
-        DamagedError: the manifest is missing or torn.
+        DamagedError: the manifest is missing or truncated.
         UserError: it was written in another format version.
     """
     content = _read_json(folder / MANIFEST)
@@ -92,13 +92,13 @@ def read_index(folder: Path) -> dict[str, Stored]:
     content = _read_json(folder / INDEX)
     try:
         index = {name: _stored(entry) for name, entry in content.items()}
-        sound = all(
+        is_valid = all(
             tensor.chunks and all(_lies_inside(chunk, tensor, files) for chunk in tensor.chunks)
             for tensor in index.values()
         )
     except (AttributeError, KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
+        is_valid = False
+    if not is_valid:
         raise DamagedError(f"{folder / INDEX} does not fit the checkpoint's files: use another checkpoint")
     return index
 
@@ -122,7 +122,7 @@ def _lies_inside(chunk: Chunk, tensor: Stored, files: dict[str, tuple[int, str]]
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors; of a sound manifest, but without reading the tensors.
+    """What a checkpoint holds beside tensors; of a valid manifest, but without reading the tensors.
 
     Raises:
         UserError: the checkpoint is damaged or of another format.

@@ -177,7 +177,7 @@ def _save_error(error: CheckpointException, folder: Path, step: int) -> Exceptio
         return UserError(
             f"no space left for the checkpoint of step {step} in {folder}: free some, or lower checkpoint.keep; {kept}"
         )
-    return UserError(f"the checkpoint of step {step} could not be written in {folder} ({cause}): mend that; {kept}")
+    return UserError(f"the checkpoint of step {step} could not be written in {folder} ({cause}): fix that; {kept}")
 
 
 def load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None = None) -> None:
@@ -215,7 +215,7 @@ def _load_error(error: CheckpointException, path: Path) -> Exception:
         if (cause := _first_error(error, kind)) is not None:
             return kind(str(cause))
     if (cause := _first_error(error, OSError)) is not None:
-        return UserError(f"{path} could not be read ({cause}): mend that, or use another checkpoint")
+        return UserError(f"{path} could not be read ({cause}): fix that, or use another checkpoint")
     return RuntimeError(f"{path} could not be loaded: {error}")
 
 

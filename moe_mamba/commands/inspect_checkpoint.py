@@ -1,4 +1,4 @@
-"""Say what is inside a checkpoint, and whether it is sound."""
+"""Say what is inside a checkpoint, and whether it is valid."""
 
 import json as json_format
 import math
@@ -12,7 +12,7 @@ from moe_mamba.checkpoint.store import resolve
 def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None:
     """List what a checkpoint holds, after checking it: checksums, and that the chunks of each tensor make it up.
 
-    Ends with "sound", or with exit code 2 and one line that names the damage, or the tensor that holds NaN or Inf.
+    Ends with "valid", or with exit code 2 and one line that names the damage, or the tensor that holds NaN or Inf.
 
     Args:
         checkpoint: a run's folder (its newest valid checkpoint is used) or one of its checkpoints/step-... folders.
@@ -23,13 +23,13 @@ def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None
     if tensor is not None:
         found = inspect_tensor(path, tensor)
         show = tensor_table
-        is_sound = not found["nan"] and all(math.isfinite(found[key] or 0) for key in ("min", "max"))
+        is_valid = not found["nan"] and all(math.isfinite(found[key] or 0) for key in ("min", "max"))
     else:
         found = inspect(path)
         show = table
-        is_sound = True
-    end = "sound" if is_sound else f"{tensor} holds NaN or Inf"
-    print(json_format.dumps(found | {"sound": is_sound}) if json else f"{show(found)}\n\n{path}: {end}")
+        is_valid = True
+    end = "valid" if is_valid else f"{tensor} holds NaN or Inf"
+    print(json_format.dumps(found | {"valid": is_valid}) if json else f"{show(found)}\n\n{path}: {end}")
 
 
 def table(found: dict[str, Any]) -> str:

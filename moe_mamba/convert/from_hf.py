@@ -57,8 +57,8 @@ def import_folder(
         The format that was read, the run's configuration, and the step's folder.
 
     Raises:
-        UserError: `folder` is foreign, torn, or of a model that ours cannot hold, or a tensor holds NaN or Inf; there
-            is no tokenizer; `output` is not empty.
+        UserError: `folder` is foreign, truncated, or of a model that ours cannot hold, or a tensor holds NaN or
+            Inf; there is no tokenizer; `output` is not empty.
     """
     check_output(output, overwrite, MARK, folder)
     if not (folder / "config.json").is_file():

@@ -107,7 +107,7 @@ def _place(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _same_view(view: Tensor, shape: Sequence[int], chunk: Tensor) -> Tensor:
-    """What `view` is of a contiguous tensor of `shape`, of `chunk`: strides of the tensor become strides of the chunk."""
+    """What `view` is of a contiguous tensor of `shape`, of `chunk`: the tensor's strides become the chunk's."""
     whole = torch.empty(shape, device="meta").stride()
     # A dimension of size one has no stride to speak of.
     strides = {old: new for old, new, size in zip(whole, chunk.stride(), chunk.shape, strict=True) if size > 1}

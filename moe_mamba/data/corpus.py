@@ -127,7 +127,7 @@ class Corpus:
             size = path.stat().st_size
             path.open("rb").close()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): give another file, or mend it") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror}): give another file, or fix it") from error
         return _File(str(path), lambda skip: reader(path, skip), size)
 
     def _text(self, path: Path, skip: int) -> Records:

@@ -78,16 +78,16 @@ def load_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    mend = "restore it, or delete the folder and preprocess again"
+    fix = "restore it, or delete the folder and preprocess again"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format version {version}, and this program reads {FORMAT_VERSION}: {mend}")
+            raise UserError(f"{path}: format version {version}, and this program reads {FORMAT_VERSION}: {fix}")
         parts = tuple(Part(**part) for part in values["parts"])
         return Manifest(**values | {"parts": parts, "end": Place(*values["end"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): {mend}") from error
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): {fix}") from error
 
 
 def checksum(path: Path) -> str:

@@ -119,12 +119,12 @@ def preprocess(
                 return _write(folder, manifest, corpus, tokenizer, workers, bar)
     except OSError as error:
         if error.errno in NO_SPACE:
-            mend = "free some space and run the same command again, it goes on where it stopped"
+            fix = "free some space and run the same command again, it goes on where it stopped"
         elif error.errno in NOT_WRITABLE:
-            mend = "give another folder for the shards"
+            fix = "give another folder for the shards"
         else:
             raise
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): {mend}") from error
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): {fix}") from error
 
 
 def count_cores() -> int:

@@ -136,10 +136,10 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
         reason = f"{name}: the task cannot be loaded ({type(error).__name__}: {_first_line(error)})"
         if isinstance(error, ConnectionError):
             raise UserError(
-                f"{reason}: the Hugging Face hub is out of reach: mend the network, or give a task file (.yaml) with "
+                f"{reason}: the Hugging Face hub is out of reach: fix the network, or give a task file (.yaml) with "
                 "dataset_path: json and its data_files in dataset_kwargs"
             ) from error
-        raise UserError(f"{reason}: mend the task's file, its data or the network") from error
+        raise UserError(f"{reason}: fix the task's file, its data or the network") from error
     if groups := list(found["groups"].values()):
         return groups[:1]  # its own; the others stand in it
     return list(found["tasks"].values())

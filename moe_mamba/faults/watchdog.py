@@ -126,7 +126,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._send(fault=text, is_echo=_is_communication(error))
         self._judged.wait(SECONDS_FOR_VERDICT)
 
-    def _leave(self, is_sound: bool) -> None:
+    def _leave(self, is_valid: bool) -> None:
         """End the thread, the hub and the process group."""
         self._left.set()
         self.stop.ring()
@@ -135,7 +135,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             self._hub.close()
         if self._line is not None:
             self._line.close()
-        if is_sound:
+        if is_valid:
             finish_world()
             self.stop.finish()
             return

@@ -20,7 +20,7 @@ from moe_mamba.hf.safetensors_files import INDEX, ONE_FILE
 from moe_mamba.safetensors_header import DTYPE_NAMES
 
 TORCH_FILE = "pytorch_model.bin"
-MEND = "fetch the folder again"
+FIX = "fetch the folder again"
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: it is missing, torn, or no object.
+        UserError: it is missing, truncated, or no object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): {MEND}") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}): {FIX}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: {MEND}")
+        raise UserError(f"{path} is no JSON object: {FIX}")
     return content
 
 
@@ -57,7 +57,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> tensor, of all that the folder's weight files hold; only their heads are read.
 
     Raises:
-        UserError: there is no such file, a shard or a tensor is missing, or a file is torn or refused.
+        UserError: there is no such file, a shard or a tensor is missing, or a file is truncated or refused.
     """
     if (folder / ONE_FILE).is_file():
         return _safetensors(folder / ONE_FILE)
@@ -79,7 +79,7 @@ def _safetensors(path: Path) -> dict[str, Stored]:
                 for name, slice in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is torn, or no safetensors file ({error}): {MEND}") from None
+        raise UserError(f"{path} is truncated, or no safetensors file ({error}): {FIX}") from None
 
 
 def _read_safetensor(path: Path, name: str) -> Tensor:
@@ -91,16 +91,16 @@ def _read_safetensor(path: Path, name: str) -> Tensor:
 def _sharded(folder: Path) -> dict[str, Stored]:
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of tensors to files: {MEND}")
+        raise UserError(f"{folder / INDEX} has no weight_map of tensors to files: {FIX}")
     found: dict[str, Stored] = {}
     here = {path.name for path in folder.iterdir() if path.is_file()}  # an index may name files outside the folder
     for shard in sorted(set(index.values())):
         if shard not in here:
-            raise UserError(f"{folder / shard} is missing, and {INDEX} names it: {MEND}")
+            raise UserError(f"{folder / shard} is missing, and {INDEX} names it: {FIX}")
         found |= _safetensors(folder / shard)
     missing = [name for name in index if name not in found]
     if missing:
-        raise UserError(f"{folder / index[missing[0]]} has no tensor {missing[0]}, which {INDEX} names: {MEND}")
+        raise UserError(f"{folder / index[missing[0]]} has no tensor {missing[0]}, which {INDEX} names: {FIX}")
     return found
 
 
@@ -110,7 +110,7 @@ def _torch_file(path: Path) -> dict[str, Stored]:
     except Exception as error:  # a reader of pickles has an error for every way in which a file is none
         reason = " ".join(str(error).split(".")[0].split())
         raise UserError(
-            f"{path} is torn, or refused because it holds more than tensors ({type(error).__name__}: {reason}): "
+            f"{path} is truncated, or refused because it holds more than tensors ({type(error).__name__}: {reason}): "
             "convert it to safetensors where you trust it"
         ) from None
     if not isinstance(content, dict) or not all(map(_is_plain, content.values())):

@@ -39,7 +39,7 @@ class Backend:
         dtypes: of the first argument.
         device: type of the device it computes on; None: every one.
         sizes: smallest and largest of what ``SIZES`` names; None: any.
-        missing: gives the reason why this machine cannot run it, and the mend; None: it can.
+        missing: gives the reason why this machine cannot run it, and the fix; None: it can.
         gain: what is lost without it, where that is worth a warning.
         is_automatic: whether ``auto`` may pick it.
     """
@@ -190,14 +190,14 @@ def choose(
 
 
 def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int) -> str | None:
-    """Why a back end does not serve such tensors here, and the mend, in one line; None: it does."""
+    """Why a back end does not serve such tensors here, and the fix, in one line; None: it does."""
     backend = BACKENDS[operation][name]
     who = f"{operation}'s back end {name!r}"
     if not backend.takes(device, dtype):
         others = BACKENDS[operation].items()
         fitting = [other for other, one in others if one.takes(device, dtype) and one.fits(size) and not one.missing()]
-        mend = f"choose {' or '.join(fitting)}" if fitting else "use fp32 or bf16"
-        return f"{who} does not take {dtype} tensors on a {device} device: {mend}"
+        fix = f"choose {' or '.join(fitting)}" if fitting else "use fp32 or bf16"
+        return f"{who} does not take {dtype} tensors on a {device} device: {fix}"
     if backend.sizes is not None and not backend.fits(size):
         return f"{who} takes {SIZES[operation]} from {backend.sizes[0]} to {backend.sizes[1]:,}, not {size:,}"
     reason = backend.missing()

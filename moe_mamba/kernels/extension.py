@@ -53,7 +53,7 @@ class Strided(ctypes.Structure):
 
 
 class _BuildError(Exception):
-    """Why there is no library, in one line with the mend."""
+    """Why there is no library, in one line with the fix."""
 
 
 def _to_stderr(line: str) -> None:
@@ -71,7 +71,7 @@ def announce_by(say: Callable[[str], None]) -> None:
 
 @cache
 def build() -> str | None:
-    """Build the library or load it; gives the reason why that is not possible here, and the mend."""
+    """Build the library or load it; gives the reason why that is not possible here, and the fix."""
     try:
         library()
     except _BuildError as error:
@@ -157,7 +157,7 @@ def _cpu() -> str:
 
 
 def _cached(folder: Path) -> ctypes.CDLL:
-    """The library of this folder, built where it is not there yet, or torn."""
+    """The library of this folder, built where it is not there yet, or truncated."""
     path = folder / f"{NAME}.so"
     begin = time.time()
     with contextlib.suppress(OSError):

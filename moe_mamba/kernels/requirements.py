@@ -1,4 +1,4 @@
-"""Why a family of back ends cannot run on this machine, and the mend: each function gives one line, or None."""
+"""Why a family of back ends cannot run on this machine, and the fix: each function gives one line, or None."""
 
 import os
 from functools import cache

@@ -105,12 +105,12 @@ def state_shards(engine: deepspeed.DeepSpeedEngine, held: dict[str, ParameterSha
     """
     shards = []
     for name, parameter in engine.module.named_parameters():
-        shard = held[name]
+        placed = held[name]
         for kind, start, flat in _owned_ranges(engine, parameter):
-            for offsets, sizes, first in chunks_of_flat_range(shard.local_shape, start, start + flat.numel()):
+            for offsets, sizes, first in chunks_of_flat_range(placed.local_shape, start, start + flat.numel()):
                 chunk = flat.narrow(0, first - start, sizes.numel()).view(sizes)
-                for logical, local in shard.chunks(offsets, sizes):
-                    shards.append(Shard(f"{kind}/{name}", shard.shape, logical, chunk[local]))
+                for logical, local in placed.chunks(offsets, sizes):
+                    shards.append(Shard(f"{kind}/{name}", placed.shape, logical, chunk[local]))
     for name, buffer in engine.module.named_buffers():
         shards.append(Shard(f"weights/{name}", tuple(buffer.shape), (0,) * buffer.ndim, buffer))
     return shards

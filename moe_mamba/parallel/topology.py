@@ -155,16 +155,16 @@ class Topology:
         if size % self.tensor:
             raise UserError(
                 f"parallel.tensor={self.tensor} does not divide the number of processes, {size}: "
-                f"{self._mend(config, 'tensor')}"
+                f"{self._fix(config, 'tensor')}"
             )
         experts_over, kind = (self.data, "groups of tensor peers") if self.expert_tensor else (size, "processes")
         if experts_over % self.expert:
             raise UserError(
                 f"parallel.expert={self.expert} does not divide the number of {kind}, {experts_over}: "
-                f"{self._mend(config, 'expert')}"
+                f"{self._fix(config, 'expert')}"
             )
 
-    def _mend(self, config: Config, key: Literal["tensor", "expert"]) -> str:
+    def _fix(self, config: Config, key: Literal["tensor", "expert"]) -> str:
         """Say the nearest smaller size with which all fits, and the nearest number of processes for the one asked."""
         size, asked = self.world.size, getattr(self, key)
         sizes = (n for n in range(asked - 1, 0, -1) if asked % n == 0 and self.resized(key, n).fits(config))

@@ -62,6 +62,6 @@ def whole_folder(output: Path, overwrite: bool, mark: str) -> Iterator[Path]:
         rename(aside, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error}): mend that, or give another") from None
+        raise UserError(f"--output={output} cannot be written ({error}): fix that, or give another") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -27,7 +27,7 @@ class MetricsWriter:
 
     Args:
         folder: the run's folder.
-        step: the step that the run starts from; lines past it, and a torn last line, are dropped.
+        step: the step that the run starts from; lines past it, and a truncated last line, are dropped.
         logging: whether Weights & Biases and TensorBoard get the figures too.
         config: the resolved configuration, for Weights & Biases.
         enabled: False on all ranks but one: nothing is written there.
@@ -148,7 +148,7 @@ def _has_password(host: str) -> bool:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, in order; a last line torn by a kill is left out.
+    """The lines of a run's metrics, in order; a last line truncated by a kill is left out.
 
     Raises:
         UserError: there is no such file, or a line of it is not JSON.

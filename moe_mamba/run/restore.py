@@ -57,7 +57,7 @@ def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -
         tokenizer: what ``load_tokenizer`` takes, instead of the run's own folder.
 
     Raises:
-        UserError: there is no sound checkpoint, or its tokenizer is missing or another one.
+        UserError: there is no valid checkpoint, or its tokenizer is missing or another one.
     """
     path = store.resolve(run_or_step)
     description = store.read_description(path)

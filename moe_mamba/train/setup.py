@@ -1,4 +1,4 @@
-"""What rank 0 settles before any process group is made, so that the user's mistakes end a run before it began."""
+"""What rank 0 prepares before any process group is made, so that the user's mistakes end a run before it began."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from moe_mamba.train.corpora import Corpora, open_corpora
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartState:
     """Where a run starts from, the same on all ranks.
 
     Attributes:
@@ -51,11 +51,13 @@ def check(config: Config, world: World) -> Topology:
     return topology
 
 
-def settle(config: Config, folder: RunFolder, screen: Screen, topology: Topology) -> tuple[Beginning, Corpora | None]:
+def prepare_run(
+    config: Config, folder: RunFolder, screen: Screen, topology: Topology
+) -> tuple[StartState, Corpora | None]:
     """Find the checkpoint, prepare the corpora, choose the micro-batch; for rank 0 alone.
 
     Returns:
-        The beginning, and the corpora; None for a run that is finished, which needs none.
+        The start state, and the corpora; None for a run that is finished, which needs none.
 
     Raises:
         UserError: checkpoints, weights or corpora are missing, damaged, or do not fit.
@@ -71,7 +73,7 @@ def settle(config: Config, folder: RunFolder, screen: Screen, topology: Topology
     corpora = open_corpora(config, folder, screen.say, verify=config.data.verify) if done < config.steps else None
     if newest and corpora:
         corpora.check_unchanged(store.read_description(newest), folder)
-    return Beginning(config, newest, done, warm, choose_micro_batch(config, topology)), corpora
+    return StartState(config, newest, done, warm, choose_micro_batch(config, topology)), corpora
 
 
 def _with_vocabulary(config: Config, newest: Path | None) -> Config:
@@ -83,12 +85,12 @@ def _with_vocabulary(config: Config, newest: Path | None) -> Config:
     return config.with_vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
 
 
-def accumulation_changes(config: Config, beginning: Beginning, micro_steps: int) -> list[str]:
+def accumulation_changes(config: Config, start: StartState, micro_steps: int) -> list[str]:
     """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
-    assert beginning.newest is not None
-    before = store.read_description(beginning.newest)
+    assert start.newest is not None
+    before = store.read_description(start.newest)
     was = before["micro_steps"], _routed_together(before["micro_batch"], before["config"]["parallel"])
-    now = micro_steps, _routed_together(beginning.micro_batch, config.parallel.model_dump())
+    now = micro_steps, _routed_together(start.micro_batch, config.parallel.model_dump())
     by_device = config.moe.balance_over == "device"
     changed = []
     if config.moe.balance == "loss" and (was[0] != now[0] or (by_device and was[1] != now[1])):

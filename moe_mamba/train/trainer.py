@@ -41,7 +41,7 @@ from moe_mamba.train.diagnosis import first_bad_output, first_bad_parameter
 from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.profile import profiler
 from moe_mamba.train.schedule import learning_rate
-from moe_mamba.train.setup import Beginning, accumulation_changes, check, settle
+from moe_mamba.train.setup import StartState, accumulation_changes, check, prepare_run
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +60,19 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with folder.alone() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
-        beginning, corpora = settle(config, folder, screen, topology) if world.is_first else (None, None)
+        start, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None)
         start_world(world)
         with stopping(folder, world):
             watch.join()
-            beginning = from_first(beginning)
-            assert beginning is not None
-            config = beginning.config
-            if beginning.done >= config.steps:
+            start = from_first(start)
+            assert start is not None
+            config = start.config
+            if start.done >= config.steps:
                 watch.is_done = True
-                report.finished(config, folder, screen, beginning.done, world)
+                report.finished(config, folder, screen, start.done, world)
                 return
             corpora = corpora or open_corpora(config, folder, screen.say)
-            Trainer(config, folder, screen, topology, corpora, beginning, watch).run()
+            Trainer(config, folder, screen, topology, corpora, start, watch).run()
 
 
 @contextmanager
@@ -103,7 +103,7 @@ class Trainer:
         screen: what the user sees.
         topology: how the processes share the work; a process group is joined.
         corpora: what is read.
-        beginning: what rank 0 settled.
+        start: what rank 0 prepared.
         watch: knows when to stop.
     """
 
@@ -114,7 +114,7 @@ class Trainer:
         screen: Screen,
         topology: Topology,
         corpora: Corpora,
-        beginning: Beginning,
+        start: StartState,
         watch: Watch,
     ) -> None:
         self.config = config
@@ -124,9 +124,9 @@ class Trainer:
         self.world = world = topology.world
         self.corpora = corpora
         self.watch = watch
-        self.begun = self.step = self.saved = watch.step = beginning.done
+        self.begun = self.step = self.saved = watch.step = start.done
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
-        self.micro_batch = beginning.micro_batch
+        self.micro_batch = start.micro_batch
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_steps = share // self.micro_batch
         with torch.device("meta"):
@@ -139,14 +139,14 @@ class Trainer:
         self.engine = engines.build_engine(
             build_model(config, whole, self.held, groups), config, groups, self.micro_batch
         )
-        if beginning.warm:
-            store.load(beginning.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
+        if start.warm:
+            store.load(start.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
-        if beginning.newest:
-            store.load(beginning.newest, self._state())
+        if start.newest:
+            store.load(start.newest, self._state())
             engines.finish_loading(self.engine, self.step)
-            screen.say(f"resumed   {beginning.newest}, step {self.step:,}")
-            for line in accumulation_changes(config, beginning, self.micro_steps):
+            screen.say(f"resumed   {start.newest}, step {self.step:,}")
+            for line in accumulation_changes(config, start, self.micro_steps):
                 screen.say(line)
         if world.is_first:
             folder.save_config(config)

@@ -73,13 +73,13 @@ def test_people_and_programs_are_told(step: Path, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     for said in ("pattern ME, d_model 16", "tensor 2, expert 1, zero 1", "2.5000", "rank-00000.safetensors", "2 x 2"):
         assert said in text
-    assert text.splitlines()[-1] == f"{step}: sound"
+    assert text.splitlines()[-1] == f"{step}: valid"
     main(str(step), tensor="weights/w")
     text = capsys.readouterr().out
     assert "from byte" in text
-    assert text.splitlines()[-1] == f"{step}: sound"
+    assert text.splitlines()[-1] == f"{step}: valid"
     main(str(step), json=True)
-    assert json.loads(capsys.readouterr().out) == inspect(step) | {"sound": True}
+    assert json.loads(capsys.readouterr().out) == inspect(step) | {"valid": True}
     main(str(step), tensor="weights/w", json=True)
     assert json.loads(capsys.readouterr().out)["nan"] == 0
 
@@ -96,9 +96,9 @@ def test_a_tensor_that_an_older_version_let_be_poisoned_is_named_and_can_be_look
     assert capsys.readouterr().out.splitlines()[-1] == f"{step}: b holds NaN or Inf"
     main(str(step), tensor="b", json=True)
     found = json.loads(capsys.readouterr().out)
-    assert (found["nan"], found["sound"]) == (counted, False)
+    assert (found["nan"], found["valid"]) == (counted, False)
     main(str(step), tensor="a", json=True)
-    assert json.loads(capsys.readouterr().out)["sound"]
+    assert json.loads(capsys.readouterr().out)["valid"]
 
 
 def test_what_the_next_step_gave_is_told(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +116,7 @@ def test_what_the_next_step_gave_is_told(step: Path, capsys: pytest.CaptureFixtu
 def test_a_checkpoint_that_says_little_is_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = store.save(tmp_path, 1, [Shard("w", (2,), (0,), torch.ones(2))], {})
     main(str(path))
-    assert capsys.readouterr().out.endswith(": sound\n")
+    assert capsys.readouterr().out.endswith(": valid\n")
 
 
 def rewrite_index(step: Path, change) -> None:

@@ -48,22 +48,22 @@ def save_flat(folder: Path) -> str:
 
 def save_inner_halves(folder: Path) -> str:
     rank = dist.get_rank()
-    shard = torch.full((16, 6, 6), -7.0)  # its padding must not be saved
-    for shard in inner_halves(rank, shard):
+    memory = torch.full((16, 6, 6), -7.0)  # its padding must not be saved
+    for shard in inner_halves(rank, memory):
         shard.tensor.copy_(WHOLE.narrow(1, shard.offsets[1], shard.tensor.shape[1]))
         assert not shard.tensor.is_contiguous()
-    return str(store.save(folder, 1, inner_halves(rank, shard), {}))
+    return str(store.save(folder, 1, inner_halves(rank, memory), {}))
 
 
 def test_a_shard_that_lies_in_the_chunks_of_eight_files(world: World, tmp_path: Path) -> None:
     path = Path(world.run(save_flat, tmp_path, ranks=8)[0])
     assert len(list(path.glob("*.safetensors"))) == 8
     assert torch.equal(store.read_tensor(path, "w"), WHOLE)
-    shard = torch.full((16, 6, 6), -7.0)
-    store.load(path, inner_halves(1, shard))
-    for shard in inner_halves(1, shard):
+    memory = torch.full((16, 6, 6), -7.0)
+    store.load(path, inner_halves(1, memory))
+    for shard in inner_halves(1, memory):
         assert torch.equal(shard.tensor, WHOLE.narrow(1, shard.offsets[1], shard.tensor.shape[1]))
-    assert (shard[:, 5] == -7).all(), "padding is left alone"
+    assert (memory[:, 5] == -7).all(), "padding is left alone"
 
 
 def test_views_of_a_shard_along_an_inner_axis_are_saved(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Any layout loads any other's checkpoint; nothing is lost by a kill, a full disk or a torn file."""
+"""Any layout loads any other's checkpoint; nothing is lost by a kill, a full disk or a truncated file."""
 
 import errno
 import json

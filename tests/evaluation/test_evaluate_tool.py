@@ -231,11 +231,11 @@ def test_wrong_flags_are_one_line(plain: Path, flags: dict[str, Any], refusal: s
     [
         (
             {"dataset_path": "somebody/something"},
-            r"faulty.yaml: the task cannot be loaded .*the Hugging Face hub is out of reach: mend the network, or",
+            r"faulty.yaml: the task cannot be loaded .*the Hugging Face hub is out of reach: fix the network, or",
         ),
         (
             {"dataset_kwargs": {"data_files": "none.jsonl"}},
-            r"faulty.yaml: the task cannot be loaded .*none.jsonl.*: mend the task's file, its data or",
+            r"faulty.yaml: the task cannot be loaded .*none.jsonl.*: fix the task's file, its data or",
         ),
         (
             {"doc_to_text": "{{questions.first.second}}"},

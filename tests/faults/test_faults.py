@@ -1,4 +1,4 @@
-"""Kills, torn files and full disks: nothing is lost, and the curve is the uninterrupted one."""
+"""Kills, truncated files and full disks: nothing is lost, and the curve is the uninterrupted one."""
 
 import errno
 import os

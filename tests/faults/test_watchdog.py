@@ -212,20 +212,20 @@ def test_a_signal_during_preparation_ends_at_once(world: World, tiny: Path, tmp_
 def prepare_and_break(**arguments: Any) -> None:
     from moe_mamba.train import trainer
 
-    whole = trainer.settle
+    whole = trainer.prepare_run
 
     def broken(*rest: Any) -> Any:
         terminate()
         return whole(*rest)
 
-    trainer.settle = broken  # type: ignore[assignment]
+    trainer.prepare_run = broken  # type: ignore[assignment]
     try:
         train(**arguments)
     except RunStopped as error:
         assert error.code == 143
         raise
     finally:
-        trainer.settle = whole
+        trainer.prepare_run = whole
 
 
 def terminate_and_dawdle() -> None:

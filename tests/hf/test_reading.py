@@ -41,9 +41,9 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def change(folder: Path, mend: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def change(folder: Path, fix: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(folder / "model.safetensors")
-    mend(tensors)
+    fix(tensors)
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -109,9 +109,9 @@ def test_weights_that_are_not_finite(folder: Path, value: float, dtype: torch.dt
 def test_a_torn_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
-    for torn in (whole[:-3], whole[:5], b"", b"<html>not found</html>"):
-        path.write_bytes(torn)
-        refused(folder, r"model\.safetensors is torn, or no safetensors file")
+    for truncated in (whole[:-3], whole[:5], b"", b"<html>not found</html>"):
+        path.write_bytes(truncated)
+        refused(folder, r"model\.safetensors is truncated, or no safetensors file")
     path.unlink()
     refused(folder, "holds no weights that are read")
 
@@ -140,12 +140,12 @@ def test_no_pickle_is_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     torch.save({NORM: Evil()}, path)
-    refused(folder, r"pytorch_model\.bin is torn, or refused because it holds more than tensors")
+    refused(folder, r"pytorch_model\.bin is truncated, or refused because it holds more than tensors")
     path.write_bytes(pickle.dumps(Evil()))
-    refused(folder, r"pytorch_model\.bin is torn, or refused")
+    refused(folder, r"pytorch_model\.bin is truncated, or refused")
     torch.save({NORM: torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-500])
-    refused(folder, r"pytorch_model\.bin is torn, or refused")
+    refused(folder, r"pytorch_model\.bin is truncated, or refused")
     for value in (1, torch.ones(16).to_sparse(), torch.ones(16, device="meta")):
         torch.save({NORM: value}, path)
         refused(folder, "is no mapping of names to plain tensors")

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.selective_scan.operands import Operands
 
-MEND = "choose --run.kernels=auto"
+FIX = "choose --run.kernels=auto"
 
 
 @torch.compiler.disable
@@ -27,11 +27,11 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
     for name, argument in (("starts", starts), ("initial_state", initial_state)):
         if argument is not None:
-            raise UserError(f"selective_scan: mamba-ssm's kernel (kernels=vendor) does not take {name}: {MEND}")
+            raise UserError(f"selective_scan: mamba-ssm's kernel (kernels=vendor) does not take {name}: {FIX}")
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         raise UserError(
             f"selective_scan: mamba-ssm's gradients (kernels=vendor) vary from run to run, and train.deterministic "
-            f"forbids that: {MEND}"
+            f"forbids that: {FIX}"
         )
     y, final_state = _their_scan()(
         *(_channels_first(tensor) for tensor in (x, delta)),
@@ -55,7 +55,7 @@ def _their_scan() -> Callable[..., Any]:
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
-        raise UserError(f"mamba-ssm is installed but does not load ({error}): {MEND}") from error
+        raise UserError(f"mamba-ssm is installed but does not load ({error}): {FIX}") from error
     return selective_scan_fn
 
 
@@ -69,5 +69,5 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
         raise UserError(
-            f"selective_scan: mamba-ssm's kernel (kernels=vendor) has no gradient of the final state: {MEND}"
+            f"selective_scan: mamba-ssm's kernel (kernels=vendor) has no gradient of the final state: {FIX}"
         )
