@@ -97,7 +97,7 @@ def inspect_tensor(path: Path, name: str) -> dict[str, Any]:
     tensor = index[name]
     check_covers(path, {name: tensor})
     chunks = [chunk._asdict() for chunk in tensor.chunks]
-    return {"name": name} | _summary(tensor) | {"boxes": chunks} | _statistics(path, tensor)
+    return {"name": name} | _summary(tensor) | {"chunks": chunks} | _statistics(path, tensor)
 
 
 def _summary(tensor: Stored) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _summary(tensor: Stored) -> dict[str, Any]:
         "dtype": DTYPE_NAMES[tensor.dtype],
         "elements": elements,
         "bytes": elements * tensor.dtype.itemsize,
-        "boxes": len(tensor.chunks),
+        "chunks": len(tensor.chunks),
     }
 
 

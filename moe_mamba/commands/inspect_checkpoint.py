@@ -56,7 +56,7 @@ def table(found: dict[str, Any]) -> str:
         [(name, value) for name, value in known.items() if value is not None],
         [("files", "bytes"), *((f"  {name}", f"{size:,}") for name, size in found["files"].items())],
         [("kinds", "tensors", "elements", "bytes"), *kinds],
-        [("tensors", "shape", "dtype", "elements", "boxes"), *tensors],
+        [("tensors", "shape", "dtype", "elements", "chunks"), *tensors],
     ]
     return "\n\n".join(map(_columns, sections))
 
@@ -67,10 +67,10 @@ def tensor_table(found: dict[str, Any]) -> str:
     head = [("shape", _by(found["shape"])), ("dtype", found["dtype"]), ("elements", f"{found['elements']:,}")]
     chunks = [
         (f"  {_by(chunk['sizes'])}", f"at {chunk['offsets']}", chunk["file"], f"from byte {chunk['start']:,}")
-        for chunk in found["boxes"]
+        for chunk in found["chunks"]
     ]
     missing = ("NaN", f"{found['nan']:,}")
-    return f"{found['name']}\n{_columns([*head, *known, missing])}\nboxes\n{_columns(chunks)}"
+    return f"{found['name']}\n{_columns([*head, *known, missing])}\nchunks\n{_columns(chunks)}"
 
 
 def _number(value: int | None) -> str | None:

@@ -48,14 +48,14 @@ def test_everything_inside_is_listed(step: Path) -> None:
         "weights": {"tensors": 2, "elements": 5, "bytes": 20},
         "moment1": {"tensors": 1, "elements": 4, "bytes": 8},
     }
-    assert found["tensors"]["weights/w"] == {"shape": [2, 2], "dtype": "F32", "elements": 4, "bytes": 16, "boxes": 2}
+    assert found["tensors"]["weights/w"] == {"shape": [2, 2], "dtype": "F32", "elements": 4, "bytes": 16, "chunks": 2}
     sizes = {file.name: file.stat().st_size for file in step.iterdir() if file.name != "manifest.json"}
     assert found["files"] == sizes
 
 
 def test_a_tensor_has_chunks_and_statistics(step: Path) -> None:
     found = inspect_tensor(step, "weights/w")
-    assert [(chunk["offsets"], chunk["sizes"]) for chunk in found["boxes"]] == [((0, 0), (1, 2)), ((1, 0), (1, 2))]
+    assert [(chunk["offsets"], chunk["sizes"]) for chunk in found["chunks"]] == [((0, 0), (1, 2)), ((1, 0), (1, 2))]
     assert {key: found[key] for key in ("nan", "min", "max", "mean")} == {
         "nan": 0,
         "min": -2,

@@ -66,7 +66,7 @@ def test_a_rank_reads_only_rows_that_it_needs(tmp_path: Path, monkeypatch: pytes
         stream.write(b"\xff" * tensor[:16].nbytes)
     read = []
     original = storage.read_chunk
-    monkeypatch.setattr(storage, "read_box", lambda *a: (read.append(a[4].nbytes), original(*a)))
+    monkeypatch.setattr(storage, "read_chunk", lambda *a: (read.append(a[4].nbytes), original(*a)))
     target = torch.zeros(8, 32)
     store.load(path, [Shard("w", (64, 32), (16, 0), target)])
     assert torch.equal(target, wanted)
