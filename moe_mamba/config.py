@@ -46,7 +46,7 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    """Corpora, tokenizer, and how windows are cut from them.
+    """Corpora, tokenizer, and how windows are sharded from them.
 
     A source is ``builtin`` or ``builtin:validation`` (the English inside CPython), a folder or prefix of shards
     that ``tools/preprocess_c4.py`` wrote, a file or glob of documents (``.txt``, ``.jsonl``, ``.json.gz``,
@@ -153,10 +153,12 @@ class ParallelConfig(Section):
     """How the model and its training are laid over devices: devices = tensor x data; experts over any divisor."""
 
     tensor: Positive = Field(1, description="devices that share each layer, and the residual stream between layers")
-    expert: Positive = Field(1, description="devices over which experts are spread, tensor peers included")
-    expert_tensor: bool = Field(False, description="cut each expert among the tensor peers, instead of their tokens")
+    expert: Positive = Field(1, description="devices over which experts are spread, tensor-parallel ranks included")
+    expert_tensor: bool = Field(
+        False, description="shard each expert among the tensor-parallel ranks, instead of their tokens"
+    )
     zero: Literal[0, 1, 2, 3] = Field(
-        1, description="ZeRO stage: 1 cuts optimizer state, 2 gradients too, 3 weights too (without experts)"
+        1, description="ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too (without experts)"
     )
     offload_optimizer: bool = Field(False, description="keep optimizer state in the CPU's memory (zero 1 or more)")
     pipeline: Positive = Field(1, description="pipeline stages: only 1 is built so far")
@@ -185,7 +187,9 @@ class ParallelConfig(Section):
                 "not built yet: set parallel.context=1, and parallel.tensor to share long sequences' activations"
             )
         if self.expert_tensor and self.tensor == 1:
-            raise ValueError("parallel.expert_tensor=true needs tensor peers: set parallel.tensor to 2 or more")
+            raise ValueError(
+                "parallel.expert_tensor=true needs tensor-parallel ranks: set parallel.tensor to 2 or more"
+            )
         if self.offload_optimizer and self.zero == 0:
             raise ValueError("parallel.offload_optimizer=true needs ZeRO: set parallel.zero=1")
         return self

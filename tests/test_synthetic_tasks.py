@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: World, small: Path, done:
 
 @pytest.mark.parametrize(("ranks", "tensor"), [(2, 1), (2, 2)])
 def test_layouts_agree(world: World, small: Path, done: Path, tmp_path: Path, ranks: int, tensor: int) -> None:
-    """Also on what is right: tensor peers each have a part of the vocabulary."""
+    """Also on what is right: tensor-parallel ranks each have a part of the vocabulary."""
     metrics = run(world, small, tmp_path / "run", ranks=ranks, parallel__tensor=tensor)
     expected = read_metrics(done)
     assert curve(metrics) == pytest.approx(curve(expected), rel=1e-5)

@@ -112,9 +112,9 @@ def _score_tasks(
     text = json_format.dumps(results, default=handle_non_serializable)
     if output is not None:
         Path(output).write_text(text + "\n", encoding="utf-8")
-    if model.cut:
+    if model.truncated:
         print(
-            f"{model.cut:,} of {model.asked:,} requests were longer than {length} tokens and lost their beginning: "
+            f"{model.truncated:,} of {model.asked:,} requests were longer than {length} tokens and lost their start: "
             "--sequence_length reads more",
             file=sys.stderr,
         )

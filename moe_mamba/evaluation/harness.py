@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
         max_length: tokens that the model reads at once; of a longer context the last ones count. Nothing in the model
             limits it.
         asked: requests so far, but for whole texts.
-        cut: those of them whose context was longer.
+        truncated: those of them whose context was longer.
     """
 
     def __init__(self, restored: Restored, *, batch: int, max_length: int) -> None:
@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):
         self._device = restored.model.embedding.weight.device
         self._screen = sys.stderr  # the harness runs with another one, see `harness_tasks.run_tasks`
         self.batch, self.max_length = batch, max_length
-        self.asked = self.cut = 0
+        self.asked = self.truncated = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -155,7 +155,7 @@ class HarnessModel(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             if len(context) + len(continuation) > self.max_length + 1:
                 context = context[-max(1, self.max_length + 1 - len(continuation)) :]
-                self.cut += 1
+                self.truncated += 1
             context = context or [self.eot_token_id]
             if context == [self.eot_token_id] and self._config.data.reset_at_document and continuation:
                 scores[number] = Score(-torch.tensor(self._model.config.vocab_size).double().log().item(), False)
@@ -234,7 +234,7 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, context: str) -> list[int]:
         tokens = self.tok_encode(context) or [self.eot_token_id]
-        self.cut += len(tokens) > self.max_length
+        self.truncated += len(tokens) > self.max_length
         return tokens[-self.max_length :]
 
     def _write(self, prompts: list[list[int]], settings: Mapping[str, Any], seed: int) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# A fault's echoes (collectives that fail because a peer is gone) may come before the fault itself is known.
+# A fault's echoes (collectives that fail because a rank is gone) may come before the fault itself is known.
 SECONDS_TO_SETTLE = 0.5
 SECONDS_TO_ANSWER = 3.0
 SECONDS_OF_SILENCE = 30

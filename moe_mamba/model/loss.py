@@ -12,10 +12,10 @@ def cross_entropy_sum(
     """Sum the cross entropy over the targets that count.
 
     Args:
-        logits: (..., vocab), any float dtype; of a cut vocabulary, a part of its rows.
+        logits: (..., vocab), any float dtype; of a sharded vocabulary, a part of its rows.
         targets: (...) int64, of the whole vocabulary; -100 is not counted.
         first: number of the first row that the logits have.
-        reduce: combines the parts of a cut vocabulary, see ``kernels.cross_entropy``.
+        reduce: combines the parts of a sharded vocabulary, see ``kernels.cross_entropy``.
         backend: see ``kernels.cross_entropy``.
 
     Returns:

@@ -1,7 +1,7 @@
 """Expert parallelism: each rank holds a part of the experts, and rows travel to the rank of their expert and back.
 
 The layer is the model's own; another dispatcher is all that changes. It is DeepSpeed's MoE by class, so that the engine
-knows its experts: their gradients are summed over the ranks that hold the same ones, and ZeRO cuts them there.
+knows its experts: their gradients are summed over the ranks that hold the same ones, and ZeRO shards them there.
 """
 
 from dataclasses import dataclass, fields
@@ -35,8 +35,8 @@ def spread_experts(model: LanguageModel, groups: Groups) -> None:
 class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
     """A mixture of experts over the ranks of an expert group; takes over the router and shared experts of ``whole``.
 
-    With tensor peers the stream's tokens are cut among them, and each peer sends its own; where experts are cut by
-    tensor, every peer works on the tokens of all peers with its part of each expert's width instead.
+    With tensor-parallel ranks the stream's tokens are sharded among them, and each rank sends its own; where experts
+    are sharded by tensor, every rank works on the tokens of all ranks with its part of each expert's width instead.
     """
 
     def __init__(self, whole: MoE, groups: Groups) -> None:
@@ -68,14 +68,14 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
             sequences: of the whole stream.
         """
         if not self.enable_expert_tensor_parallelism:
-            # Only expert choice looks at sequences, and its peers hold whole ones.
+            # Only expert choice looks at sequences, and its ranks hold whole ones.
             return super().routed(x, Sequences(sequences.batch // self._tensor, sequences.length))
         from megatron.core.tensor_parallel import mappings
 
         x = mappings.gather_from_sequence_parallel_region(x, group=self._tensor_group)  # (tokens, d_model)
         y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
         y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=self._tensor_group)
-        # All peers counted all tokens: each answers for its share, so that the sum over ranks counts once.
+        # All ranks counted all tokens: each answers for its share, so that the sum over ranks counts once.
         shares = {field.name: getattr(statistics, field.name) / self._tensor for field in fields(statistics)}
         return y, RouterStatistics(**shares)
 
@@ -120,7 +120,7 @@ class _FixedTravel:
     """Every expert has ``capacity`` rows from every rank, so no size depends on the data.
 
     Attributes:
-        group: expert peers.
+        group: expert-parallel ranks.
         counts: (local experts,) rows of each expert here.
         ranks: in the group.
         capacity: rows of an expert from each rank.
@@ -149,7 +149,7 @@ class _VariableTravel:
     """Ranks tell one another how many rows come, before they come.
 
     Attributes:
-        group: expert peers.
+        group: expert-parallel ranks.
         counts: (local experts,) rows of each expert here.
         sent_splits: rows to each rank.
         received_splits: rows from each rank.

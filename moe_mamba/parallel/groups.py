@@ -16,10 +16,10 @@ class Groups:
 
     Attributes:
         topology: the layout.
-        tensor: the tensor peers, by megatron-core; None where layers are not cut.
+        tensor: the tensor-parallel ranks, by megatron-core; None where layers are not sharded.
         data: the ranks that hold the same part of every layer; None where that is the whole world.
         replicas: number of neighbours that hold the same part of a parameter -> their group.
-        mpu: what DeepSpeed asks about tensor parallelism; None where layers are not cut.
+        mpu: what DeepSpeed asks about tensor parallelism; None where layers are not sharded.
     """
 
     topology: Topology
@@ -50,7 +50,7 @@ def start_groups(topology: Topology, held: dict[str, ParameterShard]) -> Groups:
         replicas = {count: _neighbours(count, topology) for count in sorted(counts)}
         replicas[topology.tensor] = tensor
         groups = Groups(topology, tensor, data, replicas, ModelParallelUnit(topology, tensor, data))
-    if topology.is_cut:
+    if topology.is_sharded:
         _start_expert_groups(topology, groups.mpu)
     return groups
 
@@ -68,7 +68,7 @@ def _neighbours(count: int, topology: Topology) -> ProcessGroup:
 
 
 def _start_expert_groups(topology: Topology, mpu: "ModelParallelUnit | None") -> None:
-    """DeepSpeed's groups of expert peers and of ranks with the same experts, under the name ``ep_size_<n>``."""
+    """DeepSpeed's groups of expert-parallel ranks and of those with the same experts, named ``ep_size_<n>``."""
     from deepspeed.utils import groups
 
     groups.mpu = mpu
@@ -87,7 +87,7 @@ class ModelParallelUnit:
         self._data = data
 
     def get_model_parallel_group(self) -> ProcessGroup:
-        """Tensor peers of this rank."""
+        """Tensor-parallel ranks of this rank."""
         return self._tensor
 
     def get_model_parallel_world_size(self) -> int:

@@ -12,8 +12,8 @@ def initialize_shards(model: LanguageModel, whole: LanguageModel, shards: dict[s
     """Fill this rank's parameters and buffers with its parts of the weights that one process would start with.
 
     Args:
-        model: cut for the layout, with memory.
-        whole: the uncut model, on the meta device.
+        model: sharded for the layout, with memory.
+        whole: the whole model, on the meta device.
         shards: what this rank holds of each name.
         seed: of the run.
     """

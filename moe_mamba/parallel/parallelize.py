@@ -23,13 +23,13 @@ def build_model(config: Config, whole: LanguageModel, held: dict[str, ParameterS
 
     Args:
         config: of the run.
-        whole: the uncut model that it describes, on the meta device.
+        whole: the whole model that it describes, on the meta device.
         held: what this rank holds of each parameter and buffer, by ``placement.shards``.
         groups: of the layout.
     """
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe, config.run.kernels)
-        cut(model, groups, held)
+        shard(model, groups, held)
     if config.parallel.zero == 3:
         from moe_mamba.parallel.zero3 import partition_model
 
@@ -47,28 +47,29 @@ def build_model(config: Config, whole: LanguageModel, held: dict[str, ParameterS
     return model
 
 
-def cut(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
-    """Cut a model on the meta device in place: layers among tensor peers, then experts among expert peers."""
+def shard(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
+    """Shard a model on the meta device in place: layers by tensor parallelism, then experts by expert parallelism."""
     if groups.topology.tensor > 1:
-        from moe_mamba.parallel.tensor import cut_layers
+        from moe_mamba.parallel.tensor import shard_layers
 
-        cut_layers(model, groups, held)
-    if groups.topology.is_cut and model.routers():
+        shard_layers(model, groups, held)
+    if groups.topology.is_sharded and model.routers():
         from moe_mamba.parallel.expert import spread_experts
 
         spread_experts(model, groups)
 
 
 def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
-    """Tell DeepSpeed what each parameter is, and sum the gradients of tensor peers' replicas.
+    """Tell DeepSpeed what each parameter is, and sum the gradients of tensor-parallel ranks' replicas.
 
     DeepSpeed wants `allreduce=False` and a group's name on experts; in the norm of the gradient it counts a parameter
-    on the first tensor peer, and on the others where it is marked as `tensor_model_parallel`: so each replica once.
+    on the first tensor-parallel rank, and on the others where it is marked as `tensor_model_parallel`: each replica
+    once.
     """
     for name, parameter in model.named_parameters():
         shard = held[name]
         parameter.tensor_model_parallel = shard.is_first_replica  # type: ignore[attr-defined]
-        if shard.is_expert and groups.topology.is_cut:
+        if shard.is_expert and groups.topology.is_sharded:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = f"ep_size_{groups.topology.expert}"  # type: ignore[attr-defined]
         if shard.replicas > 1:
@@ -76,7 +77,7 @@ def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, Parame
 
 
 def _summed(gradient: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the peers that hold the same weights: each saw other tokens, or other heads' use of them."""
+    """The sum over the ranks that hold the same weights: each saw other tokens, or other heads' use of them."""
     gradient = gradient.clone()
     dist.all_reduce(gradient, group=group)
     return gradient

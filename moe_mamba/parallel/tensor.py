@@ -1,10 +1,10 @@
-"""Tensor parallelism: every layer cut among tensor peers, the residual stream too, by megatron-core.
+"""Tensor parallelism: every layer sharded among tensor-parallel ranks, the residual stream too, by megatron-core.
 
-Between mixers each peer holds its share of the stream's tokens (sequence parallelism; Korthikanti et al., 2022). A
-mixer's input is gathered once, whatever number of projections read it; each peer computes its channels, heads or
+Between mixers each rank holds its share of the stream's tokens (sequence parallelism; Korthikanti et al., 2022). A
+mixer's input is gathered once, whatever number of projections read it; each rank computes its channels, heads or
 hidden units for all tokens; the output projection's partial sums are reduce-scattered back to shares of tokens.
 Inside a Mamba mixer, what x_proj makes of the channels (delta's low rank, B, C) is a sum over all channels, so it is
-reduced, and because every peer's channels use it, its gradient is reduced as well. Logits stay cut by vocabulary.
+reduced, and because every rank's channels use it, its gradient is reduced as well. Logits stay sharded by vocabulary.
 """
 
 from functools import partial
@@ -29,26 +29,26 @@ from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import ParameterShard
 
 
-def cut_layers(model: LanguageModel, groups: Groups, shards: dict[str, ParameterShard]) -> None:
+def shard_layers(model: LanguageModel, groups: Groups, shards: dict[str, ParameterShard]) -> None:
     """Put megatron-core's layers in the place of a whole model's linears and embedding, in place.
 
     Args:
         model: on the meta device.
-        groups: of a layout with tensor peers.
+        groups: of a layout with tensor-parallel ranks.
         shards: what this rank holds of each parameter.
     """
     assert groups.tensor is not None
-    _cut_vocabulary(model, groups.tensor, shards)
+    _shard_vocabulary(model, groups.tensor, shards)
     for name, module in list(model.named_modules()):
         if isinstance(module, Mixer) and module.gathers_tokens:
-            _cut_mixer(module, name, groups.tensor, shards)
+            _shard_mixer(module, name, groups.tensor, shards)
 
 
-def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
-    """Cut all that a mixer owns, and gather the tokens of the peers at its entry."""
+def _shard_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
+    """Shard all that a mixer owns, and gather the tokens of the ranks at its entry."""
     for name, linear in list(mixer.named_modules()):
         if isinstance(linear, nn.Linear):
-            mixer.set_submodule(name, _cut_linear(linear, shards[f"{prefix}.{name}.weight"], group))
+            mixer.set_submodule(name, _shard_linear(linear, shards[f"{prefix}.{name}.weight"], group))
     for name, parameter in list(mixer.named_parameters()):
         shape = shards[f"{prefix}.{name}"].local_shape
         if parameter.shape != shape:
@@ -57,7 +57,7 @@ def _cut_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[
     mixer.register_forward_pre_hook(partial(_gather_tokens, group))
 
 
-def _cut_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> nn.Module:
+def _shard_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> nn.Module:
     if shard.tensor_axis is None:
         return linear
     if shard.tensor_axis == 0:
@@ -66,7 +66,7 @@ def _cut_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -
 
 
 def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All peers' tokens for a mixer: (tokens / tensor, d_model) -> (tokens, d_model); backward: a reduce-scatter."""
+    """All ranks' tokens for a mixer: (tokens / tensor, d_model) -> (tokens, d_model); backward: a reduce-scatter."""
     stream, *rest = arguments
     return gather_from_sequence_parallel_region(stream, group=group), *rest
 
@@ -87,7 +87,7 @@ def _no_initialization(weight: Tensor) -> None:
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Each peer has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
+    """Each rank has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
 
     def __init__(self, linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> None:
         super().__init__(
@@ -99,14 +99,14 @@ class ColumnLinear(ColumnParallelLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., in) to this peer's (..., out / tensor)."""
+        """Map ``x`` (..., in) to this rank's (..., out / tensor)."""
         return super().forward(x)[0]
 
 
 class RowLinear(RowParallelLinear):
-    """Each peer has some inputs; partial sums are reduce-scattered over tokens, and only then is a bias added.
+    """Each rank has some inputs; partial sums are reduce-scattered over tokens, and only then is a bias added.
 
-    So it is added once to each token. Every peer has the whole bias, and its gradient from its own tokens: a replica's.
+    So it is added once to each token. Every rank has the whole bias, and its gradient from its own tokens: a replica's.
     """
 
     def __init__(self, linear: nn.Linear, group: ProcessGroup, sequence_parallel: bool = True) -> None:
@@ -120,23 +120,23 @@ class RowLinear(RowParallelLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map this peer's ``x`` (tokens, in / tensor) to (tokens / tensor, out)."""
+        """Map this rank's ``x`` (tokens, in / tensor) to (tokens / tensor, out)."""
         return super().forward(x)[0]
 
 
 class ReducedLinear(RowLinear):
-    """Each peer has some inputs; all peers get the whole sum, and the sum of what each of them does with it."""
+    """Each rank has some inputs; all ranks get the whole sum, and the sum of what each of them does with it."""
 
     def __init__(self, linear: nn.Linear, group: ProcessGroup) -> None:
         super().__init__(linear, group, sequence_parallel=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map this peer's ``x`` (..., in / tensor) to (..., out), the same on all peers."""
+        """Map this rank's ``x`` (..., in / tensor) to (..., out), the same on all ranks."""
         return copy_to_tensor_model_parallel_region(super().forward(x), group=self.tp_group)
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):
-    """Each peer has some rows; what it finds is reduce-scattered over tokens."""
+    """Each rank has some rows; what it finds is reduce-scattered over tokens."""
 
     def __init__(self, embedding: nn.Embedding, shard: ParameterShard, group: ProcessGroup) -> None:
         super().__init__(
@@ -147,11 +147,11 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up ``tokens`` (tokens,): this peer's share, (tokens / tensor, d_model)."""
+        """Look up ``tokens`` (tokens,): this rank's share, (tokens / tensor, d_model)."""
         return super().forward(tokens[None]).squeeze(1)  # megatron-core wants a batch first and gives it second
 
 
-def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
+def _shard_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
     shard = shards["embedding.weight"]
     model.embedding = VocabularyEmbedding(model.embedding, shard, group)
     if model.head is not None:
@@ -168,16 +168,16 @@ def _cut_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str,
 
 
 def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -> Tensor:
-    """Logits of this peer's part of the vocabulary.
+    """Logits of this rank's part of the vocabulary.
 
     Args:
         stream: (tokens / tensor, d_model), normalised.
-        weight: (rows of a peer, d_model), padded.
+        weight: (rows of a rank, d_model), padded.
         rows: how many of them are tokens of the vocabulary; the logits of the others are minus infinity.
-        group: the tensor peers.
+        group: the tensor-parallel ranks.
 
     Returns:
-        (tokens, rows of a peer).
+        (tokens, rows of a rank).
     """
     logits = functional.linear(gather_from_sequence_parallel_region(stream, group=group), weight)
     logits[:, rows:] = -torch.inf
@@ -185,12 +185,12 @@ def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -
 
 
 def _argmax(logits: Tensor, *, first: int, group: ProcessGroup) -> Tensor:
-    """Ids of the largest logits over all peers' parts of the vocabulary, of equal ones the first: (..., rows) -> (...).
+    """Ids of the largest logits over all ranks' parts of the vocabulary, of equal ones the first: (..., rows) -> (...).
 
     Args:
-        logits: this peer's part.
+        logits: this rank's part.
         first: id of its first row.
-        group: the tensor peers.
+        group: the tensor-parallel ranks.
     """
     largest, row = logits.max(-1)
     highest = largest.clone()
@@ -201,13 +201,13 @@ def _argmax(logits: Tensor, *, first: int, group: ProcessGroup) -> Tensor:
 
 
 def _reduce(largest: Tensor, total: Tensor, predicted: Tensor, *, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """What all peers' parts of the logits have together, (tokens,) each; the logits are never gathered.
+    """What all ranks' parts of the logits have together, (tokens,) each; the logits are never gathered.
 
     Args:
         largest: logit.
         total: sum of exp(logit - largest).
-        predicted: the target's logit, 0 where another peer has it, or none.
-        group: the tensor peers.
+        predicted: the target's logit, 0 where another rank has it, or none.
+        group: the tensor-parallel ranks.
     """
     highest = largest.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)

@@ -62,9 +62,9 @@ class World:
 class Topology:
     """How `world` is laid out: size = tensor x data, and experts over any divisor of it. Arithmetic of ranks alone.
 
-    Tensor peers are neighbours (they talk most, over the fastest links): rank = data_rank x tensor + tensor_rank.
-    Expert peers are neighbours too, tensor peers among them, each with tokens of its own; where experts are cut by
-    tensor (`expert_tensor`), they are the neighbours among the ranks of one tensor_rank.
+    Tensor-parallel ranks are neighbours, since they talk most, over the fastest links: rank = data_rank x tensor +
+    tensor_rank. Expert-parallel ranks are neighbours too, tensor-parallel ranks among them, each with its own tokens;
+    where experts are sharded by tensor (`expert_tensor`), they are the neighbours among the ranks of one tensor_rank.
     """
 
     world: World
@@ -101,7 +101,7 @@ class Topology:
 
     @property
     def data(self) -> int:
-        """Groups of tensor peers; each reads other text."""
+        """Groups of tensor-parallel ranks; each reads other text."""
         return self.world.size // self.tensor
 
     @property
@@ -120,17 +120,21 @@ class Topology:
         return (self.data_rank if self.expert_tensor else self.world.rank) % self.expert
 
     @property
-    def is_cut(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether no single process holds a whole model."""
         return self.tensor > 1 or self.expert > 1
 
     def sequences_per_data_rank(self, global_batch: int, micro_batch: int | None) -> int:
-        """Sequences of a global batch that fall to each group of tensor peers.
+        """Sequences of a global batch that fall to each group of tensor-parallel ranks.
 
         Raises:
-            UserError: the global batch cannot be shared evenly, or a share not cut into micro-batches.
+            UserError: the global batch cannot be shared evenly, or a share not divided into micro-batches.
         """
-        groups = f"{self.data} groups of {self.tensor} tensor peers" if self.tensor > 1 else f"{self.data} processes"
+        groups = (
+            f"{self.data} groups of {self.tensor} tensor-parallel ranks"
+            if self.tensor > 1
+            else f"{self.data} processes"
+        )
         if global_batch % self.data:
             least = self.data * (micro_batch or 1)
             unit = self.expert if self.expert_tensor else math.lcm(self.expert, self.tensor) // self.tensor
@@ -157,7 +161,9 @@ class Topology:
                 f"parallel.tensor={self.tensor} does not divide the number of processes, {size}: "
                 f"{self._fix(config, 'tensor')}"
             )
-        experts_over, kind = (self.data, "groups of tensor peers") if self.expert_tensor else (size, "processes")
+        experts_over, kind = (
+            (self.data, "groups of tensor-parallel ranks") if self.expert_tensor else (size, "processes")
+        )
         if experts_over % self.expert:
             raise UserError(
                 f"parallel.expert={self.expert} does not divide the number of {kind}, {experts_over}: "
@@ -174,7 +180,7 @@ class Topology:
         return " or ".join(ways) or f"change parallel.{key}, train.global_batch or train.micro_batch"
 
     def micro_batch_multiple(self, config: Config) -> int:
-        """What a micro-batch must be a multiple of: tensor peers share its tokens, expert choice's whole sequences."""
+        """What a micro-batch is a multiple of: tensor-parallel ranks share its tokens; with expert choice, sequences."""
         if looks_ahead(config.model, config.moe) and not self.expert_tensor:
             return self.tensor
         return self.tensor // math.gcd(self.tensor, config.data.sequence_length)
@@ -185,7 +191,7 @@ class Topology:
             unit = self.data * math.lcm(multiple, train.micro_batch or 1)
             raise UserError(
                 f"train.global_batch={train.global_batch} gives {train.global_batch // self.data} sequences of "
-                f"{config.data.sequence_length} tokens to each group of parallel.tensor={self.tensor} peers, who "
+                f"{config.data.sequence_length} tokens to each group of parallel.tensor={self.tensor} ranks, who "
                 f"cannot share them: set train.global_batch={-(-train.global_batch // unit) * unit}"
             )
         share = self.sequences_per_data_rank(train.global_batch, train.micro_batch)
@@ -193,5 +199,5 @@ class Topology:
             fitting = max(n for n in range(multiple, share + 1, multiple) if share % n == 0)
             raise UserError(
                 f"train.micro_batch={train.micro_batch} sequences of {config.data.sequence_length} tokens cannot be "
-                f"shared by parallel.tensor={self.tensor} peers: set train.micro_batch={fitting}"
+                f"shared by parallel.tensor={self.tensor} ranks: set train.micro_batch={fitting}"
             )

@@ -1,9 +1,9 @@
 """ZeRO-3: each rank keeps a part of every weight, and a module's whole weights exist only while it computes.
 
 DeepSpeed gathers a module's own parameters before its forward and backward, and frees them after. What this file adds:
-weights are filled and cut one module at a time; parameters that are read outside their owner's forward are made known
-to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass (but the
-vocabulary's, where it is cut among tensor peers as well).
+weights are filled and sharded one module at a time; parameters that are read outside their owner's forward are made
+known to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass (but the
+vocabulary's, where it is sharded among tensor-parallel ranks as well).
 
 DeepSpeed cannot mix dtypes here, so with ``train.precision=bf16`` every parameter is kept in fp32, as masters are at
 other stages, and travels as bf16, save those of the fp32 list. The stream is bf16, and a matrix is cast to the
@@ -38,14 +38,14 @@ def settings() -> dict[str, Any]:
 def partition_model(
     model: LanguageModel, whole: LanguageModel, held: dict[str, ParameterShard], groups: Groups, config: Config
 ) -> None:
-    """Fill a model on the meta device and cut it over the data ranks, in place, one module after the other.
+    """Fill a model on the meta device and shard it over the data ranks, in place, one module after the other.
 
-    A rank never holds more than its parts, and one module's own weights while they are cut.
+    A rank never holds more than its parts, and one module's own weights while they are sharded.
 
     Args:
-        model: cut among tensor peers already, if there are any.
-        whole: the uncut model, on the meta device.
-        held: what this rank holds of each parameter and buffer before this cut.
+        model: sharded among tensor-parallel ranks already, if there are any.
+        whole: the whole model, on the meta device.
+        held: what this rank holds of each parameter and buffer before that.
         groups: of the layout.
         config: of the run.
     """

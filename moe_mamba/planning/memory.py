@@ -122,7 +122,7 @@ def table(config: Config, gpus: int | None = None) -> str:
 def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str]]:
     parallel, devices = config.parallel, numbers["devices"]
     experts = f", experts over {parallel.expert}" * has_experts(config.model)
-    cut = " and their tensor peers" * parallel.expert_tensor
+    among = " and their tensor-parallel ranks" * parallel.expert_tensor
     kinds = {"weights": "weight_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
     masters = "fp32 masters and moments" if parallel.zero else "moments"
     notes = {"weights": "", "gradients": "", "optimizer": f", {masters}"}
@@ -130,7 +130,7 @@ def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str
         del kinds["optimizer"]
     total = sum(numbers[key] for key in kinds.values())
     rows = [
-        ("layout", f"{devices} devices, tensor {parallel.tensor} x data {devices // parallel.tensor}{experts}{cut}"),
+        ("layout", f"{devices} devices, tensor {parallel.tensor} x data {devices // parallel.tensor}{experts}{among}"),
         ("  precision", f"{config.train.precision}, ZeRO {parallel.zero}"),
         ("  parameters", f"{numbers['parameters_per_device']:,} a device, embedding, head and padding included"),
         *((f"  {name}", f"{_size(numbers[key])} a device{notes[name]}") for name, key in kinds.items()),

@@ -15,7 +15,7 @@ GPU_SHARE = 0.6
 
 
 def choose_micro_batch(config: Config, topology: Topology) -> int:
-    """Sequences of a micro-step: a divisor of a data rank's share of the global batch that tensor peers can share.
+    """Sequences of a micro-step: a divisor of a data rank's share of the batch that tensor-parallel ranks can share.
 
     On a GPU it follows from the memory that is free before the model lies there, so the choice of one rank must be
     given to all.
@@ -40,7 +40,7 @@ def choose_micro_batch(config: Config, topology: Topology) -> int:
 def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
     """A rough, generous count of what the forward pass keeps for the backward one on a device, in bytes a token.
 
-    Tensor peers share all but the input of a mixer, which each gathers whole.
+    Tensor-parallel ranks share all but the input of a mixer, which each gathers whole.
     """
     model, recompute = config.model, config.train.recompute
     width = 2 if config.train.precision == "bf16" else 4

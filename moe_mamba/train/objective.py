@@ -53,7 +53,7 @@ class Objective:
         """Loss to give to the engine's backward.
 
         Args:
-            logits: (batch, length, vocab) of the micro-batch; a tensor peer's part of the vocabulary.
+            logits: (batch, length, vocab) of the micro-batch; a tensor-parallel rank's part of the vocabulary.
             targets: (batch, length) token ids, -100 where nothing is counted.
             statistics: of each router, on this rank.
         """
@@ -62,7 +62,7 @@ class Objective:
         balance, z = _router_losses(shared, like=cross_entropy)
         self._add(cross_entropy, balance, z, shared)
         if self._config.balance_over == "device":
-            # Tensor peers' gradients of the router are summed, and each has a loss of its own here.
+            # Tensor-parallel ranks' gradients of the router are summed, and each has a loss of its own here.
             balance, z = (value / self._topology.tensor for value in _router_losses(statistics, like=cross_entropy))
         loss = cross_entropy * self._scale
         if self._config.balance == "loss":

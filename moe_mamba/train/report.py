@@ -50,11 +50,11 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Top
 
 
 def describe_layout(config: Config, topology: Topology) -> str:
-    """How a model that no device holds whole is cut; nothing where each does."""
-    if not topology.is_cut:
+    """How a model that no device holds whole is sharded; nothing where each does."""
+    if not topology.is_sharded:
         return ""
-    cut_experts = " and their tensor peers" * topology.expert_tensor
-    experts = f", experts over {topology.expert}{cut_experts}" * has_experts(config.model)
+    sharded_experts = " and their tensor-parallel ranks" * topology.expert_tensor
+    experts = f", experts over {topology.expert}{sharded_experts}" * has_experts(config.model)
     return f"tensor {topology.tensor} x data {topology.data}{experts}, "
 
 
@@ -170,7 +170,7 @@ def finish(
         if (entropy := source.unigram_entropy()) is not None:
             screen.say(f"          {against_unigram(score, entropy)}")
     screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
-    if config.train.sample_tokens and not topology.is_cut and config.parallel.zero < 3:  # else no device can alone
+    if config.train.sample_tokens and not topology.is_sharded and config.parallel.zero < 3:  # else no device can alone
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     source = next(iter(corpora.validation.values()))
     if not source.is_text:

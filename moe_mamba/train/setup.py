@@ -106,5 +106,5 @@ def accumulation_changes(config: Config, start: StartState, micro_steps: int) ->
 
 
 def _routed_together(micro_batch: int, parallel: dict[str, Any]) -> float:
-    """Sequences whose tokens a device routes at once: tensor peers share those of a micro-batch."""
+    """Sequences whose tokens a device routes at once: tensor-parallel ranks share those of a micro-batch."""
     return micro_batch if parallel["expert_tensor"] else micro_batch / parallel["tensor"]

@@ -189,7 +189,7 @@ def test_people_get_a_table_and_files_the_whole(
     assert "|sums_choice|      1|none  |     1|acc" in screen.out
     assert "the first 4 questions" in screen.out
     assert screen.err == (
-        "7 of 16 requests were longer than 32 tokens and lost their beginning: --sequence_length reads more\n"
+        "7 of 16 requests were longer than 32 tokens and lost their start: --sequence_length reads more\n"
     )
     assert json.loads(output.read_text())["n-shot"] == {"sums_choice": 1, "sums_write": 1}
 

@@ -129,11 +129,11 @@ def test_of_a_long_context_the_last_tokens_count(build: Build) -> None:
     expected = [alone(model, list(b"456789"), list(b"abc")), alone(model, list(b"x"), list(b"abc"))]
     expected.append(alone(model, list(b"y"), list(b"a" * 20)))
     assert [score.log_probability for score in got] == pytest.approx([each[0] for each in expected])
-    assert (model.cut, model.asked) == (2, 3)
+    assert (model.truncated, model.asked) == (2, 3)
     greedy = {"until": [], "max_gen_toks": 12, "do_sample": False}
     long, short = model.generate_until(requests("generate_until", [("xxxx01234567", greedy), ("01234567", greedy)]))
     assert long == short
-    assert (model.cut, model.asked) == (3, 5)
+    assert (model.truncated, model.asked) == (3, 5)
 
 
 def test_the_first_token_of_a_text_follows_end_of_text_or_costs_as_much_as_any(build: Build) -> None:
@@ -164,7 +164,7 @@ def test_whole_texts_are_scored_in_windows(build: Build, reset: bool) -> None:
     assert got[0] == pytest.approx(total)
     assert got[1] == 0
     assert math.isfinite(got[2])
-    assert model.cut == 0
+    assert model.truncated == 0
 
 
 def test_texts_are_written_as_a_task_asks(build: Build) -> None:

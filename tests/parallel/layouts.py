@@ -45,7 +45,7 @@ class Layout:
         return self.ranks // self.tensor
 
     def __str__(self) -> str:
-        cut = " cut by tensor" * self.expert_tensor
+        cut = " sharded by tensor" * self.expert_tensor
         return f"TP {self.tensor} EP {self.expert}{cut} DP {self.data} ZeRO {self.zero}"
 
 

@@ -2,8 +2,9 @@
 
 Calls are counted by torch's dispatcher, and again by gloo itself.
 
-Symbols: T tokens of a micro-step of a group of tensor peers, d d_model, w bytes of a number of the stream, R dt_rank,
-N d_state, K experts, k top_k, V parameters of a rank. The bytes of a call are those of its larger side on a rank.
+Symbols: T tokens of a micro-step of a group of tensor-parallel ranks, d d_model, w bytes of a number of the stream,
+R dt_rank, N d_state, K experts, k top_k, V parameters of a rank. The bytes of a call are those of its larger side on a
+rank.
 """
 
 from collections import Counter
@@ -70,7 +71,7 @@ class Expected:
             self.calls[Collective(kind, group, size)] += times
 
     def replica(self, numbers: int, width: int = FP32, ranks: int | None = None) -> None:
-        """Gradients of what peers hold alike: summed over them once, numbers x width."""
+        """Gradients of what ranks hold alike: summed over them once, numbers x width."""
         ranks = ranks or self.topology.tensor
         first = self.topology.tensor_rank // ranks * ranks
         self.add("all-reduce", self.peers[first : first + ranks], numbers * width)
@@ -98,7 +99,7 @@ class Expected:
             self.replica(numbers)
 
     def attention(self) -> None:
-        """Besides entry and exit: gradients of key and value heads that several peers hold."""
+        """Besides entry and exit: gradients of key and value heads that several ranks hold."""
         model = self.config.model
         self.entry_and_exit()
         copies = max(1, self.topology.tensor // model.resolved_kv_heads)
@@ -110,8 +111,8 @@ class Expected:
     def experts(self) -> None:
         """Rows there and back, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
 
-        A dropless router sends the K counts as well. With shared experts, or with experts cut by tensor, there is an
-        entry and an exit like that of any other layer.
+        A dropless router sends the K counts as well. With shared experts, or with experts sharded by tensor, there is
+        an entry and an exit like that of any other layer.
         """
         moe, topology = self.config.moe, self.topology
         tokens = self.tokens if topology.expert_tensor else self.tokens // topology.tensor

@@ -21,7 +21,7 @@ from moe_mamba.parallel.distributed import start_world
 from moe_mamba.parallel.expert import ExpertParallelMoE
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.initialize import initialize_shards
-from moe_mamba.parallel.parallelize import cut
+from moe_mamba.parallel.parallelize import shard
 from moe_mamba.parallel.placement import parameter_shards
 from moe_mamba.parallel.topology import Topology, World
 
@@ -68,7 +68,7 @@ def _spread(case: str, topology: Topology) -> tuple[LanguageModel, MoE, dict]:
         whole, model = (LanguageModel(*_configs(case)) for _ in range(2))
         held = parameter_shards(whole, topology)
         groups = start_groups(topology, held)
-        cut(model, groups, held)
+        shard(model, groups, held)
     model.to_empty(device="cpu")
     initialize_shards(model, whole, held, SEED)
     return model, _liven(model, case), held
@@ -79,7 +79,7 @@ def _normal(*shape: int, seed: int) -> Tensor:
 
 
 def _text(data_rank: int) -> tuple[Tensor, Tensor]:
-    """Tokens of a group of tensor peers, and the gradient of its output."""
+    """Tokens of a group of tensor-parallel ranks, and the gradient of its output."""
     return tuple(_normal(BATCH * LENGTH, D, seed=2 * data_rank + n) for n in (100, 101))
 
 
@@ -113,7 +113,7 @@ def _check(world: Any, case: str, ranks: int, tensor: int, expert: int, expert_t
     layer = _whole(case)
     for data_rank in range(ranks // tensor):
         peers = results[data_rank * tensor : (data_rank + 1) * tensor]
-        # Capacity is of the tokens that are routed together: a rank's own, or all peers' where experts are cut.
+        # Capacity is of the tokens that are routed together: a rank's own, or all ranks' where experts are sharded.
         routed_apart = 1 if expert_tensor else tensor
         x, gradient = (part.chunk(routed_apart) for part in _text(data_rank))
         y, x_gradient, counted = [], [], []

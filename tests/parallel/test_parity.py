@@ -143,7 +143,7 @@ class Errors:
 
 
 def test_outputs_and_gradients_without_selection(world: World) -> None:
-    """Each tensor peer's channels use the same constants: their gradient is the sum over the peers."""
+    """Each tensor-parallel rank's channels use the same constants: their gradient is the sum over the ranks."""
     for layout, (error, name) in float64_error(world, "M-", [Layout(2, 2)], model__selective=False).items():
         assert error <= 1e-10, f"{layout}: {name}"
 
@@ -180,7 +180,7 @@ def test_every_router_and_option_in_float64(world: World, layout: Layout, keys: 
 
 
 def test_balance_over_devices_sees_each_devices_own_tokens(world: World) -> None:
-    """Two tensor peers hold the tokens that two data ranks hold: by device, that is another loss than by all."""
+    """Two tensor-parallel ranks hold the tokens of two data ranks: by device, that is another loss than by all."""
     keys = {"moe__balance_over": "device", "moe__balance_weight": 1.0}
     gradients = [
         assemble([rank[1] for rank in world.run(forward_and_backward, config_of("ME", layout, **keys), ranks=2)])
@@ -198,7 +198,7 @@ def test_what_the_test_compares_would_see_an_unreduced_x_proj(world: World) -> N
 
 
 def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks]:
-    """The known fault of others: each peer keeps its own gradient of what x_proj gave."""
+    """The known fault of others: each rank keeps its own gradient of what x_proj gave."""
     from moe_mamba.parallel import tensor
 
     right = tensor.copy_to_tensor_model_parallel_region

@@ -100,7 +100,7 @@ def test_one_rank_of_each_part_is_its_first_replica(layout: Layout) -> None:
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_each_block_of_an_axis_is_cut_by_itself(tensor: int) -> None:
-    """[x | z] of a Mamba mixer, [gate | up] of feed-forward, shared experts, and experts cut by tensor."""
+    """[x | z] of a Mamba mixer, [gate | up] of feed-forward, shared experts, and experts sharded by tensor."""
     config, model = meta("M-E")
     layout = Layout(tensor, tensor, expert_tensor=True)
     names = {

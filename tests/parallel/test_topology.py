@@ -30,7 +30,7 @@ def accept(config: Config, ranks: int) -> Topology:
 def test_a_world_of_one() -> None:
     topology = Topology(world_of(1))
     assert (topology.data, topology.data_rank, topology.tensor_rank, topology.expert_rank) == (1, 0, 0, 0)
-    assert not topology.is_cut
+    assert not topology.is_sharded
 
 
 def test_one_rank_of_a_thousand() -> None:
@@ -88,10 +88,10 @@ EVERY_REFUSAL: list[tuple[str, Layout, dict[str, Any], list[str]]] = [
         "ME",
         Layout(8, 4, 4, expert_tensor=True),
         {},
-        ["parallel.expert=4", "groups of tensor peers, 2", "set parallel.expert=2", "start 16 processes"],
+        ["parallel.expert=4", "groups of tensor-parallel ranks, 2", "set parallel.expert=2", "start 16 processes"],
     ),
     ("ME", Layout(3, 2, expert_tensor=True), {"train__micro_batch": 1}, ["parallel.tensor=2", "start 2 processes"]),
-    # what the model can be cut into
+    # what the model can be sharded into
     ("*-", Layout(4, 4), {"model__heads": 2}, ["parallel.tensor=4", "model.heads=2", "set parallel.tensor=2"]),
     (
         "*-",
@@ -128,7 +128,7 @@ EVERY_REFUSAL: list[tuple[str, Layout, dict[str, Any], list[str]]] = [
         "ME",
         Layout(10, 2, 2),
         {"train__micro_batch": 3},
-        ["5 groups of 2 tensor peers", "set train.global_batch=30", "start 8 processes"],
+        ["5 groups of 2 tensor-parallel ranks", "set train.global_batch=30", "start 8 processes"],
     ),
     ("M", Layout(2), {"train__micro_batch": 8}, ["train.micro_batch=8", "12 sequences", "set train.micro_batch=4"]),
     (
@@ -182,11 +182,11 @@ def test_every_refusal_of_small_worlds_proposes_what_is_accepted() -> None:
                         line = str(refusal)
                         for other, count in proposed(config, ranks, line):
                             check_sizes_alone = f"start {count} process" in line  # which may not fit the model yet
-                            Topology.of(other, world_of(count)) if check_sizes_alone else accept_or_cut(other, count)
+                            Topology.of(other, world_of(count)) if check_sizes_alone else accept_or_refuse(other, count)
 
 
-def accept_or_cut(config: Config, ranks: int) -> None:
-    """A proposal fits world and batch; where the model cannot be cut so, the refusal of that proposes one that can."""
+def accept_or_refuse(config: Config, ranks: int) -> None:
+    """A proposal fits world and batch; where the model cannot be sharded so, the refusal proposes one that can."""
     topology = Topology.of(config, world_of(ranks))
     try:
         check_shards(config, topology)
@@ -200,7 +200,7 @@ def test_a_micro_batch_is_shared_by_tensor_peers() -> None:
     assert Topology(world_of(4), 4).micro_batch_multiple(config) == 2
     assert Topology(world_of(4), 4).micro_batch_multiple(config_of("ME", Layout(4, 4))) == 1
     choice = config_of("E", Layout(4, 4), moe__router="expert_choice", moe__capacity_factor=1.0)
-    assert Topology(world_of(4), 4).micro_batch_multiple(choice) == 4  # whole sequences to each peer
+    assert Topology(world_of(4), 4).micro_batch_multiple(choice) == 4  # whole sequences to each rank
     assert Topology(world_of(4), 4, expert_tensor=True).micro_batch_multiple(choice) == 1
 
 
@@ -216,7 +216,7 @@ def members(config: Config) -> dict[str, Any]:
         "data": groups.data and dist.get_process_group_ranks(groups.data),
         "replicas": {count: dist.get_process_group_ranks(group) for count, group in groups.replicas.items()},
     }
-    if built.topology.is_cut:
+    if built.topology.is_sharded:
         found["expert"] = dist.get_process_group_ranks(deepspeed_groups._get_expert_parallel_group(name))
         found["same experts"] = dist.get_process_group_ranks(deepspeed_groups._get_expert_data_parallel_group(name))
     if mpu is not None:

@@ -28,12 +28,12 @@ def test_a_share_of_the_global_batch_is_divided() -> None:
 
 def test_tensor_peers_can_share_it() -> None:
     keys = {"parallel.tensor": 4, "train.global_batch": 24}
-    short = load_config(None, {**keys, "data.sequence_length": 6})  # 4 peers share the tokens of two sequences
+    short = load_config(None, {**keys, "data.sequence_length": 6})  # 4 ranks share the tokens of two sequences
     assert choose(short, 4) % 2 == 0
     long = load_config(None, {**keys, "data.sequence_length": 8192})
     assert choose(long, 4) == 1
     by_sequences = {"moe.router": "expert_choice", "data.sequence_length": 8192}
-    assert choose(load_config(None, {**keys, **by_sequences}), 4) == 4  # a whole one for each peer
+    assert choose(load_config(None, {**keys, **by_sequences}), 4) == 4  # a whole one for each rank
 
 
 def gpu_of(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

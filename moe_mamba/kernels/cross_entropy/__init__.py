@@ -2,8 +2,8 @@
 
 loss = log(sum over j of exp(logits[j])) - logits[target]
 
-A vocabulary may be cut over several peers: each knows its part's largest logit, sum and target, and ``reduce`` makes
-the vocabulary's of them.
+A vocabulary may be sharded over several ranks: each knows its shard's largest logit, sum and target, and ``reduce``
+makes the vocabulary's of them.
 """
 
 from collections.abc import Callable
