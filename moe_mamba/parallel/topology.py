@@ -180,7 +180,7 @@ class Topology:
         return " or ".join(ways) or f"change parallel.{key}, train.global_batch or train.micro_batch"
 
     def micro_batch_multiple(self, config: Config) -> int:
-        """What a micro-batch is a multiple of: tensor-parallel ranks share its tokens; with expert choice, sequences."""
+        """What a micro-batch is a multiple of: tensor-parallel ranks share tokens; with expert choice, sequences."""
         if looks_ahead(config.model, config.moe) and not self.expert_tensor:
             return self.tensor
         return self.tensor // math.gcd(self.tensor, config.data.sequence_length)

@@ -2,8 +2,8 @@
 
 DeepSpeed gathers a module's own parameters before its forward and backward, and frees them after. What this file adds:
 weights are filled and sharded one module at a time; parameters that are read outside their owner's forward are made
-known to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass (but the
-vocabulary's, where it is sharded among tensor-parallel ranks as well).
+known to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass (but
+the vocabulary's, where it is sharded among tensor-parallel ranks as well).
 
 DeepSpeed cannot mix dtypes here, so with ``train.precision=bf16`` every parameter is kept in fp32, as masters are at
 other stages, and travels as bf16, save those of the fp32 list. The stream is bf16, and a matrix is cast to the
