@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.convert.starting_point import write_starting_point
 from moe_mamba.convert.to_hf import export
-from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer, train_sentenceshard
+from moe_mamba.data.tokenizer import BytesTokenizer, load_tokenizer, train_sentencepiece
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS
 from moe_mamba.model.initialize import initialize
@@ -156,7 +156,7 @@ def test_a_second_export_is_the_first(tmp_path: Path, case: str, dtype: str) -> 
 
 def test_a_tokenizer_of_ours_comes_back_as_it_was(tmp_path: Path) -> None:
     texts = [f"the {n} and then  the {n * n}\n\tand more" for n in range(300)]
-    tokenizer = train_sentenceshard(texts, 320, tmp_path / "pieces")
+    tokenizer = train_sentencepiece(texts, 320, tmp_path / "pieces")
     texts += ["\u2581 a mark", "\u00e9\u4e2d and <|endoftext|>", "  spaces  ", ""]
     model = build({"pattern": "M", "vocab_size": 320}, {})
     config = Config(model=model.config)
