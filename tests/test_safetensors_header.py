@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moe_mamba.checkpoint import store
-from moe_mamba.checkpoint.shards import Piece
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.hf.safetensors_files import write_tensors
 from moe_mamba.safetensors_header import DTYPES, TensorInfo, make_header
 
@@ -23,9 +23,9 @@ DATA = b"".join(tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor i
 
 
 def test_a_checkpoint_has_the_bytes_that_it_always_had(tmp_path: Path) -> None:
-    pieces = [Piece(f"x/{name}", tuple(t.shape), (0,) * t.dim(), t) for name, t in TENSORS.items()]
-    pieces[1:2] = [Piece("x/w", (2, 3), (row, 0), TENSORS["w"][row : row + 1]) for row in range(2)]
-    path = store.save(tmp_path, 1, pieces, {})
+    shards = [Shard(f"x/{name}", tuple(t.shape), (0,) * t.dim(), t) for name, t in TENSORS.items()]
+    shards[1:2] = [Shard("x/w", (2, 3), (row, 0), TENSORS["w"][row : row + 1]) for row in range(2)]
+    path = store.save(tmp_path, 1, shards, {})
     assert (path / "rank-00000.safetensors").read_bytes() == (
         (288).to_bytes(8, "little")
         + b'{"x/wide": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}, '

@@ -1,4 +1,4 @@
-"""Pieces of logical tensors: what a rank owns of the whole, said without its layout."""
+"""Shards of logical tensors: what a rank owns of the whole, said without its layout."""
 
 import math
 from collections.abc import Callable, Sequence
