@@ -105,7 +105,7 @@ def test_a_section_without_its_package_is_skipped(tmp_path: Path) -> None:
 def test_the_report_shows_what_went_wrong() -> None:
     rows = [
         kernels.Compared("scan", "triton", "float32", 0.5, "gradient of A", 1e-5),
-        kernels.Compared("scan", "vendor", "float32", 0.0, "", 1e-5, refused="takes no starts"),
+        kernels.Compared("scan", "vendor", "float32", 0.0, "", 1e-5, refused="takes no document_starts"),
         kernels.Compared("scan", "cpu", "float32", 0.0, "", 1e-5, broken="RuntimeError: a\nb"),
     ]
     assert [row.passed for row in rows] == [False, True, False]
@@ -113,7 +113,7 @@ def test_the_report_shows_what_went_wrong() -> None:
     text = markdown({"torch": "2.11"}, [Result("kernels", "Kernels", "failed", 3.0, data, ["the last line"])])
     assert "- torch: 2.11" in text and "| Kernels | failed | 3 |" in text and "```\nthe last line\n```" in text
     assert "| scan | triton | float32 | 5.0e-01 **too large** | 1e-05 | gradient of A |" in text
-    assert "| scan | vendor | float32 | refused |  | takes no starts |" in text
+    assert "| scan | vendor | float32 | refused |  | takes no document_starts |" in text
     assert "| scan | cpu | float32 | **broken** |  | RuntimeError: a |" in text
 
 

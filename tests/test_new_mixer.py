@@ -67,8 +67,8 @@ class TokenShift(Mixer):
         u = self.in_proj(x).view(sequences.batch, sequences.length, -1)  # (batch, length, d_inner)
         first = torch.zeros_like(u[:, 0]) if state is None else state.last
         before = torch.cat((first[:, None], u[:, :-1]), dim=1)
-        if sequences.starts is not None:
-            before = before.masked_fill(sequences.starts[..., None], 0)
+        if sequences.document_starts is not None:
+            before = before.masked_fill(sequences.document_starts[..., None], 0)
         y = torch.tanh(u + self.share.to(u.dtype) * before).flatten(0, 1)
         return self.out_proj(y), {}, None if state is None else ShiftState(u[:, -1])
 

@@ -14,12 +14,12 @@ class Batch:
     Attributes:
         tokens: (sequences, length) int64.
         targets: (sequences, length) int64, the token that follows; -100: not counted.
-        starts: (sequences, length) bool, True where a document or a window starts; None: documents run together.
+        document_starts: (sequences, length) bool, True where a document or a window starts; None: documents run on.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
-    starts: torch.Tensor | None
+    document_starts: torch.Tensor | None
 
     @property
     def counted(self) -> int:
@@ -28,9 +28,10 @@ class Batch:
 
     def uncounted(self) -> "Batch":
         """The same windows, of which the loss counts nothing."""
-        return Batch(self.tokens, torch.full_like(self.targets, UNCOUNTED), self.starts)
+        return Batch(self.tokens, torch.full_like(self.targets, UNCOUNTED), self.document_starts)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), starts)
+        tokens, targets = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.targets))
+        starts = None if self.document_starts is None else self.document_starts.to(device, non_blocking=True)
+        return Batch(tokens, targets, starts)

@@ -116,6 +116,6 @@ def _make_batch(windows: Windows, end_of_text: int, reset_at_document: bool) -> 
         return Batch(tokens, targets, None)
     ends = tokens == end_of_text
     targets[ends] = UNCOUNTED
-    starts = torch.ones_like(ends)
-    starts[:, 1:] = ends[:, :-1]
-    return Batch(tokens, targets, starts)
+    document_starts = torch.ones_like(ends)
+    document_starts[:, 1:] = ends[:, :-1]
+    return Batch(tokens, targets, document_starts)

@@ -66,7 +66,7 @@ def evaluate(
             model.train(was_training)
             return None
         batch = batch.to(device)
-        logits = model(batch.tokens, batch.starts).logits
+        logits = model(batch.tokens, batch.document_starts).logits
         loss, count = model.cross_entropy(logits, batch.targets)
         right = (model.argmax(logits) == batch.targets).sum()  # no id is -100
         sums += torch.stack([loss.double(), count.double(), right.double()])

@@ -217,16 +217,16 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Red
 # Mamba's short convolution: depthwise, causal, with SiLU (arXiv 2312.00752, section 3.4 and figure 3).
 
 
-def _final_state(x: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+def _final_state(x: Tensor, document_starts: Tensor | None, initial_state: Tensor) -> Tensor:
     """The last width - 1 inputs, (batch, width - 1, channels), zeros before the last start."""
     reach = initial_state.shape[1]
-    if starts is None and x.shape[1] >= reach:
+    if document_starts is None and x.shape[1] >= reach:
         return x[:, x.shape[1] - reach :].clone()  # not a view, which would keep the whole of x
     tail = torch.cat((initial_state, x[:, max(0, x.shape[1] - reach) :]), 1)
     tail = tail[:, tail.shape[1] - reach :]
-    if starts is None or reach == 0:
+    if document_starts is None or reach == 0:
         return tail
-    started = torch.cat((starts.new_zeros(starts.shape[0], reach), starts), 1)[:, -reach:]
+    started = torch.cat((document_starts.new_zeros(document_starts.shape[0], reach), document_starts), 1)[:, -reach:]
     # a start at a later position hides an input: starts after it, counted from the end
     later = started.flip(1).cumsum(1).flip(1) - started.long()
     return tail.masked_fill((later > 0)[..., None], 0)
@@ -236,18 +236,21 @@ def _final_state(x: Tensor, starts: Tensor | None, initial_state: Tensor) -> Ten
 # The convolution written down: a loop over taps, plain autograd. It defines what the other back ends must give.
 
 
-def plain_causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+def plain_causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> Tensor:
     """See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp64 for fp64 inputs, else in fp32."""
     work = torch.promote_types(x.dtype, torch.float32)
     length, width = x.shape[1], weight.shape[1]
     past = torch.cat((initial_state, x), 1).to(work)  # (batch, width - 1 + length, channels)
     out = bias.to(work).expand(x.shape)
-    hidden = None if starts is None else torch.zeros_like(starts)  # True: a start lies between tap and present
+    # True: a start lies between tap and present
+    hidden = None if document_starts is None else torch.zeros_like(document_starts)
     for back in range(width):
         tap = past[:, width - 1 - back : width - 1 - back + length]
-        if starts is not None and hidden is not None:
+        if document_starts is not None and hidden is not None:
             tap = tap.masked_fill(hidden[..., None], 0)
-            hidden = hidden | F.pad(starts, (back, 0))[:, :length]
+            hidden = hidden | F.pad(document_starts, (back, 0))[:, :length]
         out = out + tap * weight[:, width - 1 - back].to(work)
     return F.silu(out).to(x.dtype)
 
@@ -281,7 +284,7 @@ class Operands(NamedTuple):
     D: Tensor
     z: Tensor | None
     delta_bias: Tensor | None
-    starts: Tensor | None
+    document_starts: Tensor | None
     initial_state: Tensor | None
 
 
@@ -296,7 +299,7 @@ class Operands(NamedTuple):
 
 def plain_selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32."""
-    x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
+    x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
     dtype, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     batch, length, _ = x.shape
     size = 1
@@ -311,7 +314,7 @@ def plain_selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
         return F.pad(tensor, padding).unflatten(1, (-1, size))
 
     steps, entering, B, C = (chunks(tensor) for tensor in (step, step * x, B, C))
-    resets = None if starts is None else chunks(starts)
+    resets = None if document_starts is None else chunks(document_starts)
 
     def advance(h: Tensor, t: int) -> Tensor:
         """The states (batch, chunks, d_inner, d_state) after the chunks' tokens number ``t``."""
@@ -411,14 +414,15 @@ class Plain:
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        starts: Tensor | None = None,
+        document_starts: Tensor | None = None,
         initial_state: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """See ``moe_mamba.kernels.causal_conv``."""
         if initial_state is None:
             initial_state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-        return plain_causal_conv(x, weight, bias, starts, initial_state), _final_state(x, starts, initial_state)
+        y = plain_causal_conv(x, weight, bias, document_starts, initial_state)
+        return y, _final_state(x, document_starts, initial_state)
 
     @staticmethod
     @torch.no_grad()
@@ -474,12 +478,12 @@ class Plain:
         D: Tensor,
         z: Tensor | None = None,
         delta_bias: Tensor | None = None,
-        starts: Tensor | None = None,
+        document_starts: Tensor | None = None,
         initial_state: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """See ``moe_mamba.kernels.selective_scan``."""
-        return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, starts, initial_state))
+        return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
     @staticmethod
     @torch.no_grad()
@@ -636,14 +640,14 @@ class Sequences:
     Attributes:
         batch: sequences in the stream.
         length: tokens a sequence.
-        starts: (batch, length) bool, True where a document starts and nothing before may be seen;
+        document_starts: (batch, length) bool, True where a document starts and nothing before may be seen;
             None: a sequence is one document that may go on from a state passed in.
         recording: what the pass shall keep; by default nothing.
     """
 
     batch: int
     length: int
-    starts: Tensor | None = None
+    document_starts: Tensor | None = None
     recording: Recording = field(default_factory=Recording)
 
     @property
@@ -653,9 +657,9 @@ class Sequences:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Sequences":
         """The same with its tensor on another device."""
-        if self.starts is None:
+        if self.document_starts is None:
             return self
-        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+        return replace(self, document_starts=self.document_starts.to(device, non_blocking=non_blocking))
 
 
 # From moe_mamba/model/norm.py:
@@ -1044,19 +1048,21 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, document_starts: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Convolve whole sequences, or one more token of each; returns (y, new state), in the dtype of ``x``.
 
         Args:
             x: (batch, length, channels); one more token, after ``state``: (batch, channels).
-            starts: (batch, length) bool, see ``Sequences``.
+            document_starts: (batch, length) bool, see ``Sequences``.
             state: (batch, width - 1, channels), the inputs before; None: zeros.
         """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if x.dim() == 2:
             assert state is not None, "one more token goes on from a state"
             return causal_conv_step(x, weight, bias, state.to(x.dtype), self.kernels)
-        return causal_conv(x, weight, bias, starts, None if state is None else state.to(x.dtype), self.kernels)
+        return causal_conv(x, weight, bias, document_starts, None if state is None else state.to(x.dtype), self.kernels)
 
 
 class StepProjection(nn.Module):
@@ -1152,27 +1158,27 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, Statistics, MambaState | None]:
         """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, {}, new state)."""
         projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
-        if state is not None and sequences.length == 1 and sequences.starts is None:
+        if state is not None and sequences.length == 1 and sequences.document_starts is None:
             x, z = projected.chunk(2, dim=-1)
             y, new_state = self._step(x, z, state)
             return self.out_proj(y), {}, new_state
         x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
-        y, passed_state = self._pass(x, z, sequences.starts, state)
+        y, passed_state = self._pass(x, z, sequences.document_starts, state)
         return self.out_proj(y.reshape(sequences.tokens, -1)), {}, passed_state
 
     def _pass(
-        self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
+        self, x: Tensor, z: Tensor, document_starts: Tensor | None, state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
         """Convolution and scan of whole sequences; x and z (batch, length, d_inner)."""
         conv, scan = (None, None) if state is None else (state.conv, state.scan)
-        x, conv = self.conv1d(x, starts, conv)
+        x, conv = self.conv1d(x, document_starts, conv)
         delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
         kernels = self.kernels
         if kernels == "vendor" and state is not None:
             kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
         y, scan = selective_scan(
-            x, delta, A, B, C, self.D, z, bias, starts, scan, kernels
+            x, delta, A, B, C, self.D, z, bias, document_starts, scan, kernels
         )  # equations 2a, 2b and 4, and the gate
         return y, None if state is None else MambaState(conv, scan)
 
@@ -1425,7 +1431,7 @@ class Attention(Mixer):
         mask, window = None, self.config.sliding_window or sequences.length
         if state is not None:
             key, value = state.extended(key, value)  # (b, g, p + l, e)
-        if state is not None or sequences.starts is not None or sequences.length > window:
+        if state is not None or sequences.document_starts is not None or sequences.length > window:
             mask = self._mask(place, start, key.shape[2])
         if sequences.recording.attentions is not None:
             y, weight = attend(query, key, value, mask)
@@ -1465,9 +1471,9 @@ class Attention(Mixer):
         """Where each new token stands, past ones counted (l,), and where its document starts (b or 1, l)."""
         place = torch.arange(sequences.length, device=device) + (0 if state is None else state.past)
         first = torch.zeros(1, 1, dtype=torch.int64, device=device) if state is None else state.start[:, None]
-        if sequences.starts is None:
+        if sequences.document_starts is None:
             return place, first.expand(-1, sequences.length)
-        return place, torch.where(sequences.starts, place, first).cummax(dim=1).values
+        return place, torch.where(sequences.document_starts, place, first).cummax(dim=1).values
 
     @classmethod
     def check(cls, config: ModelConfig, moe: MoEConfig) -> None:
@@ -2051,7 +2057,7 @@ class Reading:
     """How the new tokens are read.
 
     Attributes:
-        starts: (batch, length) bool, where a document starts, in the order of ``order``; None: nowhere.
+        document_starts: (batch, length) bool, where a document starts, in the order of ``order``; None: nowhere.
         visible: (batch, length) bool, which tokens are text, as given; None: all.
         order: (batch, length) int64, the place that each token read comes from; None: as they stand.
         places: (batch, length) int64, where in that order the result for each token as given stands; padding behind
@@ -2059,7 +2065,7 @@ class Reading:
         waiting: (batch,) int64, tokens of padding before a row goes on from its state; None: no row waits.
     """
 
-    starts: Tensor | None = None
+    document_starts: Tensor | None = None
     visible: Tensor | None = None
     order: Tensor | None = None
     places: Tensor | None = None
@@ -2072,7 +2078,7 @@ def read(
     cache: StateCache | None,
     mask: Tensor | None,
     position_ids: Tensor | None,
-    starts: Tensor | None,
+    document_starts: Tensor | None,
 ) -> Reading:
     """Find out how new tokens are read.
 
@@ -2082,7 +2088,7 @@ def read(
         cache: what the states have seen; None: nothing.
         mask: (batch, tokens seen + length), or as wide as the cache has room: 0 on padding; None: all is text.
         position_ids: (batch or 1, length); where one is 0 a document starts. None: they follow from the mask.
-        starts: (batch, length) bool, further document starts.
+        document_starts: (batch, length) bool, further document starts.
 
     Raises:
         ValueError: masks or positions of another shape, a mask that hides what the states have read, positions that
@@ -2099,10 +2105,10 @@ def read(
     if position_ids is not None and position_ids.shape[1] != length:
         raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
     if is_traced:
-        return _traced(new, position_ids, starts, cache, mask)
+        return _traced(new, position_ids, document_starts, cache, mask)
     if mask is not None and new is not None:
         new = _checked(mask, new, cache, past)
-    restarts = starts
+    restarts = document_starts
     if position_ids is not None:
         restarts = _either(restarts, _restarts(position_ids.expand(batch, -1), new, past))
     if new is None:
@@ -2158,7 +2164,7 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | No
     if past and cache is not None:
         begun = ~begun if cache.visible is None else cache.visible[:, :past].any(1).to(new.device)
     first = new & (new.cumsum(1) == 1) & ~begun[:, None]
-    starts = _either(None if restarts is None else restarts & new, first)
+    document_starts = _either(None if restarts is None else restarts & new, first)
     padding = ~new
     behind_text = padding & (new.cumsum(1) > 0)
     held_up = (padding & begun[:, None]).any()
@@ -2166,10 +2172,10 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | No
     harms = behind_text if cache is not None else new & (behind_text.cumsum(1) > 0)
     needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
     if not needs_order:
-        return Reading(_starts(starts, past), new)
+        return Reading(_starts(document_starts, past), new)
     order, places = _padding_first(new)
     waiting = torch.where(begun, padding.sum(1), 0) if waits else None
-    return Reading(_starts(starts.gather(1, order), past), new, order, places, waiting)
+    return Reading(_starts(document_starts.gather(1, order), past), new, order, places, waiting)
 
 
 def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
@@ -2201,7 +2207,11 @@ def _is_binary(mask: Tensor) -> Tensor:
 
 
 def _traced(
-    new: Tensor | None, positions: Tensor | None, starts: Tensor | None, cache: StateCache | None, mask: Tensor | None
+    new: Tensor | None,
+    positions: Tensor | None,
+    document_starts: Tensor | None,
+    cache: StateCache | None,
+    mask: Tensor | None,
 ) -> Reading:
     """As ``read``, without a look at any value: what would be refused raises a RuntimeError when the graph runs."""
     goes_on = cache is not None and not cache.is_empty
@@ -2213,17 +2223,17 @@ def _traced(
         if not goes_on and new is None:
             torch._assert_async(is_start[:, 0].all(), BEGIN)
         like = positions if new is None else new
-        starts = _either(starts, is_start.expand(like.shape[0], -1))
+        document_starts = _either(document_starts, is_start.expand(like.shape[0], -1))
     if new is None or mask is None:
-        return Reading(starts)
+        return Reading(document_starts)
     torch._assert_async(_is_binary(mask), BINARY)
     if goes_on:
         torch._assert_async(new.all(), f"a compiled pass goes on from a cache without padding: {UNCOMPILED}")
-        return Reading(starts)
+        return Reading(document_starts)
     first = new & (new.cumsum(1) == 1)
-    starts = _either(None if starts is None else starts & new, first)
+    document_starts = _either(None if document_starts is None else document_starts & new, first)
     order, places = _padding_first(new)
-    return Reading(starts.gather(1, order), new, order, places)
+    return Reading(document_starts.gather(1, order), new, order, places)
 
 
 def _check_step(cache: StateCache, mask: Tensor | None, positions: Tensor | None) -> None:
@@ -2244,21 +2254,21 @@ def _padding_first(new: Tensor) -> tuple[Tensor, Tensor]:
     return order, places
 
 
-def _starts(starts: Tensor | None, past: int) -> Tensor | None:
+def _starts(document_starts: Tensor | None, past: int) -> Tensor | None:
     """Starts that say something: nothing is before the first place; None where there are none."""
-    if starts is None:
+    if document_starts is None:
         return None
     if past == 0:
-        starts = starts.clone()
-        starts[:, 0] = False
-    return starts if starts.any() else None
+        document_starts = document_starts.clone()
+        document_starts[:, 0] = False
+    return document_starts if document_starts.any() else None
 
 
 def _either(one: Tensor | None, other: Tensor) -> Tensor:
     return other if one is None else one | other
 
 
-def document_starts(
+def packed_document_starts(
     embedded: Tensor,
     seq_idx: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -2279,14 +2289,14 @@ def document_starts(
     Raises:
         ValueError: other shapes, or bounds that differ.
     """
-    starts = None
+    document_starts = None
     if seq_idx is not None:
         if seq_idx.shape != embedded.shape[:2]:
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, and must be {tuple(embedded.shape[:2])}")
-        starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        document_starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     bounds = cu_seq_lens_q
     if bounds is None and cu_seq_lens_k is None:
-        return starts
+        return document_starts
     if bounds is None or cu_seq_lens_k is None or not torch.equal(bounds, cu_seq_lens_k) or embedded.shape[0] != 1:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be the same, of the documents of one row")
     ends = [int(bounds[0]), int(bounds[-1])] if bounds.numel() > 1 else []
@@ -2296,7 +2306,7 @@ def document_starts(
         )
     by_bounds = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
     by_bounds[0, bounds[1:-1].long()] = True
-    return _either(starts, by_bounds)
+    return _either(document_starts, by_bounds)
 
 
 # From moe_mamba/hf/shell/order.py:
@@ -2304,14 +2314,14 @@ def document_starts(
 
 
 def run_with_waiting(
-    run: Any, stream: Tensor, starts: Tensor | None, states: list[State | None], waiting: Tensor
+    run: Any, stream: Tensor, document_starts: Tensor | None, states: list[State | None], waiting: Tensor
 ) -> tuple[Tensor, Statistics, list[State | None]]:
     """A pass in parts, so that a row's state is as it was when the row's padding has passed.
 
     Args:
         run: ``run_layers`` of the model's layers.
         stream: (batch, length, d_model), padding first in each row.
-        starts: (batch, length) bool, or None.
+        document_starts: (batch, length) bool, or None.
         states: of each layer, before the tokens.
         waiting: (batch,) tokens of padding of the rows that go on from a state.
     """
@@ -2319,7 +2329,7 @@ def run_with_waiting(
     bounds = sorted({0, length, *waiting.tolist()})
     streams, statistics = [], []
     for first, end in pairwise(bounds):
-        part = None if starts is None else starts[:, first:end]
+        part = None if document_starts is None else document_starts[:, first:end]
         mixed, measured, new_states = run(
             stream[:, first:end].flatten(0, 1), Sequences(batch, end - first, part), states
         )
@@ -2572,9 +2582,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             attentions=[] if wants_attentions or config._attn_implementation == "eager" else None,
             router_logits=[] if wants_routers else None,
         )
-        starts = document_starts(inputs_embeds, **documents)
-        reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, starts)
-        if self.looks_ahead and (reading.starts is not None or reading.visible is not None):
+        document_starts = packed_document_starts(inputs_embeds, **documents)
+        reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, document_starts)
+        if self.looks_ahead and (reading.document_starts is not None or reading.visible is not None):
             raise ValueError(
                 "moe.router=expert_choice: experts choose among all tokens of a row, so padding and packed documents "
                 "would change each other's results: give texts of one length, one in each row"
@@ -2638,18 +2648,19 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
         states = None if cache is None else self._states(cache, embedded)
-        starts = reading.starts
-        if starts is None and length == 1 and cache is not None and not cache.is_empty and torch.is_grad_enabled():
+        document_starts = reading.document_starts
+        is_step = length == 1 and cache is not None and not cache.is_empty
+        if document_starts is None and is_step and torch.is_grad_enabled():
             # The step for one token has no gradient; a pass has.
-            starts = torch.zeros(batch, 1, dtype=torch.bool, device=embedded.device)
+            document_starts = torch.zeros(batch, 1, dtype=torch.bool, device=embedded.device)
         stream = reordered(embedded, reading.order)
         run = partial(run_layers, self.layers, merge=self._computes_again())
         if reading.waiting is not None and states is not None:
             if recording != Recording():
                 raise ValueError("padding after text that is in the cache: no layer's results can be recorded")
-            stream, statistics, states = run_with_waiting(run, stream, starts, states, reading.waiting)
+            stream, statistics, states = run_with_waiting(run, stream, document_starts, states, reading.waiting)
         else:
-            sequences = Sequences(batch, length, starts, recording)
+            sequences = Sequences(batch, length, document_starts, recording)
             stream, statistics, states = run(stream.flatten(0, 1), sequences, states)
         if cache is not None and states is not None:
             cache.keep(states)

@@ -160,13 +160,13 @@ def read(
     device = model.embedding.weight.device
     length = max(len(prompt) for prompt in prompts)
     tokens = torch.full((len(prompts), length), PADDING)
-    starts = torch.zeros(len(prompts), length, dtype=torch.bool)
+    document_starts = torch.zeros(len(prompts), length, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = torch.tensor(prompt)
-        starts[row, length - len(prompt)] = len(prompt) < length
+        document_starts[row, length - len(prompt)] = len(prompt) < length
     states: list[State | None] = model.initial_states(len(prompts))
     width = max(1, chunk // len(prompts))
-    for piece, start in zip(tokens.split(width, dim=1), starts.split(width, dim=1), strict=True):
+    for piece, start in zip(tokens.split(width, dim=1), document_starts.split(width, dim=1), strict=True):
         stream, states = _advance(model, piece.to(device), start.to(device) if start.any() else None, states)
     return stream, states
 
@@ -177,10 +177,10 @@ def select(states: Sequence[State | None], rows: Tensor) -> list[State | None]:
 
 
 def _advance(
-    model: LanguageModel, tokens: Tensor, starts: Tensor | None, states: list[State | None]
+    model: LanguageModel, tokens: Tensor, document_starts: Tensor | None, states: list[State | None]
 ) -> tuple[Tensor, list[State | None]]:
     """One pass over tokens (rows, length): the stream after the last of each (rows, d_model), and the new states."""
-    stream, _, new_states = model.hidden(tokens, starts, states)
+    stream, _, new_states = model.hidden(tokens, document_starts, states)
     assert new_states is not None, "states were given"
     return stream.view(*tokens.shape, -1)[:, -1], new_states
 

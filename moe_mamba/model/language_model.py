@@ -74,24 +74,24 @@ class LanguageModel(nn.Module):
         return initial_states(self.layers, batch, weight.dtype, weight.device)
 
     def forward(
-        self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[State | None] | None = None
+        self, tokens: Tensor, document_starts: Tensor | None = None, states: Sequence[State | None] | None = None
     ) -> Output:
         """Predict the token after each one.
 
         Args:
             tokens: (batch, length) int64.
-            starts: (batch, length) bool, True where a document starts: nothing before it is seen. None: each
+            document_starts: (batch, length) bool, True where a document starts: nothing before it is seen. None: each
                 sequence is one document, or goes on from its state.
             states: from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
         """
-        stream, statistics, new_states = self.hidden(tokens, starts, states)
+        stream, statistics, new_states = self.hidden(tokens, document_starts, states)
         return Output(self.logits(stream).unflatten(0, tokens.shape), statistics, new_states)
 
     def hidden(
-        self, tokens: Tensor, starts: Tensor | None = None, states: Sequence[State | None] | None = None
+        self, tokens: Tensor, document_starts: Tensor | None = None, states: Sequence[State | None] | None = None
     ) -> tuple[Tensor, Statistics, list[State | None] | None]:
         """As ``forward``, but give the residual stream after the last layer, (tokens, d_model), for logits."""
-        sequences = Sequences(tokens.shape[0], tokens.shape[1], starts)
+        sequences = Sequences(tokens.shape[0], tokens.shape[1], document_starts)
         return self.mix(self.embedding(tokens.flatten()), sequences, states)
 
     def mix(

@@ -29,14 +29,14 @@ class Sequences:
     Attributes:
         batch: sequences in the stream.
         length: tokens a sequence.
-        starts: (batch, length) bool, True where a document starts and nothing before may be seen;
+        document_starts: (batch, length) bool, True where a document starts and nothing before may be seen;
             None: a sequence is one document that may go on from a state passed in.
         recording: what the pass shall keep; by default nothing.
     """
 
     batch: int
     length: int
-    starts: Tensor | None = None
+    document_starts: Tensor | None = None
     recording: Recording = field(default_factory=Recording)
 
     @property
@@ -46,6 +46,6 @@ class Sequences:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Sequences":
         """The same with its tensor on another device."""
-        if self.starts is None:
+        if self.document_starts is None:
             return self
-        return replace(self, starts=self.starts.to(device, non_blocking=non_blocking))
+        return replace(self, document_starts=self.document_starts.to(device, non_blocking=non_blocking))

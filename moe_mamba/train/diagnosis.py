@@ -16,7 +16,7 @@ def first_bad_parameter(model: LanguageModel) -> str | None:
 
 
 @torch.no_grad()
-def first_bad_output(model: LanguageModel, tokens: Tensor, starts: Tensor | None) -> str | None:
+def first_bad_output(model: LanguageModel, tokens: Tensor, document_starts: Tensor | None) -> str | None:
     """Name the module whose output is the first to hold a NaN or infinity on a micro-batch; or None.
 
     All ranks call it together, since they may share layers.
@@ -24,7 +24,7 @@ def first_bad_output(model: LanguageModel, tokens: Tensor, starts: Tensor | None
     Args:
         model: the model, as it is in the broken step.
         tokens: (batch, length) the micro-batch that gave the bad loss.
-        starts: (batch, length) document starts, or None.
+        document_starts: (batch, length) document starts, or None.
     """
     bad: list[str] = []
     hooks = [
@@ -32,7 +32,7 @@ def first_bad_output(model: LanguageModel, tokens: Tensor, starts: Tensor | None
         for name, module in model.named_modules()
         if name
     ]
-    model(tokens, starts)
+    model(tokens, document_starts)
     for hook in hooks:
         hook.remove()
     return f"the output of {bad[0]}" if bad else None

@@ -217,7 +217,7 @@ class Trainer:
         engines.set_learning_rate(self.engine, rate)
         objective = Objective(self.config.moe, self.model.cross_entropy, targets, self.micro_steps, self.topology)
         for number, batch in enumerate(batches, 1):
-            output = self.engine(batch.tokens, batch.starts)
+            output = self.engine(batch.tokens, batch.document_starts)
             self.engine.backward(objective(output.logits, batch.targets, output.statistics))
             if number < len(batches):
                 self.engine.step()
@@ -260,7 +260,7 @@ class Trainer:
             next_step = None
         else:
             for batch in batches:
-                places += from_all(first_bad_output(self.model, batch.tokens, batch.starts))
+                places += from_all(first_bad_output(self.model, batch.tokens, batch.document_starts))
         place = next((f"; the first bad value is in {place}" for place in places if place), "")
         try:
             self.saver.wait()

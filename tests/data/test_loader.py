@@ -80,15 +80,15 @@ def test_corpora_blend_by_their_weights(shards: Shards, other_shards: Shards) ->
 def test_resets_mark_starts_and_leave_out_targets_across_documents(shards: Shards) -> None:
     plain, reset = make_loader({"a": shards}), make_loader({"a": shards}, reset_at_document=True)
     expected, batch = plain.batch(0, 20), reset.batch(0, 20)
-    assert expected.starts is None
-    assert batch.starts is not None and batch.starts.dtype == torch.bool
+    assert expected.document_starts is None
+    assert batch.document_starts is not None and batch.document_starts.dtype == torch.bool
     assert torch.equal(batch.tokens, expected.tokens)
     ends = batch.tokens == END
     assert ends.any()
     assert torch.equal(batch.targets == UNCOUNTED, ends)
     assert torch.equal(batch.targets[~ends], expected.targets[~ends])
-    assert batch.starts[:, 0].all()
-    assert torch.equal(batch.starts[:, 1:], ends[:, :-1])
+    assert batch.document_starts[:, 0].all()
+    assert torch.equal(batch.document_starts[:, 1:], ends[:, :-1])
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_evaluation_counts_each_token_once(shards: Shards, batch: int, reset: bo
         ends = row[:-1] == END
         assert (targets[:count][ends] == UNCOUNTED).all()
         assert torch.equal(targets[:count][~ends], row[1:][~ends])
-        assert all(each.starts is not None and each.starts[:, 0].all() for each in batches)
+        assert all(each.document_starts is not None and each.document_starts[:, 0].all() for each in batches)
     else:
         assert torch.equal(targets[:count], row[1:])
-        assert all(each.starts is None for each in batches)
+        assert all(each.document_starts is None for each in batches)
 
 
 def test_evaluation_of_less_than_a_window(tmp_path: Path) -> None:

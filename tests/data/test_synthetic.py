@@ -33,7 +33,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
-    assert batch.starts is None
+    assert batch.document_starts is None
     return list(zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True))
 
 

@@ -107,8 +107,8 @@ def test_what_goes_with_the_stream_can_change_devices(pair: Pair) -> None:
     _, model = pair("M*")
     sequences = modeling.Sequences(1, 2, torch.zeros(1, 2, dtype=torch.bool))
     moved = send((sequences, *model(TOKENS).past_key_values.states, modeling.Sequences(1, 2)), "meta")
-    assert moved[0].starts.device.type == moved[1].scan.device.type == moved[2].key.device.type == "meta"
-    assert moved[3].starts is None
+    assert moved[0].document_starts.device.type == moved[1].scan.device.type == moved[2].key.device.type == "meta"
+    assert moved[3].document_starts is None
 
 
 def test_a_configuration_goes_there_and_back(tmp_path: Path) -> None:

@@ -33,10 +33,11 @@ def widest(backend: str) -> torch.dtype:
 
 
 def results(
-    made: dict[str, Tensor], starts: Tensor | None, dtype: torch.dtype, backend: str, on: str = "cpu"
+    made: dict[str, Tensor], document_starts: Tensor | None, dtype: torch.dtype, backend: str, on: str = "cpu"
 ) -> dict[str, Tensor]:
     inputs = {name: value.to(on, dtype).detach().clone().requires_grad_() for name, value in made.items()}
-    y, final_state = causal_conv(**inputs, starts=None if starts is None else starts.to(on), backend=backend)
+    moved = None if document_starts is None else document_starts.to(on)
+    y, final_state = causal_conv(**inputs, document_starts=moved, backend=backend)
     assert y.dtype == final_state.dtype == dtype
     generator = torch.Generator().manual_seed(1)
     y_weight, state_weight = (
@@ -56,17 +57,17 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 @pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 3), (9, 4), (14, 2), (14, 3), (14, 4)])
 @pytest.mark.parametrize((*NAMES, "dtype"), typed_cases("causal_conv"))
 def test_equals_the_reference(backend: str, on: str, dtype: torch.dtype, length: int, width: int) -> None:
-    starts = None if length == 9 else torch.rand(2, length) < 0.25
+    document_starts = None if length == 9 else torch.rand(2, length) < 0.25
     made = operands(2, length, 5, width)
-    expected = results(made, starts, torch.float64, "reference")
-    assert_equal(results(made, starts, dtype, backend, on), expected, TOLERANCE[dtype])
+    expected = results(made, document_starts, torch.float64, "reference")
+    assert_equal(results(made, document_starts, dtype, backend, on), expected, TOLERANCE[dtype])
 
 
 def test_equals_the_reference_in_several_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_conv, "BLOCK", 2 * 20 * 5 // torch.get_num_threads())  # two rows at once, then one
-    made, starts = operands(5, 20, 5, 4), torch.rand(5, 20) < 0.2
-    expected = results(made, starts, torch.float64, "reference")
-    assert_equal(results(made, starts, torch.float64, "torch"), expected, 1e-12)
+    made, document_starts = operands(5, 20, 5, 4), torch.rand(5, 20) < 0.2
+    expected = results(made, document_starts, torch.float64, "reference")
+    assert_equal(results(made, document_starts, torch.float64, "torch"), expected, 1e-12)
 
 
 @pytest.mark.parametrize(NAMES, cases("causal_conv"))
@@ -78,29 +79,29 @@ def test_equals_the_reference_in_many_blocks_of_channels_and_chunks(
         monkeypatch.setattr(triton_conv, "BLOCK", 32)
         monkeypatch.setattr(triton_conv, "SMALLEST_ROWS", 4)
     for width in (2, 4):
-        made, starts = operands(2, 14, 33, width), torch.rand(2, 14) < 0.2
-        expected = results(made, starts, torch.float64, "reference")
-        assert_equal(results(made, starts, torch.float32, backend, on), expected, 1e-5)
+        made, document_starts = operands(2, 14, 33, width), torch.rand(2, 14) < 0.2
+        expected = results(made, document_starts, torch.float64, "reference")
+        assert_equal(results(made, document_starts, torch.float32, backend, on), expected, 1e-5)
 
 
 @pytest.mark.parametrize(NAMES, cases("causal_conv"))
 def test_strided_inputs_equal_dense_ones(backend: str, on: str) -> None:
     """Rows of a wider projection, channels that do not lie next to each other, a gradient that is expanded."""
     made = {name: value.to(on, torch.float32) for name, value in operands(2, 9, 5, 3).items()}
-    starts = (torch.rand(9, 2) < 0.2).to(on).t()
-    expected = causal_conv(**made, starts=starts.contiguous(), backend=backend)[0]
+    document_starts = (torch.rand(9, 2) < 0.2).to(on).t()
+    expected = causal_conv(**made, document_starts=document_starts.contiguous(), backend=backend)[0]
     projection = torch.cat((made["x"], made["x"] + 1), 2).requires_grad_()
     strided = made | {"weight": made["weight"].t().contiguous().t(), "x": projection[..., :5]}
     strided["initial_state"] = made["initial_state"].transpose(0, 2).contiguous().transpose(0, 2)
-    y = causal_conv(**strided, starts=starts, backend=backend)[0]
+    y = causal_conv(**strided, document_starts=document_starts, backend=backend)[0]
     assert y.equal(expected)
     y.sum().backward()
     dense = made["x"].clone().requires_grad_()
-    causal_conv(**made | {"x": dense}, starts=starts, backend=backend)[0].backward(torch.ones_like(y))
+    causal_conv(**made | {"x": dense}, document_starts=document_starts, backend=backend)[0].backward(torch.ones_like(y))
     assert projection.grad is not None and dense.grad is not None
     assert projection.grad[..., :5].equal(dense.grad) and projection.grad[..., 5:].eq(0).all()
     across = made["x"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert causal_conv(**made | {"x": across}, starts=starts, backend=backend)[0].equal(expected)
+    assert causal_conv(**made | {"x": across}, document_starts=document_starts, backend=backend)[0].equal(expected)
 
 
 @pytest.mark.parametrize(NAMES, cases("causal_conv"))
@@ -116,10 +117,10 @@ def test_equals_torchs_convolution(backend: str, on: str) -> None:
 @pytest.mark.parametrize("backend", available("causal_conv", "cpu", torch.float64))
 def test_gradcheck(backend: str) -> None:
     made = {name: value.requires_grad_() for name, value in operands(2, 9, 2, 4).items()}
-    starts = torch.rand(2, 9) < 0.2
+    document_starts = torch.rand(2, 9) < 0.2
 
     def convolve(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return causal_conv(**dict(zip(made, values, strict=True)), starts=starts, backend=backend)
+        return causal_conv(**dict(zip(made, values, strict=True)), document_starts=document_starts, backend=backend)
 
     assert torch.autograd.gradcheck(convolve, tuple(made.values()))
 
@@ -130,13 +131,13 @@ def test_packed_documents_equal_single_ones(backend: str, on: str) -> None:
     lengths = (1, 2, 3, 7, 1, 5)
     dtype = widest(backend)
     made = {name: value.to(on, dtype) for name, value in operands(1, sum(lengths), 3, 4).items()}
-    starts = torch.zeros(1, sum(lengths), dtype=torch.bool, device=on)
-    starts[0, [0, 1, 3, 6, 13, 14]] = True
+    document_starts = torch.zeros(1, sum(lengths), dtype=torch.bool, device=on)
+    document_starts[0, [0, 1, 3, 6, 13, 14]] = True
     documents = list(made["x"].split(lengths, 1))
     for document in documents[::2]:
         document[:] = math.nan
     made["x"] = made["x"].clone().requires_grad_()
-    y, final_state = causal_conv(**made, starts=starts, backend=backend)
+    y, final_state = causal_conv(**made, document_starts=document_starts, backend=backend)
     weights = made["weight"], made["bias"]
     single = [causal_conv(document, *weights, backend="reference") for document in documents]
     torch.testing.assert_close(y, torch.cat([part for part, _ in single], 1), equal_nan=True)
@@ -149,11 +150,11 @@ def test_packed_documents_equal_single_ones(backend: str, on: str) -> None:
 @pytest.mark.parametrize("cuts", [(1,) * 12, (2, 1, 3, 6)])
 def test_pieces_with_the_state_between_equal_the_whole(backend: str, on: str, cuts: tuple[int, ...]) -> None:
     made = {name: value.to(on, widest(backend)) for name, value in operands(2, 12, 3, 4).items()}
-    starts = (torch.rand(2, 12) < 0.2).to(on)
-    whole, last = causal_conv(**made, starts=starts, backend=backend)
+    document_starts = (torch.rand(2, 12) < 0.2).to(on)
+    whole, last = causal_conv(**made, document_starts=document_starts, backend=backend)
     state, pieces = made["initial_state"], []
-    for x, piece_starts in zip(made["x"].split(cuts, 1), starts.split(cuts, 1), strict=True):
-        y, state = causal_conv(x, made["weight"], made["bias"], piece_starts, state, backend=backend)
+    for x, chunk_starts in zip(made["x"].split(cuts, 1), document_starts.split(cuts, 1), strict=True):
+        y, state = causal_conv(x, made["weight"], made["bias"], chunk_starts, state, backend=backend)
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     torch.testing.assert_close(state, last)
@@ -174,8 +175,8 @@ def test_stepping_equals_the_parallel_pass(backend: str, on: str, dtype: torch.d
 
 @pytest.mark.parametrize(NAMES, cases("causal_conv"))
 def test_is_deterministic(backend: str, on: str) -> None:
-    made, starts = operands(2, 14, 33, 4), torch.rand(2, 14) < 0.1
-    first, second = (results(made, starts, torch.float32, backend, on) for _ in range(2))
+    made, document_starts = operands(2, 14, 33, 4), torch.rand(2, 14) < 0.1
+    first, second = (results(made, document_starts, torch.float32, backend, on) for _ in range(2))
     assert all(first[name].equal(second[name]) for name in first)
 
 
@@ -185,7 +186,7 @@ def test_is_deterministic(backend: str, on: str) -> None:
         ("weight", torch.zeros(4, 4), r"weight has shape \(4, 4\), and must have \(3, 4\)"),
         ("initial_state", torch.zeros(2, 4, 3), r"initial_state has shape \(2, 4, 3\), and must have \(2, 3, 3\)"),
         ("bias", torch.zeros(3, dtype=torch.float64), "bias is torch.float64, and must be torch.float32"),
-        ("starts", torch.zeros(2, 5, dtype=torch.long), "starts is torch.int64, and must be torch.bool"),
+        ("document_starts", torch.zeros(2, 5).long(), "document_starts is torch.int64, and must be torch.bool"),
         ("backend", "fast", "no back end 'fast'"),
     ],
 )

@@ -8,7 +8,7 @@ from moe_mamba.kernels.selective_scan.operands import Operands
 from moe_mamba.kernels.selective_scan.reference import selective_scan as reference
 
 
-def _operands(length: int, starts: bool, state: bool, gate: bool) -> Operands:
+def _operands(length: int, packed: bool, state: bool, gate: bool) -> Operands:
     torch.manual_seed(length)
 
     def random(*shape: int) -> torch.Tensor:
@@ -24,15 +24,15 @@ def _operands(length: int, starts: bool, state: bool, gate: bool) -> Operands:
         D=random(4),
         z=random(2, length, 4) if gate else None,
         delta_bias=random(4) if gate else None,
-        starts=torch.rand(2, length) < 0.3 if starts else None,
+        document_starts=torch.rand(2, length) < 0.3 if packed else None,
         initial_state=random(2, 4, 3) if state else None,
     )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 9, 10, 17])
-@pytest.mark.parametrize(("starts", "state", "gate"), [(False, False, True), (True, True, True), (True, False, False)])
-def test_values_and_gradients(length: int, starts: bool, state: bool, gate: bool) -> None:
-    operands = _operands(length, starts, state, gate)
+@pytest.mark.parametrize(("packed", "state", "gate"), [(False, False, True), (True, True, True), (True, False, False)])
+def test_values_and_gradients(length: int, packed: bool, state: bool, gate: bool) -> None:
+    operands = _operands(length, packed, state, gate)
     leaves = [value for value in operands if value is not None and value.is_floating_point()]
     results = []
     for scan in (chunked, reference):
@@ -51,7 +51,7 @@ def test_a_start_hides_what_is_not_finite() -> None:
     operands = _operands(7, False, False, True)
     x = operands.x.detach().clone()
     x[:, 2] = torch.nan
-    starts = torch.zeros(2, 7, dtype=torch.bool)
-    starts[:, 3] = True
-    y, last = chunked(operands._replace(x=x, starts=starts))
+    document_starts = torch.zeros(2, 7, dtype=torch.bool)
+    document_starts[:, 3] = True
+    y, last = chunked(operands._replace(x=x, document_starts=document_starts))
     assert y[:, 3:].isfinite().all() and last.isfinite().all()

@@ -23,10 +23,10 @@ def typed(made: Operands, dtype: torch.dtype) -> Operands:
     return {name: value.to(dtype) for name, value in made.items()}
 
 
-def results(made: Operands, starts: Tensor | None, backend: str) -> Operands:
+def results(made: Operands, document_starts: Tensor | None, backend: str) -> Operands:
     """y and every gradient, for a fixed random weight of y."""
     inputs = {name: value.detach().requires_grad_() for name, value in made.items()}
-    y, _ = causal_conv(**inputs, starts=starts, backend=backend)
+    y, _ = causal_conv(**inputs, document_starts=document_starts, backend=backend)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
     return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), weight), strict=True))}
 
@@ -43,8 +43,9 @@ def assert_close(actual: Operands, expected: Operands, tolerance: float) -> None
 def test_equals_the_reference(length: int, channels: int, width: int, dtype: torch.dtype) -> None:
     made = typed(operands(2, length, channels, width), dtype)
     exact = typed(made, torch.float64)
-    for starts in (None, torch.rand(2, length) < 0.2):
-        assert_close(results(made, starts, "cpu"), results(exact, starts, "reference"), TOLERANCE[dtype])
+    for document_starts in (None, torch.rand(2, length) < 0.2):
+        expected = results(exact, document_starts, "reference")
+        assert_close(results(made, document_starts, "cpu"), expected, TOLERANCE[dtype])
 
 
 def test_strided_inputs_are_read_in_place_and_others_copied() -> None:
@@ -64,11 +65,11 @@ def test_a_gradient_that_is_expanded() -> None:
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    made, starts = typed(operands(3, 70, 700, 4), torch.float32), torch.rand(3, 70) < 0.05
+    made, document_starts = typed(operands(3, 70, 700, 4), torch.float32), torch.rand(3, 70) < 0.05
     before, found = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(results(made, starts, "cpu"))
+        found.append(results(made, document_starts, "cpu"))
     torch.set_num_threads(before)
     for name, value in found[0].items():
         assert all(torch.equal(value, other[name]) for other in found[1:]), name
@@ -79,8 +80,9 @@ def test_nan_is_where_the_reference_has_it(width: int) -> None:
     made = operands(2, 20, 18, width)
     made["x"][0, 9, 2] = math.nan
     made["initial_state"][1, -1, 0] = math.nan
-    starts = torch.zeros(2, 20, dtype=torch.bool)
-    starts[0, 11] = starts[1, 1] = True
-    actual, expected = results(typed(made, torch.float32), starts, "cpu"), results(made, starts, "reference")
+    document_starts = torch.zeros(2, 20, dtype=torch.bool)
+    document_starts[0, 11] = document_starts[1, 1] = True
+    actual = results(typed(made, torch.float32), document_starts, "cpu")
+    expected = results(made, document_starts, "reference")
     for name, value in expected.items():
         assert torch.equal(actual[name].isnan(), value.isnan()), name

@@ -37,10 +37,10 @@ def typed(made: Operands, dtype: torch.dtype) -> Operands:
     return {name: value.to(work if name in WIDE else dtype) for name, value in made.items()}
 
 
-def results(made: Operands, starts: Tensor | None, backend: str) -> Operands:
+def results(made: Operands, document_starts: Tensor | None, backend: str) -> Operands:
     """y, the final state and every gradient, for fixed random weights of the first two."""
     inputs = {name: value.detach().requires_grad_() for name, value in made.items()}
-    y, final_state = selective_scan(**inputs, starts=starts, backend=backend)
+    y, final_state = selective_scan(**inputs, document_starts=document_starts, backend=backend)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in (y, final_state)]
     gradients = torch.autograd.grad((y, final_state), list(inputs.values()), weights)
@@ -61,19 +61,20 @@ def assert_close(actual: Operands, expected: Operands, tolerance: float) -> None
 def test_equals_the_reference(batch: int, length: int, d_inner: int, d_state: int, dtype: torch.dtype) -> None:
     made = operands(batch, length, d_inner, d_state)
     for optional in (True, False):
-        starts = torch.rand(batch, length) < 0.15 if optional else None
+        document_starts = torch.rand(batch, length) < 0.15 if optional else None
         if not optional:
             made = {name: value for name, value in made.items() if name not in ("z", "delta_bias", "initial_state")}
-        assert_close(results(typed(made, dtype), starts, "cpu"), results(made, starts, "reference"), TOLERANCE[dtype])
+        expected = results(made, document_starts, "reference")
+        assert_close(results(typed(made, dtype), document_starts, "cpu"), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("place", [0, 1, 15, 16, 17, 31, 32])
 def test_starts_at_the_edges_of_chunks(place: int) -> None:
     made = operands(2, 34, 20, 3)
-    starts = torch.zeros(2, 34, dtype=torch.bool)
-    starts[0, place] = True
-    assert_close(results(made, starts, "cpu"), results(made, starts, "reference"), 1e-12)
+    document_starts = torch.zeros(2, 34, dtype=torch.bool)
+    document_starts[0, place] = True
+    assert_close(results(made, document_starts, "cpu"), results(made, document_starts, "reference"), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -101,11 +102,11 @@ def test_a_gradient_that_is_expanded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
-    made, starts = typed(operands(3, 70, 300, 16), dtype), torch.rand(3, 70) < 0.05
+    made, document_starts = typed(operands(3, 70, 300, 16), dtype), torch.rand(3, 70) < 0.05
     before, found = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(results(made, starts, "cpu"))
+        found.append(results(made, document_starts, "cpu"))
     torch.set_num_threads(before)
     for name, value in found[0].items():
         assert all(torch.equal(value, other[name]) for other in found[1:]), name
@@ -116,9 +117,9 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
 def test_nan_is_where_the_reference_has_it(name: str, dtype: torch.dtype) -> None:
     made = operands(2, 40, 18, 5)
     made[name][0, 20, 2] = math.nan
-    starts = torch.zeros(2, 40, dtype=torch.bool)
-    starts[0, [5, 33]] = True
-    actual, expected = results(typed(made, dtype), starts, "cpu"), results(made, starts, "reference")
+    document_starts = torch.zeros(2, 40, dtype=torch.bool)
+    document_starts[0, [5, 33]] = True
+    actual, expected = results(typed(made, dtype), document_starts, "cpu"), results(made, document_starts, "reference")
     for key, value in expected.items():
         assert torch.equal(actual[key].isnan(), value.isnan()), key
 
@@ -161,11 +162,13 @@ def test_every_half_is_read_and_rounded_as_torch_does() -> None:
         x = bits.view(dtype)[None, :, None]
         length = x.shape[1]
         narrow = torch.zeros(1, length, 1, dtype=dtype)
-        starts = torch.ones(1, length, dtype=torch.bool)
+        document_starts = torch.ones(1, length, dtype=torch.bool)
         for D in (1.0, 0.37, 3.3e-3):
             with torch.no_grad():
                 delta, A = torch.full_like(x, -1e4), -torch.ones(1, 1)
-                y, _ = selective_scan(x, delta, A, narrow, narrow, torch.tensor([D]), starts=starts, backend="cpu")
+                y, _ = selective_scan(
+                    x, delta, A, narrow, narrow, torch.tensor([D]), document_starts=document_starts, backend="cpu"
+                )
             expected = (x.float() * D).to(dtype)
             finite = x.isfinite()
             assert torch.equal(y[finite], expected[finite])

@@ -49,7 +49,7 @@ def operands(batch: int, length: int, d_inner: int, d_state: int, optional: bool
 
 
 def results(
-    made: dict[str, Tensor], starts: Tensor | None, dtype: torch.dtype, backend: str, on: str = "cpu"
+    made: dict[str, Tensor], document_starts: Tensor | None, dtype: torch.dtype, backend: str, on: str = "cpu"
 ) -> dict[str, Tensor]:
     """y, the final state, and the gradient of every operand for fixed random weights of both, on the CPU."""
     work = torch.promote_types(dtype, torch.float32)
@@ -57,8 +57,8 @@ def results(
         name: value.to(on, work if name in WIDE else dtype).detach().clone().requires_grad_()
         for name, value in made.items()
     }
-    moved = None if starts is None else starts.to(on)
-    y, final_state = selective_scan(**inputs, starts=moved, backend=backend)
+    moved = None if document_starts is None else document_starts.to(on)
+    y, final_state = selective_scan(**inputs, document_starts=moved, backend=backend)
     assert y.dtype == dtype and final_state.dtype == work
     generator = torch.Generator().manual_seed(1)
     y_weight, state_weight = (
@@ -83,17 +83,17 @@ def test_equals_the_reference(backend: str, on: str, dtype: torch.dtype, shape: 
         pytest.skip("test_triton_scan.py has shapes for the interpreter")
     for optional in (True, False):
         made = operands(*shape, optional)
-        starts = torch.rand(shape[:2]) < 0.15 if optional else None
-        expected = results(made, starts, torch.float64, "reference")
-        assert_equal(results(made, starts, dtype, backend, on), expected, TOLERANCE[dtype])
+        document_starts = torch.rand(shape[:2]) < 0.15 if optional else None
+        expected = results(made, document_starts, torch.float64, "reference")
+        assert_equal(results(made, document_starts, dtype, backend, on), expected, TOLERANCE[dtype])
 
 
 def test_equals_the_reference_in_several_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_scan, "BLOCK", 48 / torch.get_num_threads())  # two rows at once, then one
     made = operands(5, 40, 6, 4)
-    starts = torch.rand(5, 40) < 0.1
-    expected = results(made, starts, torch.float64, "reference")
-    assert_equal(results(made, starts, torch.float64, "torch"), expected, 1e-12)
+    document_starts = torch.rand(5, 40) < 0.1
+    expected = results(made, document_starts, torch.float64, "reference")
+    assert_equal(results(made, document_starts, torch.float64, "torch"), expected, 1e-12)
 
 
 @every_case
@@ -124,10 +124,10 @@ def test_nan_comes_out_exactly_where_the_reference_has_it(backend: str, on: str,
 )
 def test_gradcheck(backend: object) -> None:
     made = {name: value.requires_grad_() for name, value in operands(1, 18, 2, 2).items()}
-    starts = torch.rand(1, 18) < 0.1
+    document_starts = torch.rand(1, 18) < 0.1
 
     def scan(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return selective_scan(**dict(zip(made, values, strict=True)), starts=starts, backend=backend)
+        return selective_scan(**dict(zip(made, values, strict=True)), document_starts=document_starts, backend=backend)
 
     assert torch.autograd.gradcheck(scan, tuple(made.values()))
 
@@ -144,9 +144,9 @@ def test_a_start_hides_everything_before_it(backend: str, on: str, place: int) -
         made[name][0, :place] = math.nan
     if place == 0:
         made["initial_state"][0] = math.nan
-    starts = torch.zeros(2, length, dtype=torch.bool)
-    starts[0, place] = True
-    actual = results(made, starts, widest(backend), backend, on)
+    document_starts = torch.zeros(2, length, dtype=torch.bool)
+    document_starts[0, place] = True
+    actual = results(made, document_starts, widest(backend), backend, on)
 
     after = {name: value[:, place:] if name in ("x", "delta", "B", "C", "z") else value for name, value in made.items()}
     after["initial_state"] = torch.zeros_like(made["initial_state"])
@@ -164,9 +164,9 @@ def test_no_gradient_crosses_a_start(backend: str, on: str) -> None:
     length, place = (12, 5) if is_slow(backend, on) else (40, 20)
     given = operands(1, length, 3, 2)
     made = {name: value.to(on, widest(backend)).requires_grad_() for name, value in given.items()}
-    starts = torch.zeros(1, length, dtype=torch.bool, device=on)
-    starts[0, place] = True
-    y, final_state = selective_scan(**made, starts=starts, backend=backend)
+    document_starts = torch.zeros(1, length, dtype=torch.bool, device=on)
+    document_starts[0, place] = True
+    y, final_state = selective_scan(**made, document_starts=document_starts, backend=backend)
     (y[:, place:].sum() + final_state.sum()).backward()
     gradient = made["x"].grad
     assert gradient is not None and gradient[:, :place].eq(0).all() and gradient[:, place:].ne(0).all()
@@ -191,8 +191,8 @@ def test_two_halves_with_the_state_between_equal_the_whole(backend: str, on: str
 @every_case
 def test_two_runs_are_equal_to_the_bit(backend: str, on: str) -> None:
     batch = 1 if is_slow(backend, on) else 4
-    made, starts = operands(batch, 5, 35, 3), torch.rand(batch, 5) < 0.2
-    first, second = (results(made, starts, torch.float32, backend, on) for _ in range(2))
+    made, document_starts = operands(batch, 5, 35, 3), torch.rand(batch, 5) < 0.2
+    first, second = (results(made, document_starts, torch.float32, backend, on) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -274,7 +274,7 @@ def test_keeps_a_sixteenth_of_the_states() -> None:
         ("delta", torch.zeros(2, 6, 3), r"delta has shape \(2, 6, 3\), and must have \(2, 5, 3\)"),
         ("B", torch.zeros(2, 5, 3), r"B has shape \(2, 5, 3\), and must have \(2, 5, 2\)"),
         ("C", torch.zeros(2, 5, 2, dtype=torch.bfloat16), "C is torch.bfloat16, and must be torch.float32"),
-        ("starts", torch.zeros(2, 5), "starts is torch.float32, and must be torch.bool"),
+        ("document_starts", torch.zeros(2, 5), "document_starts is torch.float32, and must be torch.bool"),
         ("A", torch.zeros(3), r"A has shape \(3,\), and must be \(d_inner, d_state\)"),
         ("A", torch.zeros(3, 2, dtype=torch.int64), "A is torch.int64, and must be torch.float32 like the first"),
         ("D", torch.zeros(3, device="meta"), "D is on meta, and must be on cpu like the first"),

@@ -43,10 +43,10 @@ def test_equals_the_reference(shape: tuple[int, ...], optional: bool, dtype: tor
 @pytest.mark.parametrize("places", [(3, 8), (4, 7)])
 @pytest.mark.usefixtures("short_intervals")
 def test_starts_beside_the_edges_of_chunks(places: tuple[int, ...]) -> None:
-    made, starts = operands(1, 10, 3, 2), torch.zeros(1, 10, dtype=torch.bool)
-    starts[0, list(places)] = True
-    expected = results(made, starts, torch.float64, "reference")
-    assert_equal(results(made, starts, torch.float32, "triton", ON), expected, 1e-5)
+    made, document_starts = operands(1, 10, 3, 2), torch.zeros(1, 10, dtype=torch.bool)
+    document_starts[0, list(places)] = True
+    expected = results(made, document_starts, torch.float64, "reference")
+    assert_equal(results(made, document_starts, torch.float32, "triton", ON), expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -58,22 +58,22 @@ def test_segments_change_nothing(
 ) -> None:
     monkeypatch.setattr(entry, "SEGMENTS", segments)
     made = operands(1, 19, 5, 3, optional)
-    starts = torch.zeros(1, 19, dtype=torch.bool)
-    starts[0, list(starts_at)] = True
-    expected = results(made, starts, torch.float64, "reference")
-    assert_equal(results(made, starts if starts_at else None, torch.float32, "triton", ON), expected, 1e-5)
+    document_starts = torch.zeros(1, 19, dtype=torch.bool)
+    document_starts[0, list(starts_at)] = True
+    expected = results(made, document_starts, torch.float64, "reference")
+    assert_equal(results(made, document_starts if starts_at else None, torch.float32, "triton", ON), expected, 1e-5)
 
 
 @pytest.mark.usefixtures("short_intervals")
 def test_nan_does_not_cross_a_start_in_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entry, "SEGMENTS", 3)
     made = operands(1, 19, 3, 2)
-    starts = torch.zeros(1, 19, dtype=torch.bool)
-    starts[0, 10] = True
+    document_starts = torch.zeros(1, 19, dtype=torch.bool)
+    document_starts[0, 10] = True
     for name in ("x", "delta"):
         made[name][0, 5] = torch.nan
-    actual = results(made, starts, torch.float32, "triton", ON)
-    expected = results(made, starts, torch.float64, "reference")
+    actual = results(made, document_starts, torch.float32, "triton", ON)
+    expected = results(made, document_starts, torch.float64, "reference")
     assert torch.equal(actual["y"].isnan(), expected["y"].isnan())
     assert actual["final state"].isfinite().all() and actual["gradient of x"][:, 10:].isfinite().all()
 

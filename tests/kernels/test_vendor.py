@@ -46,20 +46,20 @@ def scan_operands(gated: bool) -> dict[str, Tensor | None]:
         "D": torch.randn(d_inner),
         "z": projected[..., d_inner:] if gated else None,
         "delta_bias": torch.randn(d_inner) if gated else None,
-        "starts": None,
+        "document_starts": None,
         "initial_state": None,
     }
 
 
 def conv_operands(channels: int, width: int, started: bool) -> dict[str, Tensor | None]:
     batch, length = 3, 13
-    starts = torch.rand(batch, length) < 0.3
-    starts[0, 0], starts[1, 0] = True, False
+    document_starts = torch.rand(batch, length) < 0.3
+    document_starts[0, 0], document_starts[1, 0] = True, False
     return {
         "x": torch.randn(batch, length, 2 * channels)[..., channels:],
         "weight": torch.randn(channels, width),
         "bias": torch.randn(channels),
-        "starts": starts if started else None,
+        "document_starts": document_starts if started else None,
         "initial_state": torch.randn(batch, width - 1, channels),
     }
 
@@ -141,7 +141,7 @@ def test_conv_takes_any_strides(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("starts", torch.zeros(2, 11).bool()), ("initial_state", torch.zeros(2, 6, 4))]
+    ("name", "value"), [("document_starts", torch.zeros(2, 11).bool()), ("initial_state", torch.zeros(2, 6, 4))]
 )
 def test_scan_refuses_what_it_cannot_do(name: str, value: Tensor) -> None:
     with pytest.raises(UserError, match=f"^selective_scan: .* does not take {name}: choose --run.kernels=auto$"):

@@ -102,9 +102,9 @@ def batch_of(step: int, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
     targets = (7 * tokens + 3) % config.model.vocab_size  # something to learn
     targets[torch.rand(shape, generator=generator) < 0.1] = -100
-    starts = torch.rand(shape, generator=generator) < 0.15
-    starts[:, 0] = True
-    return tokens, targets, starts
+    document_starts = torch.rand(shape, generator=generator) < 0.15
+    document_starts[:, 0] = True
+    return tokens, targets, document_starts
 
 
 def share_of(values: Tensor, topology: Topology, micro_step: int, micro_batch: int) -> Tensor:
@@ -214,12 +214,13 @@ def train(config: Config, steps: int) -> Trained:
     losses, norms, gradients = [], [], []
     with routing_margins(built.model) as margins:
         for step in range(steps):
-            tokens, targets, starts = batch_of(step, config)
+            tokens, targets, document_starts = batch_of(step, config)
             counted = int((targets != -100).sum())
             objective = Objective(config.moe, built.model.cross_entropy, counted, micro_steps, built.topology)
             for number in range(micro_steps):
                 mine = [
-                    share_of(v, built.topology, number, config.train.micro_batch) for v in (tokens, targets, starts)
+                    share_of(v, built.topology, number, config.train.micro_batch)
+                    for v in (tokens, targets, document_starts)
                 ]
                 output = engine(mine[0], mine[2])
                 engine.backward(objective(output.logits, mine[1], output.statistics))

@@ -26,12 +26,12 @@ FP32, INT64 = 4, 8
 def micro_step(config: Config) -> list[Collective]:
     """In a worker: what a forward and a backward pass move, without an engine."""
     built = build(config)
-    tokens, targets, starts = (
+    tokens, targets, document_starts = (
         share_of(values, built.topology, 0, config.train.micro_batch) for values in batch_of(0, config)
     )
     objective = Objective(config.moe, built.model.cross_entropy, 100, 1, built.topology)
     with counting() as found:
-        output = built.model.train()(tokens, starts)
+        output = built.model.train()(tokens, document_starts)
         objective(output.logits, targets, output.statistics).backward()
     return found
 
@@ -216,8 +216,8 @@ def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dic
         with counting() as found:
             for number in range(2):
                 values = (share_of(value, topology, number, micro_batch) for value in batch_of(step, config))
-                tokens, targets, starts = values
-                output = engine(tokens, starts)
+                tokens, targets, document_starts = values
+                output = engine(tokens, document_starts)
                 engine.backward(objective(output.logits, targets, output.statistics))
                 if number == 0:
                     engine.step()

@@ -54,7 +54,7 @@ def forward_and_backward(config: Config) -> tuple[Chunks, Chunks]:
     """In a worker: logits and gradients of one global batch in float64, without an engine."""
     built = build(config)
     model = built.model.double().train()
-    tokens, targets, starts = batch_of(0, config)
+    tokens, targets, document_starts = batch_of(0, config)
     micro_batch = config.train.micro_batch
     micro_steps = GLOBAL_BATCH // (micro_batch * built.topology.data)
     counted = int((targets != -100).sum())
@@ -62,7 +62,9 @@ def forward_and_backward(config: Config) -> tuple[Chunks, Chunks]:
     outputs: Chunks = []
     with routing_margins(model) as margins:
         for number in range(micro_steps):
-            mine = [share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, starts)]
+            mine = [
+                share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, document_starts)
+            ]
             output = model(mine[0], mine[2])
             (objective(output.logits, mine[1], output.statistics) / micro_steps).backward()
             outputs.append(logits_chunk(output.logits, built.topology, number))

@@ -164,9 +164,9 @@ def dtypes(config: Config) -> tuple[dict[str, torch.dtype], set[torch.dtype], di
     streams: list[torch.dtype] = []
     built.model.layers[0].register_forward_hook(lambda _, __, output: streams.append(output[0].dtype))
     mamba.selective_scan = noting
-    tokens, _, starts = (values[: config.train.micro_batch] for values in batch_of(0, config))
+    tokens, _, document_starts = (values[: config.train.micro_batch] for values in batch_of(0, config))
     try:
-        engine(tokens, starts)
+        engine(tokens, document_starts)
     finally:
         mamba.selective_scan = scan
     running = {name: parameter.dtype for name, parameter in engine.module.named_parameters()}

@@ -97,7 +97,7 @@ def main(output: str, device: str = "cuda", tiny: bool = False) -> None:
 def cases(tiny: bool) -> Iterator[Case]:
     """Operands in float64 on the CPU."""
     batch, length, d_inner, d_state = (2, 5, 6, 4) if tiny else (3, 517, 1536, 16)
-    starts = torch.rand(batch, length) < 3 / length
+    document_starts = torch.rand(batch, length) < 3 / length
     for what in ("plain", "with resets and a state"):
         scan = _scan(batch, length, d_inner, d_state)
         conv = {
@@ -106,8 +106,8 @@ def cases(tiny: bool) -> Iterator[Case]:
             "bias": _normal(d_inner),
         }
         if what != "plain":
-            scan |= {"starts": starts, "initial_state of the scan": _normal(batch, d_inner, d_state)}
-            conv |= {"starts": starts, "initial_state": _normal(batch, 3, d_inner)}
+            scan |= {"document_starts": document_starts, "initial_state of the scan": _normal(batch, d_inner, d_state)}
+            conv |= {"document_starts": document_starts, "initial_state": _normal(batch, 3, d_inner)}
         yield Case("selective_scan", what, scan, _call_scan)
         yield Case("causal_conv", what, conv, lambda named, backend: causal_conv(**named, backend=backend))
     yield from _steps(batch, d_inner, d_state)

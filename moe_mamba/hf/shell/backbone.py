@@ -15,7 +15,7 @@ from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, StateCache
 from moe_mamba.hf.shell.configuration import MoEConfig
 from moe_mamba.hf.shell.kernels import Plain, operations
 from moe_mamba.hf.shell.order import reordered, reordered_attention, reordered_rows, run_with_waiting
-from moe_mamba.hf.shell.padding import Reading, document_starts, read
+from moe_mamba.hf.shell.padding import Reading, packed_document_starts, read
 from moe_mamba.hf.shell.pretrained import MoEMambaLayer, MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, embedding_weight
 from moe_mamba.model.layer import initial_states, run_layers
@@ -154,9 +154,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             attentions=[] if wants_attentions or config._attn_implementation == "eager" else None,
             router_logits=[] if wants_routers else None,
         )
-        starts = document_starts(inputs_embeds, **documents)
-        reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, starts)
-        if self.looks_ahead and (reading.starts is not None or reading.visible is not None):
+        document_starts = packed_document_starts(inputs_embeds, **documents)
+        reading = read(inputs_embeds.shape[0], length, cache, attention_mask, position_ids, document_starts)
+        if self.looks_ahead and (reading.document_starts is not None or reading.visible is not None):
             raise ValueError(
                 "moe.router=expert_choice: experts choose among all tokens of a row, so padding and packed documents "
                 "would change each other's results: give texts of one length, one in each row"
@@ -220,18 +220,19 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         """Run the layers over ``embedded`` (batch, length, d_model) from the cache's states; fills the cache."""
         batch, length, _ = embedded.shape
         states = None if cache is None else self._states(cache, embedded)
-        starts = reading.starts
-        if starts is None and length == 1 and cache is not None and not cache.is_empty and torch.is_grad_enabled():
+        document_starts = reading.document_starts
+        is_step = length == 1 and cache is not None and not cache.is_empty
+        if document_starts is None and is_step and torch.is_grad_enabled():
             # The step for one token has no gradient; a pass has.
-            starts = torch.zeros(batch, 1, dtype=torch.bool, device=embedded.device)
+            document_starts = torch.zeros(batch, 1, dtype=torch.bool, device=embedded.device)
         stream = reordered(embedded, reading.order)
         run = partial(run_layers, self.layers, merge=self._computes_again())
         if reading.waiting is not None and states is not None:
             if recording != Recording():
                 raise ValueError("padding after text that is in the cache: no layer's results can be recorded")
-            stream, statistics, states = run_with_waiting(run, stream, starts, states, reading.waiting)
+            stream, statistics, states = run_with_waiting(run, stream, document_starts, states, reading.waiting)
         else:
-            sequences = Sequences(batch, length, starts, recording)
+            sequences = Sequences(batch, length, document_starts, recording)
             stream, statistics, states = run(stream.flatten(0, 1), sequences, states)
         if cache is not None and states is not None:
             cache.keep(states)

@@ -42,14 +42,15 @@ class Plain:
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        starts: Tensor | None = None,
+        document_starts: Tensor | None = None,
         initial_state: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """See ``moe_mamba.kernels.causal_conv``."""
         if initial_state is None:
             initial_state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-        return plain_causal_conv(x, weight, bias, starts, initial_state), _final_state(x, starts, initial_state)
+        y = plain_causal_conv(x, weight, bias, document_starts, initial_state)
+        return y, _final_state(x, document_starts, initial_state)
 
     @staticmethod
     @torch.no_grad()
@@ -105,12 +106,12 @@ class Plain:
         D: Tensor,
         z: Tensor | None = None,
         delta_bias: Tensor | None = None,
-        starts: Tensor | None = None,
+        document_starts: Tensor | None = None,
         initial_state: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:
         """See ``moe_mamba.kernels.selective_scan``."""
-        return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, starts, initial_state))
+        return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
     @staticmethod
     @torch.no_grad()

@@ -12,14 +12,14 @@ from moe_mamba.model.sequences import Sequences
 
 
 def run_with_waiting(
-    run: Any, stream: Tensor, starts: Tensor | None, states: list[State | None], waiting: Tensor
+    run: Any, stream: Tensor, document_starts: Tensor | None, states: list[State | None], waiting: Tensor
 ) -> tuple[Tensor, Statistics, list[State | None]]:
     """A pass in parts, so that a row's state is as it was when the row's padding has passed.
 
     Args:
         run: ``run_layers`` of the model's layers.
         stream: (batch, length, d_model), padding first in each row.
-        starts: (batch, length) bool, or None.
+        document_starts: (batch, length) bool, or None.
         states: of each layer, before the tokens.
         waiting: (batch,) tokens of padding of the rows that go on from a state.
     """
@@ -27,7 +27,7 @@ def run_with_waiting(
     bounds = sorted({0, length, *waiting.tolist()})
     streams, statistics = [], []
     for first, end in pairwise(bounds):
-        part = None if starts is None else starts[:, first:end]
+        part = None if document_starts is None else document_starts[:, first:end]
         mixed, measured, new_states = run(
             stream[:, first:end].flatten(0, 1), Sequences(batch, end - first, part), states
         )

@@ -26,7 +26,7 @@ class Reading:
     """How the new tokens are read.
 
     Attributes:
-        starts: (batch, length) bool, where a document starts, in the order of ``order``; None: nowhere.
+        document_starts: (batch, length) bool, where a document starts, in the order of ``order``; None: nowhere.
         visible: (batch, length) bool, which tokens are text, as given; None: all.
         order: (batch, length) int64, the place that each token read comes from; None: as they stand.
         places: (batch, length) int64, where in that order the result for each token as given stands; padding behind
@@ -34,7 +34,7 @@ class Reading:
         waiting: (batch,) int64, tokens of padding before a row goes on from its state; None: no row waits.
     """
 
-    starts: Tensor | None = None
+    document_starts: Tensor | None = None
     visible: Tensor | None = None
     order: Tensor | None = None
     places: Tensor | None = None
@@ -47,7 +47,7 @@ def read(
     cache: StateCache | None,
     mask: Tensor | None,
     position_ids: Tensor | None,
-    starts: Tensor | None,
+    document_starts: Tensor | None,
 ) -> Reading:
     """Find out how new tokens are read.
 
@@ -57,7 +57,7 @@ def read(
         cache: what the states have seen; None: nothing.
         mask: (batch, tokens seen + length), or as wide as the cache has room: 0 on padding; None: all is text.
         position_ids: (batch or 1, length); where one is 0 a document starts. None: they follow from the mask.
-        starts: (batch, length) bool, further document starts.
+        document_starts: (batch, length) bool, further document starts.
 
     Raises:
         ValueError: masks or positions of another shape, a mask that hides what the states have read, positions that
@@ -74,10 +74,10 @@ def read(
     if position_ids is not None and position_ids.shape[1] != length:
         raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
     if is_traced:
-        return _traced(new, position_ids, starts, cache, mask)
+        return _traced(new, position_ids, document_starts, cache, mask)
     if mask is not None and new is not None:
         new = _checked(mask, new, cache, past)
-    restarts = starts
+    restarts = document_starts
     if position_ids is not None:
         restarts = _either(restarts, _restarts(position_ids.expand(batch, -1), new, past))
     if new is None:
@@ -133,7 +133,7 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | No
     if past and cache is not None:
         begun = ~begun if cache.visible is None else cache.visible[:, :past].any(1).to(new.device)
     first = new & (new.cumsum(1) == 1) & ~begun[:, None]
-    starts = _either(None if restarts is None else restarts & new, first)
+    document_starts = _either(None if restarts is None else restarts & new, first)
     padding = ~new
     behind_text = padding & (new.cumsum(1) > 0)
     held_up = (padding & begun[:, None]).any()
@@ -141,10 +141,10 @@ def _around_padding(new: Tensor, restarts: Tensor | None, cache: StateCache | No
     harms = behind_text if cache is not None else new & (behind_text.cumsum(1) > 0)
     needs_order, waits = torch.stack((harms.any() | held_up, held_up)).tolist()
     if not needs_order:
-        return Reading(_starts(starts, past), new)
+        return Reading(_starts(document_starts, past), new)
     order, places = _padding_first(new)
     waiting = torch.where(begun, padding.sum(1), 0) if waits else None
-    return Reading(_starts(starts.gather(1, order), past), new, order, places, waiting)
+    return Reading(_starts(document_starts.gather(1, order), past), new, order, places, waiting)
 
 
 def _restarts(positions: Tensor, new: Tensor | None, past: int) -> Tensor:
@@ -176,7 +176,11 @@ def _is_binary(mask: Tensor) -> Tensor:
 
 
 def _traced(
-    new: Tensor | None, positions: Tensor | None, starts: Tensor | None, cache: StateCache | None, mask: Tensor | None
+    new: Tensor | None,
+    positions: Tensor | None,
+    document_starts: Tensor | None,
+    cache: StateCache | None,
+    mask: Tensor | None,
 ) -> Reading:
     """As ``read``, without a look at any value: what would be refused raises a RuntimeError when the graph runs."""
     goes_on = cache is not None and not cache.is_empty
@@ -188,17 +192,17 @@ def _traced(
         if not goes_on and new is None:
             torch._assert_async(is_start[:, 0].all(), BEGIN)
         like = positions if new is None else new
-        starts = _either(starts, is_start.expand(like.shape[0], -1))
+        document_starts = _either(document_starts, is_start.expand(like.shape[0], -1))
     if new is None or mask is None:
-        return Reading(starts)
+        return Reading(document_starts)
     torch._assert_async(_is_binary(mask), BINARY)
     if goes_on:
         torch._assert_async(new.all(), f"a compiled pass goes on from a cache without padding: {UNCOMPILED}")
-        return Reading(starts)
+        return Reading(document_starts)
     first = new & (new.cumsum(1) == 1)
-    starts = _either(None if starts is None else starts & new, first)
+    document_starts = _either(None if document_starts is None else document_starts & new, first)
     order, places = _padding_first(new)
-    return Reading(starts.gather(1, order), new, order, places)
+    return Reading(document_starts.gather(1, order), new, order, places)
 
 
 def _check_step(cache: StateCache, mask: Tensor | None, positions: Tensor | None) -> None:
@@ -219,21 +223,21 @@ def _padding_first(new: Tensor) -> tuple[Tensor, Tensor]:
     return order, places
 
 
-def _starts(starts: Tensor | None, past: int) -> Tensor | None:
+def _starts(document_starts: Tensor | None, past: int) -> Tensor | None:
     """Starts that say something: nothing is before the first place; None where there are none."""
-    if starts is None:
+    if document_starts is None:
         return None
     if past == 0:
-        starts = starts.clone()
-        starts[:, 0] = False
-    return starts if starts.any() else None
+        document_starts = document_starts.clone()
+        document_starts[:, 0] = False
+    return document_starts if document_starts.any() else None
 
 
 def _either(one: Tensor | None, other: Tensor) -> Tensor:
     return other if one is None else one | other
 
 
-def document_starts(
+def packed_document_starts(
     embedded: Tensor,
     seq_idx: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -254,14 +258,14 @@ def document_starts(
     Raises:
         ValueError: other shapes, or bounds that differ.
     """
-    starts = None
+    document_starts = None
     if seq_idx is not None:
         if seq_idx.shape != embedded.shape[:2]:
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, and must be {tuple(embedded.shape[:2])}")
-        starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        document_starts = nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     bounds = cu_seq_lens_q
     if bounds is None and cu_seq_lens_k is None:
-        return starts
+        return document_starts
     if bounds is None or cu_seq_lens_k is None or not torch.equal(bounds, cu_seq_lens_k) or embedded.shape[0] != 1:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be the same, of the documents of one row")
     ends = [int(bounds[0]), int(bounds[-1])] if bounds.numel() > 1 else []
@@ -271,4 +275,4 @@ def document_starts(
         )
     by_bounds = torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
     by_bounds[0, bounds[1:-1].long()] = True
-    return _either(starts, by_bounds)
+    return _either(document_starts, by_bounds)

@@ -23,7 +23,7 @@ def causal_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    starts: Tensor | None = None,
+    document_starts: Tensor | None = None,
     initial_state: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def causal_conv(
         x: (batch, length, channels).
         weight: (channels, width); the last tap is the present; dtype of x.
         bias: (channels), dtype of x.
-        starts: (batch, length) bool; no tap reaches from a True position or after it to before it.
+        document_starts: (batch, length) bool; no tap reaches from a True position or after it to before it.
         initial_state: (batch, width - 1, channels), the inputs before position 0; None: zeros; dtype of x.
         backend: ``auto``, or one of ``BACKENDS["causal_conv"]``, which says the widths that each takes.
 
@@ -53,19 +53,19 @@ def causal_conv(
         (
             ("weight", weight, (channels, width)),
             ("bias", bias, (channels,)),
-            ("starts", starts, (batch, length)),
+            ("document_starts", document_starts, (batch, length)),
             ("initial_state", initial_state, (batch, width - 1, channels)),
         ),
     )
     others = (("weight", weight), ("bias", bias), ("initial_state", initial_state))
     require_same_dtype("causal_conv", x.dtype, others)
-    require_bool("causal_conv", "starts", starts)
-    require_one_device("causal_conv", x, (*others, ("starts", starts)))
+    require_bool("causal_conv", "document_starts", document_starts)
+    require_one_device("causal_conv", x, (*others, ("document_starts", document_starts)))
     require_entries("causal_conv", "x", x)
     _, function = choose("causal_conv", x.device.type, x.dtype, backend, width)
     if initial_state is None:
         initial_state = x.new_zeros(batch, width - 1, channels)
-    return function(x, weight, bias, starts, initial_state), _final_state(x, starts, initial_state)
+    return function(x, weight, bias, document_starts, initial_state), _final_state(x, document_starts, initial_state)
 
 
 @torch.no_grad()
@@ -105,16 +105,16 @@ def causal_conv_step(
     return function(x, weight, bias, state)
 
 
-def _final_state(x: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+def _final_state(x: Tensor, document_starts: Tensor | None, initial_state: Tensor) -> Tensor:
     """The last width - 1 inputs, (batch, width - 1, channels), zeros before the last start."""
     reach = initial_state.shape[1]
-    if starts is None and x.shape[1] >= reach:
+    if document_starts is None and x.shape[1] >= reach:
         return x[:, x.shape[1] - reach :].clone()  # not a view, which would keep the whole of x
     tail = torch.cat((initial_state, x[:, max(0, x.shape[1] - reach) :]), 1)
     tail = tail[:, tail.shape[1] - reach :]
-    if starts is None or reach == 0:
+    if document_starts is None or reach == 0:
         return tail
-    started = torch.cat((starts.new_zeros(starts.shape[0], reach), starts), 1)[:, -reach:]
+    started = torch.cat((document_starts.new_zeros(document_starts.shape[0], reach), document_starts), 1)[:, -reach:]
     # a start at a later position hides an input: starts after it, counted from the end
     later = started.flip(1).cumsum(1).flip(1) - started.long()
     return tail.masked_fill((later > 0)[..., None], 0)

@@ -28,15 +28,17 @@ class _Conv(ctypes.Structure):
 
 
 @torch.compiler.disable
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> Tensor:
     """See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp64 for fp64 inputs, else in fp32."""
-    return _CausalConv.apply(x, weight, bias, initial_state, starts)
+    return _CausalConv.apply(x, weight, bias, initial_state, document_starts)
 
 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, starts: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, document_starts: Tensor | None
     ) -> Tensor:
         work = torch.promote_types(x.dtype, torch.float32)
         tensors = {
@@ -44,7 +46,7 @@ class _CausalConv(torch.autograd.Function):
             "initial_state": unit_stride(initial_state),
             "taps": weight.to(work).t().flip(0).contiguous(),  # (width, channels), the present first
             "bias": bias.to(work).contiguous(),
-            "starts": None if starts is None else starts.contiguous(),
+            "starts": None if document_starts is None else document_starts.contiguous(),
         }
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         library().causal_conv_forward(_arguments({**tensors, "y": y}))

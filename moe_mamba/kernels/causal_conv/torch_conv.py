@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 BLOCK = 1 << 18  # elements of x that a thread works on at once
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> Tensor:
     """See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp64 for fp64 inputs, else in fp32."""
-    return _CausalConv.apply(x, weight, bias, initial_state, starts)
+    return _CausalConv.apply(x, weight, bias, initial_state, document_starts)
 
 
 def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,21 +34,21 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, starts: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, document_starts: Tensor | None
     ) -> Tensor:
-        taps, bias_work, masks = _operands(weight, bias, starts)
+        taps, bias_work, masks = _operands(weight, bias, document_starts)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows in _blocks(x):
             past = _past(x, initial_state, rows, taps.dtype)
             y[rows] = F.silu(_convolve(past, taps, bias_work, [mask[rows] for mask in masks]), inplace=True)
-        ctx.save_for_backward(x, weight, bias, initial_state, starts)
+        ctx.save_for_backward(x, weight, bias, initial_state, document_starts)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, initial_state, starts = ctx.saved_tensors
-        taps, bias_work, masks = _operands(weight, bias, starts)
+        x, weight, bias, initial_state, document_starts = ctx.saved_tensors
+        taps, bias_work, masks = _operands(weight, bias, document_starts)
         width, length = taps.shape[0], x.shape[1]
         x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
         state_gradient = torch.empty_like(initial_state)
@@ -73,7 +75,7 @@ class _CausalConv(torch.autograd.Function):
         return x_gradient, weight_gradient.to(weight.dtype), total[width].to(bias.dtype), state_gradient, None
 
 
-def _operands(weight: Tensor, bias: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _operands(weight: Tensor, bias: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
     """What every block uses.
 
     Returns:
@@ -83,11 +85,11 @@ def _operands(weight: Tensor, bias: Tensor, starts: Tensor | None) -> tuple[Tens
     work = torch.promote_types(weight.dtype, torch.float32)
     width = weight.shape[1]
     masks: list[Tensor] = []
-    if starts is not None:
-        hidden = starts
+    if document_starts is not None:
+        hidden = document_starts
         for back in range(1, width):
             masks.append(hidden)
-            hidden = hidden | F.pad(starts, (back, 0))[:, : starts.shape[1]]
+            hidden = hidden | F.pad(document_starts, (back, 0))[:, : document_starts.shape[1]]
     return weight.to(work).t().flip(0).contiguous(), bias.to(work), masks
 
 

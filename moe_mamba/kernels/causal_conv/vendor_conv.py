@@ -19,7 +19,9 @@ ALIGNMENT = 16  # bytes
 
 
 @torch.compiler.disable
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> Tensor:
     """See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp32.
 
     Raises:
@@ -36,13 +38,13 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, 
         x, initial_state = (F.pad(tensor, (0, padding)) for tensor in (x, initial_state))
         weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
     operator = _their_conv()
-    if starts is None:
+    if document_starts is None:
         state = initial_state.contiguous().transpose(1, 2)
         y = operator(_aligned(x).transpose(1, 2), weight, bias, initial_states=state, activation="silu")
     else:
         # Some versions refuse a state beside documents: so the state goes in front, as part of the first document.
         x = torch.cat((initial_state, x), 1)
-        document = F.pad(starts.cumsum(1, dtype=torch.int32), (width - 1, 0))
+        document = F.pad(document_starts.cumsum(1, dtype=torch.int32), (width - 1, 0))
         y = operator(x.transpose(1, 2), weight, bias, seq_idx=document, activation="silu")[..., width - 1 :]
     return y.transpose(1, 2)[..., :channels]
 

@@ -34,7 +34,7 @@ def selective_scan(
     D: Tensor,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
-    starts: Tensor | None = None,
+    document_starts: Tensor | None = None,
     initial_state: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def selective_scan(
         D: (d_inner), weight of the input in the output.
         z: (batch, length, d_inner) gate, dtype of x; None: no gate.
         delta_bias: (d_inner), added to delta before softplus; None: nothing.
-        starts: (batch, length) bool; nothing before a True position is seen at it or after it.
+        document_starts: (batch, length) bool; nothing before a True position is seen at it or after it.
             True at position 0 discards initial_state.
         initial_state: (batch, d_inner, d_state), the state before position 0; None: zeros.
         backend: ``auto``, ``reference``, ``torch``, ``cpu`` (C++), ``triton`` (GPUs) or ``vendor`` (mamba-ssm).
@@ -75,7 +75,7 @@ def selective_scan(
             ("D", D, (d_inner,)),
             ("z", z, (batch, length, d_inner)),
             ("delta_bias", delta_bias, (d_inner,)),
-            ("starts", starts, (batch, length)),
+            ("document_starts", document_starts, (batch, length)),
             ("initial_state", initial_state, (batch, d_inner, d_state)),
         ),
     )
@@ -83,11 +83,11 @@ def selective_scan(
     wide = (("A", A), ("D", D), ("delta_bias", delta_bias), ("initial_state", initial_state))
     require_same_dtype("selective_scan", x.dtype, narrow)
     require_wide_dtype("selective_scan", x.dtype, wide)
-    require_bool("selective_scan", "starts", starts)
-    require_one_device("selective_scan", x, (*narrow, *wide, ("starts", starts)))
+    require_bool("selective_scan", "document_starts", document_starts)
+    require_one_device("selective_scan", x, (*narrow, *wide, ("document_starts", document_starts)))
     require_entries("selective_scan", "x", x)
     _, function = choose("selective_scan", x.device.type, x.dtype, backend, d_state)
-    return function(Operands(x, delta, A, B, C, D, z, delta_bias, starts, initial_state))
+    return function(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from moe_mamba.kernels.selective_scan.operands import Operands
 
 def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32."""
-    x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
+    x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
     dtype, work = x.dtype, torch.promote_types(x.dtype, torch.float32)
     batch, length, _ = x.shape
     size = 1
@@ -30,7 +30,7 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
         return F.pad(tensor, padding).unflatten(1, (-1, size))
 
     steps, entering, B, C = (chunks(tensor) for tensor in (step, step * x, B, C))
-    resets = None if starts is None else chunks(starts)
+    resets = None if document_starts is None else chunks(document_starts)
 
     def advance(h: Tensor, t: int) -> Tensor:
         """The states (batch, chunks, d_inner, d_state) after the chunks' tokens number ``t``."""

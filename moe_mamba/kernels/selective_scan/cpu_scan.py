@@ -48,7 +48,7 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
+        x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
         work = torch.promote_types(x.dtype, torch.float32)
         batch, length, d_inner = x.shape
         tensors = {
@@ -57,7 +57,7 @@ class _SelectiveScan(torch.autograd.Function):
             "z": None if z is None else unit_stride(z),
             "B": unit_stride(B),
             "C": unit_stride(C),
-            "starts": None if starts is None else starts.contiguous(),
+            "starts": None if document_starts is None else document_starts.contiguous(),
             "decay": (A.to(work).t() * math.log2(math.e)).contiguous(),  # (d_state, d_inner)
             "D": D.to(work).contiguous(),
             "delta_bias": None if delta_bias is None else delta_bias.to(work).contiguous(),

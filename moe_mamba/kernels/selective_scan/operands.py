@@ -16,5 +16,5 @@ class Operands(NamedTuple):
     D: Tensor
     z: Tensor | None
     delta_bias: Tensor | None
-    starts: Tensor | None
+    document_starts: Tensor | None
     initial_state: Tensor | None

@@ -9,7 +9,7 @@ from moe_mamba.kernels.selective_scan.operands import Operands
 
 def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32."""
-    x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
+    x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
     work = torch.promote_types(x.dtype, torch.float32)
     dtype = x.dtype
     x, A, B, C, D = (tensor.to(work) for tensor in (x, A, B, C, D))
@@ -18,8 +18,8 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     h = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(work)
     read = []
     for t, (x_t, step_t, B_t, C_t) in enumerate(zip(*(v.unbind(1) for v in (x, step, B, C)), strict=True)):
-        if starts is not None:  # select, because 0 x NaN is NaN
-            h = h.masked_fill(starts[:, t, None, None], 0)
+        if document_starts is not None:  # select, because 0 x NaN is NaN
+            h = h.masked_fill(document_starts[:, t, None, None], 0)
         decay = torch.exp(step_t[..., None] * A)  # (batch, d_inner, d_state)
         h = decay * h + (step_t * x_t)[..., None] * B_t[:, None]
         read.append((h @ C_t[..., None])[..., 0])  # (batch, d_inner)

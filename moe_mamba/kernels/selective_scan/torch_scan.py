@@ -189,8 +189,8 @@ class _Gradients:
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
-        blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, starts)
+        x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
+        blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, document_starts)
         dtype = blocks[0][1].dtype
         batch, length, d_inner = x.shape
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -208,14 +208,14 @@ class _SelectiveScan(torch.autograd.Function):
                 y[rows, steps] = read if block.z is None else read.mul_(F.silu(block.z[:, steps].to(dtype)))
                 h = chunk.states[:, -1]
             final[rows] = h
-        ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, initial_state, starts, kept)
+        ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, initial_state, document_starts, kept)
         return y, final.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, A, B, C, D, z, delta_bias, initial_state, starts, kept = ctx.saved_tensors
-        blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, starts)
+        x, delta, A, B, C, D, z, delta_bias, initial_state, document_starts, kept = ctx.saved_tensors
+        blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, document_starts)
         gradients = _Gradients(x, B, z, blocks[0][1].decay)
         for rows, block in blocks:
             _backward_block(rows, block, kept[rows], y_gradient[rows], final_gradient[rows], gradients)
@@ -280,7 +280,7 @@ def _blocks(
     D: Tensor,
     z: Tensor | None,
     delta_bias: Tensor | None,
-    starts: Tensor | None,
+    document_starts: Tensor | None,
 ) -> list[tuple[slice, _Block]]:
     """Cut the batch into blocks: all rows on an accelerator, as many as the cache likes on a CPU."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -289,8 +289,11 @@ def _blocks(
     D = D.to(dtype)
     delta_bias = None if delta_bias is None else delta_bias.to(dtype)
     at: list[Tensor | None] = [None] * length
-    if starts is not None:
-        at = [starts[:, t, None, None] if any_start else None for t, any_start in enumerate(starts.any(0).tolist())]
+    if document_starts is not None:
+        at = [
+            document_starts[:, t, None, None] if any_start else None
+            for t, any_start in enumerate(document_starts.any(0).tolist())
+        ]
     count = batch if x.device.type != "cpu" else max(1, round(BLOCK * torch.get_num_threads() / A.numel()))
     blocks = []
     for first in range(0, batch, count):

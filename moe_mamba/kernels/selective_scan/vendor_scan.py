@@ -24,8 +24,8 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
         UserError: for starts and initial_state, which their kernel does not know, and in the backward pass for a
             gradient of the final state; where deterministic results are asked for; or where the package does not load.
     """
-    x, delta, A, B, C, D, z, delta_bias, starts, initial_state = operands
-    for name, argument in (("starts", starts), ("initial_state", initial_state)):
+    x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
+    for name, argument in (("document_starts", document_starts), ("initial_state", initial_state)):
         if argument is not None:
             raise UserError(f"selective_scan: mamba-ssm's kernel (kernels=vendor) does not take {name}: {FIX}")
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():

@@ -214,7 +214,7 @@ class Attention(Mixer):
         mask, window = None, self.config.sliding_window or sequences.length
         if state is not None:
             key, value = state.extended(key, value)  # (b, g, p + l, e)
-        if state is not None or sequences.starts is not None or sequences.length > window:
+        if state is not None or sequences.document_starts is not None or sequences.length > window:
             mask = self._mask(place, start, key.shape[2])
         if sequences.recording.attentions is not None:
             y, weight = attend(query, key, value, mask)
@@ -254,9 +254,9 @@ class Attention(Mixer):
         """Where each new token stands, past ones counted (l,), and where its document starts (b or 1, l)."""
         place = torch.arange(sequences.length, device=device) + (0 if state is None else state.past)
         first = torch.zeros(1, 1, dtype=torch.int64, device=device) if state is None else state.start[:, None]
-        if sequences.starts is None:
+        if sequences.document_starts is None:
             return place, first.expand(-1, sequences.length)
-        return place, torch.where(sequences.starts, place, first).cummax(dim=1).values
+        return place, torch.where(sequences.document_starts, place, first).cummax(dim=1).values
 
     @classmethod
     def check(cls, config: ModelConfig, moe: MoEConfig) -> None:

@@ -52,19 +52,21 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor, starts: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, document_starts: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Convolve whole sequences, or one more token of each; returns (y, new state), in the dtype of ``x``.
 
         Args:
             x: (batch, length, channels); one more token, after ``state``: (batch, channels).
-            starts: (batch, length) bool, see ``Sequences``.
+            document_starts: (batch, length) bool, see ``Sequences``.
             state: (batch, width - 1, channels), the inputs before; None: zeros.
         """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if x.dim() == 2:
             assert state is not None, "one more token goes on from a state"
             return causal_conv_step(x, weight, bias, state.to(x.dtype), self.kernels)
-        return causal_conv(x, weight, bias, starts, None if state is None else state.to(x.dtype), self.kernels)
+        return causal_conv(x, weight, bias, document_starts, None if state is None else state.to(x.dtype), self.kernels)
 
 
 class StepProjection(nn.Module):
@@ -160,27 +162,27 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, Statistics, MambaState | None]:
         """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, {}, new state)."""
         projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
-        if state is not None and sequences.length == 1 and sequences.starts is None:
+        if state is not None and sequences.length == 1 and sequences.document_starts is None:
             x, z = projected.chunk(2, dim=-1)
             y, new_state = self._step(x, z, state)
             return self.out_proj(y), {}, new_state
         x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
-        y, passed_state = self._pass(x, z, sequences.starts, state)
+        y, passed_state = self._pass(x, z, sequences.document_starts, state)
         return self.out_proj(y.reshape(sequences.tokens, -1)), {}, passed_state
 
     def _pass(
-        self, x: Tensor, z: Tensor, starts: Tensor | None, state: MambaState | None
+        self, x: Tensor, z: Tensor, document_starts: Tensor | None, state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
         """Convolution and scan of whole sequences; x and z (batch, length, d_inner)."""
         conv, scan = (None, None) if state is None else (state.conv, state.scan)
-        x, conv = self.conv1d(x, starts, conv)
+        x, conv = self.conv1d(x, document_starts, conv)
         delta, bias, B, C = self._select(x)
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
         kernels = self.kernels
         if kernels == "vendor" and state is not None:
             kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
         y, scan = selective_scan(
-            x, delta, A, B, C, self.D, z, bias, starts, scan, kernels
+            x, delta, A, B, C, self.D, z, bias, document_starts, scan, kernels
         )  # equations 2a, 2b and 4, and the gate
         return y, None if state is None else MambaState(conv, scan)
 

@@ -20,13 +20,13 @@ def _attention(**keys: object) -> Attention:
     return attention
 
 
-def _loop(attention: Attention, x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+def _loop(attention: Attention, x: torch.Tensor, document_starts: torch.Tensor) -> torch.Tensor:
     """Attention of one sequence (length, d_model), token by token and head by head."""
     config, width = attention.config, attention.head_dim
     query, key, value = (p(x).view(len(x), -1, width) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     first, rows = 0, []
     for here in range(len(x)):
-        first = here if starts[here] else first
+        first = here if document_starts[here] else first
         heads = []
         for head in range(config.heads):
             group = head * config.resolved_kv_heads // config.heads
@@ -62,14 +62,14 @@ def _loop(attention: Attention, x: torch.Tensor, starts: torch.Tensor) -> torch.
 def test_equals_a_plain_loop(keys: dict, packed: bool) -> None:
     attention = _attention(**keys)
     x = torch.randn(2 * 9, 16, dtype=torch.float64)
-    starts = torch.zeros(2, 9, dtype=torch.bool)
+    document_starts = torch.zeros(2, 9, dtype=torch.bool)
     if packed:
-        starts[0, [0, 4, 5]] = True
-        starts[1, 7] = True
-    y, statistics, state = attention(x, Sequences(2, 9, starts if packed else None))
+        document_starts[0, [0, 4, 5]] = True
+        document_starts[1, 7] = True
+    y, statistics, state = attention(x, Sequences(2, 9, document_starts if packed else None))
     assert statistics == {}
     assert state is None
-    expected = torch.cat([_loop(attention, x[:9], starts[0]), _loop(attention, x[9:], starts[1])])
+    expected = torch.cat([_loop(attention, x[:9], document_starts[0]), _loop(attention, x[9:], document_starts[1])])
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -79,13 +79,13 @@ def test_equals_a_plain_loop(keys: dict, packed: bool) -> None:
 def test_passes_from_a_state_equal_one_pass(cuts: tuple[int, ...], packed: bool, window: int | None) -> None:
     attention = _attention(kv_heads=2, sliding_window=window)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
-    starts = torch.zeros(2, 9, dtype=torch.bool)
-    starts[0, [3, 4]] = starts[1, 6] = packed
-    whole, _, _ = attention(x.flatten(0, 1), Sequences(2, 9, starts if packed else None))
+    document_starts = torch.zeros(2, 9, dtype=torch.bool)
+    document_starts[0, [3, 4]] = document_starts[1, 6] = packed
+    whole, _, _ = attention(x.flatten(0, 1), Sequences(2, 9, document_starts if packed else None))
     state, pieces, at = attention.initial_state(2), [], 0
     for cut in cuts:
         piece = slice(at, at + cut)
-        sequences = Sequences(2, cut, starts[:, piece] if packed else None)
+        sequences = Sequences(2, cut, document_starts[:, piece] if packed else None)
         y, _, state = attention(x[:, piece].flatten(0, 1), sequences, state)
         pieces.append(y.view(2, cut, 16))
         at += cut

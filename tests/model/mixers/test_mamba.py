@@ -114,10 +114,10 @@ def test_packed_documents_equal_single_ones() -> None:
     mixer = build().double()
     lengths = (5, 1, 9, 6)
     x = torch.randn(1, sum(lengths), 32, dtype=torch.float64)
-    starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
+    document_starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
     documents = x.split(lengths, 1)
-    starts[0, [0, 5, 6, 15]] = True
-    packed, _, _ = mixer(x[0], Sequences(1, sum(lengths), starts))
+    document_starts[0, [0, 5, 6, 15]] = True
+    packed, _, _ = mixer(x[0], Sequences(1, sum(lengths), document_starts))
     single = [mixer(document[0], Sequences(1, document.shape[1]))[0] for document in documents]
     torch.testing.assert_close(packed, torch.cat(single), rtol=1e-10, atol=1e-12)
 
@@ -126,8 +126,8 @@ def test_a_state_stops_at_a_start() -> None:
     mixer = build()
     x = torch.randn(1, 4, 32)
     state = MambaState(torch.full((1, 3, 64), math.nan), torch.full((1, 64, 4), math.nan))
-    starts = torch.tensor([[True, False, False, False]])
-    y, _, new_state = mixer(x[0], Sequences(1, 4, starts), state)
+    document_starts = torch.tensor([[True, False, False, False]])
+    y, _, new_state = mixer(x[0], Sequences(1, 4, document_starts), state)
     expected, _, expected_state = mixer(x[0], Sequences(1, 4), mixer.initial_state(1))
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(new_state.scan, expected_state.scan)
