@@ -21,7 +21,7 @@ def run_command(function: Callable[..., None]) -> None:
     """Run `function` with the flags of the command line; its signature is the flags, its docstring the help.
 
     Values are read as the types that the signature names; text stays as it was typed. Exits with 2, and one line on
-    standard error from rank 0 alone, where the user's input is wrong, and with 1 where a run could not go on.
+    standard error from only rank 0, where the user's input is wrong, and with 1 where a run could not go on.
     """
     is_first = int(os.environ.get("RANK", "0")) == 0
     try:

@@ -128,7 +128,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile each layer (needs a C++ compiler on a CPU)")
     deterministic: bool = Field(False, description="refuse kernels whose result varies from run to run")
     profile: NonNegative = Field(0, description="steps to trace into the run's folder; 0: none")
-    validate_every: NonNegative = Field(100, description="steps between validations; 0: at the end alone")
+    validate_every: NonNegative = Field(100, description="steps between validations; 0: only at the end")
     validation_batches: OptionalPositive = Field(
         None, description="global batches a validation reads; null: the whole set"
     )
@@ -198,7 +198,7 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """When a run is saved, and what is kept."""
 
-    every: NonNegative = Field(100, description="steps between checkpoints; 0: at the end alone")
+    every: NonNegative = Field(100, description="steps between checkpoints; 0: only at the end")
     keep: Positive = Field(
         2,
         description="newest checkpoints kept (2 until a step follows the newest); besides, the best by validation loss",

@@ -72,8 +72,8 @@ def test_table_and_json(flags: tuple[str, ...], measured: set[str], tmp_path: Pa
         profile["operations"]
     )
     assert all(f"| {operation} | " in tables[1] for operation in profile["operations"])
-    alone, two = (row for row in rows if row["what"].startswith("weak scaling"))
-    assert alone["collectives"] == {} and "1 process, " in alone["what"]
+    single, two = (row for row in rows if row["what"].startswith("weak scaling"))
+    assert single["collectives"] == {} and "1 process, " in single["what"]
     assert set(two["collectives"]) == {"all-reduce", "all-gather", "all-to-all"}
     assert min(two["collectives"].values()) > 0 and sum(two["collectives"].values()) < 1
     assert "2 processes, " in two["what"] and two["goal"] == min(1, two["cores"] / 2)

@@ -26,7 +26,7 @@ def command(checkpoint: str, prompt: str = "a", count: int = 3, json: bool = Fal
 
 
 def strict(checkpoint: str) -> None:
-    """Take one flag alone."""
+    """Take only one flag."""
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, function=command) -> None:
@@ -82,4 +82,4 @@ def test_help_is_the_docstring(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--help", function=strict)
     assert stop.value.code == 0
-    assert "Take one flag alone" in capsys.readouterr().out
+    assert "Take only one flag" in capsys.readouterr().out

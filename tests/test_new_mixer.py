@@ -120,12 +120,12 @@ def test_it_trains_resumes_in_another_layout_and_generates(
         world.run(train_with_it, ranks=ranks, config=str(tiny), **{"run.folder": str(tmp_path / folder)}, **keys)
         return torch.tensor(curve(read_metrics(tmp_path / folder)))
 
-    alone = losses("alone", 1)
-    assert alone[-1] < alone[0]
-    torch.testing.assert_close(losses("sharded", 2, tensor=2, expert=2), alone, rtol=0, atol=1e-5)
-    shutil.rmtree(tmp_path / "alone" / "checkpoints" / "step-00000006")
-    torch.testing.assert_close(losses("alone", 2, tensor=2), alone, rtol=0, atol=1e-5)
-    model = restore(tmp_path / "alone", torch.device("cpu")).model
+    single = losses("single", 1)
+    assert single[-1] < single[0]
+    torch.testing.assert_close(losses("sharded", 2, tensor=2, expert=2), single, rtol=0, atol=1e-5)
+    shutil.rmtree(tmp_path / "single" / "checkpoints" / "step-00000006")
+    torch.testing.assert_close(losses("single", 2, tensor=2), single, rtol=0, atol=1e-5)
+    model = restore(tmp_path / "single", torch.device("cpu")).model
     text = list(generate(model, [1, 2, 3], 4, temperature=0))
     with torch.no_grad():
         for place in range(len(text)):

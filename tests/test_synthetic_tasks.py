@@ -125,7 +125,7 @@ def test_the_tool_scores_tasks_at_any_length(done: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data.train": "synthetic:induction_heads,synthetic:selective_copying"}, "is trained on alone"),
+        ({"data.train": "synthetic:induction_heads,synthetic:selective_copying"}, "must be the only source"),
         ({"data.train": "synthetic:selective_copying"}, "sequences of 16 tokens cannot hold the task: give 32 or more"),
         ({"data.tokenizer": "bytes", "model.vocab_size": 257}, "set data.tokenizer=symbols"),
         ({"data.validation": "synthetic:induction_head"}, "no such task"),

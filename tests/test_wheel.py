@@ -39,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the installed wheel alone."""
+    """A folder that holds only the installed wheel."""
     target = tmp_path_factory.mktemp("installed")
     _pip(target, "install", str(wheel), f"--target={target}")
     return target

@@ -1,7 +1,7 @@
 """Who writes and who reads which chunk of a checkpoint's tensors, from the shards that each rank offers.
 
 Between ranks go tuples of numbers: items of torch.distributed.checkpoint's plans, some objects a chunk, took the
-coordinator of 64 ranks 20 s for 100,000 chunks, and numbers take it 2. A rank makes the items of its own chunks alone.
+coordinator of 64 ranks 20 s for 100,000 chunks, and numbers take it 2. A rank makes the items of only its own chunks.
 """
 
 import math
@@ -198,7 +198,7 @@ class ShardLoadPlanner(LoadPlanner):
         return LoadPlan(self.items)
 
     def load_bytes(self, read_item: ReadItem, value: object) -> None:
-        """Checkpoints hold tensors and JSON alone."""
+        """Checkpoints hold only tensors and JSON."""
         raise AssertionError("checkpoints hold no byte items")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:

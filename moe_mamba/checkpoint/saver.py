@@ -25,7 +25,7 @@ class Saver:
     Every rank makes one, and calls it with the same steps. A save in the background is `store.save` of a copy,
     with collectives in a group of its own, so that they never mix with those of training. What goes wrong there is
     raised by the next `save`, by `wait`, or at the end of the `with` block. (`async_save` of
-    torch.distributed.checkpoint would do the writing alone in its thread, but not the naming and pruning, and its
+    torch.distributed.checkpoint would do the writing by itself in its thread, but not the naming and pruning, and its
     stagers know state dicts, not chunks.)
 
     Args:
@@ -73,7 +73,7 @@ class Saver:
             pending.result()
 
     def note_next_step(self, step: int, next_step: NextStep) -> None:
-        """Note what the step after a saved one gave, as soon as that one is written; rank 0 alone calls it."""
+        """Note what the step after a saved one gave, as soon as that one is written; only rank 0 calls it."""
         if self.asynchronous:
             self._thread.submit(store.note_next_step, self.folder, step, next_step, self.keep)
         else:

@@ -12,7 +12,7 @@ class Shard:
     """A chunk of the logical tensor `name` of global `shape`, at `offsets`; `tensor` is this rank's memory of it.
 
     What is saved need not be in memory: `read` then gives it when its turn to be written comes, and `tensor`, on the
-    meta device, has its shape and dtype alone.
+    meta device, has only its shape and dtype.
     """
 
     name: str

@@ -136,7 +136,7 @@ def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
 
 
 def _write_chunk(file: HashedFile, item: WriteItem, planner: SavePlanner, start: int) -> Chunk:
-    """Append a chunk; what was read for it alone is let go on return, before the next one is read."""
+    """Append a chunk; what was read only for it is let go on return, before the next one is read."""
     data = planner.resolve_data(item)
     assert isinstance(data, Tensor) and item.index.offset is not None
     for slab in _slabs(data.detach()):

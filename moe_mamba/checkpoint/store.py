@@ -191,15 +191,15 @@ def load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None = 
     Raises:
         UserError: on every rank, when a tensor is missing, has another shape, or a file is damaged.
     """
-    _load(Path(path), shards, group, alone=_rank_and_size(group)[1] == 1)
+    _load(Path(path), shards, group, single=_rank_and_size(group)[1] == 1)
 
 
-def _load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None, alone: bool) -> None:
+def _load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None, single: bool) -> None:
     try:
-        reader = storage.Reader(path) if alone else _agree_on_reader(path, group)
+        reader = storage.Reader(path) if single else _agree_on_reader(path, group)
         with _quiet():
             planner = ShardLoadPlanner(path, reader.index, shards)
-            dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=alone)
+            dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=single)
     except CheckpointException as error:
         raise _load_error(error, path) from (None if _first_error(error, UserError) else error)
 
@@ -225,13 +225,13 @@ def logical_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A whole tensor of a step's folder, on the CPU, by this process alone."""
+    """A whole tensor of a step's folder, on the CPU, read by only this process."""
     tensors = logical_tensors(path)
     if name not in tensors:
         raise UserError(f"{path} has no tensor {name}: it is a checkpoint of another model")
     shape, dtype = tensors[name]
     tensor = torch.empty(shape, dtype=dtype)
-    _load(Path(path), [Shard(name, shape, (0,) * len(shape), tensor)], None, alone=True)
+    _load(Path(path), [Shard(name, shape, (0,) * len(shape), tensor)], None, single=True)
     return tensor
 
 

@@ -9,7 +9,7 @@ from moe_mamba.convert.starting_point import how_to_train
 def main(input: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:
     """Read a folder of MoEMamba-, Mamba-, Jamba-, Mixtral-, Mistral- or LlamaForCausalLM.
 
-    Or a state-spaces Mamba (pytorch_model.bin goes through torch's restricted reader, which builds tensors alone). No
+    Or a state-spaces Mamba (pytorch_model.bin goes through torch's restricted reader, which builds only tensors). No
     code of the folder is run, and no key of config.json that may change what the model computes is passed over. What is
     written can be trained on in any layout, generated from and evaluated.
 

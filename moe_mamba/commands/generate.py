@@ -43,9 +43,9 @@ def main(
             standard input (JSON lines, where the first begins with a brace).
         max_new_tokens: tokens to write at most; an end-of-text token ends the text before.
         min_new_tokens: end-of-text is not drawn before so many tokens.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: draw from this many of the likeliest tokens alone.
-        top_p: draw from the likeliest tokens that together have this probability alone.
+        temperature: divides the logits; 0 always takes the most probable token.
+        top_k: draw from only this many of the most probable tokens.
+        top_p: draw from only the most probable tokens that together have this probability.
         seed: the same seed gives the same text; the second prompt's is one more, and so on, whatever the batch.
         stop: a string that ends the text, which is not shown; several as a JSON list, such as '["Q:", "END"]'.
         batch: prompts that are continued at once.

@@ -16,7 +16,7 @@ def main(checkpoint: str, tensor: str | None = None, json: bool = False) -> None
 
     Args:
         checkpoint: a run's folder (its newest valid checkpoint is used) or one of its checkpoints/step-... folders.
-        tensor: show this tensor alone: where its chunks lie, and statistics of its values.
+        tensor: show only this tensor: where its chunks lie, and statistics of its values.
         json: print one JSON object instead.
     """
     path = resolve(checkpoint, finite=tensor is None)

@@ -1,6 +1,6 @@
 """The way in: a folder of Hugging Face's, or of state-spaces', becomes a run's folder to start from.
 
-JSON and tensors alone are read: Transformers is not needed, and code in the folder is not run.
+Only JSON and tensors are read: Transformers is not needed, and code in the folder is not run.
 """
 
 from collections import defaultdict

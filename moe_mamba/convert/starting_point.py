@@ -1,4 +1,4 @@
-"""A run's folder that holds weights alone, at step 0: what is imported or upcycled, for runs to start from.
+"""A run's folder that holds only weights, at step 0: what is imported or upcycled, for runs to start from.
 
 Training does not go on in it (there are no moments, and its data and schedule are nobody's choice yet): a run takes its
 weights with `train.warm_start`. Everything that reads a trained run reads it too.
@@ -59,7 +59,7 @@ def write_starting_point(
 
 def _unused(output: Path) -> AbstractContextManager[None]:
     """Refuse to replace a run that is at work."""
-    return RunFolder(output).alone() if (output / MARK).is_file() else nullcontext()
+    return RunFolder(output).locked() if (output / MARK).is_file() else nullcontext()
 
 
 def how_to_train(output: Path) -> str:

@@ -104,7 +104,7 @@ def export(
     if scores_only and not scoring_only:
         raise UserError(
             "moe.router=expert_choice looks ahead at later tokens, so the model cannot generate: "
-            "give --scoring_only to export it to score texts alone"
+            "give --scoring_only to export it only for scoring texts"
         )
     dtype = dtype or ("bfloat16" if trained.config.train.precision == "bf16" else "float32")
     code = f", its code beside it ({', '.join(CODE)})" if chosen is OWN else ", without remote code"

@@ -6,7 +6,7 @@ model gives. A token's output is the sum over its experts of weight x copy(x), s
 - `renormalize` makes them do so, whatever the router says, and it starts as any router does.
 - Otherwise the router starts so small that all scores are alike: a token's weights sum to top_k / experts by softmax,
   to top_k / 2 by sigmoid, and the copies' output projection is divided by that. The router's directions are those of
-  any fresh router, and they alone decide which expert is best, so that tokens spread over the experts from the start as
+  any fresh router, and only they decide which expert is best, so that tokens spread over the experts from the start as
   they would anyhow.
 
 The equality is of dropless routing, which evaluation has; `moe.capacity_factor` is written as null, so that the first

@@ -30,7 +30,7 @@ def builtin_documents(split: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _corpus() -> dict[str, tuple[str, ...]]:
-    """Split -> documents. The name alone decides the split, so that new documents move no old one."""
+    """Split -> documents. Only the name decides the split, so that new documents move no old one."""
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name, text in sorted((_topics() | _modules()).items()):
         digest = hashlib.sha256(name.encode()).digest()

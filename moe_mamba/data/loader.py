@@ -51,7 +51,7 @@ class Loader:
             windows = source.windows(sequence_length)
             self._windows.append(windows)
             if windows is None and len(sources) > 1:
-                raise UserError(f"data.train: {name} is trained on alone: leave the other sources out")
+                raise UserError(f"data.train: {name} must be the only source: leave the others out")
             if windows == 0:
                 size, unit = source.extent
                 raise UserError(

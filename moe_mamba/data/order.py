@@ -1,7 +1,7 @@
 """The order of the data, in closed form: no list of what was seen, no walk over the past.
 
 A position of a run -> the corpus it is taken from and its position there (by weights) -> epoch and window of that
-corpus (by a pseudo-random permutation of the epoch). Each step is a function of its arguments alone, so a run
+corpus (by a pseudo-random permutation of the epoch). Each step is a function of only its arguments, so a run
 resumes at any position, and one that is made longer sees the same past.
 """
 

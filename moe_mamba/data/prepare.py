@@ -81,7 +81,7 @@ def prepare_corpus(
         tokenizer: the run's; shards of another one are refused.
         cache_folder: holds a folder for each source, tokenizer and limit.
         max_documents: documents to take of a source of documents; None: all.
-        verify: compare every checksum (shards without a manifest: look at every token's id); False: sizes alone.
+        verify: compare every checksum (shards without a manifest: look at every token's id); False: only sizes.
         say: is told in one line what takes long, before it begins, where documents have to be tokenized.
 
     Raises:
@@ -107,7 +107,7 @@ def _synthetic_task(source: str, tokenizer: Tokenizer) -> SyntheticTask:
 
 
 def _workers(corpus: Corpus, max_documents: int | None) -> int:
-    """Processes that tokenize: one a core for a large source (a streamed one counts as large), or this one alone."""
+    """Processes that tokenize: one a core for a large source (a streamed one counts as large), or only this one."""
     large = corpus.source.startswith("hf:") or corpus.total_bytes > LARGE_BYTES
     return count_cores() if large and (max_documents or LARGE_DOCUMENTS) >= LARGE_DOCUMENTS else 0
 

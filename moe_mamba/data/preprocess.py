@@ -1,7 +1,7 @@
 """From documents to a folder of shards, on several processes, stoppable at any instant.
 
 The work is cut into parts by bytes of text. A part is written aside, renamed, and entered into the manifest; what a
-stopped run left unentered is written again. Cuts depend on the documents alone, never on the number of workers or
+stopped run left unentered is written again. Cuts depend only on the documents, never on the number of workers or
 on interruptions: the folder comes out the same, byte by byte.
 """
 

@@ -1,4 +1,4 @@
-"""Text of tokens as they come: whole characters alone, and nothing of a stop string."""
+"""Text of tokens as they come: only whole characters, and nothing of a stop string."""
 
 from collections.abc import Sequence
 

@@ -23,7 +23,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.evaluation.harness import HarnessModel
 
 LOCAL_FORMATS = {"json", "csv", "text", "parquet", "arrow", "xml"}  # of `dataset_path`, read from local files
-SECONDS_FOR_HUB = 5  # to answer before it counts as out of reach; its client alone tries for 23
+SECONDS_FOR_HUB = 5  # to answer before it counts as out of reach; its client would try for 23
 BOOTSTRAPS = 1000  # for standard errors without a formula: they are then right within 2 %
 PYTHON_SEED, SEED = 0, 1234  # the harness's own, so that few-shot examples and shuffled choices are the same
 
@@ -47,7 +47,7 @@ def load_tasks(specs: list[str]) -> list[Task | Group]:
     with _quiet(), _hub() if needs_hub else contextlib.nullcontext():
         manager = TaskManager(include_path=sorted({file.parent for file in groups}), include_defaults=needs_names)
         for spec in specs:
-            # The harness reads a task from its file, but knows a group by its name alone.
+            # The harness reads a task from its file, but knows a group only by its name.
             names = [groups.get(file, str(file)) for file in files[spec]] if spec in files else _names(spec, manager)
             for name in names:
                 loaded += _load(name, manager)
@@ -124,7 +124,7 @@ def _names(spec: str, manager: TaskManager) -> list[str]:
 
 
 def _is_local(file: Path) -> bool:
-    """Whether a task file reads its data from local files alone."""
+    """Whether a task file reads its data only from local files."""
     paths = _values(file, "dataset_path")
     return bool(paths) and all(path in LOCAL_FORMATS or Path(path).exists() for path in paths)
 

@@ -131,7 +131,7 @@ def _loading(facts: Facts) -> str:
     text = "\n".join([*lines, "```"])
     text += f"\n\nTested with Transformers {OLDEST} to {NEWEST}"
     if facts.remote_code:
-        text += "; an older one is refused. The model's code lies in this folder and needs torch and Transformers alone"
+        text += "; an older one is refused. The model's code lies in this folder and needs only torch and Transformers"
     if facts.architecture == "JambaForCausalLM":
         text += (
             "; before 5.10 this class needs mamba-ssm and a GPU unless `from_pretrained` is given "

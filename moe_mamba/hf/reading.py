@@ -83,7 +83,7 @@ def _safetensors(path: Path) -> dict[str, Stored]:
 
 
 def _read_safetensor(path: Path, name: str) -> Tensor:
-    """One tensor; the file is opened for it alone, so that no more of it stays in memory."""
+    """One tensor; the file is opened only for it, so that no more of it stays in memory."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 

@@ -118,7 +118,7 @@ def library() -> ctypes.CDLL:
             return _cached(root / key)
         except OSError as error:
             why = f"{root} cannot keep the C++ kernels ({error.strerror})"
-            _announce(f"{why}: building them for this process alone")
+            _announce(f"{why}: building them for only this process")
     folder = Path(tempfile.mkdtemp(prefix="moe_mamba-"))
     loaded = ctypes.CDLL(str(_compile(folder)))
     shutil.rmtree(folder, ignore_errors=True)

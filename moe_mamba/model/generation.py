@@ -59,7 +59,7 @@ def generate(
 
 
 class Writing:
-    """Texts that grow side by side, a token a step; each is what its prompt alone would give.
+    """Texts that grow side by side, one token per step; each is what its prompt would give by itself.
 
     Args:
         model: put into evaluation mode, in which experts drop no token; a step then equals the parallel pass.

@@ -23,8 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def start_world(world: World) -> None:
     """Choose this process's device and join the process group (NCCL on GPUs, gloo on CPUs)."""
     # Without a launcher DeepSpeed would look for MPI: say what a world of one is.
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in single.items():
         os.environ.setdefault(name, value)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)

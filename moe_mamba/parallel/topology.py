@@ -1,6 +1,6 @@
 """Which processes there are, which device each drives, and how they share the model and its data.
 
-Arithmetic of ranks alone, so that any rank of any layout can be looked at from one process; the process groups that
+Only arithmetic of ranks, so that any rank of any layout can be looked at from one process; the process groups that
 follow from it are in groups.py.
 """
 
@@ -60,7 +60,7 @@ class World:
 
 @dataclass(frozen=True)
 class Topology:
-    """How `world` is laid out: size = tensor x data, and experts over any divisor of it. Arithmetic of ranks alone.
+    """How `world` is laid out: size = tensor x data, and experts over any divisor of it. Only arithmetic of ranks.
 
     Tensor-parallel ranks are neighbours, since they talk most, over the fastest links: rank = data_rank x tensor +
     tensor_rank. Expert-parallel ranks are neighbours too, tensor-parallel ranks among them, each with its own tokens;

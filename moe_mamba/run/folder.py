@@ -12,7 +12,7 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import changed_on_resume, load_config, save_config
 from moe_mamba.errors import UserError
 
-STARTING_POINT = "step-00000000"  # of weights that were imported or upcycled: training saves later steps alone
+STARTING_POINT = "step-00000000"  # of weights that were imported or upcycled: training saves only later steps
 
 
 class RunFolder:
@@ -42,7 +42,7 @@ class RunFolder:
             raise UserError(f"run.folder={self.path} cannot be made ({error.strerror}): choose another") from None
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder while this one lasts; the lock ends with the process.
 
         Raises:
@@ -70,7 +70,7 @@ class RunFolder:
         return free
 
     def save_config(self, config: Config) -> None:
-        """Keep the resolved configuration beside the run; the file alone reproduces it."""
+        """Keep the resolved configuration beside the run; the file by itself reproduces it."""
         save_config(config, self.config)
 
     def _check_resume(self, config: Config) -> None:

@@ -170,7 +170,7 @@ def finish(
         if (entropy := source.unigram_entropy()) is not None:
             screen.say(f"          {against_unigram(score, entropy)}")
     screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
-    if config.train.sample_tokens and not topology.is_sharded and config.parallel.zero < 3:  # else no device can alone
+    if config.train.sample_tokens and not topology.is_sharded and config.parallel.zero < 3:  # else no single device can
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     source = next(iter(corpora.validation.values()))
     if not source.is_text:

@@ -54,7 +54,7 @@ def check(config: Config, world: World) -> Topology:
 def prepare_run(
     config: Config, folder: RunFolder, screen: Screen, topology: Topology
 ) -> tuple[StartState, Corpora | None]:
-    """Find the checkpoint, prepare the corpora, choose the micro-batch; for rank 0 alone.
+    """Find the checkpoint, prepare the corpora, choose the micro-batch; only for rank 0.
 
     Returns:
         The start state, and the corpora; None for a run that is finished, which needs none.

@@ -59,7 +59,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with folder.alone() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
+    with folder.locked() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
         start, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None)
         start_world(world)
         with stopping(folder, world):

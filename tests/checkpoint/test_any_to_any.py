@@ -46,9 +46,9 @@ def train_in(world: World, tiny: Path, folder: Path, layout: Layout, **keys: Any
 
 
 @pytest.fixture(scope="module")
-def alone(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict]:
+def single(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict]:
     """Losses of all steps and last weights of one process that never stopped."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("single")
     return curve(train_in(world, tiny, folder, LAYOUTS[0])), weights(folder)
 
 
@@ -89,7 +89,7 @@ def test_a_run_goes_on_in_another_layout(
     tiny: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    alone: tuple[list[float], dict[str, torch.Tensor]],
+    single: tuple[list[float], dict[str, torch.Tensor]],
     saved: dict[Layout, Path],
     first: Layout,
     second: Layout,
@@ -98,9 +98,9 @@ def test_a_run_goes_on_in_another_layout(
     shutil.copytree(stopped_run(world, tiny, saved, first, tmp_path_factory), folder)
     losses = curve(train_in(world, tiny, folder, second))
     assert len(losses) == STEPS
-    assert max(abs(mine / its - 1) for mine, its in zip(losses, alone[0], strict=True)) <= 1e-5
+    assert max(abs(mine / its - 1) for mine, its in zip(losses, single[0], strict=True)) <= 1e-5
     found = weights(folder)
-    assert found.keys() == alone[1].keys()
-    for name, expected in alone[1].items():
+    assert found.keys() == single[1].keys()
+    for name, expected in single[1].items():
         if name.startswith("weights/"):
             assert difference(found[name], expected) <= 1e-4, name

@@ -273,7 +273,7 @@ def diverge(world: World, tiny: Path, folder: Path, **overrides: Any) -> str:
 def test_a_diverged_run_goes_on_from_the_checkpoint_that_it_names(
     world: World, tiny: Path, tmp_path: Path, ranks: int, overrides: dict
 ) -> None:
-    """The weights after step 4 are finite, but their loss is NaN; one checkpoint alone is to be kept."""
+    """The weights after step 4 are finite, but their loss is NaN; only one checkpoint is to be kept."""
     keys = {"ranks": ranks, "checkpoint__every": 1, "checkpoint__keep": 1, "train__validate_every": 0}
     keys |= CONSTANT | overrides
     folder, other = tmp_path / "run", tmp_path / "other"

@@ -134,7 +134,7 @@ def test_dropout_and_foreign_code_are_said(tmp_path: Path, capsys: pytest.Captur
     (folder / "config.json").write_text(json.dumps(configuration | keys))
     main(str(folder), str(tmp_path / "run"))
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("note: config.json: attention_dropout=0.1 acts in training alone")
+    assert said[0].startswith("note: config.json: attention_dropout=0.1 acts only in training")
     assert said[1].startswith("note: config.json: auto_map names code of the folder's own, which is not run")
 
 
@@ -242,13 +242,13 @@ def test_it_trains_on_in_any_layout(
         "train__validate_every": 0, "train__sample_tokens": 0, "moe__balance": "none",
     }  # fmt: skip
     warm = data | {"train__warm_start": str(imported)}
-    layouts = {"alone": {"ranks": 1}, "cut": {"ranks": 2, **layout}}
+    layouts = {"single": {"ranks": 1}, "cut": {"ranks": 2, **layout}}
     losses = {
         name: curve(run(world, imported / "config.yaml", tmp_path / name, **warm, **where))
         for name, where in layouts.items()
     }
-    assert losses["cut"] == pytest.approx(losses["alone"], rel=1e-4)
-    assert losses["alone"][-1] < losses["alone"][0] - 0.1
+    assert losses["cut"] == pytest.approx(losses["single"], rel=1e-4)
+    assert losses["single"][-1] < losses["single"][0] - 0.1
 
 
 def test_the_last_line_trains_on(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from tests.hf.checkpoints import make_run, save_run
 from tools.convert_to_hf import main
 
 JAMBA = {"activation": "swiglu", "positions": "none", "mamba_norms": True}
-# The highest resident memory since the program started, of it alone: ru_maxrss counts the parent's at the fork too.
+# The highest resident memory since the program started, only of it: ru_maxrss counts the parent's at the fork too.
 MEASURED = """
 import sys
 from tools.convert_to_hf import main

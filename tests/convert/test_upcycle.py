@@ -218,5 +218,5 @@ def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path
 
 def test_a_run_at_work_is_not_replaced(dense: Callable[..., Path], tmp_path: Path) -> None:
     upcycled(dense(), tmp_path / "run")
-    with RunFolder(tmp_path / "run").alone(), pytest.raises(UserError, match="in use by another run"):
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(UserError, match="in use by another run"):
         upcycle(dense(), tmp_path / "run", routing(experts=4), overwrite=True)

@@ -39,7 +39,7 @@ def test_a_flipped_byte_is_refused(tmp_path: Path, kind: str) -> None:
     assert prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", verify=True).identity == shards.identity
     path = Path(shards.name) / "part-00000.bin"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    assert prepare_corpus(source, BytesTokenizer(), tmp_path / "cache").tokens == shards.tokens  # sizes alone
+    assert prepare_corpus(source, BytesTokenizer(), tmp_path / "cache").tokens == shards.tokens  # only sizes
     with pytest.raises(UserError, match=r"part-00000\.bin: its checksum differs"):
         prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", verify=True)
 
@@ -127,7 +127,7 @@ def test_ranks_may_save_the_tokenizer_at_once(tmp_path: Path) -> None:
     vocabulary = {"a": 0, "stop": 1} | {f"word{number}": number for number in range(2, 2000)}
     content = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}, "added_tokens": []}
     (spec / LibraryTokenizer.FILE).write_text(json.dumps(content))
-    (spec / LibraryTokenizer.CONFIG).write_text('{"eos_token": "stop"}')  # known from this file alone
+    (spec / LibraryTokenizer.CONFIG).write_text('{"eos_token": "stop"}')  # known only from this file
     expected = load_tokenizer(spec).fingerprint
     ranks = 8
     with ThreadPoolExecutor(ranks) as pool:

@@ -1,4 +1,4 @@
-"""The synthetic tasks against their rules, read off the sequences alone."""
+"""The synthetic tasks against their rules, read off only the sequences."""
 
 from pathlib import Path
 

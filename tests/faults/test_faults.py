@@ -90,7 +90,7 @@ def test_kills_at_any_instant_change_no_bit(
     while died < kills and not (killed / "checkpoints" / f"step-{steps:08d}").exists():
         aim, victim = AIMS[tries % len(AIMS)], chance.randrange(2)
         if aim in ("manifest", "name", "removal"):
-            victim = 0  # it alone does these
+            victim = 0  # only it does these
         before = newest_step(killed)
         try:
             world.run(train_until_killed, aim, victim, chance.uniform(0.2, 1.5), ranks=2, config=str(tiny), **keys)

@@ -254,7 +254,7 @@ def exported_writes(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def arguments(folder: Path) -> dict[str, Any]:
-    """What loading needs beside the folder: until 5.10 Jamba's default is a kernel that runs on GPUs alone."""
+    """What loading needs beside the folder: until 5.10 Jamba's default is a kernel that runs only on GPUs."""
     old_jamba = folder.name == "jamba" and Version(transformers.__version__) < Version("5.10")
     return {"use_mamba_kernels": False} if old_jamba else {}
 

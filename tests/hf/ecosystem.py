@@ -42,7 +42,7 @@ def settings(folder: Path, **keys: Any) -> dict[str, Any]:
 
 
 def log_probabilities(model: Any, tokens: Tensor) -> Tensor:
-    """Of each token of one text after its first, (length - 1,), from the logits of the text alone."""
+    """Of each token of one text after its first, (length - 1,), from the logits of the text by itself."""
     logits = model(tokens[None], use_cache=False).logits[0, :-1]
     return logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
 

@@ -53,7 +53,7 @@ def _base(model: Any) -> dict[str, Tensor]:
 
 
 def _check_adapters(model: Any, adapted: Any, folder: Path) -> None:
-    """They alone are trained, and give the same logits merged, and saved and loaded; ``model`` is what they adapt."""
+    """Only they are trained, and they give the same logits merged, and saved and loaded; they adapt ``model``."""
     before = _base(adapted)
     assert all("lora_" in name for name, one in adapted.named_parameters() if one.requires_grad)
     plain = _logits(model)

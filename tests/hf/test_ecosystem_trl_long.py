@@ -139,7 +139,7 @@ def test_dpo_is_the_loss_of_the_texts_one_by_one(pair: Pair, tmp_path: Path, pat
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_grpo_scores_what_it_generated(pair: Pair, tmp_path: Path, pattern: str) -> None:
-    """Prompts padded on the left, completions on the right: log probabilities are those of each text alone."""
+    """Prompts padded on the left, completions on the right: log probabilities are those of each text by itself."""
     model = _model(pair, pattern)
     tokenizer = letters_tokenizer()
 

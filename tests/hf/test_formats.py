@@ -245,7 +245,7 @@ def test_what_acts_in_training_alone_is_said() -> None:
     keys = {"attention_dropout": 0.1, "router_jitter_noise": 0.01, "auto_map": {"AutoConfig": "evil.Config"}}
     assert FORMATS["mixtral"].read(THEIRS["mixtral"] | keys) == FORMATS["mixtral"].read(THEIRS["mixtral"])
     dropout, jitter, code = notes(THEIRS["mixtral"] | keys, "MixtralForCausalLM")
-    assert "attention_dropout=0.1 acts in training alone" in dropout and "router_jitter_noise=0.01" in jitter
+    assert "attention_dropout=0.1 acts only in training" in dropout and "router_jitter_noise=0.01" in jitter
     assert "auto_map names code of the folder's own, which is not run: it is read as MixtralForCausalLM" in code
     assert notes(THEIRS["mixtral"] | {"attention_dropout": 0.0}, "MixtralForCausalLM") == []
 

@@ -3,7 +3,7 @@
 Read and run: llama.cpp at 0c1e57098, its ``conversion/mamba.py`` (``MambaModel``), ``conversion/base.py`` and
 ``gguf-py/gguf/tensor_mapping.py``; four layers with GPT-2's tokenizer, vocabularies of 50,264 and 50,257, tied and not,
 gave the same 64 greedy tokens as Transformers, and logits within 7e-7. A vocabulary that is no multiple of 8 needs
-``pad_vocab_size_multiple``. It takes expand 2 alone, and tokenizers that it knows by the hash of a text's ids: GPT-2's
+``pad_vocab_size_multiple``. It takes only expand 2, and tokenizers that it knows by the hash of a text's ids: GPT-2's
 is one, our own trained ones and bytes are not.
 """
 

@@ -151,7 +151,7 @@ def test_generate_continues_from_a_returned_cache(model: Any) -> None:
     handle.remove()
     assert calls[0] == 4, "what the cache has seen is not read again"
     assert torch.equal(continued, model.generate(longer, attention_mask=mask, **GREEDY))
-    new = torch.cat((first.sequences[:, -1:], more), 1)  # the new tokens alone, under a mask of all
+    new = torch.cat((first.sequences[:, -1:], more), 1)  # only the new tokens, under a mask of all
     again = model.generate(new, attention_mask=mask, past_key_values=kept, **GREEDY)
     assert torch.equal(again[:, 4:], continued[:, longer.shape[1] :])
 
@@ -225,9 +225,7 @@ def test_expert_choice_does_not_generate(pair: Pair) -> None:
 def test_another_kind_of_cache_is_refused(pair: Pair) -> None:
     _, model = pair("M")
     prompt = torch.ones(1, 2, dtype=torch.int64)
-    with pytest.raises(
-        ValueError, match="cache_implementation=quantized: a MoEMambaCache has dynamic and static alone"
-    ):
+    with pytest.raises(ValueError, match="cache_implementation=quantized: a MoEMambaCache is only dynamic or static"):
         model.generate(prompt, cache_implementation="quantized", **GREEDY)
     with pytest.raises(ValueError, match="beside a cache: pass one of them"):
         model.generate(prompt, cache=MoEMambaCache(), cache_implementation="static", **GREEDY)

@@ -133,4 +133,4 @@ def test_a_cache_that_cannot_be_written(
         extension.library.cache_clear()
         answer = fresh()
     assert answer is not None and answer.startswith("no folder for the C++ kernels can be written (Not a directory)")
-    assert "(Not a directory): building them for this process alone" in capfd.readouterr().err
+    assert "(Not a directory): building them for only this process" in capfd.readouterr().err

@@ -49,7 +49,7 @@ def orders(on: str) -> Iterator[tuple[int, Order]]:
 
 
 def results(order: Order, tokens: int, d: int, dtype: torch.dtype, backend: str, strided: bool) -> dict[str, Tensor]:
-    """Both operations and their gradients for numbers that depend on the shapes alone."""
+    """Both operations and their gradients for numbers that depend only on the shapes."""
     generator = torch.Generator().manual_seed(tokens * d)
 
     def draw(*shape: int, width: int = 1) -> Tensor:

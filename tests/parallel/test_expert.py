@@ -47,7 +47,7 @@ def _configs(case: str) -> tuple[ModelConfig, MoEConfig]:
 
 
 def _liven(model: LanguageModel, case: str) -> MoE:
-    """The layer alone, with a router that is sure of its choices."""
+    """Only the layer, with a router that is sure of its choices."""
     layer = model.double().layers[0].mixer
     layer.router.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     if case == "switch with idle ranks":

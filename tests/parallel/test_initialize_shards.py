@@ -57,7 +57,7 @@ def parts(config: Config) -> Chunks:
     return chunks_of(tensors, built.held)
 
 
-def alone(config: Config) -> dict[str, Tensor]:
+def single(config: Config) -> dict[str, Tensor]:
     """The whole model as one process without any layout makes it."""
     model = LanguageModel(config.model, config.moe)
     initialize(model, config.run.seed)
@@ -77,7 +77,7 @@ def alone(config: Config) -> dict[str, Tensor]:
 def test_every_layout_starts_from_the_same_bits(world: Processes, kind: str, layouts: list[Layout]) -> None:
     for layout in layouts:
         config = config_of("M*-E", layout, **MODELS[kind])
-        expected = alone(config)
+        expected = single(config)
         ranks = world.run(parts, config, ranks=layout.ranks)
         assert assemble(ranks).keys() == expected.keys()
         for rank, chunks in enumerate(ranks):

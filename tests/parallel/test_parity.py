@@ -95,9 +95,9 @@ def float64_error(world: World, pattern: str, layouts: Iterable[Layout], **keys:
     accumulation = keys.pop("accumulation", 1)
     for layout in layouts:
         if accumulation not in expected:
-            alone = config_of(pattern, Layout(1), accumulation, **keys)
+            single = config_of(pattern, Layout(1), accumulation, **keys)
             expected[accumulation] = [
-                assemble([chunks]) for chunks in world.run(forward_and_backward, alone, ranks=1)[0]
+                assemble([chunks]) for chunks in world.run(forward_and_backward, single, ranks=1)[0]
             ]
         config = config_of(pattern, layout, accumulation, **keys)
         ranks = world.run(forward_and_backward, config, ranks=layout.ranks)
@@ -110,18 +110,18 @@ def engine_error(world: World, pattern: str, layouts: Iterable[Layout], **keys: 
     """Worst errors of 20 steps under the engine on each layout, against one process with the same micro-steps."""
     accumulation = keys.pop("accumulation", 1)
     keys = {"train__learning_rate": 1e-3} | keys
-    keys["run__seed"], (alone,) = train_far_from_ties(world, pattern, Layout(1), STEPS, accumulation, **keys)
-    assert max(alone.norms) > config_of(pattern, Layout(1), **keys).train.gradient_clip > 0, "clipping is at work"
-    weights, gradients = assemble([alone.weights]), assemble([alone.gradients])
+    keys["run__seed"], (single,) = train_far_from_ties(world, pattern, Layout(1), STEPS, accumulation, **keys)
+    assert max(single.norms) > config_of(pattern, Layout(1), **keys).train.gradient_clip > 0, "clipping is at work"
+    weights, gradients = assemble([single.weights]), assemble([single.gradients])
     errors = {}
     for layout in layouts:
         config = config_of(pattern, layout, accumulation, **keys)
         ranks = world.run(train, config, STEPS, ranks=layout.ranks, timeout=300)
         errors[layout] = Errors(
             loss=max(
-                abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, alone.losses, strict=True)
+                abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, single.losses, strict=True)
             ),
-            norm=max(abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.norms, alone.norms, strict=True)),
+            norm=max(abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.norms, single.norms, strict=True)),
             gradient=worst(assemble([rank.gradients for rank in ranks]), gradients)[0],
             weight=worst(assemble([rank.weights for rank in ranks]), weights)[0],
         )
@@ -189,8 +189,8 @@ def test_balance_over_devices_sees_each_devices_own_tokens(world: World) -> None
         for layout in (Layout(2, 2, 2), Layout(2, 1, 1))
     ]
     assert worst(*gradients)[0] <= 1e-10
-    (alone,) = world.run(forward_and_backward, config_of("ME", Layout(1), **keys), ranks=1)
-    assert worst(gradients[0], assemble([alone[1]]))[0] > 1e-6
+    (single,) = world.run(forward_and_backward, config_of("ME", Layout(1), **keys), ranks=1)
+    assert worst(gradients[0], assemble([single[1]]))[0] > 1e-6
 
 
 def test_what_the_test_compares_would_see_an_unreduced_x_proj(world: World) -> None:
@@ -237,11 +237,11 @@ def test_training_with_biases_and_a_window(world: World) -> None:
 def test_training_in_bf16_is_near_one_process(world: World) -> None:
     """Rounding decides some routings here, so the bound is that of bf16."""
     keys = {"train__precision": "bf16", "train__recompute": True}
-    (alone,) = world.run(train, config_of("ME", Layout(1), **keys), STEPS, ranks=1)
+    (single,) = world.run(train, config_of("ME", Layout(1), **keys), STEPS, ranks=1)
     layout = Layout(4, 2, 4)
     for rank in world.run(train, config_of("ME", layout, **keys), STEPS, ranks=layout.ranks):
-        assert rank.losses == pytest.approx(alone.losses, rel=1e-2)
-        assert rank.norms == pytest.approx(alone.norms, rel=0.1)
+        assert rank.losses == pytest.approx(single.losses, rel=1e-2)
+        assert rank.norms == pytest.approx(single.norms, rel=0.1)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""The table of cuts, by arithmetic alone: every logical element is held, as often as it should be, and in place."""
+"""The table of shards, only by arithmetic: every logical element is held, as often as it should be, and in place."""
 
 import functools
 import itertools

@@ -42,18 +42,18 @@ def train_gathering(config: Config, steps: int) -> Trained:
 def check_same_curve(world: World, pattern: str, layouts: list[Layout], **keys: Any) -> None:
     """20 steps on each layout give what one process gives under ZeRO 1."""
     keys = {"train__learning_rate": 1e-3} | keys
-    (alone,) = world.run(train, config_of(pattern, Layout(1), **keys), STEPS, ranks=1)
+    (single,) = world.run(train, config_of(pattern, Layout(1), **keys), STEPS, ranks=1)
     for layout in layouts:
         ranks = world.run(train_gathering, config_of(pattern, layout, **keys), STEPS, ranks=layout.ranks)
         for rank in ranks:
-            assert rank.norms == pytest.approx(alone.norms, rel=1e-4), layout
+            assert rank.norms == pytest.approx(single.norms, rel=1e-4), layout
         Errors(
             norm=0.0,  # asserted above
             loss=max(
-                abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, alone.losses, strict=True)
+                abs(mine / its - 1) for rank in ranks for mine, its in zip(rank.losses, single.losses, strict=True)
             ),
-            gradient=worst(assemble([rank.gradients for rank in ranks]), assemble([alone.gradients]))[0],
-            weight=worst(assemble([rank.weights for rank in ranks]), assemble([alone.weights]))[0],
+            gradient=worst(assemble([rank.gradients for rank in ranks]), assemble([single.gradients]))[0],
+            weight=worst(assemble([rank.weights for rank in ranks]), assemble([single.weights]))[0],
         ).check(layout)
 
 

@@ -1,4 +1,4 @@
-"""Pictures are drawn from metrics alone, and what cannot be drawn is said in one line."""
+"""Pictures are drawn only from metrics, and what cannot be drawn is said in one line."""
 
 import json
 import math

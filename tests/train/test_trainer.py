@@ -123,10 +123,10 @@ def test_a_validation_may_read_a_part_of_its_set(world: World, tiny: Path, plain
 
 def test_balance_statistics_are_of_all_ranks(world: World, tiny: Path, tmp_path: Path) -> None:
     dropless = {"moe__capacity_factor": "null", "moe__balance_weight": 1.0, "moe__z_loss_weight": 0.1}
-    alone = run(world, tiny, tmp_path / "alone", train__micro_batch=8, **dropless)
+    single = run(world, tiny, tmp_path / "single", train__micro_batch=8, **dropless)
     shared = run(world, tiny, tmp_path / "shared", ranks=2, train__micro_batch=4, **dropless)
-    assert curve(shared) == pytest.approx(curve(alone), rel=1e-5)
-    for mine, other in zip(alone, shared, strict=True):
+    assert curve(shared) == pytest.approx(curve(single), rel=1e-5)
+    for mine, other in zip(single, shared, strict=True):
         if "loss" in mine:
             assert mine["balance_loss"] == pytest.approx(other["balance_loss"], rel=1e-5)
             assert mine["expert_load"] == other["expert_load"]
@@ -231,7 +231,7 @@ def test_a_run_that_diverges_stops(world: World, tiny: Path, tmp_path: Path) -> 
 def test_a_folder_in_use_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    with folder.alone(), pytest.raises(WorkerError, match="in use by another run"):
+    with folder.locked(), pytest.raises(WorkerError, match="in use by another run"):
         run(world, tiny, folder.path)
     assert len(curve(run(world, tiny, folder.path))) == STEPS
 

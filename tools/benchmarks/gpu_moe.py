@@ -123,7 +123,7 @@ def dense_product(shapes: LayerShapes, x: Tensor, gradient: Tensor) -> Run:
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """A process group of this process alone, where DeepSpeed is there; what it says goes to standard error."""
+    """A process group of only this process, where DeepSpeed is there; what it says goes to standard error."""
     sys.stdout.flush()
     output = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

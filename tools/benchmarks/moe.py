@@ -53,7 +53,7 @@ def moe_rows(shapes: MoEShapes, repeats: int) -> list[Row]:
 
 def _rank(rank: int, ranks: int, folder: Path, shapes: MoEShapes, repeats: int) -> None:
     """One process of a world of ``ranks``; the first writes the rows down."""
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the table alone goes to standard output; DeepSpeed talks
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # only the table goes to standard output; DeepSpeed talks
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     from moe_mamba.parallel.distributed import finish_world, start_world
 

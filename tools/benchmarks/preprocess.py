@@ -1,4 +1,4 @@
-"""The benchmark's row ``preprocess``: documents into shards, against the tokenizer alone."""
+"""The benchmark's row ``preprocess``: documents into shards, against only the tokenizer."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ COPIES = 20  # of the built-in corpus
 
 
 def preprocess_row(documents: str, tokenizer_name: str, tiny: bool, repeats: int) -> Row:
-    """Documents a second into shards, from the file to the checksums, against encoding alone on as many cores."""
+    """Documents per second into shards, from the file to the checksums, against only encoding on as many cores."""
     from moe_mamba.data.corpus import Corpus
     from moe_mamba.data.preprocess import preprocess
     from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

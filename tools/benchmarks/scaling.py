@@ -81,18 +81,18 @@ def scaling_rows(shapes: ScalingShapes, repeats: int) -> list[Row]:
     against itself: how far it is from 1 is noise.
     """
     _start_server(shapes)
-    with Processes(1, "data", shapes) as alone:
-        rows = [_row(alone, alone, shapes, repeats)]
+    with Processes(1, "data", shapes) as single:
+        rows = [_row(single, single, shapes, repeats)]
         for layout in shapes.layouts:
             for ranks in shapes.worlds:
                 with Processes(ranks, layout, shapes) as several:
-                    rows.append(_row(several, alone, shapes, repeats))
+                    rows.append(_row(several, single, shapes, repeats))
     return rows
 
 
-def _row(several: "Processes", alone: "Processes", shapes: ScalingShapes, repeats: int) -> Row:
+def _row(several: "Processes", single: "Processes", shapes: ScalingShapes, repeats: int) -> Row:
     ranks, cores = several.ranks, os.cpu_count() or 1
-    pair = compare(several.step, alone.step, repeats)
+    pair = compare(several.step, single.step, repeats)
     collectives = several.collectives(shapes.timed)
     kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(collectives.items()))
     share = f"{sum(collectives.values()):.1%} in collectives" + (f" ({kinds})" if kinds else "")
@@ -152,9 +152,9 @@ class Processes:
 
 
 def _start_server(shapes: ScalingShapes) -> None:
-    """Start the server that processes are forked from: on CPUs alone, and what DeepSpeed says goes to standard error.
+    """Start the server that processes are forked from: only on CPUs, and what DeepSpeed says goes to standard error.
 
-    The table alone goes to standard output.
+    Only the table goes to standard output.
     """
     tensor = ["moe_mamba.parallel.tensor"] if "tensor" in shapes.layouts else []
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED + tensor)

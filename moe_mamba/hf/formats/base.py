@@ -60,7 +60,7 @@ class Format(Protocol):
             model: sizes.
             moe: sizes.
             stacked: experts as Transformers 5 has them in memory, one tensor a layer, where the files on the hub have
-                one a matrix; other formats have one way alone.
+                one a matrix; other formats have only one way.
         """
 
 
@@ -157,13 +157,13 @@ def describe_layer(model: ModelConfig, index: int) -> str:
 def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
     """What no class of Transformers' has that ours are translated to: other norms, other activations."""
     if model.norm != "rmsnorm":
-        return f"model.norm={model.norm}: {architecture} has RMSNorm alone"
+        return f"model.norm={model.norm}: {architecture} has only RMSNorm"
     if not model.final_norm:
         return f"model.final_norm=false: {architecture} has a final norm"
     if model.activation != "swiglu" and any("activation" in mixer.settings for mixer in kinds(model)):
-        return f"model.activation={model.activation}: {architecture} has SwiGLU alone"
+        return f"model.activation={model.activation}: {architecture} has only SwiGLU"
     if has(model, Mamba) and not model.selective:
-        return f"model.selective=false: {architecture} has the selective scan alone"
+        return f"model.selective=false: {architecture} has only the selective scan"
     return None
 
 
@@ -183,7 +183,7 @@ def routing_refusal(moe: MoEConfig, architecture: str, renormalize: bool) -> str
     if moe.router == "expert_choice":
         return f"moe.router=expert_choice: in {architecture} tokens choose"
     if moe.scores != "softmax":
-        return f"moe.scores={moe.scores}: {architecture} has softmax alone"
+        return f"moe.scores={moe.scores}: {architecture} has only softmax"
     if moe.renormalize != renormalize:
         does = "always makes a token's weights sum to one" if renormalize else "leaves a token's weights as they are"
         return f"moe.renormalize={str(moe.renormalize).lower()}: {architecture} {does}"

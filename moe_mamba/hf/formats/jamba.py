@@ -138,7 +138,7 @@ class Jamba:
         with Settings(configuration, self.architecture, inert) as settings:
             settings.require({"hidden_act": "silu"}, "our gate is SwiGLU's")
             biases = {"mamba_conv_bias": True, "mamba_proj_bias": False}
-            settings.require(biases, "our convolution alone has a bias")
+            settings.require(biases, "only our convolution has a bias")
             settings.require({"mamba_inner_layernorms": True}, "Jamba's Mamba has norms")
             layers, experts = self._read_layers(settings), self._read_experts(settings)
             pattern, repeat = shortest_pattern(layers)

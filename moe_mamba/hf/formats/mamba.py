@@ -1,4 +1,4 @@
-"""MambaForCausalLM: Mamba layers alone."""
+"""MambaForCausalLM: only Mamba layers."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -42,7 +42,7 @@ INERT = frozenset(
 """Keys that Transformers writes for any class, and that change no logit of its causal language models."""
 
 TRAINING_ALONE = frozenset({"attention_dropout", "router_jitter_noise"})
-"""Keys that act in training alone, and that ours has not: see ``notes``."""
+"""Keys that act only in training, and that ours lacks: see ``notes``."""
 
 
 class Settings:
@@ -191,7 +191,7 @@ class Settings:
 def notes(configuration: Configuration, architecture: str) -> list[str]:
     """What of a config.json is left out on purpose, a line each: dropout and noise of training, and code of its own."""
     lines = [
-        f"config.json: {key}={configuration[key]!r} acts in training alone, and training here has none: it is left out"
+        f"config.json: {key}={configuration[key]!r} acts only in training, where ours lacks it: it is left out"
         for key in sorted(TRAINING_ALONE)
         if configuration.get(key)
     ]

@@ -1,4 +1,4 @@
-"""Checkpoints of the library mamba-ssm, as state-spaces published them: the way in alone."""
+"""Checkpoints of the library mamba-ssm, as state-spaces published them: only the way in."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ INITIAL = frozenset({"dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale"}
 
 
 class StateSpaces:
-    """``MambaLMHeadModel``: Mamba-1 layers alone; its config.json names no class."""
+    """``MambaLMHeadModel``: only Mamba-1 layers; its config.json names no class."""
 
     name = "state_spaces"
     architecture = "MambaLMHeadModel"
@@ -28,10 +28,10 @@ class StateSpaces:
         with Settings(configuration, self.architecture, {"fused_add_norm", "residual_in_fp32"}) as settings:
             mixer = settings.section("ssm_cfg", inert=INITIAL | {"use_fast_path"})
             mixer.require({"layer": "Mamba1"}, "ours is Mamba-1")
-            mixer.require({"conv_bias": True, "bias": False}, "our convolution alone has a bias")
+            mixer.require({"conv_bias": True, "bias": False}, "only our convolution has a bias")
             for key in ("attn_layer_idx", "d_intermediate"):
                 if settings.get(key):
-                    settings.refuse(key, "Mamba layers alone are read")
+                    settings.refuse(key, "only Mamba layers are read")
             d_model, multiple = settings.number("d_model"), settings.number("pad_vocab_size_multiple", 8)
             model = {
                 "pattern": "M",

@@ -87,7 +87,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             output_router_logits: return them, and add the routers' losses, with the weights that the trainer gives
                 them, to the loss.
             return_dict: False: a tuple.
-            logits_to_keep: logits of so many last tokens alone, or of these places; 0: of all. Not with labels.
+            logits_to_keep: logits of only so many last tokens, or of these places; 0: of all. Not with labels.
             num_items_in_batch: divides the loss, in the place of the number of labels that count, as in the Trainer.
             past_key_values: see there.
             kwargs: ``shift_labels`` (batch, length), the token after each one, in the place of ``labels``: where a
@@ -242,7 +242,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         wanted = generation_config.cache_implementation
         given = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if wanted not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache has dynamic and static alone")
+            raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache is only dynamic or static")
         if given is not None:
             if wanted is not None:
                 raise ValueError(f"cache_implementation={wanted} beside a cache: pass one of them")

@@ -1,6 +1,6 @@
 """Experts' products in plain torch: as many rows each as the router sent, or, with a capacity, all alike.
 
-How many rows an expert has is known on the device alone, so what traces a graph (compile, export) sees one operator
+How many rows an expert has is known only on the device, so what traces a graph (compile, export) sees one operator
 where there is no capacity, and not a loop.
 """
 

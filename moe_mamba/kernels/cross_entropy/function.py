@@ -47,6 +47,6 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the logits alone."""
+        """Gradient of only the logits."""
         # contiguous: the gradient of a sum is one number expanded
         return ctx.gradient(*ctx.saved_tensors, incoming.contiguous()), None, None, None, None, None

@@ -90,7 +90,7 @@ inline void copy_out(const Vector<T>* tile, To* target, int64_t stride, int64_t 
     }
 }
 
-// Calls use(pointer) with the address of an element, in the type of the tensor: fp64 goes with fp64 alone.
+// Calls use(pointer) with the address of an element, in the type of the tensor: fp64 goes only with fp64.
 template <class T, class Use>
 inline void with_type(Type type, const Tensor& tensor, int64_t row, int64_t step, int64_t channel, Use use) {
     const int64_t at = row * tensor.batch_stride + step * tensor.step_stride + channel;

@@ -2,7 +2,7 @@
 
 Read in torch's source (2.11 to 2.13), and what follows from it:
 
-- Its kernel is for bf16 on GPUs of compute capability 9.0 and newer alone. Other dtypes and older GPUs, like CPUs, get
+- Its kernel is only for bf16 on GPUs of compute capability 9.0 and newer. Other dtypes and older GPUs, like CPUs, get
   a loop that reads the offsets, and so waits for the GPU. With a capacity there is nothing to read: ``bmm`` runs on
   every GPU in every dtype, and its gradients are products of transposed views.
 - Addresses and row strides of all operands, the gradient too, are multiples of 16 bytes: odd widths are padded with
@@ -41,7 +41,7 @@ def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.compiler.disable  # it knows shapes of bf16 products alone (torch 2.13), and breaks at every address
+@torch.compiler.disable  # it knows only shapes of bf16 products (torch 2.13), and breaks at every address
 def _by_offsets(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     out = weight.shape[2]
     multiple = ALIGNMENT // x.element_size()

@@ -30,7 +30,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of x (tokens, d) alone."""
+        """Gradient of only x (tokens, d)."""
         (slot,) = ctx.saved_tensors
         return ctx.summation(gradient, None, slot), None, None, None, None
 

@@ -70,7 +70,7 @@ class FeedForward(Mixer):
     def hidden_specs(cls, config: ModelConfig, width: int, key: str) -> ShardSpecs:
         """How the two matrices are sharded: along the hidden ``width``, which the configuration's ``key`` sets."""
         block = Block(width, units=width)
-        gates = input_width(config.activation, 1)  # [gate | up], or up alone
+        gates = input_width(config.activation, 1)  # [gate | up], or only up
         inputs = (ShardSpec(0, "tensor", (block,) * gates, key),)
         return {
             "in_proj.weight": inputs,

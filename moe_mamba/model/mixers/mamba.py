@@ -180,7 +180,7 @@ class Mamba(Mixer):
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
         kernels = self.kernels
         if kernels == "vendor" and state is not None:
-            kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
+            kernels = "auto"  # the vendor's scan serves only training: it starts from zeros
         y, scan = selective_scan(
             x, delta, A, B, C, self.D, z, bias, document_starts, scan, kernels
         )  # equations 2a, 2b and 4, and the gate
@@ -214,7 +214,7 @@ class Mamba(Mixer):
         return *self.dt_proj(dt), B, C
 
     def _constants(self, weight: Tensor, generator: Generator) -> None:
-        """As S4D starts (Gu et al., arXiv 2206.11893): delta is its bias alone, B is one, C standard normal."""
+        """As S4D starts (Gu et al., arXiv 2206.11893): delta is only its bias, B is one, C standard normal."""
         dt, B, C = weight.split((self.config.resolved_dt_rank, self.config.d_state, self.config.d_state))
         dt.zero_()
         B.fill_(1.0)

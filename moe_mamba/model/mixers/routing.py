@@ -32,7 +32,7 @@ class Routing:
         counts: (experts,) int64: rows of each expert, empty slots included.
         assigned: (experts,) int64: assignments of each expert, counted before any is dropped.
         dropped: () assignments that no expert had room for; for expert choice, tokens that no expert took.
-        capacity: rows of every expert, where all have as many; None: ``counts`` alone knows.
+        capacity: rows of every expert, where all have as many; None: only ``counts`` knows.
     """
 
     token: Tensor
@@ -178,7 +178,7 @@ class Router(nn.Module):
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each token, best first, and their weights, both (tokens, top_k).
 
-        The balancing bias (DeepSeek-V3, section 2.1.2) moves the choice alone, never a weight.
+        The balancing bias (DeepSeek-V3, section 2.1.2) moves only the choice, never a weight.
         """
         ranking = scores.detach()
         if self.config.balance == "bias":

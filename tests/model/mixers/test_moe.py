@@ -165,7 +165,7 @@ def test_gated_experts_equal_a_plain_loop(case: str) -> None:
 def test_no_value_is_looked_at(case: str, dtype: torch.dtype) -> None:
     """So a GPU is never waited for: tensors without values are enough for a pass and its gradients.
 
-    Without a capacity, torch's grouped product is so in bf16 alone.
+    Without a capacity, torch's grouped product is so only in bf16.
     """
     layer = MoE(ModelConfig(d_model=D, d_ff=8), MoEConfig(**{"experts": 8, "capacity_factor": None, **CASES[case]}))
     layer.to(dtype).router.float()
