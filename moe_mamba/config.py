@@ -65,7 +65,7 @@ class DataConfig(Section):
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
     max_documents: OptionalPositive = Field(None, description="documents to take of each source of them; null: all")
-    sequence_length: Positive = Field(256, description="tokens a window")
+    sequence_length: Positive = Field(256, description="tokens per window")
     reset_at_document: bool = Field(
         True, description="state, convolution and attention start anew at each document of a window"
     )
@@ -109,7 +109,7 @@ class TrainConfig(Section):
     steps: OptionalPositive = Field(1000, description="optimizer steps; null: from train.tokens")
     tokens: OptionalPositive = Field(None, description="budget in tokens, instead of train.steps")
     global_batch: Positive = Field(64, description="sequences an optimizer step, over all devices")
-    micro_batch: OptionalPositive = Field(None, description="sequences a device works on at once; null: chosen")
+    micro_batch: OptionalPositive = Field(None, description="sequences that a device processes at once; null: chosen")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable then decay")
     warmup: Fraction = Field(0.01, description="share of the steps in which the rate rises linearly")

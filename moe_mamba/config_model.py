@@ -17,9 +17,9 @@ from moe_mamba.config_types import (
 
 
 class ModelConfig(Section):
-    """The residual stack. A letter a layer, as Megatron-LM and Nemotron-H write patterns."""
+    """The residual stack. A letter per layer, as Megatron-LM and Nemotron-H write patterns."""
 
-    pattern: Text = Field("ME", description="one letter a layer: M Mamba, * attention, - feed-forward, E experts")
+    pattern: Text = Field("ME", description="one letter per layer: M Mamba, * attention, - feed-forward, E experts")
     repeat: Positive = Field(8, description="how often the pattern is repeated")
     d_model: Positive = Field(512, description="width of the residual stream")
     vocab_size: VocabularySize = Field(
@@ -68,7 +68,7 @@ class ModelConfig(Section):
 
     @property
     def layers(self) -> str:
-        """One letter a layer, for the whole model."""
+        """One letter per layer, for the whole model."""
         return self.pattern * self.repeat
 
     @property
@@ -100,12 +100,12 @@ class ModelConfig(Section):
 class MoEConfig(Section):
     """Routing and experts of the layers written ``E``."""
 
-    experts: Positive = Field(32, description="routed experts a layer")
+    experts: Positive = Field(32, description="routed experts per layer")
     d_expert: OptionalPositive = Field(None, description="hidden width of an expert; null: model.d_ff's value")
     router: Literal["switch", "top_k", "expert_choice"] = Field(
-        "switch", description="switch: the best expert a token; top_k: several; expert_choice: experts choose tokens"
+        "switch", description="switch: the best expert per token; top_k: several; expert_choice: experts choose tokens"
     )
-    top_k: Positive = Field(1, description="experts a token (top_k), or on average (expert_choice)")
+    top_k: Positive = Field(1, description="experts per token (top_k), or on average (expert_choice)")
     scores: Literal["softmax", "sigmoid"] = Field("softmax", description="how router logits become scores")
     renormalize: bool = Field(False, description="the weights of a token's chosen experts sum to one (top_k > 1)")
     capacity_factor: OptionalFactor = Field(

@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, such as one whose loss is no number any more: one line, and an exit code.
+    """A run that cannot go on, such as one whose loss is NaN or Inf: one line, and an exit code.
 
     Args:
         message: the line.

@@ -103,5 +103,5 @@ def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "tools/compare_runs.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compared: equal") == 8
-    assert done.stdout.endswith("equal in all 8 comparisons, 2 steps a run\n")
+    assert done.stdout.endswith("equal in all 8 comparisons, 2 steps per run\n")
     assert '"difference": null' in (tmp_path / "found.json").read_text()

@@ -23,7 +23,7 @@ def test_c4_through_gpt2(shared_data: Path, tmp_path: Path) -> None:
     command = ("--input", source, "--tokenizer", shared_data / "gpt2", "--output", tmp_path / "c4", "--workers", 2)
     done = run(*command)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1,727 documents, 791,101 tokens" in done.stdout  # 789,374, and an end-of-text a document
+    assert "1,727 documents, 791,101 tokens" in done.stdout  # 789,374, and an end-of-text per document
     again = run(*command)
     assert (again.returncode, again.stdout) == (0, done.stdout)
     assert Shards.open(tmp_path / "c4", verify="checksums").documents == 1727

@@ -74,7 +74,7 @@ def test_a_run_measures_its_answers(done: Path) -> None:
         assert found["bits_per_byte"] is None
     log = (done / "log.txt").read_text()
     assert "endless sequences to train on; short 24 sequences, long 6 sequences" in log
-    assert "% right" in log and "'The' is no symbol" in log
+    assert ", accuracy " in log and "'The' is no symbol" in log
     assert "--input synthetic:induction_heads:sequences=24" in log
 
 

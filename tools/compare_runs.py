@@ -172,7 +172,7 @@ def main(
             f"{len(different)} of {len(found)} comparisons differ, the first in the {first.what} of {first.pattern}, "
             f"{first.layout}: {first.difference}"
         )
-    print(f"equal in all {len(found)} comparisons, {steps} steps a run")
+    print(f"equal in all {len(found)} comparisons, {steps} steps per run")
 
 
 def compare(

@@ -27,7 +27,7 @@ PART = 2**23  # elements of a stored tensor looked at together
 
 @torch.no_grad()
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number is NaN or Inf, nor becomes Inf in bf16, in which weights may run.
+    """Whether nothing is NaN or Inf, nor becomes Inf in bf16, in which weights may run.
 
     A reduction on the tensors' device, and one read of its result. Integers and empty tensors are finite.
     """
@@ -74,7 +74,7 @@ class NextStep(NamedTuple):
     """The step that was made from a checkpoint.
 
     Attributes:
-        loss: in nats a token.
+        loss: in nats/token.
         gradient_norm: over all ranks, before clipping; None where the loss is not finite, for there is none then.
     """
 

@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def is_marked_finite(folder: Path) -> bool:
-    """Whether the writer of a valid manifest says that no number is NaN or Inf; older versions did not look."""
+    """Whether the writer of a valid manifest says that nothing in it is NaN or Inf; older versions did not look."""
     return _read_json(folder / MANIFEST).get("finite") is True
 
 

@@ -145,7 +145,7 @@ def _write_chunk(file: HashedFile, item: WriteItem, planner: SavePlanner, start:
 
 
 class Writer(StorageWriter):
-    """Storage of torch.distributed.checkpoint: a safetensors file a rank, then JSON by the coordinator.
+    """Storage of torch.distributed.checkpoint: a safetensors file per rank, then JSON by the coordinator.
 
     The manifest says that all numbers are finite: whoever saves has looked.
 

@@ -28,7 +28,7 @@ def main(
 ) -> None:
     """Score a model on shards or documents (--input), or on tasks of EleutherAI's harness (--tasks).
 
-    Text gives loss (nats a token), perplexity, bits per byte and the share of tokens predicted right; a synthetic task,
+    Text gives loss (nats/token), perplexity, bits per byte and accuracy; a synthetic task,
     such as --input synthetic:induction_heads, the same of its answers; tasks give the harness's own table.
 
     Args:
@@ -36,7 +36,7 @@ def main(
         input: shards, a text file, or any other source that `data.train` takes (see launch/train.py --help).
         tasks: names of the harness's tasks, such as hellaswag,lambada_openai, task files (.yaml), or folders of such,
             written with a /; needs pip install -e '.[evaluation]'.
-        sequence_length: tokens a window, and of a task's context the last so many; the run's own where none is given.
+        sequence_length: tokens per window, and of a task's context the last so many; the run's own where none is given.
         batch: windows or requests at once.
         max_documents: with --input: documents to take of a source of documents.
         num_fewshot: with --tasks: examples before each question, where a task allows; as each task says if not given.

@@ -33,13 +33,13 @@ def main(
 ) -> None:
     """Continue a prompt, or many; the text appears as it is written.
 
-    Time and memory a token do not grow with the text, but in models with attention. Of many prompts each text begins
+    Time and memory per token do not grow with the text, but in models with attention. Of many prompts each text begins
     with its number in brackets, and they come in the order of the prompts.
 
     Args:
         checkpoint: a run's folder (its newest checkpoint is used) or one of its checkpoints/step-... folders.
         prompt: text to continue.
-        prompts_file: texts to continue, one a line, or as JSON lines {"prompt": "..."} in a .jsonl file; - reads
+        prompts_file: texts to continue, one per line, or as JSON lines {"prompt": "..."} in a .jsonl file; - reads
             standard input (JSON lines, where the first begins with a brace).
         max_new_tokens: tokens to write at most; an end-of-text token ends the text before.
         min_new_tokens: end-of-text is not drawn before so many tokens.
@@ -177,7 +177,7 @@ def _write(writing: Writing, texts: list[_Text], most: int, screen: _Screen, spe
 def _prompts(prompt: str | None, path: str | None) -> list[str]:
     """The prompts that the user gave, by hand or in a file."""
     if (prompt is None) == (path is None):
-        raise UserError("give --prompt, or --prompts_file with a prompt a line")
+        raise UserError("give --prompt, or --prompts_file with one prompt per line")
     if prompt is not None:
         return [prompt]
     assert path is not None
@@ -188,7 +188,7 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
         raise UserError(f"--prompts_file={path} cannot be read ({why}): give a text or .jsonl file") from error
     lines = {number: line for number, line in enumerate(content.split("\n"), 1) if line.strip()}
     if not lines:
-        raise UserError(f"--prompts_file={path} has no prompts: write one a line")
+        raise UserError(f"--prompts_file={path} has no prompts: write one per line")
     if not path.endswith(".jsonl") and not (path == "-" and content.lstrip().startswith("{")):
         return [line.removesuffix("\r") for line in lines.values()]
     found = []

@@ -40,7 +40,7 @@ def main(
         print(f"{USAGE.format(command=command('plan'))}\n{reference()}")
         return
     if gpus is not None and not (type(gpus) is int and gpus > 0):
-        raise UserError(f"--gpus={gpus} is no number of devices: give 1 or more")
+        raise UserError(f"--gpus={gpus} is not a number of devices: give 1 or more")
     if shards and (json or gpus is not None):
         raise UserError("--shards prints a table that is the same for any layout: leave out --json and --gpus")
     settings = load_config(config, overrides)

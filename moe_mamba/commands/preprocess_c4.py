@@ -22,7 +22,7 @@ def main(
             hf:allenai/c4:en:train.
         output: the folder to write, such as data/c4.
         tokenizer: gpt2, bytes, a SentencePiece .model file, or a tokenizer's folder.
-        workers: processes that tokenize; by default one a core.
+        workers: processes that tokenize; by default one per core.
         limit: documents to take; by default all.
     """
     manifest = preprocess(input, load_tokenizer(tokenizer), output, workers or count_cores(), limit)

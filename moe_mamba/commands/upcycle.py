@@ -34,7 +34,7 @@ def main(
         checkpoint: a run's folder (its newest checkpoint is used) or one of its checkpoints/step-... folders.
         output: the run's folder to write.
         experts: copies of each layer.
-        top_k: experts a token.
+        top_k: experts per token.
         router: switch or top_k; switch where top_k is 1.
         renormalize: the weights of a token's experts sum to one; true where top_k is above 1.
         scores: softmax or sigmoid.
@@ -46,5 +46,5 @@ def main(
     """
     moe = routing(experts=experts, top_k=top_k, router=router, renormalize=renormalize, scores=scores, balance=balance)
     config, step = upcycle(checkpoint, Path(output), moe, every, noise, seed, overwrite)
-    print(f"{checkpoint}: as {config.model.pattern} x {config.model.repeat}, {experts} experts a layer, in {step}")
+    print(f"{checkpoint}: as {config.model.pattern} x {config.model.repeat}, {experts} experts per layer, in {step}")
     print(how_to_train(Path(output)))

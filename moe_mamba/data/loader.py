@@ -32,7 +32,7 @@ class Loader:
         Args:
             sources: by name; one whose windows never end stands alone.
             weights: the same names -> share of the windows, in any unit.
-            sequence_length: tokens a window.
+            sequence_length: tokens per window.
             seed: another one gives another order.
             reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.
             end_of_text: id of that token.
@@ -95,7 +95,7 @@ def evaluation_batches(
 
     Args:
         source: the corpus; of a synthetic task, its validation set, whose sequences may have a length of their own.
-        sequence_length: tokens a window; the last window is filled with end-of-text and uncounted targets.
+        sequence_length: tokens per window; the last window is filled with end-of-text and uncounted targets.
         batch: windows a batch; the last batch is filled with windows of uncounted targets.
         end_of_text: id of that token.
         reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.

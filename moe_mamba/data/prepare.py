@@ -107,7 +107,7 @@ def _synthetic_task(source: str, tokenizer: Tokenizer) -> SyntheticTask:
 
 
 def _workers(corpus: Corpus, max_documents: int | None) -> int:
-    """Processes that tokenize: one a core for a large source (a streamed one counts as large), or only this one."""
+    """Processes that tokenize: one per core for a large source (a streamed one counts as large), or only this one."""
     large = corpus.source.startswith("hf:") or corpus.total_bytes > LARGE_BYTES
     return count_cores() if large and (max_documents or LARGE_DOCUMENTS) >= LARGE_DOCUMENTS else 0
 

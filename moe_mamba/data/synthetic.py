@@ -54,7 +54,7 @@ class SyntheticTask:
         vocab_size: ids of the tokenizer, its end-of-text included.
         queries: induction_heads: how often the answer is asked for at most.
         memorize: selective_copying: symbols to copy.
-        length: tokens a sequence, for validation; None: those of the run or the command.
+        length: tokens per sequence, for validation; None: those of the run or the command.
         sequences: how many a validation reads.
     """
 
@@ -144,7 +144,7 @@ class SyntheticTask:
         """Go over the validation set, which is the same for every seed of a run.
 
         Args:
-            sequence_length: tokens a sequence, where the source names no length.
+            sequence_length: tokens per sequence, where the source names no length.
             batch: sequences of that length at once, fewer of longer ones; the last batch is filled with sequences
                 whose targets are not counted.
         """

@@ -171,7 +171,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
     """Train a SentencePiece model of ``vocab_size`` pieces and save it into ``folder``.
 
     Byte-pair merges over whole documents, so that line ends and indents merge as well: in a trial on the built-in
-    corpus, 2,048 pieces, that took the fewest tokens (3.08 bytes a token; unigram pieces 3.04, single line ends
+    corpus, 2,048 pieces, that took the fewest tokens (3.08 bytes per token; unigram pieces 3.04, single line ends
     2.94), in a tenth of the unigram model's time. The same texts give the same model.
 
     Raises:

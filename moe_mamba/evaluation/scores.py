@@ -15,7 +15,7 @@ from moe_mamba.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the `targets` tokens that were counted: cross entropy in nats each, and the share predicted right.
+    """Of the `targets` tokens that were counted: cross entropy in nats each, and accuracy.
 
     A prediction is the likeliest token.
     """

@@ -1,7 +1,7 @@
 """A watch beside the training: it ends a run, with one line that says why, where the training itself cannot.
 
-A small thread a rank hears the signals, sees the launcher end, sees the main thread stand still, and holds the line to
-rank 0's hub, which tells it of other ranks' ends. It costs the training a look a second, and no collective.
+One small thread per rank hears the signals, sees the launcher end, sees the main thread hang, and holds the line to
+rank 0's hub, which tells it of other ranks' ends. It costs one look per second, and no collective.
 """
 
 import atexit

@@ -38,10 +38,10 @@ class MoEConfig:
     """Routing and experts of the layers written ``E``: what ``MoEMambaConfig.moe`` holds, as a dictionary.
 
     Args:
-        experts: routed experts a layer.
+        experts: routed experts per layer.
         d_expert: hidden width of an expert; null: model.d_ff's value.
-        router: switch: the best expert a token; top_k: several; expert_choice: experts choose tokens.
-        top_k: experts a token (top_k), or on average (expert_choice).
+        router: switch: the best expert per token; top_k: several; expert_choice: experts choose tokens.
+        top_k: experts per token (top_k), or on average (expert_choice).
         scores: how router logits become scores.
         renormalize: the weights of a token's chosen experts sum to one (top_k > 1).
         capacity_factor: tokens an expert takes, in units of an even share, the rest is dropped; null: dropless.
@@ -92,10 +92,10 @@ class MoEConfig:
 @strict
 @dataclass(kw_only=True)
 class StackConfig:
-    """The residual stack, a letter a layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
+    """The residual stack, a letter per layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
 
     Args:
-        pattern: one letter a layer: M Mamba, * attention, - feed-forward, E experts.
+        pattern: one letter per layer: M Mamba, * attention, - feed-forward, E experts.
         repeat: how often the pattern is repeated.
         d_model: width of the residual stream.
         vocab_size: tokens the embedding and the head know; null in a run's config: the tokenizer's size.
@@ -160,7 +160,7 @@ class StackConfig:
 
     @property
     def layers(self) -> str:
-        """One letter a layer, for the whole model."""
+        """One letter per layer, for the whole model."""
         return self.pattern * self.repeat
 
     @property
@@ -196,7 +196,7 @@ class StackConfig:
 
 
 class MoEMambaConfig(PretrainedConfig):
-    """The residual stack, a letter a layer, and its sizes.
+    """The residual stack, a letter per layer, and its sizes.
 
     Args:
         moe: routing and experts, keys and defaults as in ``MoEConfig``.
@@ -254,7 +254,7 @@ class MoEMambaConfig(PretrainedConfig):
 
     @property
     def layers(self) -> str:
-        """One letter a layer, for the whole model."""
+        """One letter per layer, for the whole model."""
         return self.pattern * self.repeat
 
     @property
@@ -264,12 +264,12 @@ class MoEMambaConfig(PretrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """Routed experts a layer, as Mixtral's users ask for them; ``moe`` holds the value."""
+        """Routed experts per layer, as Mixtral's users ask for them; ``moe`` holds the value."""
         return self._of_experts("experts")
 
     @property
     def num_experts_per_tok(self) -> int:
-        """Routed experts a token."""
+        """Routed experts per token."""
         return self._of_experts("top_k")
 
     @property

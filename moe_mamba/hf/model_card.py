@@ -17,7 +17,7 @@ HYPERPARAMETERS = (
 )  # fmt: skip
 SHAPE = ("d_model", "vocab_size", "norm", "norm_epsilon", "tied_head")
 FIGURES = {"loss": 4, "perplexity": 2, "bits_per_byte": 4, "accuracy": 4}  # of a validation -> decimals
-RESULTS = ("step", "tokens", "set", "loss (nat a token)", "perplexity", "bits a byte", "share right")
+RESULTS = ("step", "tokens", "set", "loss (nats/token)", "perplexity", "bits per byte", "accuracy")
 ROUTING = (
     "experts",
     "router",
@@ -169,7 +169,7 @@ def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{facts.tokens:,}"
     losses = [line["loss"] for line in facts.metrics if line.get("loss") is not None]
     if losses:
-        yield "last training loss", f"{losses[-1]:.4f} nat a token"
+        yield "last training loss", f"{losses[-1]:.4f} nats/token"
     for key in HYPERPARAMETERS:
         yield key, _value(getattr(config.train, key))
     if has_experts(config.model) and config.moe.balance == "loss":

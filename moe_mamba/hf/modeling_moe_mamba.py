@@ -101,7 +101,7 @@ def plain_combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor
 # From moe_mamba/hf/shell/grouped.py:
 # Experts' products in plain torch: as many rows each as the router sent, or, with a capacity, all alike.
 #
-# How many rows an expert has is known on the device alone, so what traces a graph (compile, export) sees one operator
+# How many rows an expert has is known only on the device, so what traces a graph (compile, export) sees one operator
 # where there is no capacity, and not a loop.
 
 
@@ -146,7 +146,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _register() -> None:
-    """Make the operators once a process: code of several folders may be loaded, and a second making breaks both."""
+    """Make the operators once per process: code of several folders may be loaded, and a second making breaks both."""
     if hasattr(torch.ops.moe_mamba_plain, "grouped_outer"):
         return
     product, outer = "moe_mamba_plain::grouped_product", "moe_mamba_plain::grouped_outer"
@@ -639,7 +639,7 @@ class Sequences:
 
     Attributes:
         batch: sequences in the stream.
-        length: tokens a sequence.
+        length: tokens per sequence.
         document_starts: (batch, length) bool, True where a document starts and nothing before may be seen;
             None: a sequence is one document that may go on from a state passed in.
         recording: what the pass shall keep; by default nothing.
@@ -738,7 +738,7 @@ class Routing:
         counts: (experts,) int64: rows of each expert, empty slots included.
         assigned: (experts,) int64: assignments of each expert, counted before any is dropped.
         dropped: () assignments that no expert had room for; for expert choice, tokens that no expert took.
-        capacity: rows of every expert, where all have as many; None: ``counts`` alone knows.
+        capacity: rows of every expert, where all have as many; None: only ``counts`` knows.
     """
 
     token: Tensor
@@ -884,7 +884,7 @@ class Router(nn.Module):
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each token, best first, and their weights, both (tokens, top_k).
 
-        The balancing bias (DeepSeek-V3, section 2.1.2) moves the choice alone, never a weight.
+        The balancing bias (DeepSeek-V3, section 2.1.2) moves only the choice, never a weight.
         """
         ranking = scores.detach()
         if self.config.balance == "bias":
@@ -940,7 +940,7 @@ class State:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def kept_where(self, waits: Tensor, new: Any, tokens: int) -> Any:
-        """The state after a pass over ``tokens`` tokens a row, but as it was for the rows that wait (batch,) bool."""
+        """The state after a pass over ``tokens`` tokens per row, but as it was for the rows that wait (batch,) bool."""
         pairs = {name: (getattr(self, name), value) for name, value in vars(new).items()}
         kept: dict[str, Any] = {name: choose_rows(waits, old, now.to(old.dtype)) for name, (old, now) in pairs.items()}
         return replace(new, **kept)
@@ -1176,7 +1176,7 @@ class Mamba(Mixer):
         A = -torch.exp(self.A_log)  # (d_inner, d_state); section 3.6
         kernels = self.kernels
         if kernels == "vendor" and state is not None:
-            kernels = "auto"  # the vendor's scan trains alone: it starts from zeros
+            kernels = "auto"  # the vendor's scan serves only training: it starts from zeros
         y, scan = selective_scan(
             x, delta, A, B, C, self.D, z, bias, document_starts, scan, kernels
         )  # equations 2a, 2b and 4, and the gate
@@ -1210,7 +1210,7 @@ class Mamba(Mixer):
         return *self.dt_proj(dt), B, C
 
     def _constants(self, weight: Tensor, generator: Generator) -> None:
-        """As S4D starts (Gu et al., arXiv 2206.11893): delta is its bias alone, B is one, C standard normal."""
+        """As S4D starts (Gu et al., arXiv 2206.11893): delta is only its bias, B is one, C standard normal."""
         dt, B, C = weight.split((self.config.resolved_dt_rank, self.config.d_state, self.config.d_state))
         dt.zero_()
         B.fill_(1.0)
@@ -1698,7 +1698,7 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
         ValueError: the pattern is empty, or has a letter that stands for nothing.
     """
     if not config.pattern:
-        raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
+        raise ValueError("model.pattern is empty: give one letter per layer, such as ME")
     period = []
     for letter in config.pattern:
         if letter not in MIXERS:
@@ -1810,7 +1810,7 @@ def run_layers(
     new_states: list[State | None] = []
     streams = sequences.recording.streams
     for index, layer in enumerate(layers):
-        if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept a layer
+        if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept per layer
             stream, update = _sum(stream, update), None
         if streams is not None:
             streams.append(stream.view(sequences.batch, sequences.length, -1))
@@ -2049,7 +2049,7 @@ BEGIN = (
     "those tokens, or positions from 0"
 )
 UNCOMPILED = "run this pass without compiling it"
-POSITIONS = "position_ids must rise by one a token, or begin again at 0 where a document starts"
+POSITIONS = "position_ids must rise by one per token, or begin again at 0 where a document starts"
 
 
 @dataclass(frozen=True)
@@ -2103,7 +2103,9 @@ def read(
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch)):
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, and must be ({batch}, {length})")
     if position_ids is not None and position_ids.shape[1] != length:
-        raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
+        raise ValueError(
+            f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one per token"
+        )
     if is_traced:
         return _traced(new, position_ids, document_starts, cache, mask)
     if mask is not None and new is not None:
@@ -2765,7 +2767,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             output_router_logits: return them, and add the routers' losses, with the weights that the trainer gives
                 them, to the loss.
             return_dict: False: a tuple.
-            logits_to_keep: logits of so many last tokens alone, or of these places; 0: of all. Not with labels.
+            logits_to_keep: logits of only so many last tokens, or of these places; 0: of all. Not with labels.
             num_items_in_batch: divides the loss, in the place of the number of labels that count, as in the Trainer.
             past_key_values: see there.
             kwargs: ``shift_labels`` (batch, length), the token after each one, in the place of ``labels``: where a
@@ -2920,7 +2922,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         wanted = generation_config.cache_implementation
         given = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if wanted not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache has dynamic and static alone")
+            raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache is only dynamic or static")
         if given is not None:
             if wanted is not None:
                 raise ValueError(f"cache_implementation={wanted} beside a cache: pass one of them")

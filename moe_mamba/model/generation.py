@@ -110,7 +110,7 @@ class Writing:
             Row -> token; a text that has come to its end is not in it, and not in ``rows`` any more.
 
         Raises:
-            UserError: the model's logits are no numbers.
+            UserError: the model's logits are NaN or Inf.
         """
         if not self.rows:
             return {}

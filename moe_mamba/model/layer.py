@@ -68,7 +68,7 @@ def run_layers(
     new_states: list[State | None] = []
     streams = sequences.recording.streams
     for index, layer in enumerate(layers):
-        if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept a layer
+        if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept per layer
             stream, update = _sum(stream, update), None
         if streams is not None:
             streams.append(stream.view(sequences.batch, sequences.length, -1))

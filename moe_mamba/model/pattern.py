@@ -25,7 +25,7 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
         ValueError: the pattern is empty, or has a letter that stands for nothing.
     """
     if not config.pattern:
-        raise ValueError("model.pattern is empty: give one letter a layer, such as ME")
+        raise ValueError("model.pattern is empty: give one letter per layer, such as ME")
     period = []
     for letter in config.pattern:
         if letter not in MIXERS:

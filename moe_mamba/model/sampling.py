@@ -41,10 +41,10 @@ class Sampling:
 
         Args:
             logits: (rows, vocab) on any device; greedy tokens are found there.
-            generators: of the rows, on the CPU; each gives one number a token, so that rows do not depend on others.
+            generators: of the rows, on the CPU; each gives one number per token, so that rows do not depend on others.
 
         Raises:
-            UserError: the logits are no numbers.
+            UserError: the logits are NaN or Inf.
         """
         if self.temperature == 0:
             best, likeliest = logits.max(dim=-1)
@@ -78,4 +78,4 @@ class Sampling:
 
 def _require_numbers(values: Tensor) -> None:
     if not values.isfinite().all():
-        raise UserError("the model's logits are no numbers any more: use a checkpoint from before its loss broke")
+        raise UserError("the model's logits are NaN or Inf: use an earlier checkpoint")

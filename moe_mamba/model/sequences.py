@@ -28,7 +28,7 @@ class Sequences:
 
     Attributes:
         batch: sequences in the stream.
-        length: tokens a sequence.
+        length: tokens per sequence.
         document_starts: (batch, length) bool, True where a document starts and nothing before may be seen;
             None: a sequence is one document that may go on from a state passed in.
         recording: what the pass shall keep; by default nothing.

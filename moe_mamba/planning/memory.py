@@ -1,4 +1,4 @@
-"""What a configuration means, before anything starts: parameters, work a token, and what each device of a layout holds.
+"""What a configuration means, before anything starts: parameters, FLOPs per token, and what each device holds.
 
 Arithmetic on the meta device: nothing is allocated and no process group is made.
 """
@@ -104,13 +104,13 @@ def table(config: Config, gpus: int | None = None) -> str:
     rows = [
         ("pattern", f"{config.model.pattern} x {config.model.repeat}"),
         ("parameters", f"{numbers['total_parameters']:,} without embedding, head and norms"),
-        ("  active a token", f"{numbers['active_parameters']:,}"),
+        ("  active per token", f"{numbers['active_parameters']:,}"),
         ("  norms", f"{numbers['norm_parameters']:,}"),
         ("  embedding and head", f"{numbers['embedding_parameters']:,}"),
         ("training", f"{tokens:,} tokens in {config.steps:,} steps"),
         (
             "  work",
-            f"{numbers['training_flops_per_token']:.3g} FLOPs a token, "
+            f"{numbers['training_flops_per_token']:.3g} FLOPs per token, "
             f"{numbers['training_flops_per_token'] * tokens:.3g} in all",
         ),
         *_layout_rows(config, numbers),
@@ -132,12 +132,12 @@ def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str
     rows = [
         ("layout", f"{devices} devices, tensor {parallel.tensor} x data {devices // parallel.tensor}{experts}{among}"),
         ("  precision", f"{config.train.precision}, ZeRO {parallel.zero}"),
-        ("  parameters", f"{numbers['parameters_per_device']:,} a device, embedding, head and padding included"),
-        *((f"  {name}", f"{_size(numbers[key])} a device{notes[name]}") for name, key in kinds.items()),
-        ("  together", f"{_size(total)} a device, without activations"),
+        ("  parameters", f"{numbers['parameters_per_device']:,} per device, embedding, head and padding included"),
+        *((f"  {name}", f"{_size(numbers[key])} per device{notes[name]}") for name, key in kinds.items()),
+        ("  together", f"{_size(total)} per device, without activations"),
     ]
     if parallel.offload_optimizer:
-        rows.append(("  offloaded", f"{_size(numbers['host_bytes'])} of the CPU's memory a device, {masters}"))
+        rows.append(("  offloaded", f"{_size(numbers['host_bytes'])} of the CPU's memory per device, {masters}"))
     return rows
 
 

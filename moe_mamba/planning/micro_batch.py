@@ -1,4 +1,4 @@
-"""How many sequences a device works on at once, when the configuration leaves it open."""
+"""How many sequences a device processes at once, when the configuration leaves it open."""
 
 import torch
 
@@ -38,7 +38,7 @@ def choose_micro_batch(config: Config, topology: Topology) -> int:
 
 
 def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
-    """A rough, generous count of what the forward pass keeps for the backward one on a device, in bytes a token.
+    """A rough, generous count of what the forward pass keeps for the backward one on a device, in bytes per token.
 
     Tensor-parallel ranks share all but the input of a mixer, which each gathers whole.
     """

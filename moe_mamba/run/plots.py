@@ -52,7 +52,7 @@ def plot_loss(runs: Mapping[str, str | os.PathLike[str]], output: str | os.PathL
     _frame_losses(axes, curves)
     _label_ends(axes, labels)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats/token")
     title = f"Loss of {next(iter(runs))}" if len(runs) == 1 else "Loss"
     note = "line: training, smoothed    faint: every step" + ("    dots: validation" if len(runs) > 1 else "")
     _title(axes, title, note)
@@ -98,7 +98,7 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
 
 
 def _router_curves(figure: Any, lines: list[dict[str, Any]], layers: list[str], tokens: Floats, experts: int) -> None:
-    """Dropped tokens and entropy of the router, a curve a layer, lighter to darker with depth."""
+    """Dropped tokens and entropy of the router, a curve per layer, lighter to darker with depth."""
     from matplotlib import colormaps
 
     shades = colormaps["viridis"](np.linspace(0.85, 0.15, len(layers)))
@@ -112,7 +112,7 @@ def _router_curves(figure: Any, lines: list[dict[str, Any]], layers: list[str], 
             curve = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
             axes.plot(tokens, _smooth(curve) / max(scale, 1e-9), color=shade, linewidth=1.6, label=f"layer {layer}")
         _style(axes)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axes.set_xlim(0, tokens[-1])
         axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 0.02))
         axes.set_title(title, fontsize=10, color=INK, loc="left")

@@ -36,13 +36,13 @@ def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Top
     threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
     lines = [
         f"model     {name}, {config.model.pattern} x {config.model.repeat}, d_model {config.model.d_model}: "
-        f"{_short(counts['total'])} parameters, {_short(counts['active'])} active a token "
+        f"{_short(counts['total'])} parameters, {_short(counts['active'])} active per token "
         f"(+ {_short(counts['embedding'])} in embedding and head)",
         f"data      {', '.join(corpora.train)}: {_training_size(corpora)} to train on; "
         + ", ".join(f"{name} {_validation_size(source)}" for name, source in corpora.validation.items()),
         f"layout    {world.size} x {world.device.type}{threads}, {describe_layout(config, topology)}"
         f"{config.train.precision}, ZeRO {config.parallel.zero}{', offloaded' * config.parallel.offload_optimizer}; "
-        f"{batch} x {length} tokens a step, {micro_batch} sequences at once",
+        f"{batch} x {length} tokens per step, micro-batch {micro_batch}",
         f"kernels   {kernels}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
@@ -106,16 +106,16 @@ def figures(scores: Scores, source: Source) -> dict[str, float | None]:
 def validation_line(name: str, scores: Scores, source: Source) -> str:
     """A validation's figures in one line."""
     bits = figures(scores, source)["bits_per_byte"]
-    line = f"{name}: loss {scores.loss:.4f} nat, perplexity {scores.perplexity:.2f}"
+    line = f"{name}: loss {scores.loss:.4f} nats/token, perplexity {scores.perplexity:.2f}"
     if bits is not None:
         line += f", {bits:.4f} bits per byte"
-    return f"{line}, {100 * scores.accuracy:.2f} % right"
+    return f"{line}, accuracy {100 * scores.accuracy:.2f}%"
 
 
 def against_unigram(scores: Scores, entropy: float) -> str:
     """How much of the text's structure was learnt, beyond how often each token comes."""
     side = "below" if scores.loss < entropy else "above"
-    return f"{abs(entropy - scores.loss):.2f} nat {side} the unigram entropy of its tokens ({entropy:.4f})"
+    return f"{abs(entropy - scores.loss):.2f} nats/token {side} the unigram entropy of its tokens ({entropy:.4f})"
 
 
 def routing_metrics(config: Config, sums: StepSums, micro_steps: int) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def accumulation_changes(config: Config, start: StartState, micro_steps: int) ->
     if not has_experts(config.model) or not changed:
         return []
     return [
-        f"note      {was[0]} micro-steps of {was[1]:g} sequences a device became {now[0]} of {now[1]:g}: "
+        f"note      {was[0]} micro-steps of {was[1]:g} sequences per device became {now[0]} of {now[1]:g}: "
         f"{' and '.join(changed)}, taken of each, {'change' if len(changed) > 1 else 'changes'} slightly"
     ]
 

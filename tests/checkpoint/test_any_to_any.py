@@ -39,7 +39,7 @@ KEYS = {
 
 
 def train_in(world: World, tiny: Path, folder: Path, layout: Layout, **keys: Any) -> list[dict]:
-    """Train in a layout, one micro-step a step."""
+    """Train in a layout, one micro-step per step."""
     axes = {"parallel__tensor": layout.tensor, "parallel__expert": layout.expert, "parallel__zero": layout.zero}
     together = {"train__micro_batch": KEYS["train__global_batch"] // layout.data}
     return run(world, tiny, folder, ranks=layout.ranks, **KEYS | axes | together | keys)

@@ -179,7 +179,7 @@ def test_the_command_says_how_to_go_on(
     output = str(tmp_path / "run")
     main(str(dense()), output, experts=4)
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith(f"as ME x 2, 4 experts a layer, in {output}/checkpoints/step-00000000")
+    assert said[0].endswith(f"as ME x 2, 4 experts per layer, in {output}/checkpoints/step-00000000")
     assert said[1].endswith(f"--config {output}/config.yaml --run.folder={output}-2 --train.warm_start={output}")
     with pytest.raises(UserError, match="not empty"):
         main(str(dense()), output, experts=4)

@@ -12,7 +12,7 @@ END = 256  # of the bytes tokenizer
 
 
 def write_documents(path: Path, texts: list[str]) -> str:
-    """A file of JSON lines, one text a line."""
+    """A file of JSON lines, one text per line."""
     import json
 
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

@@ -262,7 +262,7 @@ def test_more_processes_go_on_and_say_what_changes(world: World, tiny: Path, tmp
     run(world, tiny, tmp_path / "run", train__steps=2, **constant)
     run(world, tiny, tmp_path / "run", ranks=2, train__steps=4, **constant)
     assert log.read_text().count("note ") == 2  # each rank writes it into the log
-    assert "2 micro-steps of 4 sequences a device became 1 of 4: the balance loss, taken of each," in log.read_text()
+    assert "2 micro-steps of 4 sequences per device became 1 of 4: the balance loss, taken of each," in log.read_text()
     run(world, tiny, tmp_path / "run", ranks=2, train__steps=6, **constant)
     assert log.read_text().count("note ") == 2  # each rank writes it into the log
 

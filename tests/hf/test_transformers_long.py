@@ -41,5 +41,5 @@ def test_a_million_tokens_of_context_cost_what_a_thousand_cost(pair: Callable[..
     pairs = [(_seconds(model, short), _seconds(model, long)) for _ in range(1000)]
     fastest = [min(seconds) for seconds in zip(*pairs, strict=True)]
     size = sum(tensor.nbytes for tensor in long.tensors())
-    print(f"\n{pattern}: {fastest[0] * 1e6:.0f} us a token at {SHORT:,}, {fastest[1] * 1e6:.0f} at {LONG:,}", end="")
+    print(f"\n{pattern}: {fastest[0] * 1e6:.0f} us per token at {SHORT:,}, {fastest[1] * 1e6:.0f} at {LONG:,}", end="")
     print(f" (x {fastest[1] / fastest[0]:.3f}); the state is {size:,} bytes at both")

@@ -203,5 +203,5 @@ def test_broken_weights_are_one_line(tiny: Tiny) -> None:
     model = tiny("M")
     model.embedding.weight.data[:] = torch.nan
     for temperature in (0, 1):
-        with pytest.raises(UserError, match="logits are no numbers any more"):
+        with pytest.raises(UserError, match="logits are NaN or Inf"):
             list(generate(model, [1], 3, temperature=temperature))

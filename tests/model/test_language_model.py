@@ -152,7 +152,7 @@ def test_counts_of_one_layer_of_the_paper(d_model: int, parameters: int) -> None
 
 @pytest.mark.parametrize("window", [None, 1, 4, 10, 30])
 def test_flops_of_attention_count_what_a_window_sees(tiny: Tiny, window: int | None) -> None:
-    """Its tokens see 1 + 2 + ... + w keys and then w each; as for a whole past, half a key a token is not counted."""
+    """Its tokens see 1 + 2 + ... + w keys and then w each; as for a whole past, half a key per token is not counted."""
     model = tiny("*", heads=2, head_dim=6, sliding_window=window, attention_bias=True)
     matrices = (
         sum(weight.numel() for weight in model.parameters() if weight.dim() == 2) - model.embedding.weight.numel()

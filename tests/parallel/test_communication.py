@@ -230,10 +230,10 @@ def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dic
 def whole_step(config: Config, layout: Layout, rank: int, sizes: dict[str, int]) -> Counter[Collective]:
     """What the engine moves besides the micro-steps' own; `sizes`: its groups of parameters, the experts' last.
 
-    At ZeRO 0 and 1 gradients are all-reduced once a step, at ZeRO 2 in each micro-step: V x 4, in one bucket for
+    At ZeRO 0 and 1 gradients are all-reduced once per step, at ZeRO 2 in each micro-step: V x 4, in one bucket for
     experts and one for all else. DeepSpeed's ZeRO all-reduces where a reduce-scatter would do: it is half of the bytes
     that the links carry. ZeRO then gathers the new weights of each group of parameters, padded to a multiple of two
-    numbers a rank.
+    numbers per rank.
     """
     expected = Expected(config, layout, rank)
     lane, peers, total = expected.lane, expected.peers, Counter(expected.micro_step())

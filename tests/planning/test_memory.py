@@ -39,7 +39,7 @@ def test_paper_configs_have_the_paper_sizes(config: str, total: float, active: f
 def test_table_names_the_pattern_and_the_work() -> None:
     shown = table(load_config(None, {"model.pattern": "*-"}))
     assert "*- x 8" in shown
-    assert "FLOPs a token" in shown
+    assert "FLOPs per token" in shown
 
 
 def test_command() -> None:

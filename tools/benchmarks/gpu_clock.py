@@ -23,7 +23,7 @@ class Rates:
 
     Attributes:
         bytes_per_second: of a copy from device to device, read and written bytes.
-        bf16_flops: operations a second of a large bf16 matrix product.
+        bf16_flops: operations per second of a large bf16 matrix product.
         fp32_flops: the same in fp32, without TF32: the units that a scan runs on.
     """
 

@@ -37,8 +37,8 @@ class Profile:
     Attributes:
         what: was profiled.
         milliseconds: of a step without the profiler.
-        operations: operation -> milliseconds a step, by the profiler.
-        kernels: the dearest kernels of a GPU as (name, milliseconds a step, launches a step).
+        operations: operation -> milliseconds per step, by the profiler.
+        kernels: the dearest kernels of a GPU as (name, milliseconds per step, launches per step).
     """
 
     what: str

@@ -102,7 +102,7 @@ def length_row(shapes: ScanShapes, repeats: int) -> Row:
     times = [min(each) for each in zip(*rounds, strict=True)]
     costs = [1e3 * time / (shapes.batch * length) for time, length in zip(times, shapes.lengths, strict=True)]
     each = ", ".join(f"{cost:.1f} at {length:,}" for cost, length in zip(costs, shapes.lengths, strict=True))
-    name = f"scan, microseconds a token: {each}; the dearest"
+    name = f"scan, microseconds per token: {each}; the dearest"
     dearest, cheapest = max(costs), min(costs)
     return Row(name, "the cheapest", "us", dearest, cheapest, cheapest / dearest, goal=round(LINEAR_GOAL, 2))
 

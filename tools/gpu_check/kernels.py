@@ -154,16 +154,16 @@ def _grouped(groups: int, rows: int, width: int) -> Iterator[Case]:
 
 
 def _routing(tokens: int, width: int, experts: int) -> Iterator[Case]:
-    """Two experts a token, with a capacity that drops some."""
+    """Two experts per token, with a capacity that drops some."""
     order = sort_by_expert(torch.randint(experts, (tokens, 2)), experts, tokens // experts, backend="reference")
     places = {"token": order.token, "slot": order.slot}
     gathered = {"x": _normal(tokens, width), **places}
-    yield Case("gather_rows", "two experts a token", gathered, _call_gather)
+    yield Case("gather_rows", "two experts per token", gathered, _call_gather)
     slots = len(order.token)
     filled = torch.zeros(slots, dtype=torch.float64)
     filled[order.slot[order.slot >= 0]] = 1
     combined = {"rows": _normal(slots, width), "weight of the rows": torch.rand(slots).double() * filled, **places}
-    yield Case("combine_rows", "two experts a token", combined, _call_combine)
+    yield Case("combine_rows", "two experts per token", combined, _call_combine)
 
 
 def _normal(*shape: int) -> Tensor:

@@ -27,7 +27,7 @@ CONFIG = ROOT / "configs" / "paper" / "moe_mamba_25m.yaml"
 STEPS = 200
 INTERVAL = 5.0  # seconds between two writings of the figures
 WARM_UP = 0.1  # share of the steps that the speed is not taken from
-# bf16 operations a second without sparsity, from the makers' data sheets; the first name that fits counts.
+# bf16 operations per second without sparsity, from the makers' data sheets; the first name that fits counts.
 DATA_SHEETS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 TINY = {
     "model.repeat": 1,
@@ -152,8 +152,8 @@ def figures(
     shown = {
         "steps": f"{len(steps)} of {config.train.global_batch} x {config.data.sequence_length:,} tokens",
         "data": ", ".join(config.data.train_weights),
-        "tokens a second (median)": f"{speed:,.0f}",
-        "operations a token": f"{operations / 1e6:,.1f} M",
+        "tokens per second (median)": f"{speed:,.0f}",
+        "operations per token": f"{operations / 1e6:,.1f} M",
         "MFU against the measured rate": f"{operations * speed / reached.bf16_flops:.1%} of "
         f"{reached.bf16_flops / 1e12:,.1f} TFLOP/s",
         "MFU against the data sheet": f"{operations * speed / sheet:.1%} of {sheet / 1e12:,.0f} TFLOP/s"

@@ -59,7 +59,7 @@ class Format(Protocol):
         Args:
             model: sizes.
             moe: sizes.
-            stacked: experts as Transformers 5 has them in memory, one tensor a layer, where the files on the hub have
+            stacked: experts as Transformers 5 has them in memory, one tensor per layer, where the files on the hub have
                 one a matrix; other formats have only one way.
         """
 

@@ -165,7 +165,7 @@ class Jamba:
             return build(model, experts if MoE.letter in layers else {})
 
     def _read_layers(self, settings: Settings) -> str:
-        """One letter a layer of ours."""
+        """One letter per layer of ours."""
 
         def places(kind: str, period: int, offset: int) -> tuple[int, int]:
             return settings.number(f"{kind}_period", period), settings.number(f"{kind}_offset", offset, least=0)

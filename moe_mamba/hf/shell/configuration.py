@@ -44,7 +44,7 @@ class MoEConfig:
 @strict
 @dataclass(kw_only=True)
 class StackConfig:
-    """The residual stack, a letter a layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
+    """The residual stack, a letter per layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
 
     Args:
         assembled: arguments of ModelConfig
@@ -62,7 +62,7 @@ class StackConfig:
 
 
 class MoEMambaConfig(PretrainedConfig):
-    """The residual stack, a letter a layer, and its sizes.
+    """The residual stack, a letter per layer, and its sizes.
 
     Args:
         moe: routing and experts, keys and defaults as in ``MoEConfig``.
@@ -120,7 +120,7 @@ class MoEMambaConfig(PretrainedConfig):
 
     @property
     def layers(self) -> str:
-        """One letter a layer, for the whole model."""
+        """One letter per layer, for the whole model."""
         return self.pattern * self.repeat
 
     @property
@@ -130,12 +130,12 @@ class MoEMambaConfig(PretrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """Routed experts a layer, as Mixtral's users ask for them; ``moe`` holds the value."""
+        """Routed experts per layer, as Mixtral's users ask for them; ``moe`` holds the value."""
         return self._of_experts("experts")
 
     @property
     def num_experts_per_tok(self) -> int:
-        """Routed experts a token."""
+        """Routed experts per token."""
         return self._of_experts("top_k")
 
     @property

@@ -51,7 +51,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _register() -> None:
-    """Make the operators once a process: code of several folders may be loaded, and a second making breaks both."""
+    """Make the operators once per process: code of several folders may be loaded, and a second making breaks both."""
     if hasattr(torch.ops.moe_mamba_plain, "grouped_outer"):
         return
     product, outer = "moe_mamba_plain::grouped_product", "moe_mamba_plain::grouped_outer"

@@ -18,7 +18,7 @@ BEGIN = (
     "those tokens, or positions from 0"
 )
 UNCOMPILED = "run this pass without compiling it"
-POSITIONS = "position_ids must rise by one a token, or begin again at 0 where a document starts"
+POSITIONS = "position_ids must rise by one per token, or begin again at 0 where a document starts"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def read(
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch)):
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, and must be ({batch}, {length})")
     if position_ids is not None and position_ids.shape[1] != length:
-        raise ValueError(f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one a token")
+        raise ValueError(
+            f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one per token"
+        )
     if is_traced:
         return _traced(new, position_ids, document_starts, cache, mask)
     if mask is not None and new is not None:

@@ -20,7 +20,7 @@ A log of infinity marks a token that does not count; its gradient is 0, whatever
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Keeps the logits as they came, and one number a token."""
+    """Keeps the logits as they came, and one number per token."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
 """The norm with its own backward, in blocks of rows that stay in a CPU's cache.
 
-It keeps the stream and one number a row, where autograd keeps three tensors in fp32.
+It keeps the stream and one number per row, where autograd keeps three tensors in fp32.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_mamba.kernels.routing.function import Combine, Gather
 
-# Beyond so many choices a token (expert choice: one for each expert, nearly all empty) a CPU adds up what there is.
+# Beyond so many choices per token (expert choice: one for each expert, nearly all empty) a CPU adds up what there is.
 MOST_CHOICES = 8
 
 

@@ -38,7 +38,7 @@ class State:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def kept_where(self, waits: Tensor, new: Any, tokens: int) -> Any:
-        """The state after a pass over ``tokens`` tokens a row, but as it was for the rows that wait (batch,) bool."""
+        """The state after a pass over ``tokens`` tokens per row, but as it was for the rows that wait (batch,) bool."""
         pairs = {name: (getattr(self, name), value) for name, value in vars(new).items()}
         kept: dict[str, Any] = {name: choose_rows(waits, old, now.to(old.dtype)) for name, (old, now) in pairs.items()}
         return replace(new, **kept)
