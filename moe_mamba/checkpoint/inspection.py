@@ -93,7 +93,7 @@ def inspect_tensor(path: Path, name: str) -> dict[str, Any]:
     """
     index = read_index(path)
     if name not in index:
-        raise UserError(f"{path} has no tensor {name}: run without --tensor for a list of those that it has")
+        raise UserError(f"{path} has no tensor {name}: run without --tensor to list its tensors")
     tensor = index[name]
     check_covers(path, {name: tensor})
     chunks = [chunk._asdict() for chunk in tensor.chunks]

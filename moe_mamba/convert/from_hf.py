@@ -88,7 +88,7 @@ def match(
     """The format's entries, under the names that the folder has; `stored` loses what is known to say nothing more.
 
     Raises:
-        UserError: a tensor is missing, or there is one that the model has not.
+        UserError: a tensor is missing, or there is one that the model lacks.
     """
     for name, older in OLDER_NAMES.get(format.name, {}).items():
         if older in stored and name not in stored:
@@ -102,7 +102,7 @@ def match(
     missing = [entry.theirs for entry in entries if entry.theirs not in stored]
     if missing:
         raise UserError(
-            f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) wants: "
+            f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) requires: "
             "fetch the folder again"
         )
     if has(model, Attention):
@@ -110,8 +110,8 @@ def match(
     surplus = stored.keys() - {entry.theirs for entry in entries}
     if surplus:
         raise UserError(
-            f"{folder} has the tensor {_first(sorted(surplus))}, which {format.architecture} as its config.json "
-            "describes it has not: nothing is left out, so give the folder of a plain model"
+            f"{folder} has the tensor {_first(sorted(surplus))}, which the {format.architecture} of its "
+            "config.json lacks: no tensor may be left out, so give the folder of a plain model"
         )
     return entries
 

@@ -101,7 +101,7 @@ def evaluation_batches(
         reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.
 
     Raises:
-        UserError: the source has no two tokens, or its sequences are too short for it.
+        UserError: the source has fewer than two tokens, or its sequences are too short for it.
     """
     source.check_validation(sequence_length)
     for windows in source.validation_windows(sequence_length, batch):

@@ -30,7 +30,7 @@ class SentencePieceTokenizer(Tokenizer):
     FILE = "tokenizer.model"
 
     def __init__(self, model: bytes, name: str = "SentencePiece model") -> None:
-        """Load a serialised model; raises UserError where it is none, or has no end-of-text piece."""
+        """Load a serialised model; raises UserError where it is none, or lacks an end-of-text piece."""
         from sentencepiece import SentencePieceProcessor
 
         try:

@@ -75,12 +75,12 @@ class HarnessModel(TemplateLM):
     Requests that share a context, such as the choices of a question, share one pass over it: each goes on from its
     states. Contexts of several lengths are padded on the left and start behind the padding, as a document does, so
     nothing sees it; continuations are padded on the right, which causality hides. A request's score is therefore
-    what it is alone.
+    what it would be by itself.
 
     **The first token of a document.** A text without a context is given end-of-text for one, as the harness does for
     every causal model. A run without `data.reset_at_document` has learned what follows an end-of-text, and is asked
-    just that. A run with it has not: the token after an end-of-text is no target there, end-of-text is never an input
-    that a loss reaches, and a document begins from the empty state. So that its other tokens are scored as they were
+    just that. A run with it has not learned this: the token after an end-of-text is no target there, end-of-text is
+    never an input that a loss reaches, and a document begins from the empty state. So that its other tokens are scored as they were
     trained, such a text begins from the empty state too, and its first token costs log(model.vocab_size): the uniform
     distribution, a likelihood still, and the same for every choice of a question.
 

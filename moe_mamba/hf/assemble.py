@@ -145,7 +145,7 @@ def assemble() -> dict[str, str]:
     """Name of each file of ``moe_mamba/hf`` that is assembled -> its text.
 
     Raises:
-        ValueError: the package's source has no longer what is to be left out or put in.
+        ValueError: the package's source lacks what is to be left out or put in.
     """
     return {CONFIGURATION: _configuration(), MODELING: _modeling()}
 
@@ -196,7 +196,7 @@ def _take(part: Part) -> tuple[str, set[str]]:
         was_kept = is_kept
     missing = set(part.only) - found
     if missing:
-        raise ValueError(f"{part.path} has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{part.path} lacks {', '.join(sorted(missing))}")
     return _banner(part, source.tree) + "".join(kept), _foreign(source.tree)
 
 
@@ -222,7 +222,7 @@ def _without_members(text: str, part: Part) -> str:
             elif place == 0:
                 gone.update(_said_of(names, source.lines, first, end))
     if missing:
-        raise ValueError(f"{part.path} has no {', '.join(sorted(missing))}")
+        raise ValueError(f"{part.path} lacks {', '.join(sorted(missing))}")
     return "\n".join(line for number, line in enumerate(source.lines) if number not in gone) + "\n"
 
 
@@ -330,7 +330,7 @@ def _configuration() -> str:
                 else f"    # assembled: {mark} of {name}\n"
             )
             if text.count(line) != 1:
-                raise ValueError(f"hf/shell/configuration.py has not the one line {line.strip()!r}")
+                raise ValueError(f"hf/shell/configuration.py lacks the line {line.strip()!r}")
             text = text.replace(line, "\n".join(lines) + "\n")
     versions = "from moe_mamba.hf.versions import NEWEST, OLDEST\n"
     if text.count(versions) != 1:

@@ -34,7 +34,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
     The tokenizer pads on the left, with end-of-text, as a batch of prompts wants it.
 
     Raises:
-        UserError: a SentencePiece model of a kind that the ``tokenizers`` library has not.
+        UserError: a SentencePiece model of a kind that the ``tokenizers`` library lacks.
     """
     if isinstance(tokenizer, LibraryTokenizer):
         content, end = tokenizer.content, tokenizer.end_name
@@ -106,7 +106,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Library:
         model = models.Unigram(list(zip(names, scores, strict=True)), unk_id=tokenizer.processor.unk_id(), **fallback)
     else:
         raise UserError(
-            "the tokenizer is a SentencePiece model of words or characters, which the tokenizers library has not: "
+            "the tokenizer is a SentencePiece model of words or characters, which the tokenizers library lacks: "
             "only byte-pair and unigram models are exported"
         )
     library = Library(model)

@@ -20,7 +20,7 @@ def require_shapes(operation: str, arguments: Iterable[tuple[str, Tensor | None,
 
 
 def require_dimensions(operation: str, name: str, tensor: Tensor, letters: str) -> None:
-    """Refuse a tensor that has not one dimension for each word of ``letters``, such as ``batch length channels``.
+    """Refuse a tensor that does not have one dimension per word of ``letters``, such as ``batch length channels``.
 
     Raises:
         UserError: names the operation, the argument, its shape and its dimensions.

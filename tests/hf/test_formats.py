@@ -105,12 +105,12 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, keys: di
 @pytest.mark.parametrize(
     ("name", "keys", "moe", "says"),
     [
-        ("mamba", {"pattern": "ME"}, {}, "layer 1 is mixture of experts (E), which MambaForCausalLM has not"),
+        ("mamba", {"pattern": "ME"}, {}, "layer 1 is mixture of experts (E), which MambaForCausalLM lacks"),
         ("mamba", {"pattern": "M", "mamba_norms": True}, {}, "mamba_norms=true"),
         ("mamba", {"pattern": "M", "norm": "layernorm"}, {}, "norm=layernorm"),
         ("mamba", {"pattern": "M", "final_norm": False}, {}, "final_norm=false"),
         ("mamba", {"pattern": "M", "selective": False}, {}, "selective=false"),
-        ("llama", {"pattern": "*-*M", **SWIGLU}, {}, "layer 3 is Mamba (M), which LlamaForCausalLM has not"),
+        ("llama", {"pattern": "*-*M", **SWIGLU}, {}, "layer 3 is Mamba (M), which LlamaForCausalLM lacks"),
         ("llama", {"pattern": "*--*", **SWIGLU}, {}, "layer 2 is feed-forward (-): LlamaForCausalLM has * and -"),
         ("llama", {"pattern": "*-*", **SWIGLU}, {}, "layer 2 is attention (*), the last"),
         ("llama", {"pattern": "*-", "activation": "relu"}, {}, "activation=relu"),

@@ -50,7 +50,7 @@ class Format(Protocol):
         """The model that a config.json describes.
 
         Raises:
-            UserError: it has what ours has not, or a key that nobody knows; the line names the key.
+            UserError: it has a setting that ours lacks, or an unknown key; the line names the key.
         """
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
@@ -68,7 +68,7 @@ class WayOut(Format, Protocol):
     """A format that ours can be written in as well."""
 
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
-        """Which layer or setting of ours it has not, in one line; None: it holds the model exactly."""
+        """Which layer or setting of ours it lacks, in one line; None: it holds the model exactly."""
 
     def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         """Its config.json, without token ids and dtype."""

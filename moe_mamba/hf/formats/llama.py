@@ -78,7 +78,7 @@ def transformer_refusal(model: ModelConfig, architecture: str, pair: str, holds:
     """
     for index, letter in enumerate(model.layers):
         if letter not in pair:
-            return f"{describe_layer(model, index)}, which {architecture} has not"
+            return f"{describe_layer(model, index)}, which {architecture} lacks"
         if letter != pair[index % 2]:
             return f"{describe_layer(model, index)}: {architecture} has {pair[0]} and {pair[1]} in turn"
     if len(model.layers) % 2:

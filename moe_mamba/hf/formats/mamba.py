@@ -36,7 +36,7 @@ class Mamba:
         """See WayOut."""
         for index, letter in enumerate(model.layers):
             if letter != MambaMixer.letter:
-                return f"{describe_layer(model, index)}, which {self.architecture} has not"
+                return f"{describe_layer(model, index)}, which {self.architecture} lacks"
         if model.mamba_norms:
             return f"model.mamba_norms=true: {self.architecture} has no norms inside the mixer"
         return stack_refusal(model, self.architecture)

@@ -179,7 +179,7 @@ class Settings:
                 self.refuse(key, instead)
 
     def refuse(self, key: str, instead: str) -> NoReturn:
-        """Raise the one line for a setting of theirs that ours has not."""
+        """Raise the one line for a setting of theirs that ours lacks."""
         value = reprlib.repr(self._configuration.get(key))
         raise UserError(f"config.json: {self._architecture} with {self._place}{key}={value} cannot be read: {instead}")
 
