@@ -62,10 +62,10 @@ def test_stop_strings(run, many: str) -> None:
     (whole,) = objects(run(prompt="1", seed=1, json=True))
     new = whole["text"][1:]
     for stop in (new[6:8], json.dumps(["never", new[6:8]])):
-        (cut,) = objects(run(prompt="1", seed=1, json=True, stop=stop))
-        assert cut["text"] == "1" + new[: new.index(new[6:8])] and cut["ended_by"] == "stop"
-        assert cut["tokens"] == whole["tokens"][: len(cut["tokens"])] and len(cut["tokens"]) < LENGTH
-        assert run(prompt="1", seed=1, stop=stop) == cut["text"] + "\n"
+        (stopped,) = objects(run(prompt="1", seed=1, json=True, stop=stop))
+        assert stopped["text"] == "1" + new[: new.index(new[6:8])] and stopped["ended_by"] == "stop"
+        assert stopped["tokens"] == whole["tokens"][: len(stopped["tokens"])] and len(stopped["tokens"]) < LENGTH
+        assert run(prompt="1", seed=1, stop=stop) == stopped["text"] + "\n"
     stops = [text["text"][len(text["prompt"]) + 5] for text in objects(run(prompts_file=many, seed=1, json=True))]
     for text in objects(run(prompts_file=many, seed=1, json=True, stop=json.dumps(stops))):
         assert not set(stops) & set(text["text"].removeprefix(text["prompt"])) and text["ended_by"] == "stop"

@@ -1,4 +1,4 @@
-"""Runs on synthetic tasks: trained, resumed, cut and scored as runs on text are; and (long) the tasks learnt."""
+"""Runs on synthetic tasks: trained, resumed, sharded and scored as runs on text are; and (long) the tasks learnt."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Who may import whom: the walls of the house, read off the source."""
+"""Who may import whom, read off the source."""
 
 import ast
 from graphlib import TopologicalSorter

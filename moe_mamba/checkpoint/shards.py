@@ -23,7 +23,7 @@ class Shard:
 
 
 def chunks_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Size, Size, int]]:
-    """Cut elements `start` to `stop` of a row-major tensor into chunks: ZeRO owns flat ranges.
+    """Split elements `start` to `stop` of a row-major tensor into chunks: ZeRO owns flat ranges.
 
     Returns:
         (offsets, sizes, flat index of the first element) of each chunk, in order: at most 2 x dimensions - 1 of them,
@@ -45,7 +45,7 @@ def chunks_of_flat_range(shape: Sequence[int], start: int, stop: int) -> list[tu
 
 
 def _chunks_in_row(shape: Sequence[int], index: int, start: int, stop: int) -> list[tuple[Size, Size, int]]:
-    """Boxes of a flat range that lies inside row `index` of the first dimension."""
+    """Chunks of a flat range that lies inside row `index` of the first dimension."""
     begin = index * math.prod(shape[1:])
     return [
         (Size((index, *offsets)), Size((1, *sizes)), begin + flat)

@@ -99,7 +99,7 @@ def read_chunk(
 
     Only rows (of the first dimension) that the part lies in are read, but whole, slab by slab, and the part is taken
     from them in memory: a part of their columns costs a read of them all. Rows too large for a slab are entered one
-    by one, so that a cut along an inner dimension of stacked experts reads only what it needs.
+    by one, so that a shard along an inner dimension of stacked experts reads only what it needs.
 
     Raises:
         DamagedError: the file ends before the chunk does.

@@ -112,7 +112,7 @@ def save(
     Args:
         folder: the run's folder of checkpoints, seen by every rank.
         step: number of the step; an existing checkpoint of it is replaced.
-        shards: this rank's chunks; over all ranks they must hold every tensor whole. Boxes that several ranks offer
+        shards: this rank's chunks; over all ranks they must hold every tensor whole. Chunks that several ranks offer
             are written once.
         description: what is not a tensor, as JSON; the coordinator's (rank 0) is taken. `validation_loss` in it
             decides which checkpoint is the best.
@@ -184,7 +184,7 @@ def load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None = 
     """Fill shards in place from a step's folder, whatever layout saved it; other dtypes are converted.
 
     Each rank reads of each stored chunk the rows (of its first dimension) that its shards want, and no more; of rows
-    that it wants in part it reads the whole, slab by slab. Pieces may be views of any stride.
+    that it wants in part it reads the whole, slab by slab. Shards may be views of any stride.
 
     Sizes of files are checked, checksums are not: `newest` and `resolve` check those.
 

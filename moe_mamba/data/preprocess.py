@@ -1,7 +1,7 @@
 """From documents to a folder of shards, on several processes, stoppable at any instant.
 
-The work is cut into parts by bytes of text. A part is written aside, renamed, and entered into the manifest; what a
-stopped run left unentered is written again. Cuts depend only on the documents, never on the number of workers or
+The work is split into parts by bytes of text. A part is written aside, renamed, and entered into the manifest; what a
+stopped run left unentered is written again. Splits depend only on the documents, never on the number of workers or
 on interruptions: the folder comes out the same, byte by byte.
 """
 
@@ -203,7 +203,7 @@ class _PartWriter:
 
 
 def _batches(corpus: Corpus, limit: int | None, start: Place) -> Iterator[Batch]:
-    """Cut the documents into batches. A cut depends on what came since the one before, and on nothing else."""
+    """Split the documents into batches. A split depends only on what came since the one before."""
     batch = Batch(end=start)
     rejects: list[Reject] = []
     try:

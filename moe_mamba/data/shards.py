@@ -155,17 +155,17 @@ class Shards:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of the row, across parts: (stop - start,) int64."""
-        pieces = []
+        chunks = []
         part = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             first = int(self._ends[part - 1]) if part else 0
             end = min(stop, int(self._ends[part]))
             dataset = self._parts[part]
             dtype = np.dtype(dataset.index.dtype)
-            piece = dataset.bin_reader.read(dtype.type, count=end - start, offset=(start - first) * dtype.itemsize)
-            pieces.append(piece.astype(np.int64))
+            chunk = dataset.bin_reader.read(dtype.type, count=end - start, offset=(start - first) * dtype.itemsize)
+            chunks.append(chunk.astype(np.int64))
             start, part = end, part + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
+        return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.int64), *chunks])
 
     def blocks(self, sampled: int | None = None) -> Iterator[np.ndarray]:
         """All tokens in blocks, or ``sampled`` blocks spread over the row."""
@@ -222,7 +222,7 @@ def _check_file(path: Path, expected: str | None) -> None:
 
 
 def _check_pair(prefix: Path) -> None:
-    """Refuse an index that is cut or none, and a .bin whose size is not what the index says."""
+    """Refuse an index that is truncated or none, and a .bin whose size is not what the index says."""
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     with index.open("rb") as file:
         header = file.read(INDEX_HEADER.size)
@@ -230,7 +230,7 @@ def _check_pair(prefix: Path) -> None:
             raise UserError(f"{index}: not an index of Megatron's: give shards in its .bin/.idx format")
         _, _, code, sequences, documents = INDEX_HEADER.unpack(header)
         if index.stat().st_size < INDEX_HEADER.size + 12 * sequences + 8 * documents:
-            raise UserError(f"{index}: cut short: restore it, or preprocess again")
+            raise UserError(f"{index} is truncated: restore it, or preprocess again")
         lengths = np.fromfile(file, np.int32, sequences)
     expected = int(lengths.sum(dtype=np.int64)) * indexed_dataset().DType.size(code)
     actual = tokens.stat().st_size

@@ -9,7 +9,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a character of several byte tok
 
 
 class TextStream:
-    """The text of one sequence of tokens, piece by piece; a token decodes a few others.
+    """The text of one sequence of tokens as it grows; a token decodes a few others.
 
     Args:
         tokenizer: of the tokens.

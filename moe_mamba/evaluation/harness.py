@@ -30,7 +30,7 @@ DRAWING = {"temperature", "top_k", "top_p"}  # what a task may ask of the draws;
 
 
 class Score(NamedTuple):
-    """Log-probability of a continuation in nats, and whether each of its tokens is the likeliest one."""
+    """Log-probability of a continuation in nats, and whether each of its tokens is the most probable one."""
 
     log_probability: float
     is_greedy: bool
@@ -80,9 +80,9 @@ class HarnessModel(TemplateLM):
     **The first token of a document.** A text without a context is given end-of-text for one, as the harness does for
     every causal model. A run without `data.reset_at_document` has learned what follows an end-of-text, and is asked
     just that. A run with it has not learned this: the token after an end-of-text is no target there, end-of-text is
-    never an input that a loss reaches, and a document begins from the empty state. So that its other tokens are scored as they were
-    trained, such a text begins from the empty state too, and its first token costs log(model.vocab_size): the uniform
-    distribution, a likelihood still, and the same for every choice of a question.
+    never an input that a loss reaches, and a document begins from the empty state. So that its other tokens are scored
+    as they were trained, such a text begins from the empty state too, and its first token costs
+    log(model.vocab_size): the uniform distribution, a likelihood still, and the same for every choice of a question.
 
     Attributes:
         max_length: tokens that the model reads at once; of a longer context the last ones count. Nothing in the model
@@ -143,7 +143,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness cuts the tokens of both, but for a continuation that melts into the context's last token."""
+        """As the harness splits the tokens of both, but for a continuation that melts into the context's last token."""
         before, after = super()._encode_pair(context, continuation)
         return before, after or self.tok_encode(continuation)
 

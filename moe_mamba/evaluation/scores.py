@@ -17,7 +17,7 @@ from moe_mamba.parallel.topology import Topology
 class Scores:
     """Of the `targets` tokens that were counted: cross entropy in nats each, and accuracy.
 
-    A prediction is the likeliest token.
+    A prediction is the argmax of the logits.
     """
 
     loss: float

@@ -37,7 +37,7 @@ class Part:
         only: names of the top level to take; empty: all.
         without: names to leave out: ``function``, ``Class.method`` or ``Class.attribute``.
         prefix: put before the names of functions that are taken.
-        drop: pieces of text to leave out; each must be there, once.
+        drop: texts to leave out; each must be there, once.
     """
 
     path: str
@@ -151,13 +151,13 @@ def assemble() -> dict[str, str]:
 
 
 def _modeling() -> str:
-    pieces: list[str] = []
+    parts: list[str] = []
     imports: set[str] = set()
     for part in PARTS:
         text, needed = _take(part)
         imports |= needed
-        pieces.append(text)
-    body = "\n\n\n".join(pieces)
+        parts.append(text)
+    body = "\n\n\n".join(parts)
     title = "MoEMambaForCausalLM: a language model of Mamba, attention and mixtures of experts, for Transformers."
     names = ("Cache", "ForCausalLM", "ForSequenceClassification", "Model", "PreTrainedModel", "StaticCache")
     end = "__all__ = [\n" + "".join(f'    "MoEMamba{name}",\n' for name in names) + "]"
@@ -168,10 +168,12 @@ def _modeling() -> str:
 def _take(part: Part) -> tuple[str, set[str]]:
     """Text of a part under a comment that says where it comes from, and its imports from outside."""
     text = (PACKAGE / part.path).read_text(encoding="utf-8")
-    for piece in part.drop:
-        if text.count(piece) != 1:
-            raise ValueError(f"{part.path} has {text.count(piece)} times what is to be left out: {piece.strip()!r}")
-        text = text.replace(piece, "")
+    for unwanted in part.drop:
+        if text.count(unwanted) != 1:
+            raise ValueError(
+                f"{part.path} has {text.count(unwanted)} times what is to be left out: {unwanted.strip()!r}"
+            )
+        text = text.replace(unwanted, "")
     source = _Source(_without_members(text, part))
     nodes = source.tree.body
     kept: list[str] = []
@@ -188,10 +190,10 @@ def _take(part: Part) -> tuple[str, set[str]]:
         if is_kept:
             found.add(name)
             gap = 2 if is_block or was_block else source.top(nodes, place) - (nodes[place - 1].end_lineno or 0)
-            piece = source.of(nodes, place)
+            code = source.of(nodes, place)
             if part.prefix and isinstance(node, ast.FunctionDef):
-                piece = piece.replace(f"def {name}(", f"def {part.prefix}{name}(", 1)
-            kept.append(("\n" * (1 + min(gap, 2)) if kept else "") + piece)
+                code = code.replace(f"def {name}(", f"def {part.prefix}{name}(", 1)
+            kept.append(("\n" * (1 + min(gap, 2)) if kept else "") + code)
             was_block = is_block
         was_kept = is_kept
     missing = set(part.only) - found

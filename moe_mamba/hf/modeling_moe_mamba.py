@@ -570,7 +570,7 @@ def normal(std: float) -> Initializer:
 
 
 def truncated_normal(fan_in: int) -> Initializer:
-    """Normal of std sqrt(0.1 / fan_in), cut at two of them (Switch Transformer, section 2.4)."""
+    """Normal of std sqrt(0.1 / fan_in), truncated at two of them (Switch Transformer, section 2.4)."""
     std = math.sqrt(0.1 / fan_in)
 
     def fill(weight: Tensor, generator: Generator) -> None:

@@ -30,7 +30,7 @@ def write_tensors(
     Returns:
         The files of tensors.
     """
-    shards = _cut(tensors, max_shard_bytes)
+    shards = _split_into_files(tensors, max_shard_bytes)
     names = [ONE_FILE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -45,7 +45,7 @@ def write_tensors(
     return [folder / name for name in names]
 
 
-def _cut(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+def _split_into_files(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for tensor in tensors:

@@ -72,16 +72,16 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton(room: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
-    return Backend(f"{room}.triton_{room}", function, FLOATS, "cuda", sizes, requirements.triton, gain)
+def _triton(folder: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
+    return Backend(f"{folder}.triton_{folder}", function, FLOATS, "cuda", sizes, requirements.triton, gain)
 
 
-def _cpu(room: str, module: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
-    return Backend(f"{room}.{module}", function, WIDE, "cpu", sizes, requirements.cpu, gain)
+def _cpu(folder: str, module: str, function: str, sizes: tuple[int, int] | None = None, gain: str = "") -> Backend:
+    return Backend(f"{folder}.{module}", function, WIDE, "cpu", sizes, requirements.cpu, gain)
 
 
-def _vendor(room: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
-    return Backend(f"{room}.{module}", room, FLOATS, "cuda", sizes, missing, is_automatic=False)
+def _vendor(folder: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
+    return Backend(f"{folder}.{module}", folder, FLOATS, "cuda", sizes, missing, is_automatic=False)
 
 
 STATES, WIDTHS, ROW = (1, 256), (2, 4), (1, 16_384)  # that kernels keep in registers

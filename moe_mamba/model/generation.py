@@ -166,8 +166,8 @@ def read(
         document_starts[row, length - len(prompt)] = len(prompt) < length
     states: list[State | None] = model.initial_states(len(prompts))
     width = max(1, chunk // len(prompts))
-    for piece, start in zip(tokens.split(width, dim=1), document_starts.split(width, dim=1), strict=True):
-        stream, states = _advance(model, piece.to(device), start.to(device) if start.any() else None, states)
+    for part, start in zip(tokens.split(width, dim=1), document_starts.split(width, dim=1), strict=True):
+        stream, states = _advance(model, part.to(device), start.to(device) if start.any() else None, states)
     return stream, states
 
 

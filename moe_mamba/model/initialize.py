@@ -1,7 +1,7 @@
 """Every weight a pure function of (seed, its full name, expert index).
 
 So a weight does not depend on the order of modules, on how many experts stand beside it, or on the device it
-lives on: whichever layout asks for a piece of a weight, it can make the same numbers.
+lives on: whichever layout asks for a shard of a weight, it can make the same numbers.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def normal(std: float) -> Initializer:
 
 
 def truncated_normal(fan_in: int) -> Initializer:
-    """Normal of std sqrt(0.1 / fan_in), cut at two of them (Switch Transformer, section 2.4)."""
+    """Normal of std sqrt(0.1 / fan_in), truncated at two of them (Switch Transformer, section 2.4)."""
     std = math.sqrt(0.1 / fan_in)
 
     def fill(weight: Tensor, generator: Generator) -> None:

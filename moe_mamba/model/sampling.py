@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from moe_mamba.errors import UserError
 
-CANDIDATES = 256  # likeliest tokens among which top_p is looked for before the whole vocabulary is sorted
+CANDIDATES = 256  # most probable tokens among which top_p is looked for before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Sampling:
     """Which tokens may be drawn, and how likely each is.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: only this many of the likeliest tokens are drawn from; None: all.
-        top_p: only the likeliest tokens that together have this probability are drawn from (Holtzman et al., 2020).
+        temperature: divides the logits; 0 takes the argmax.
+        top_k: only this many of the most probable tokens are drawn from; None: all.
+        top_p: only the most probable tokens that together have this probability are drawn from (Holtzman et al., 2020).
 
     Raises:
         UserError: a setting out of range.
@@ -30,7 +30,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise UserError(f"temperature={self.temperature}: give 0 (the likeliest token) or more")
+            raise UserError(f"temperature={self.temperature}: give 0 (greedy decoding) or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} leaves no token: give 1 or more")
         if not 0 < self.top_p <= 1:
@@ -47,12 +47,12 @@ class Sampling:
             UserError: the logits are NaN or Inf.
         """
         if self.temperature == 0:
-            best, likeliest = logits.max(dim=-1)
-            _require_numbers(best)
-            return likeliest.tolist()
+            best, argmax = logits.max(dim=-1)
+            _require_finite(best)
+            return argmax.tolist()
         probability, token = self._candidates(logits.float().cpu() / self.temperature)
         total = probability.double().cumsum(-1)  # (rows, candidates)
-        _require_numbers(total[:, -1])
+        _require_finite(total[:, -1])
         uniform = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
         place = torch.searchsorted(total, torch.stack(uniform) * total[:, -1:], right=True)  # (rows, 1)
         # A product may be rounded up to the total itself, past the last token that has a share.
@@ -76,6 +76,6 @@ class Sampling:
         return probability.masked_fill(before >= self.top_p, 0), token
 
 
-def _require_numbers(values: Tensor) -> None:
+def _require_finite(values: Tensor) -> None:
     if not values.isfinite().all():
         raise UserError("the model's logits are NaN or Inf: use an earlier checkpoint")

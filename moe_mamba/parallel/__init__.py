@@ -1,1 +1,1 @@
-"""The only rooms that know ranks: process groups, the engine, and how a model is changed for a layout."""
+"""The only package that knows ranks: process groups, the engine, and how a model is changed for a layout."""

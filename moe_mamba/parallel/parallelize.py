@@ -19,7 +19,7 @@ from moe_mamba.parallel.placement import ParameterShard
 def build_model(config: Config, whole: LanguageModel, held: dict[str, ParameterShard], groups: Groups) -> LanguageModel:
     """This rank's part of a model, with the weights that the seed gives any layout.
 
-    Cut on the meta device, and only then given memory: no rank ever holds the whole.
+    Sharded on the meta device, and only then given memory: no rank ever holds the whole.
 
     Args:
         config: of the run.

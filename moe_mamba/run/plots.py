@@ -203,10 +203,10 @@ def _title(axes: Any, title: str, note: str) -> None:
 def _frame_losses(axes: Any, curves: Sequence[Curve]) -> None:
     """Leave the first, steep fall out of the picture: the rest would be flat beside it."""
     lowest, highest, last = axes.dataLim.y0, axes.dataLim.y1, axes.dataLim.x1
-    settled = max(float(loss[tokens >= min(last / 50, tokens[-1])].max()) for tokens, loss in curves)
-    top = min(highest, settled + 0.05 * (settled - lowest))
-    room = max(0.03 * (top - lowest), 1e-3)
-    axes.set_ylim(lowest - room, top + room)
+    usual = max(float(loss[tokens >= min(last / 50, tokens[-1])].max()) for tokens, loss in curves)
+    top = min(highest, usual + 0.05 * (usual - lowest))
+    margin = max(0.03 * (top - lowest), 1e-3)
+    axes.set_ylim(lowest - margin, top + margin)
     axes.set_xlim(0, 1.005 * last)
 
 

@@ -1,4 +1,4 @@
-"""Made the checkpoints in version_1/, with the last code before the rooms were redrawn.
+"""Made the checkpoints in version_1/, with the last code before the package was reorganised.
 
     python tests/checkpoint/make_version_1.py CHECKOUT [NAME ...]
 

@@ -1,4 +1,4 @@
-"""Boxes that make up a tensor, and parts of them, against counting element by element."""
+"""Chunks that make up a tensor, and parts of them, against counting element by element."""
 
 import random
 import time
@@ -9,8 +9,8 @@ import pytest
 from moe_mamba.checkpoint.chunks import Extent, Overlaps, fault_of_cover
 
 
-def cut(generator: random.Random, offsets: list[int], sizes: list[int], depth: int) -> list[Extent]:
-    """Cut a chunk at random places along random axes."""
+def split(generator: random.Random, offsets: list[int], sizes: list[int], depth: int) -> list[Extent]:
+    """Split a chunk at random places along random axes."""
     axes = [axis for axis, size in enumerate(sizes) if size > 1]
     if not depth or not axes:
         return [(tuple(offsets), tuple(sizes))]
@@ -19,7 +19,7 @@ def cut(generator: random.Random, offsets: list[int], sizes: list[int], depth: i
     left, right, begin = list(sizes), list(sizes), list(offsets)
     left[axis], right[axis] = first, sizes[axis] - first
     begin[axis] += first
-    return cut(generator, offsets, left, depth - 1) + cut(generator, begin, right, depth - 1)
+    return split(generator, offsets, left, depth - 1) + split(generator, begin, right, depth - 1)
 
 
 def slices(chunk: Extent) -> tuple[slice, ...]:
@@ -30,7 +30,7 @@ def slices(chunk: Extent) -> tuple[slice, ...]:
 def test_only_chunks_that_hold_each_element_once_cover(shape: tuple[int, ...]) -> None:
     generator = random.Random(0)
     for _ in range(200):
-        chunks = cut(generator, [0] * len(shape), list(shape), 3)
+        chunks = split(generator, [0] * len(shape), list(shape), 3)
         assert fault_of_cover(shape, chunks) is None
         change, chunk = generator.randrange(3), generator.choice(chunks)
         if change == 0:
@@ -52,11 +52,11 @@ def test_overlaps_are_found_all_and_exactly(shape: tuple[int, ...]) -> None:
     generator = random.Random(0)
     for _ in range(50):
         numbers = np.full(shape, -1)
-        chunks = cut(generator, [0] * len(shape), list(shape), 4)
+        chunks = split(generator, [0] * len(shape), list(shape), 4)
         for number, chunk in enumerate(chunks):
             numbers[slices(chunk)] = number
         overlaps = Overlaps(chunks)
-        for wanted in cut(generator, [0] * len(shape), list(shape), 3):
+        for wanted in split(generator, [0] * len(shape), list(shape), 3):
             found = overlaps.of(*wanted)
             assert {number for number, _ in found} == set(np.unique(numbers[slices(wanted)]).tolist())
             assert len(found) == len({number for number, _ in found})

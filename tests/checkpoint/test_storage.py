@@ -113,8 +113,8 @@ def test_each_rank_reads_the_bytes_that_it_needs(world: World, tmp_path: Path) -
     assert world.run(load_half_of_the_rows, path, whole, ranks=2) == [whole.nbytes // 2] * 2
     columns = slice(None), slice(8, 16)
     assert load_and_count(path, columns, torch.zeros(64, 8), whole) == whole.nbytes  # whole rows, as is documented
-    cut = [Shard("w", (64, 32), (0, first), whole[:, first : first + 8]) for first in (0, 8, 16, 24)]
-    path = store.save(tmp_path, 2, cut, {})
+    shards = [Shard("w", (64, 32), (0, first), whole[:, first : first + 8]) for first in (0, 8, 16, 24)]
+    path = store.save(tmp_path, 2, shards, {})
     assert load_and_count(path, columns, torch.zeros(64, 8), whole) == whole.nbytes // 4
 
 

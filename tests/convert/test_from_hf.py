@@ -242,12 +242,12 @@ def test_it_trains_on_in_any_layout(
         "train__validate_every": 0, "train__sample_tokens": 0, "moe__balance": "none",
     }  # fmt: skip
     warm = data | {"train__warm_start": str(imported)}
-    layouts = {"single": {"ranks": 1}, "cut": {"ranks": 2, **layout}}
+    layouts = {"single": {"ranks": 1}, "sharded": {"ranks": 2, **layout}}
     losses = {
         name: curve(run(world, imported / "config.yaml", tmp_path / name, **warm, **where))
         for name, where in layouts.items()
     }
-    assert losses["cut"] == pytest.approx(losses["single"], rel=1e-4)
+    assert losses["sharded"] == pytest.approx(losses["single"], rel=1e-4)
     assert losses["single"][-1] < losses["single"][0] - 0.1
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 def _make(path: Path, model: dict[str, Any], experts: int) -> int:
-    """A run whose weights are the number of their tensor, each cut in two chunks; its bytes of weights."""
+    """A run whose weights are the number of their tensor, each in two chunks; its bytes of weights."""
     config = Config(model=model, moe={"experts": experts, "capacity_factor": None})
     with torch.device("meta"):
         tensors = LanguageModel(config.model, config.moe).state_dict()

@@ -29,7 +29,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> bool:
     return "\n" not in str(error.value)
 
 
-def test_reads_what_was_written_in_any_piece(tmp_path: Path, texts: list[str]) -> None:
+def test_reads_any_part_of_what_was_written(tmp_path: Path, texts: list[str]) -> None:
     shards = write_shards(tmp_path, texts, part_bytes=1)  # every batch is a part
     expected = row_of(texts)
     assert (shards.tokens, shards.documents) == (len(expected), len(texts))
@@ -104,7 +104,7 @@ def test_a_checksum_that_differs_is_refused(own: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["part-00000.bin", "part-00000.idx"])
 @pytest.mark.parametrize("size", [0, 20, -2])
-def test_a_cut_file_is_refused_without_reading_it(own: Path, name: str, size: int) -> None:
+def test_a_truncated_file_is_refused_without_reading_it(own: Path, name: str, size: int) -> None:
     (own / name).write_bytes((own / name).read_bytes()[:size])
     with pytest.raises(UserError, match=name) as error:
         Shards.open(own)

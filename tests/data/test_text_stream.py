@@ -7,15 +7,15 @@ from moe_mamba.data.tokenizer import BytesTokenizer
 
 
 def streamed(text: str | bytes, *stops: str, prompt: str = "") -> tuple[list[str], bool]:
-    """The pieces that the bytes of ``text`` come in, and whether a stop string ended it."""
+    """The parts that the bytes of ``text`` come in, and whether a stop string ended it."""
     tokenizer = BytesTokenizer()
     stream = TextStream(tokenizer, tokenizer.encode(prompt), stops)
-    pieces = []
+    parts = []
     for token in text if isinstance(text, bytes) else tokenizer.encode(text):
-        pieces.append(stream.push(token))
+        parts.append(stream.push(token))
         if stream.is_stopped:
             break
-    return [*pieces, stream.end()], stream.is_stopped
+    return [*parts, stream.end()], stream.is_stopped
 
 
 def test_characters_come_when_they_are_whole() -> None:
@@ -41,8 +41,8 @@ def test_characters_come_when_they_are_whole() -> None:
     ],
 )
 def test_a_stop_string_and_what_looks_like_one(text: str, stops: tuple[str, ...], shown: str, stopped: bool) -> None:
-    pieces, is_stopped = streamed(text, *stops)
-    assert ("".join(pieces), is_stopped) == (shown, stopped)
+    parts, is_stopped = streamed(text, *stops)
+    assert ("".join(parts), is_stopped) == (shown, stopped)
 
 
 def test_a_false_alarm_is_shown_as_soon_as_it_is_one() -> None:
@@ -54,5 +54,5 @@ def test_a_stop_string_in_the_prompt_ends_nothing() -> None:
 
 
 def test_a_stop_string_after_half_a_character() -> None:
-    pieces, stopped = streamed(b"\xc3END", "END")
-    assert stopped and "".join(pieces) == "\N{REPLACEMENT CHARACTER}"
+    parts, stopped = streamed(b"\xc3END", "END")
+    assert stopped and "".join(parts) == "\N{REPLACEMENT CHARACTER}"

@@ -70,9 +70,9 @@ def alone(model: HarnessModel, context: list[int], continuation: list[int]) -> t
 @pytest.mark.parametrize("batch", [1, 4])
 def test_scores_are_those_of_each_request_alone_in_the_order_asked(build: Build, pattern: str, batch: int) -> None:
     model = build(pattern, batch=batch, router="top_k", top_k=2)
-    likeliest = list(generate(model._model, list(b"one two three"), 3, temperature=0))
+    greedy = list(generate(model._model, list(b"one two three"), 3, temperature=0))
     pairs = [(list(before.encode()), list(after.encode())) for before, after in PAIRS]
-    pairs[4:4] = [(list(b"one two three"), likeliest), (list(b"one two three"), [*likeliest[:2], likeliest[2] ^ 1])]
+    pairs[4:4] = [(list(b"one two three"), greedy), (list(b"one two three"), [*greedy[:2], greedy[2] ^ 1])]
     got = model._loglikelihood_tokens([((), *pair) for pair in pairs])
     expected = [alone(model, *pair) for pair in pairs]
     assert [score.log_probability for score in got] == pytest.approx([each[0] for each in expected], rel=1e-9)
@@ -80,7 +80,7 @@ def test_scores_are_those_of_each_request_alone_in_the_order_asked(build: Build,
     assert [got[4].is_greedy, got[5].is_greedy] == [True, False]
 
 
-def test_texts_are_cut_into_tokens_as_the_harness_does(build: Build) -> None:
+def test_texts_are_split_into_tokens_as_the_harness_does(build: Build) -> None:
     model = build()
     got = model.loglikelihood(requests("loglikelihood", [("one ", "two"), ("one", " two"), (" ", "x"), ("one", "")]))
     assert got[0] == got[1]  # a space belongs to what follows it
@@ -150,7 +150,7 @@ def test_the_first_token_of_a_text_follows_end_of_text_or_costs_as_much_as_any(b
     (score,) = anew._loglikelihood_tokens(
         [((), [END], [*text[:1], *generate(anew._model, text[:1], 3, temperature=0)])]
     )
-    assert not score.is_greedy  # the others are the likeliest, but the first has nothing to follow
+    assert not score.is_greedy  # the others are the most probable, but the first has nothing to follow
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -169,21 +169,21 @@ def test_whole_texts_are_scored_in_windows(build: Build, reset: bool) -> None:
 
 def test_texts_are_written_as_a_task_asks(build: Build) -> None:
     model = build("M*E")
-    likeliest = model._tokens.decode(list(generate(model._model, list(b"prompt"), 12, temperature=0, end_of_text=END)))
+    greedy = model._tokens.decode(list(generate(model._model, list(b"prompt"), 12, temperature=0, end_of_text=END)))
 
     def write(*arguments: tuple[str, dict]) -> list[str]:
         return model.generate_until(requests("generate_until", list(arguments)))
 
     greedy = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    stop = likeliest[4:6]
+    stop = greedy[4:6]
     stopped, other, whole = write(("prompt", greedy | {"until": [stop]}), ("x", greedy), ("prompt", greedy))
-    assert whole == likeliest
-    assert stopped == likeliest[: likeliest.index(stop)]
+    assert whole == greedy
+    assert stopped == greedy[: greedy.index(stop)]
     assert other == write(("x", greedy))[0]
     drawing = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_gen_toks": 12, "until": "no such end"}
     first, second = write(("prompt", drawing), ("prompt", drawing))
     assert [first, second] == write(("prompt", drawing), ("prompt", drawing))
-    assert len({first, second, likeliest}) == 3
+    assert len({first, second, greedy}) == 3
     model.batch = 1
     assert [first, second] == write(("prompt", drawing), ("prompt", drawing))
     beginning = generate(model._model, [END], 12, temperature=0, end_of_text=END)

@@ -40,7 +40,7 @@ def make_run(
 
 
 def _halves(shard: Shard) -> list[Shard]:
-    """A tensor as two chunks along its last dimension, as a layout might cut it."""
+    """A tensor as two chunks along its last dimension, as a layout might shard it."""
     half = shard.shape[-1] // 2
     inner = (0,) * (len(shard.shape) - 1)
     return [

@@ -41,7 +41,7 @@ GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
 
 
 def greedy(ours: Any, tokens: Tensor, steps: int = STEPS) -> Tensor:
-    """The likeliest token after each text (batch, length), ``steps`` times; the texts with them."""
+    """The most probable token after each text (batch, length), ``steps`` times; the texts with them."""
     for _ in range(steps):
         tokens = torch.cat((tokens, ours(tokens).logits[:, -1:].argmax(-1)), 1)
     return tokens

@@ -110,5 +110,5 @@ def test_sentencepiece_models_of_others(kind: str, documents: list[str], tmp_pat
         return
     fast = _fast(tokenizer, tmp_path)
     same = [fast(text)["input_ids"] == tokenizer.encode(text) for text in documents]
-    # A unigram model may cut a text otherwise where two cuts score alike.
+    # A unigram model may split a text otherwise where two splits score alike.
     assert sum(same) / len(same) >= {"bpe": 1.0, "unigram": 0.9}[kind]

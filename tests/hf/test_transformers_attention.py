@@ -32,12 +32,12 @@ def test_steps_and_passes_equal_the_trainers_model(pair: Pair, pattern: str, key
     whole = ours(tokens).logits
     _close(theirs(tokens).logits, whole)
     for widths in ((1,) * 13, (6, 1, 6)):
-        cache, pieces = None, []
-        for piece in tokens.split(widths, dim=1):
-            out = theirs(piece, past_key_values=cache, use_cache=True)
+        cache, logits = None, []
+        for chunk in tokens.split(widths, dim=1):
+            out = theirs(chunk, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            pieces.append(out.logits)
-        _close(torch.cat(pieces, 1), whole)
+            logits.append(out.logits)
+        _close(torch.cat(logits, 1), whole)
     kept = [state.key.shape[2] for state in cache.states if hasattr(state, "key")]
     assert kept == [min(13, keys.get("sliding_window", 99) - 1)]
 

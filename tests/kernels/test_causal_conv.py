@@ -148,15 +148,15 @@ def test_packed_documents_equal_single_ones(backend: str, on: str) -> None:
 
 @pytest.mark.parametrize(NAMES, cases("causal_conv"))
 @pytest.mark.parametrize("cuts", [(1,) * 12, (2, 1, 3, 6)])
-def test_pieces_with_the_state_between_equal_the_whole(backend: str, on: str, cuts: tuple[int, ...]) -> None:
+def test_chunks_with_the_state_between_equal_the_whole(backend: str, on: str, widths: tuple[int, ...]) -> None:
     made = {name: value.to(on, widest(backend)) for name, value in operands(2, 12, 3, 4).items()}
     document_starts = (torch.rand(2, 12) < 0.2).to(on)
     whole, last = causal_conv(**made, document_starts=document_starts, backend=backend)
-    state, pieces = made["initial_state"], []
-    for x, chunk_starts in zip(made["x"].split(cuts, 1), document_starts.split(cuts, 1), strict=True):
+    state, outputs = made["initial_state"], []
+    for x, chunk_starts in zip(made["x"].split(widths, 1), document_starts.split(widths, 1), strict=True):
         y, state = causal_conv(x, made["weight"], made["bias"], chunk_starts, state, backend=backend)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
     torch.testing.assert_close(state, last)
 
 

@@ -1,4 +1,4 @@
-"""Every back end of the cross entropy against float64, whole and cut vocabularies, and the memory of torch's."""
+"""Every back end of the cross entropy against float64, whole and sharded vocabularies, and the memory of torch's."""
 
 import json
 import math
@@ -108,20 +108,20 @@ def statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("rows", [35, 69])  # 69: the second part is nothing but minus infinity
 @pytest.mark.parametrize(NAMES, cases("cross_entropy"))
-def test_a_cut_vocabulary_equals_the_whole(backend: str, on: str, rows: int) -> None:
+def test_a_sharded_vocabulary_equals_the_whole(backend: str, on: str, rows: int) -> None:
     logits, targets = operands(70)
     whole = results(logits, targets, "reference")
     parts, firsts = logits.to(on, torch.float32).split([rows, 70 - rows], 1), (0, rows)
     gradients = []
-    for peer in (0, 1):
-        others = statistics(parts[1 - peer], targets.to(on) - firsts[1 - peer])
+    for rank in (0, 1):
+        others = statistics(parts[1 - rank], targets.to(on) - firsts[1 - rank])
 
         def reduce(*mine: Tensor, others: tuple[Tensor, ...] = others) -> tuple[Tensor, Tensor, Tensor]:
             tops, totals, hits = (torch.stack(both) for both in zip(mine, others, strict=True))
             top = tops.amax(0)
             return top, (totals * (tops - top).exp()).sum(0), hits.sum(0)
 
-        losses, gradient = results(parts[peer], targets, backend, firsts[peer], reduce)
+        losses, gradient = results(parts[rank], targets, backend, firsts[rank], reduce)
         assert_equal((losses,), whole[:1], 1e-5)
         gradients.append(gradient)
     assert_equal((torch.cat(gradients, 1),), whole[1:], 1e-5)

@@ -82,7 +82,7 @@ def test_processes_that_start_at_once_build_once_and_a_killed_build_is_no_obstac
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     (folder,) = (tmp_path / "moe_mamba" / "kernels").iterdir()
-    (folder / "moe_mamba_kernels.so").write_bytes(b"torn")
+    (folder / "moe_mamba_kernels.so").write_bytes(b"truncated")
     write_compiler(tmp_path, QUICKLY)  # the same name and answer: the same folder
 
     both = [start(tmp_path, CXX=compiler) for _ in range(2)]

@@ -179,12 +179,12 @@ def test_two_halves_with_the_state_between_equal_the_whole(backend: str, on: str
     made = {name: value.to(on, widest(backend)) for name, value in operands(2, length, 3, 2).items()}
     whole, last = selective_scan(**made, backend=backend)
     state = made.pop("initial_state")
-    pieces = []
+    outputs = []
     for steps in (slice(0, 13), slice(13, length)):
         part = {name: value[:, steps] if value.dim() == 3 else value for name, value in made.items()}
         y, state = selective_scan(**part, initial_state=state, backend=backend)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
     torch.testing.assert_close(state, last)
 
 
@@ -212,17 +212,17 @@ def test_strided_and_expanded_operands(backend: str, on: str) -> None:
     torch.testing.assert_close(gradients[backend], gradients["reference"])
 
 
-def in_pieces(made: dict[str, Tensor], dtype: torch.dtype, backend: str, on: str, piece: int) -> tuple[Tensor, Tensor]:
-    """y and the final state on the CPU, the state handed on from piece to piece of the length."""
+def in_chunks(made: dict[str, Tensor], dtype: torch.dtype, backend: str, on: str, chunk: int) -> tuple[Tensor, Tensor]:
+    """y and the final state on the CPU, the state handed on from chunk to chunk of the length."""
     given = {name: value.to(on, dtype) for name, value in made.items()}
-    pieces, state = [], None
-    for first in range(0, given["x"].shape[1], piece):
-        steps = slice(first, first + piece)
+    outputs, state = [], None
+    for first in range(0, given["x"].shape[1], chunk):
+        steps = slice(first, first + chunk)
         part = {name: value[:, steps] if value.dim() == 3 else value for name, value in given.items()}
         y, state = selective_scan(**part, initial_state=state, backend=backend)
-        pieces.append(y)
+        outputs.append(y)
     assert state is not None
-    return torch.cat(pieces, 1).cpu(), state.cpu()
+    return torch.cat(outputs, 1).cpu(), state.cpu()
 
 
 @pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -232,9 +232,9 @@ def test_states_handed_on_over_a_long_text(length: int, on: str) -> None:
     fast = [name for name in on_cpu if name not in ("triton", "reference")]  # which are loops in Python there
     made = operands(1, length, 2, 2, optional=False)
     made["delta"] -= 3  # memories of hundreds of tokens
-    expected, last = in_pieces(made, torch.float64, "torch", "cpu", length)
+    expected, last = in_chunks(made, torch.float64, "torch", "cpu", length)
     for backend in fast if on == "cpu" else ["triton"]:
-        y, state = in_pieces(made, torch.float32, backend, on, 65_536 if length > 65_536 else 7_000)
+        y, state = in_chunks(made, torch.float32, backend, on, 65_536 if length > 65_536 else 7_000)
         sample = torch.randint(length, (1000,))
         assert_equal({"y": y[:, sample], "state": state}, {"y": expected[:, sample], "state": last}, 1e-5)
 

@@ -78,7 +78,7 @@ def test_nan_does_not_cross_a_start_in_a_segment(monkeypatch: pytest.MonkeyPatch
     assert actual["final state"].isfinite().all() and actual["gradient of x"][:, 10:].isfinite().all()
 
 
-def test_a_full_gpu_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_gpu_gets_one_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below 17,000 batch x channels, a GPU of 132 multiprocessors has room for more programs."""
 
     class Stand:

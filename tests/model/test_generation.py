@@ -14,7 +14,7 @@ Tiny = Callable[..., LanguageModel]
 @pytest.mark.parametrize("pattern", ["ME", "M*-E"])
 def test_greedy_text_is_that_of_whole_passes(tiny: Tiny, pattern: str) -> None:
     model = tiny(pattern, moe={"capacity_factor": 0.5})
-    model.embedding.weight.data *= 50  # so that the likeliest token changes from step to step
+    model.embedding.weight.data *= 50  # so that the argmax changes from step to step
     text = [3, 1, 4]
     got = list(generate(model, text, 8, temperature=0))
     with torch.no_grad():
@@ -97,12 +97,12 @@ def test_reading_in_chunks_equals_one_pass(tiny: Tiny, pattern: str) -> None:
 def test_end_of_text_waits_for_the_least_number_of_tokens(tiny: Tiny) -> None:
     model = tiny("ME")
     model.embedding.weight.data *= 50
-    (likeliest,) = generate(model, [1], 1, temperature=0)
-    keys = {"temperature": 0, "end_of_text": likeliest}
+    (argmax,) = generate(model, [1], 1, temperature=0)
+    keys = {"temperature": 0, "end_of_text": argmax}
     assert list(generate(model, [1], 5, **keys)) == []
-    writing = Writing(model, [[1]], Sampling(0), [0], end_of_text=likeliest, min_new_tokens=3)
+    writing = Writing(model, [[1]], Sampling(0), [0], end_of_text=argmax, min_new_tokens=3)
     (text,) = written(writing, 3)
-    assert len(text) == 3 and likeliest not in text
+    assert len(text) == 3 and argmax not in text
 
 
 def bytes_of(states: list) -> int:

@@ -63,7 +63,7 @@ def test_default_spreads() -> None:
         attention.o_proj.weight: fan_in / 2,
         moe.experts.in_proj: fan_in,
         moe.experts.out_proj: 1 / math.sqrt(3 * 256) / 2,
-        moe.router.weight: 0.88 * math.sqrt(0.1 / 64),  # cut at two std
+        moe.router.weight: 0.88 * math.sqrt(0.1 / 64),  # truncated at two std
         model.embedding.weight: 0.02,
         model.head.weight: 0.02,
     }

@@ -23,15 +23,15 @@ def test_packed_documents_equal_the_documents_one_by_one(tiny: Tiny, pattern: st
     tokens, targets = _tokens(2, 16), _tokens(2, 16, seed=1)
     document_starts = torch.zeros(2, 16, dtype=torch.bool)
     total, count = torch.zeros(()), 0
-    for row, cuts in enumerate(lengths):
+    for row, chunks in enumerate(lengths):
         at = 0
-        for cut in cuts:
+        for chunk in chunks:
             document_starts[row, at] = True
-            one_document = targets[row : row + 1, at : at + cut].clone()
-            targets[row, at + cut - 1] = one_document[0, -1] = -100
-            logits = model(tokens[row : row + 1, at : at + cut]).logits
+            one_document = targets[row : row + 1, at : at + chunk].clone()
+            targets[row, at + chunk - 1] = one_document[0, -1] = -100
+            logits = model(tokens[row : row + 1, at : at + chunk]).logits
             one, counted = cross_entropy_sum(logits, one_document)
-            total, count, at = total + one, count + int(counted), at + cut
+            total, count, at = total + one, count + int(counted), at + chunk
     packed, counted = cross_entropy_sum(model(tokens, document_starts).logits, targets)
     assert int(counted) == count == 32 - 6
     torch.testing.assert_close(packed / count, total / count, rtol=0, atol=1e-5)
@@ -51,15 +51,15 @@ def test_stepping_equals_the_parallel_pass(tiny: Tiny, pattern: str, prefill: in
     tokens = _tokens(2, 11)
     document_starts = torch.zeros(2, 11, dtype=torch.bool)
     document_starts[0, [3, 8]] = document_starts[1, 7] = True
-    cuts = [slice(0, prefill)] * (prefill > 0) + [slice(at, at + 1) for at in range(prefill, 11)]
+    chunks = [slice(0, prefill)] * (prefill > 0) + [slice(at, at + 1) for at in range(prefill, 11)]
     with torch.no_grad():
         whole = model(tokens, document_starts if packed else None).logits
-        states, pieces = model.initial_states(2), []
-        for cut in cuts:
-            output = model(tokens[:, cut], document_starts[:, cut] if packed else None, states)
+        states, logits = model.initial_states(2), []
+        for chunk in chunks:
+            output = model(tokens[:, chunk], document_starts[:, chunk] if packed else None, states)
             states = output.states
-            pieces.append(output.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
+            logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

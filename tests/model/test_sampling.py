@@ -13,7 +13,7 @@ def seeded(*seeds: int) -> list[Generator]:
 
 
 @pytest.mark.parametrize("candidates", [2, 256])  # fewer than top_p needs, then as many as it likes
-def test_top_k_and_top_p_draw_from_the_likeliest(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_k_and_top_p_draw_from_the_most_probable(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "CANDIDATES", candidates)
     logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]]).log()
 

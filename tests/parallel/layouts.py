@@ -45,8 +45,8 @@ class Layout:
         return self.ranks // self.tensor
 
     def __str__(self) -> str:
-        cut = " sharded by tensor" * self.expert_tensor
-        return f"TP {self.tensor} EP {self.expert}{cut} DP {self.data} ZeRO {self.zero}"
+        sharded = " sharded by tensor" * self.expert_tensor
+        return f"TP {self.tensor} EP {self.expert}{sharded} DP {self.data} ZeRO {self.zero}"
 
 
 def legal_layouts(pattern: str, ranks: int = 8) -> list[Layout]:
@@ -124,7 +124,7 @@ class Built:
 
 
 def build(config: Config) -> Built:
-    """In a worker: join, cut, fill."""
+    """In a worker: join, shard, fill."""
     world = World.from_environment()
     topology = Topology.of(config, world)
     check_shards(config, topology)

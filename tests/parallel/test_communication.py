@@ -47,7 +47,7 @@ class Expected:
         every = range(layout.ranks)
         others = [Topology(World(r, layout.ranks, r, layout.ranks), layout.tensor) for r in every]
         self.world = tuple(every)
-        self.peers = tuple(r for r in every if others[r].data_rank == self.topology.data_rank)
+        self.tensor_ranks = tuple(r for r in every if others[r].data_rank == self.topology.data_rank)
         self.lane = tuple(r for r in every if others[r].tensor_rank == self.topology.tensor_rank)
         pool = self.lane if layout.expert_tensor else self.world
         first = pool.index(rank) // layout.expert * layout.expert
@@ -74,19 +74,19 @@ class Expected:
         """Gradients of what ranks hold alike: summed over them once, numbers x width."""
         ranks = ranks or self.topology.tensor
         first = self.topology.tensor_rank // ranks * ranks
-        self.add("all-reduce", self.peers[first : first + ranks], numbers * width)
+        self.add("all-reduce", self.tensor_ranks[first : first + ranks], numbers * width)
 
     def entry_and_exit(self) -> None:
         """T d w gathered at the entry and T d w reduce-scattered at the exit; backward the other way round."""
         size = self.tokens * self.config.model.d_model * self.w
-        self.add("all-gather", self.peers, size, 2)
-        self.add("reduce-scatter", self.peers, size, 2)
+        self.add("all-gather", self.tensor_ranks, size, 2)
+        self.add("reduce-scatter", self.tensor_ranks, size, 2)
 
     def vocabulary(self) -> None:
         """Embedding and head as one entry and exit; the maximum, and together the target's logit and the sum: 3 T."""
         self.entry_and_exit()
-        self.add("all-reduce", self.peers, self.tokens * FP32)
-        self.add("all-reduce", self.peers, 2 * self.tokens * FP32)
+        self.add("all-reduce", self.tensor_ranks, self.tokens * FP32)
+        self.add("all-reduce", self.tensor_ranks, 2 * self.tokens * FP32)
         self.replica(self.config.model.d_model)  # the final norm
 
     def mamba(self) -> None:
@@ -94,7 +94,7 @@ class Expected:
         model = self.config.model
         self.entry_and_exit()
         size = self.tokens * (model.resolved_dt_rank + 2 * model.d_state) * self.w
-        self.add("all-reduce", self.peers, size, 2)
+        self.add("all-reduce", self.tensor_ranks, size, 2)
         for numbers in (model.resolved_dt_rank, model.d_state, model.d_state):  # norms of dt, B and C
             self.replica(numbers)
 
@@ -109,7 +109,7 @@ class Expected:
             self.replica(numbers, self.w, copies)
 
     def experts(self) -> None:
-        """Rows there and back, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
+        """Rows dispatched and combined, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
 
         A dropless router sends the K counts as well. With shared experts, or with experts sharded by tensor, there is
         an entry and an exit like that of any other layer.
@@ -155,7 +155,7 @@ def compare(ranks: list[list[Collective]], config: Config, layout: Layout) -> No
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize("pattern", ["M", "*", "-"])
-def test_layers_cut_by_tensor(world: Processes, pattern: str, tensor: int, precision: str) -> None:
+def test_layers_sharded_by_tensor(world: Processes, pattern: str, tensor: int, precision: str) -> None:
     layout = Layout(tensor, tensor)
     config = config_of(pattern, layout, train__precision=precision)
     compare(world.run(micro_step, config, ranks=tensor), config, layout)
@@ -236,7 +236,7 @@ def whole_step(config: Config, layout: Layout, rank: int, sizes: dict[str, int])
     numbers per rank.
     """
     expected = Expected(config, layout, rank)
-    lane, peers, total = expected.lane, expected.peers, Counter(expected.micro_step())
+    lane, tensor_ranks, total = expected.lane, expected.tensor_ranks, Counter(expected.micro_step())
     total = total + total
     *common, experts = sizes.values()
     expected.calls = Counter()
@@ -244,12 +244,12 @@ def whole_step(config: Config, layout: Layout, rank: int, sizes: dict[str, int])
     expected.add("all-reduce", lane, sum(common) * FP32, times)
     expected.add("all-reduce", lane, experts * FP32, times)  # the ranks with the same experts are those of a lane here
     if layout.zero == 0:
-        expected.add("all-reduce", peers, FP32)  # the norm
+        expected.add("all-reduce", tensor_ranks, FP32)  # the norm
         expected.add("all-reduce", expected.world, FP32)  # the experts' norm
     else:
         for size in sizes.values():
             expected.add("all-reduce", lane, FP32)  # the norm of the group of parameters
-            expected.add("all-reduce", peers, FP32)
+            expected.add("all-reduce", tensor_ranks, FP32)
             unit = 2 * len(lane)
             expected.add("all-gather", lane, -(-size // unit) * unit * FP32)
         expected.add("all-reduce", lane, FP32)  # DeepSpeed takes the mean of experts' norms

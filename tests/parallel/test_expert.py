@@ -62,7 +62,7 @@ def _whole(case: str) -> MoE:
 
 
 def _spread(case: str, topology: Topology) -> tuple[LanguageModel, MoE, dict]:
-    """A model cut as training cuts it, and what this rank holds."""
+    """A model sharded as in training, and what this rank holds."""
     start_world(topology.world)
     with torch.device("meta"):
         whole, model = (LanguageModel(*_configs(case)) for _ in range(2))
@@ -112,7 +112,7 @@ def _check(world: Any, case: str, ranks: int, tensor: int, expert: int, expert_t
     results = world.run(_rank, case, tensor, expert, expert_tensor, ranks=ranks)
     layer = _whole(case)
     for data_rank in range(ranks // tensor):
-        peers = results[data_rank * tensor : (data_rank + 1) * tensor]
+        tensor_ranks = results[data_rank * tensor : (data_rank + 1) * tensor]
         # Capacity is of the tokens that are routed together: a rank's own, or all ranks' where experts are sharded.
         routed_apart = 1 if expert_tensor else tensor
         x, gradient = (part.chunk(routed_apart) for part in _text(data_rank))
@@ -123,10 +123,10 @@ def _check(world: Any, case: str, ranks: int, tensor: int, expert: int, expert_t
             statistics = measured["router"]
             _loss(out, its_gradient, statistics).backward()
             y, x_gradient, counted = [*y, out], [*x_gradient, one.grad], [*counted, _values(statistics)]
-        _close("y", torch.cat([peer["y"] for peer in peers]), torch.cat(y))
-        _close("x", torch.cat([peer["x"] for peer in peers]), torch.cat(x_gradient))
+        _close("y", torch.cat([rank["y"] for rank in tensor_ranks]), torch.cat(y))
+        _close("x", torch.cat([rank["x"] for rank in tensor_ranks]), torch.cat(x_gradient))
         for name in counted[0]:
-            _close(name, sum(peer["statistics"][name] for peer in peers), sum(one[name] for one in counted))
+            _close(name, sum(rank["statistics"][name] for rank in tensor_ranks), sum(one[name] for one in counted))
     got = {f"layers.0.mixer.{name}": torch.zeros_like(parameter) for name, parameter in layer.named_parameters()}
     for name, at, part in (part for result in results for part in result["parts"]):
         got[name][tuple(slice(start, start + size) for start, size in zip(at, part.shape, strict=True))] += part
@@ -152,7 +152,7 @@ def test_tensor_peers_send_their_own_tokens(world: Any, case: str, ranks: int, e
 
 @pytest.mark.parametrize("ranks, expert", [(2, 1), (4, 1), (4, 2)])
 @pytest.mark.parametrize("case", ["top-2 renormalised", "capacity", "expert choice", "shared"])
-def test_experts_cut_by_tensor(world: Any, case: str, ranks: int, expert: int) -> None:
+def test_experts_sharded_by_tensor(world: Any, case: str, ranks: int, expert: int) -> None:
     _check(world, case, ranks, tensor=2, expert=expert, expert_tensor=True)
 
 

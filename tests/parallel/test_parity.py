@@ -172,7 +172,13 @@ def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
         (Layout(4, 2, 2), {"model__kv_heads": 1, "model__activation": "gelu", **IMPORTED}),
     ],
     ids=[
-        *("top-2, shared, accumulation", "sigmoid, bias, tied", "expert choice", "experts cut", "experts cut 4"),
+        *(
+            "top-2, shared, accumulation",
+            "sigmoid, bias, tied",
+            "expert choice",
+            "experts sharded",
+            "experts sharded 4",
+        ),
         *("MQA", "imported", "imported, MQA"),
     ],
 )

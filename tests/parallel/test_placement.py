@@ -91,15 +91,16 @@ def test_one_rank_of_each_part_is_its_first_replica(layout: Layout) -> None:
             assert all(rank[name].replicas == 1 and rank[name].is_first_replica for rank in ranks)
             continue
         for first in range(0, layout.ranks, layout.tensor):
-            peers = [rank[name] for rank in ranks[first : first + layout.tensor]]
-            for same in (peers[n : n + peers[0].replicas] for n in range(0, len(peers), peers[0].replicas)):
+            tensor_ranks = [rank[name] for rank in ranks[first : first + layout.tensor]]
+            replicas = tensor_ranks[0].replicas
+            for same in (tensor_ranks[n : n + replicas] for n in range(0, len(tensor_ranks), replicas)):
                 assert len({shard.segments for shard in same}) == 1, name
                 assert [shard.is_first_replica for shard in same] == [True] + [False] * (len(same) - 1), name
-            assert len({shard.segments for shard in peers}) == len(peers) // peers[0].replicas, name
+            assert len({shard.segments for shard in tensor_ranks}) == len(tensor_ranks) // replicas, name
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
-def test_each_block_of_an_axis_is_cut_by_itself(tensor: int) -> None:
+def test_each_block_of_an_axis_is_sharded_by_itself(tensor: int) -> None:
     """[x | z] of a Mamba mixer, [gate | up] of feed-forward, shared experts, and experts sharded by tensor."""
     config, model = meta("M-E")
     layout = Layout(tensor, tensor, expert_tensor=True)
@@ -168,7 +169,7 @@ def test_fewer_key_heads_than_tensor_peers_are_copied_to_neighbours() -> None:
             assert int(elements(key)[0, 0]) // 16 // head_dim == head // group
 
 
-def test_one_key_head_is_a_replica_that_no_axis_is_cut_by() -> None:
+def test_one_key_head_is_a_replica_that_shards_no_axis() -> None:
     tree = config_of("*", Layout(4, 4), model__kv_heads=1)
     with torch.device("meta"):
         model = LanguageModel(tree.model, tree.moe)
@@ -223,7 +224,7 @@ def _check_random_chunks(shard: ParameterShard, choose: random.Random) -> None:
         assert torch.equal(rebuilt, mine), shard.name
 
 
-def test_a_model_cut_for_one_rank_is_whole() -> None:
+def test_a_model_sharded_for_one_rank_is_whole() -> None:
     config, model = meta("M*-E")
     (held,) = on_every_rank(config, model, Layout(1))
     assert held.keys() == dict(itertools.chain(model.named_parameters(), model.named_buffers())).keys()

@@ -38,8 +38,8 @@ def test_one_rank_of_a_thousand() -> None:
     assert (topology.data, topology.data_rank, topology.tensor_rank, topology.expert_rank) == (128, 2, 1, 17)
     last = Topology(world_of(1024, 1023), tensor=8, expert=64)
     assert (last.data_rank, last.tensor_rank, last.expert_rank) == (127, 7, 63)
-    cut = Topology(world_of(1024, 17), tensor=8, expert=64, expert_tensor=True)
-    assert cut.expert_rank == cut.data_rank == 2
+    sharded = Topology(world_of(1024, 17), tensor=8, expert=64, expert_tensor=True)
+    assert sharded.expert_rank == sharded.data_rank == 2
     assert Topology(world_of(1024, 1023), 8, 64, expert_tensor=True).expert_rank == 127 % 64
 
 
@@ -48,7 +48,7 @@ def test_one_rank_of_a_thousand() -> None:
 def test_every_part_is_held_by_as_many_ranks(ranks: int, tensor: int, expert: int, expert_tensor: bool) -> None:
     topologies = [Topology(world_of(ranks, rank), tensor, expert, expert_tensor) for rank in range(ranks)]
     pairs = [(t.data_rank, t.tensor_rank) for t in topologies]
-    assert pairs == [(data, peer) for data in range(ranks // tensor) for peer in range(tensor)]
+    assert pairs == [(data, tensor_rank) for data in range(ranks // tensor) for tensor_rank in range(tensor)]
     held = [(t.expert_rank, t.tensor_rank if expert_tensor else 0) for t in topologies]
     parts = expert * tensor if expert_tensor else expert
     assert {held.count(part) for part in held} == {ranks // parts}
@@ -248,9 +248,9 @@ def test_groups_have_the_right_members(world: Processes, layout: Layout) -> None
     for rank, found in enumerate(ranks):
         mine = Topology(world_of(layout.ranks, rank), layout.tensor, layout.expert, layout.expert_tensor)
         others = [Topology(world_of(layout.ranks, r), mine.tensor, mine.expert, mine.expert_tensor) for r in every]
-        peers = [r for r in every if others[r].data_rank == mine.data_rank]
+        tensor_ranks = [r for r in every if others[r].data_rank == mine.data_rank]
         lane = [r for r in every if others[r].tensor_rank == mine.tensor_rank]
-        assert found["tensor"] == (peers if layout.tensor > 1 else None)
+        assert found["tensor"] == (tensor_ranks if layout.tensor > 1 else None)
         assert found["data"] == (lane if layout.tensor > 1 else None)
         pool = lane if layout.expert_tensor else list(every)
         place = pool.index(rank) // layout.expert * layout.expert

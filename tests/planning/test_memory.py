@@ -67,8 +67,10 @@ def test_more_devices_hold_less_each() -> None:
     more = plan(load_config(None, {**keys, "parallel.tensor": 2, "parallel.expert": 8}), 64)
     assert more["weight_bytes"] == spread["weight_bytes"]
     assert more["optimizer_bytes"] == pytest.approx(spread["optimizer_bytes"] / 8, rel=1e-3)
-    cut = plan(load_config(None, {**keys, "parallel.tensor": 2, "parallel.expert": 8, "parallel.expert_tensor": True}))
-    assert cut["devices"] == 16
+    sharded = plan(
+        load_config(None, {**keys, "parallel.tensor": 2, "parallel.expert": 8, "parallel.expert_tensor": True})
+    )
+    assert sharded["devices"] == 16
 
 
 @pytest.mark.parametrize(

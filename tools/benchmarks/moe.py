@@ -27,7 +27,7 @@ Pass = Callable[[Tensor], tuple[Tensor, Tensor]]  # the stream -> (output, balan
 
 @dataclass(frozen=True)
 class MoEShapes:
-    """What is measured: ``tokens`` in all, cut among the processes."""
+    """What is measured: ``tokens`` in all, split among the processes."""
 
     tokens: int = 4096
     d_model: int = 256
@@ -87,7 +87,7 @@ def _rank(rank: int, ranks: int, folder: Path, shapes: MoEShapes, repeats: int) 
 def our_pass(
     shapes: MoEShapes, experts: int, uneven: bool, router: Tensor, topology: Topology
 ) -> tuple[nn.Module, Pass]:
-    """Our layer, cut as training cuts it."""
+    """Our layer, sharded as in training."""
     from moe_mamba.parallel.groups import start_groups
     from moe_mamba.parallel.parallelize import build_model
     from moe_mamba.parallel.placement import parameter_shards

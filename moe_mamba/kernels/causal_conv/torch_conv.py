@@ -94,7 +94,7 @@ def _operands(weight: Tensor, bias: Tensor, document_starts: Tensor | None) -> t
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """Cut the batch into blocks: all rows on an accelerator, as many as the cache likes on a CPU."""
+    """Split the batch into blocks: all rows on an accelerator, as many as the cache likes on a CPU."""
     batch, length, channels = x.shape
     count = batch if x.device.type != "cpu" else max(1, BLOCK * torch.get_num_threads() // (length * channels))
     return [slice(first, first + count) for first in range(0, batch, count)]

@@ -74,7 +74,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Cut (rows, d) into blocks: the whole on an accelerator."""
+    """Split (rows, d) into blocks: the whole on an accelerator."""
     count = max(1, BLOCK // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, rows.shape[0])
     for first in range(0, rows.shape[0], count):
         yield slice(first, first + count)

@@ -282,7 +282,7 @@ def _blocks(
     delta_bias: Tensor | None,
     document_starts: Tensor | None,
 ) -> list[tuple[slice, _Block]]:
-    """Cut the batch into blocks: all rows on an accelerator, as many as the cache likes on a CPU."""
+    """Split the batch into blocks: all rows on an accelerator, as many as the cache likes on a CPU."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, length, _ = x.shape
     decay = (A.to(dtype).t() * math.log2(math.e)).contiguous()

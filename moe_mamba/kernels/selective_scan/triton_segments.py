@@ -49,7 +49,7 @@ def states_from_zero_kernel(x, delta, A, bc, delta_bias, starts, ends, totals, l
 
     h = tl.zeros((N, BLOCK), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    is_cut = 0
+    has_start = 0
     for chunk in range(tl.cdiv(left, STEPS)):
         at = first + chunk * STEPS
         rest = left - chunk * STEPS
@@ -61,7 +61,7 @@ def states_from_zero_kernel(x, delta, A, bc, delta_bias, starts, ends, totals, l
         for i in tl.static_range(STEPS):
             if starts is not None:
                 h = tl.where(resets[i] != 0, 0.0, h)
-                is_cut = tl.where(resets[i] != 0, 1, is_cut)
+                has_start = tl.where(resets[i] != 0, 1, has_start)
             b_t = tl.split(tl.trans(tl.reshape(bcs[i], (2, N))))[0]
             h = tl.exp2(deltas[i][None, :] * a) * h + (deltas[i] * xs[i])[None, :] * b_t[:, None]
             total += deltas[i]
@@ -69,7 +69,7 @@ def states_from_zero_kernel(x, delta, A, bc, delta_bias, starts, ends, totals, l
     segment = row * tl.num_programs(1) + tl.program_id(1)
     ends += segment * STATES * CHANNELS + c + zero
     tl.store(ends[None, :] + n * CHANNELS, h, mask=tile)
-    tl.store(totals + segment * CHANNELS + c, tl.where(is_cut != 0, -1.0, total), mask=inside)
+    tl.store(totals + segment * CHANNELS + c, tl.where(has_start != 0, -1.0, total), mask=inside)
 
 
 @triton.jit(do_not_specialize=["zero"])

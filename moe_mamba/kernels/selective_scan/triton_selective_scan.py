@@ -2,7 +2,7 @@
 
 A program is one warp, which walks the time steps of 32 channels of a batch row with their states in registers, so that
 what limits it is exponentials and memory. It keeps one state in 32 for the backward pass. Where batch x channels gives
-a GPU too few programs, the length is cut into segments (``triton_segments``). Nothing is added up atomically: programs
+a GPU too few programs, the length is split into segments (``triton_segments``). Nothing is added up atomically: programs
 write partial sums, which torch adds up, so that results are the same in every run.
 """
 
@@ -26,7 +26,7 @@ from moe_mamba.kernels.selective_scan.triton_tiles import BLOCK
 
 __all__ = ["selective_scan", "selective_scan_step", "specimens"]
 
-SEGMENTS: int | None = None  # number of segments that the length is cut into; None: as many as fill the GPU
+SEGMENTS: int | None = None  # number of segments that the length is split into; None: as many as fill the GPU
 RESIDENT = 8  # programs of the backward pass that a multiprocessor holds at once, by their registers
 SHORTEST = 128  # time steps of a segment: its states are handed on through memory
 STATES_OF_A_WARP = 16  # that fit into its registers
@@ -51,7 +51,7 @@ class _Launch:
         length: time steps.
         channels: d_inner.
         states: d_state.
-        segments: that the length is cut into.
+        segments: that the length is split into.
         segment_length: time steps of each but the last, a multiple of INTERVAL.
     """
 

@@ -76,22 +76,22 @@ def test_equals_a_plain_loop(keys: dict, packed: bool) -> None:
 @pytest.mark.parametrize("cuts", [(1,) * 9, (4, 1, 4), (9,)])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 8, 20])
-def test_passes_from_a_state_equal_one_pass(cuts: tuple[int, ...], packed: bool, window: int | None) -> None:
+def test_passes_from_a_state_equal_one_pass(lengths: tuple[int, ...], packed: bool, window: int | None) -> None:
     attention = _attention(kv_heads=2, sliding_window=window)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     document_starts = torch.zeros(2, 9, dtype=torch.bool)
     document_starts[0, [3, 4]] = document_starts[1, 6] = packed
     whole, _, _ = attention(x.flatten(0, 1), Sequences(2, 9, document_starts if packed else None))
-    state, pieces, at = attention.initial_state(2), [], 0
-    for cut in cuts:
-        piece = slice(at, at + cut)
-        sequences = Sequences(2, cut, document_starts[:, piece] if packed else None)
-        y, _, state = attention(x[:, piece].flatten(0, 1), sequences, state)
-        pieces.append(y.view(2, cut, 16))
-        at += cut
+    state, outputs, at = attention.initial_state(2), [], 0
+    for length in lengths:
+        chunk = slice(at, at + length)
+        sequences = Sequences(2, length, document_starts[:, chunk] if packed else None)
+        y, _, state = attention(x[:, chunk].flatten(0, 1), sequences, state)
+        outputs.append(y.view(2, length, 16))
+        at += length
         assert state.key.shape == state.value.shape == (2, 2, at if window is None else min(at, window - 1), 4)
         assert state.key.untyped_storage().nbytes() == state.key.nbytes, "what is dropped is let go of"
-    torch.testing.assert_close(torch.cat(pieces, 1), whole.view(2, 9, 16), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole.view(2, 9, 16), rtol=1e-10, atol=1e-10)
 
 
 def test_rotation_keeps_bf16_and_turns_in_fp32() -> None:

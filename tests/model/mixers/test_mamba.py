@@ -100,14 +100,14 @@ def test_steps_equal_the_parallel_pass(norms: bool, selective: bool) -> None:
     x = torch.randn(BATCH, LENGTH, 32)
     expected, _, _ = mixer(x.flatten(0, 1), Sequences(BATCH, LENGTH))
     state = mixer.initial_state(BATCH)
-    cut = 7  # a longer first pass, then token by token
-    y, _, state = mixer(x[:, :cut].flatten(0, 1), Sequences(BATCH, cut), state)
-    pieces = [y.view(BATCH, cut, 32)]
-    for t in range(cut, LENGTH):
+    prefill = 7  # a longer first pass, then token by token
+    y, _, state = mixer(x[:, :prefill].flatten(0, 1), Sequences(BATCH, prefill), state)
+    outputs = [y.view(BATCH, prefill, 32)]
+    for t in range(prefill, LENGTH):
         assert isinstance(state, MambaState)
         y, _, state = mixer(x[:, t], Sequences(BATCH, 1), state)
-        pieces.append(y.view(BATCH, 1, 32))
-    torch.testing.assert_close(torch.cat(pieces, 1), expected.view(BATCH, LENGTH, 32), rtol=1e-5, atol=1e-5)
+        outputs.append(y.view(BATCH, 1, 32))
+    torch.testing.assert_close(torch.cat(outputs, 1), expected.view(BATCH, LENGTH, 32), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_documents_equal_single_ones() -> None:
