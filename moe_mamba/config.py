@@ -260,11 +260,6 @@ class Config(Section):
             raise ValueError(
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"
             )
-        if parallel.zero == 3 and parallel.tensor > 1 and self.train.precision == "bf16":
-            raise ValueError(
-                f"parallel.zero=3 with parallel.tensor={parallel.tensor} and train.precision=bf16: DeepSpeed keeps the "
-                "weights in fp32, and megatron-core's layers do not cast them: set parallel.zero=2"
-            )
         if parallel.zero == 3 and self.train.compile:
             raise ValueError("parallel.zero=3 with train.compile=true: its hooks break graphs: set train.compile=false")
         return self

@@ -1,6 +1,7 @@
 """The process groups of a layout: tensor-, expert- and data-parallel ranks, by megatron-core and DeepSpeed."""
 
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -42,8 +43,7 @@ def start_groups(topology: Topology, held: dict[str, ParameterShard]) -> Groups:
         from megatron.core import parallel_state
 
         if not torch.cuda.is_available():
-            # Megatron-core allocates on the current GPU, and on a CPU a device by this name is all that it needs.
-            torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+            _allocate_on_cpu()
         parallel_state.initialize_model_parallel(topology.tensor, create_gloo_process_groups=False)
         tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
         counts = {shard.replicas for shard in held.values()} - {1, topology.tensor}
@@ -53,6 +53,18 @@ def start_groups(topology: Topology, held: dict[str, ParameterShard]) -> Groups:
     if topology.is_sharded:
         _start_expert_groups(topology, groups.mpu)
     return groups
+
+
+def _allocate_on_cpu() -> None:
+    """Let megatron-core's mappings, which allocate on the current GPU, do it on the CPU where there is no GPU.
+
+    Only that module sees another ``torch``: nothing is changed for whoever else asks for the current GPU.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    on_cpu = ModuleType("torch")
+    vars(on_cpu).update(vars(torch), cuda=SimpleNamespace(current_device=lambda: "cpu"))
+    mappings.torch = on_cpu
 
 
 def _neighbours(count: int, topology: Topology) -> ProcessGroup:

@@ -1,4 +1,6 @@
-"""Tensor parallelism: every layer sharded among tensor-parallel ranks, the residual stream too, by megatron-core.
+"""Tensor parallelism: every layer sharded among tensor-parallel ranks, the residual stream too.
+
+The groups, the collectives with their gradients (mappings) and the embedding are megatron-core's; see docs/design.md.
 
 Between mixers each rank holds its share of the stream's tokens (sequence parallelism; Korthikanti et al., 2022). A
 mixer's input is gathered once, whatever number of projections read it; each rank computes its channels, heads or
@@ -7,16 +9,19 @@ Inside a Mamba mixer, what x_proj makes of the channels (delta's low rank, B, C)
 reduced, and because every rank's channels use it, its gradient is reduced as well. Logits stay sharded by vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -30,7 +35,7 @@ from moe_mamba.parallel.placement import ParameterShard
 
 
 def shard_layers(model: LanguageModel, groups: Groups, shards: dict[str, ParameterShard]) -> None:
-    """Put megatron-core's layers in the place of a whole model's linears and embedding, in place.
+    """Put this rank's linears and embedding in the place of a whole model's, in place.
 
     Args:
         model: on the meta device.
@@ -61,8 +66,13 @@ def _shard_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup)
     if shard.tensor_axis is None:
         return linear
     if shard.tensor_axis == 0:
-        return ColumnLinear(linear, shard, group)
-    return ReducedLinear(linear, group) if shard.is_reduced else RowLinear(linear, group)
+        return _column_linear(linear, shard)
+    return (ReducedLinear if shard.is_reduced else RowLinear)(linear, shard, group)
+
+
+def _column_linear(linear: nn.Linear, shard: ParameterShard) -> nn.Linear:
+    """Each rank has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
+    return nn.Linear(linear.in_features, shard.local_shape[0], bias=linear.bias is not None)
 
 
 def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -71,68 +81,38 @@ def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]
     return gather_from_sequence_parallel_region(stream, group=group), *rest
 
 
-def _settings(group: ProcessGroup, sequence_parallel: bool) -> dict[str, Any]:
-    """What megatron-core's layers are told: weights are made and filled by us."""
-    config = ModelParallelConfig(
-        tensor_model_parallel_size=group.size(),
-        sequence_parallel=sequence_parallel,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
-    return {"config": config, "init_method": _no_initialization, "tp_group": group}
-
-
-def _no_initialization(weight: Tensor) -> None:
-    raise AssertionError("weights are filled by parallel/initialize.py")
-
-
-class ColumnLinear(ColumnParallelLinear):
-    """Each rank has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
-
-    def __init__(self, linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> None:
-        super().__init__(
-            linear.in_features,
-            shard.local_shape[0] * group.size(),
-            bias=linear.bias is not None,
-            disable_grad_reduce=True,
-            **_settings(group, sequence_parallel=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., in) to this rank's (..., out / tensor)."""
-        return super().forward(x)[0]
-
-
-class RowLinear(RowParallelLinear):
+class RowLinear(nn.Linear):
     """Each rank has some inputs; partial sums are reduce-scattered over tokens, and only then is a bias added.
 
     So it is added once to each token. Every rank has the whole bias, and its gradient from its own tokens: a replica's.
+
+    Attributes:
+        product: of an input (..., in) and a weight (out, in); ZeRO-3 puts its own in this place.
     """
 
-    def __init__(self, linear: nn.Linear, group: ProcessGroup, sequence_parallel: bool = True) -> None:
-        super().__init__(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            **_settings(group, sequence_parallel),
-        )
+    def __init__(self, linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> None:
+        super().__init__(shard.local_shape[1], linear.out_features, bias=linear.bias is not None)
+        self.group = group
+        self.product = functional.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's ``x`` (tokens, in / tensor) to (tokens / tensor, out)."""
-        return super().forward(x)[0]
+        y = self._reduce(self.product(x, self.weight))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _reduce(self, partial_sums: Tensor) -> Tensor:
+        return reduce_scatter_to_sequence_parallel_region(partial_sums, group=self.group)
 
 
 class ReducedLinear(RowLinear):
     """Each rank has some inputs; all ranks get the whole sum, and the sum of what each of them does with it."""
 
-    def __init__(self, linear: nn.Linear, group: ProcessGroup) -> None:
-        super().__init__(linear, group, sequence_parallel=False)
-
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's ``x`` (..., in / tensor) to (..., out), the same on all ranks."""
-        return copy_to_tensor_model_parallel_region(super().forward(x), group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(super().forward(x), group=self.group)
+
+    def _reduce(self, partial_sums: Tensor) -> Tensor:
+        return reduce_from_tensor_model_parallel_region(partial_sums, group=self.group)
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):
@@ -143,7 +123,10 @@ class VocabularyEmbedding(VocabParallelEmbedding):
             shard.local_shape[0] * group.size(),
             embedding.embedding_dim,
             reduce_scatter_embeddings=True,
-            **_settings(group, sequence_parallel=True),
+            # Its weight is made and filled by us.
+            config=ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False),
+            init_method=_no_initialization,
+            tp_group=group,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -151,11 +134,15 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         return super().forward(tokens[None]).squeeze(1)  # megatron-core wants a batch first and gives it second
 
 
+def _no_initialization(weight: Tensor) -> None:
+    raise AssertionError("weights are filled by parallel/initialize.py")
+
+
 def _shard_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
     shard = shards["embedding.weight"]
     model.embedding = VocabularyEmbedding(model.embedding, shard, group)
     if model.head is not None:
-        model.head = ColumnLinear(model.head, shards["head.weight"], group)
+        model.head = _column_linear(model.head, shards["head.weight"])
     (segment,) = shard.segments[0]
     model.project = partial(project, rows=segment.length, group=group)
     model.cross_entropy = partial(
@@ -167,7 +154,14 @@ def _shard_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[st
     model.argmax = partial(_argmax, first=group.rank() * shard.local_shape[0], group=group)
 
 
-def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -> Tensor:
+def project(
+    stream: Tensor,
+    weight: Tensor,
+    *,
+    rows: int,
+    group: ProcessGroup,
+    product: Callable[[Tensor, Tensor], Tensor] = functional.linear,
+) -> Tensor:
     """Logits of this rank's part of the vocabulary.
 
     Args:
@@ -175,11 +169,12 @@ def project(stream: Tensor, weight: Tensor, *, rows: int, group: ProcessGroup) -
         weight: (rows of a rank, d_model), padded.
         rows: how many of them are tokens of the vocabulary; the logits of the others are minus infinity.
         group: the tensor-parallel ranks.
+        product: of a stream and a weight; ZeRO-3 gives its own.
 
     Returns:
         (tokens, rows of a rank).
     """
-    logits = functional.linear(gather_from_sequence_parallel_region(stream, group=group), weight)
+    logits = product(gather_from_sequence_parallel_region(stream, group=group), weight)
     logits[:, rows:] = -torch.inf
     return logits
 

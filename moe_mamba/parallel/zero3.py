@@ -2,8 +2,7 @@
 
 DeepSpeed gathers a module's own parameters before its forward and backward, and frees them after. What this file adds:
 weights are filled and sharded one module at a time; parameters that are read outside their owner's forward are made
-known to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass (but
-the vocabulary's, where it is sharded among tensor-parallel ranks as well).
+known to the module that reads them; no graph keeps a gathered weight alive from the forward to the backward pass.
 
 DeepSpeed cannot mix dtypes here, so with ``train.precision=bf16`` every parameter is kept in fp32, as masters are at
 other stages, and travels as bf16, save those of the fp32 list. The stream is bf16, and a matrix is cast to the
@@ -13,6 +12,7 @@ hold a bf16 copy of all weights, in its cache and in the graph; and the scan's p
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -52,7 +52,7 @@ def partition_model(
     _quieten()
     in_bf16 = config.train.precision == "bf16"
     fp32_names = model.fp32_parameter_names()
-    _replace_linears(model)
+    _replace_products(model)
     for prefix, module in reversed(list(model.named_modules())):  # children first: DeepSpeed converts what is below
         module.to_empty(device=groups.topology.world.device, recurse=False)
         own = dict(module.named_parameters(prefix, recurse=False))
@@ -129,15 +129,20 @@ class Logits(nn.Module):
         return self._compute(stream)
 
 
-def _replace_linears(model: LanguageModel) -> None:
-    for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear:
-            has_bias = linear.bias is not None
+def _replace_products(model: LanguageModel) -> None:
+    """Let every linear map keep its parameter for the backward pass, those of tensor parallelism too."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            has_bias = module.bias is not None
             model.set_submodule(
-                name, GatheredLinear(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+                name, GatheredLinear(module.in_features, module.out_features, bias=has_bias, device="meta")
             )
+        elif hasattr(module, "product"):  # tensor.RowLinear
+            module.product = _Product.apply
     if model.project is functional.linear:
         model.project = _Product.apply
+    else:  # tensor.project
+        model.project = partial(model.project, product=_Product.apply)  # type: ignore[call-arg]
 
 
 def _give_logits_a_module(model: LanguageModel) -> None:

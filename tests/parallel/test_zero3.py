@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_mamba.config import Config
-from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers import mamba
 from moe_mamba.parallel import engine as engines
@@ -173,13 +172,13 @@ def dtypes(config: Config) -> tuple[dict[str, torch.dtype], set[torch.dtype], di
     return running, {shard.tensor.dtype for shard in engines.state_shards(engine, built.held)}, seen, streams[0]
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(("zero", "tensor"), [(1, 1), (2, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_dtypes_of_a_running_engine(world: World, zero: int, offload: bool) -> None:
+def test_dtypes_of_a_running_engine(world: World, zero: int, tensor: int, offload: bool) -> None:
     keys: dict[str, Any] = {"train__precision": "bf16", "parallel__offload_optimizer": offload}
-    config = config_of("M*-", Layout(2, zero=zero), **keys)
+    config = config_of("M*-", Layout(2 * tensor, tensor, zero=zero), **keys)
     fp32 = LanguageModel(config.model, config.moe).fp32_parameter_names()
-    for running, state, scan, stream in world.run(dtypes, config):
+    for running, state, scan, stream in world.run(dtypes, config, ranks=2 * tensor):
         kept = {name for name, dtype in running.items() if dtype == torch.float32}
         assert kept == (running.keys() if zero == 3 else fp32)
         assert state == {torch.float32}
@@ -188,15 +187,14 @@ def test_dtypes_of_a_running_engine(world: World, zero: int, offload: bool) -> N
         assert in_fp32 == {"A", "D", "delta_bias"} and scan["x"] == torch.bfloat16
 
 
-@pytest.mark.parametrize("pattern", ["M-", pytest.param("*-", marks=pytest.mark.slow)])
-def test_bf16_is_the_same_function_at_every_stage(world: World, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "tensor"),
+    [("M-", 1), ("M-", 2), *(pytest.param("*-", tensor, marks=pytest.mark.slow) for tensor in (1, 2))],
+)
+def test_bf16_is_the_same_function_at_every_stage(world: World, pattern: str, tensor: int) -> None:
     keys: dict[str, Any] = {"train__precision": "bf16", "train__learning_rate": 1e-3}
-    under_1 = world.run(train, config_of(pattern, Layout(2), **keys), 5)[0].losses
-    under_3 = world.run(train_gathering, config_of(pattern, Layout(2, zero=3), **keys), 5)[0].losses
+    here, there = (config_of(pattern, Layout(2 * tensor, tensor, zero=zero), **keys) for zero in (1, 3))
+    under_1 = world.run(train, here, 5, ranks=2 * tensor)[0].losses
+    under_3 = world.run(train_gathering, there, 5, ranks=2 * tensor)[0].losses
     assert under_3[0] == pytest.approx(under_1[0], rel=1e-6)  # gradients are summed in fp32 here, in bf16 there
     assert under_3 == pytest.approx(under_1, rel=1e-4)
-
-
-def test_bf16_among_tensor_peers_is_refused() -> None:
-    with pytest.raises(UserError, match=r"parallel\.zero=3 with parallel\.tensor=2.*set parallel\.zero=2"):
-        config_of("M-", Layout(2, 2, zero=3), train__precision="bf16")
