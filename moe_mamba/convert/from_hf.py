@@ -72,8 +72,7 @@ def import_folder(
     for note in notes(configuration, format.architecture) if format is not OWN else ():
         say(f"note: {note}")
     stored = stored_tensors(folder)
-    with torch.device("meta"):
-        whole = LanguageModel(model, moe)
+    whole = LanguageModel.on_meta(model, moe)
     entries = match(folder, format, model, moe, stored)
     shards = lazy_shards(folder, whole, entries, stored)
     half = stored[entries[0].theirs].dtype == "BF16"  # the embedding's
@@ -131,7 +130,7 @@ def lazy_shards(
         UserError: a tensor has another shape than the configuration says, or another kind of numbers.
     """
     parts: dict[str, list[Entry]] = defaultdict(list)
-    ours = model.state_dict()
+    ours = model.logical_tensors()
     for entry in entries:
         parts[entry.ours].append(entry)
         wanted, found = tuple(entry.view(ours[entry.ours]).shape), stored[entry.theirs]

@@ -142,8 +142,7 @@ def upcycled_shards(dense: Path, config: Config, seed: int = 0, noise: float = 0
         noise: standard deviation of what is added to each weight of an expert, in units of the root mean square
             of its matrix.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
+    model = LanguageModel.on_meta(config.model, config.moe)
     routers = {weight.name: weight for weight in logical_weights(model, seed) if weight.name.endswith("router.weight")}
     router_scale = 1.0 if config.moe.renormalize else ROUTER_SCALE
     here = store.logical_tensors(dense)

@@ -12,6 +12,7 @@ from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats import WayOut
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.names import logical_names
 from moe_mamba.safetensors_header import TensorInfo
 
 PART = 64 * 2**20  # bytes read at once, of one tensor or of several
@@ -43,11 +44,11 @@ class WeightStream:
     """
 
     def __init__(self, path: Path, format: WayOut, model: ModelConfig, moe: MoEConfig, dtype: torch.dtype) -> None:
-        with torch.device("meta"):
-            built = LanguageModel(model, moe)
+        built = LanguageModel.on_meta(model, moe)
         self.path = path
-        self._ours = {name: tensor.detach() for name, tensor in built.state_dict().items()}
-        wide = built.fp32_parameter_names()
+        self._ours = {name: tensor.detach() for name, tensor in built.logical_tensors().items()}
+        names = logical_names(built)
+        wide = {names[name] for name in built.fp32_parameter_names()}
         self._entries = {entry.theirs: entry for entry in format.entries(model, moe)}
         self.headers = []
         for name, entry in self._entries.items():

@@ -4,8 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from moe_mamba.config import Config
 from moe_mamba.hf.versions import NEWEST, OLDEST
 from moe_mamba.model.language_model import LanguageModel
@@ -89,8 +87,7 @@ def _head(config: Config, facts: Facts) -> Iterator[str]:
 
 
 def _summary(config: Config, facts: Facts) -> str:
-    with torch.device("meta"):
-        counts = LanguageModel(config.model, config.moe).parameter_counts()
+    counts = LanguageModel.on_meta(config.model, config.moe).parameter_counts()
     whole = counts["total"] + counts["norm"] + counts["embedding"]
     active = whole - counts["total"] + counts["active"]
     titles = [mixer.title for mixer in kinds(config.model)]

@@ -8,7 +8,7 @@ names one of its modules, more stands there; nothing of it is needed.
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 from itertools import pairwise
@@ -544,7 +544,7 @@ _grouped_matmul, _rms_norm = _operation("grouped_matmul"), _operation("rms_norm"
 
 
 # From moe_mamba/model/initialize.py:
-# Every weight a pure function of (seed, its full name, expert index).
+# Every weight a pure function of (seed, its logical name, expert index).
 
 
 Initializer = Callable[[Tensor, Generator], None]
@@ -959,6 +959,8 @@ class Mixer(nn.Module):
         title: its name for people.
         settings: keys of the configuration that say how it is built, as people want to see them.
         fp32_names: own parameters and buffers that stay fp32 in a bf16 model: small, and sensitive to rounding.
+        logical_names: an attribute of its own -> what checkpoints and initial weights call it, where that is another
+            name; see ``model/names.py``.
         not_matrices: own parameters of two axes that are no matrices: neither decayed nor part of a product.
         gathers_tokens: under tensor parallelism it reads the tokens of all ranks; else each rank's own.
         routes: it has routed experts.
@@ -968,6 +970,7 @@ class Mixer(nn.Module):
     title: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     fp32_names: tuple[str, ...] = ()
+    logical_names: ClassVar[Mapping[str, str]] = {}
     not_matrices: ClassVar[tuple[str, ...]] = ()
     gathers_tokens: ClassVar[bool] = True
     routes: ClassVar[bool] = False

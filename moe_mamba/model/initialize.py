@@ -1,4 +1,4 @@
-"""Every weight a pure function of (seed, its full name, expert index).
+"""Every weight a pure function of (seed, its logical name, expert index).
 
 So a weight does not depend on the order of modules, on how many experts stand beside it, or on the device it
 lives on: whichever layout asks for a shard of a weight, it can make the same numbers.
@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from moe_mamba.config import ModelConfig
+from moe_mamba.model.names import logical_names
 
 Initializer = Callable[[Tensor, Generator], None]
 
@@ -92,11 +93,13 @@ class LogicalWeight:
     """A parameter or buffer of the whole model, or one expert's slice of it, before its numbers are made.
 
     Attributes:
-        name: full name.
+        path: full name of the tensor in the module.
+        name: its logical name, from which the numbers follow.
         expert: its index in the whole model, for a slice of stacked experts; else None.
         make: gives the numbers, fp32 on the CPU.
     """
 
+    path: str
     name: str
     expert: int | None
     make: Callable[[], Tensor]
@@ -113,19 +116,19 @@ def logical_weights(model: nn.Module, seed: int) -> Iterator[LogicalWeight]:
         RuntimeError: a parameter or buffer that no module says how to fill: a fault of ours.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    left = set(tensors)
+    left, names = set(tensors), logical_names(model)
     for prefix, module in model.named_modules():
         if not hasattr(module, "initializers"):
             continue
         for local, fill in module.initializers().items():
-            name = f"{prefix}.{local}" if prefix else local
-            left.remove(name)
-            shape = tensors[name].shape
+            path = f"{prefix}.{local}" if prefix else local
+            left.remove(path)
+            name, shape = names[path], tensors[path].shape
             if getattr(module, "is_stacked", False):
                 for expert in range(shape[0]):
-                    yield LogicalWeight(name, expert, partial(_make, shape[1:], fill, seed, name, expert))
+                    yield LogicalWeight(path, name, expert, partial(_make, shape[1:], fill, seed, name, expert))
             else:
-                yield LogicalWeight(name, None, partial(_make, shape, fill, seed, name, None))
+                yield LogicalWeight(path, name, None, partial(_make, shape, fill, seed, name, None))
     if left:
         raise RuntimeError(f"no initializer for {', '.join(sorted(left))}")
 
@@ -146,5 +149,5 @@ def initialize(model: nn.Module, seed: int) -> None:
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for weight in logical_weights(model, seed):
-        target = tensors[weight.name]
+        target = tensors[weight.path]
         (target if weight.expert is None else target[weight.expert]).copy_(weight.make())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,6 +14,7 @@ from moe_mamba.model.layer import build_layers, fp32_parameter_names, initial_st
 from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.mixers.routing import Router
+from moe_mamba.model.names import logical_names
 from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
 from moe_mamba.model.pattern import layer_specs
 from moe_mamba.model.sequences import Sequences
@@ -62,6 +64,17 @@ class LanguageModel(nn.Module):
         self.layers = build_layers(model, moe, kernels)
         self.final_norm = build_norm(model, kernels) if model.final_norm else None
         self.head = None if model.tied_head else nn.Linear(model.d_model, model.vocab_size, bias=False)
+
+    @classmethod
+    def on_meta(cls, model: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> "LanguageModel":
+        """The model without memory: modules, names and shapes."""
+        with torch.device("meta"):
+            return cls(model, moe, kernels)
+
+    def logical_tensors(self) -> dict[str, Tensor]:
+        """Logical name -> parameter or buffer itself: what a checkpoint holds of a whole model."""
+        names = logical_names(self)
+        return {names[path]: tensor for path, tensor in self.state_dict(keep_vars=True).items()}
 
     def initializers(self) -> dict[str, Initializer]:
         """How embedding and head start."""

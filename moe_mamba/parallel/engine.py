@@ -110,9 +110,9 @@ def state_shards(engine: deepspeed.DeepSpeedEngine, held: dict[str, ParameterSha
             for offsets, sizes, first in chunks_of_flat_range(placed.local_shape, start, start + flat.numel()):
                 chunk = flat.narrow(0, first - start, sizes.numel()).view(sizes)
                 for logical, local in placed.chunks(offsets, sizes):
-                    shards.append(Shard(f"{kind}/{name}", placed.shape, logical, chunk[local]))
+                    shards.append(Shard(f"{kind}/{placed.name}", placed.shape, logical, chunk[local]))
     for name, buffer in engine.module.named_buffers():
-        shards.append(Shard(f"weights/{name}", tuple(buffer.shape), (0,) * buffer.ndim, buffer))
+        shards.append(Shard(f"weights/{held[name].name}", tuple(buffer.shape), (0,) * buffer.ndim, buffer))
     return shards
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moe_mamba.parallel.placement import ParameterShard
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology
 
 
@@ -30,13 +30,9 @@ class Groups:
     mpu: "ModelParallelUnit | None"
 
 
-def start_groups(topology: Topology, held: dict[str, ParameterShard]) -> Groups:
-    """Make the groups of a layout; every rank calls it, after ``start_world``.
-
-    Args:
-        topology: the layout.
-        held: what this rank holds of each parameter, which says how many neighbours hold the same.
-    """
+def start_groups(plan: RunPlan) -> Groups:
+    """Make the groups of a layout; every rank calls it, after ``start_world``."""
+    topology = plan.topology
     if topology.tensor == 1:
         groups = Groups(topology, None, None, {}, None)
     else:
@@ -46,7 +42,8 @@ def start_groups(topology: Topology, held: dict[str, ParameterShard]) -> Groups:
             _allocate_on_cpu()
         parallel_state.initialize_model_parallel(topology.tensor, create_gloo_process_groups=False)
         tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-        counts = {shard.replicas for shard in held.values()} - {1, topology.tensor}
+        # Neighbours that hold the same shard of a parameter sum its gradient.
+        counts = {shard.replicas for shard in plan.shards.values()} - {1, topology.tensor}
         replicas = {count: _neighbours(count, topology) for count in sorted(counts)}
         replicas[topology.tensor] = tensor
         groups = Groups(topology, tensor, data, replicas, ModelParallelUnit(topology, tensor, data))

@@ -31,8 +31,8 @@ def fill(tensors: dict[str, Tensor], whole: LanguageModel, shards: dict[str, Par
         if shards[name].is_padded:
             tensor.zero_()
     for weight in logical_weights(whole, seed):
-        if weight.name in tensors:
-            _fill(tensors[weight.name], shards[weight.name], weight)
+        if weight.path in tensors:
+            _fill(tensors[weight.path], shards[weight.path], weight)
 
 
 def _fill(target: Tensor, shard: ParameterShard, weight: LogicalWeight) -> None:

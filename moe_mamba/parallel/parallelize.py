@@ -1,5 +1,6 @@
 """Change a model for a layout, from outside: the model's own files never see a rank."""
 
+import copy
 import shutil
 from functools import partial
 
@@ -8,38 +9,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe_mamba.config import Config, TrainConfig
+from moe_mamba.config import TrainConfig
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.placement import ParameterShard
+from moe_mamba.parallel.run_plan import RunPlan
 
 
-def build_model(config: Config, whole: LanguageModel, held: dict[str, ParameterShard], groups: Groups) -> LanguageModel:
+def build_model(plan: RunPlan, groups: Groups) -> LanguageModel:
     """This rank's part of a model, with the weights that the seed gives any layout.
 
     Sharded on the meta device, and only then given memory: no rank ever holds the whole.
 
     Args:
-        config: of the run.
-        whole: the whole model that it describes, on the meta device.
-        held: what this rank holds of each parameter and buffer, by ``placement.shards``.
-        groups: of the layout.
+        plan: of the run.
+        groups: of its layout.
     """
+    config, model = plan.config, copy.deepcopy(plan.model)
     with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe, config.run.kernels)
-        shard(model, groups, held)
+        shard(model, groups, plan.shards)
     if config.parallel.zero == 3:
         from moe_mamba.parallel.zero3 import partition_model
 
-        partition_model(model, whole, held, groups, config)
+        partition_model(model, plan, groups)
     else:
         model.to_empty(device=groups.topology.world.device)
-        initialize_shards(model, whole, held, config.run.seed)
+        initialize_shards(model, plan.model, plan.shards, config.run.seed)
         if config.train.precision == "bf16":
             cast_to_bf16(model)
-    mark_parameters(model, groups, held)
+    mark_parameters(model, groups, plan.shards)
     model.recompute = config.train.recompute
     if config.train.compile:
         for layer in model.layers:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel, shard_specs
+from moe_mamba.model.names import logical_names
 from moe_mamba.model.sharding import Group, ShardSpec
 from moe_mamba.parallel.topology import Topology
 
@@ -62,7 +63,7 @@ class ParameterShard:
     """What a rank holds of one parameter or buffer.
 
     Attributes:
-        name: full name, the same on every rank and in every layout.
+        name: logical name, the same on every rank and in every layout.
         shape: of the logical tensor.
         segments: for each axis, the stretches that this rank holds.
         local_shape: of the rank's memory, padding included.
@@ -121,7 +122,8 @@ def parameter_shards(model: LanguageModel, topology: Topology) -> dict[str, Para
     """Full name -> what this rank holds of every parameter and buffer of ``model``, a whole one on any device."""
     specs = shard_specs(model.config, model.moe_config)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: _shard(name, tuple(tensor.shape), specs.get(name, ()), topology) for name, tensor in tensors}
+    names = logical_names(model)
+    return {path: _shard(names[path], tuple(tensor.shape), specs.get(path, ()), topology) for path, tensor in tensors}
 
 
 def _place(group: Group, topology: Topology) -> tuple[int, int]:

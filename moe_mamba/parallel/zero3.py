@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
-from moe_mamba.parallel.placement import ParameterShard
+from moe_mamba.parallel.run_plan import RunPlan
 
 PERSISTENT = 10_000  # parameters of fewer elements stay gathered between steps: norms, biases
 
@@ -35,28 +34,25 @@ def settings() -> dict[str, Any]:
     return {"stage3_param_persistence_threshold": PERSISTENT}
 
 
-def partition_model(
-    model: LanguageModel, whole: LanguageModel, held: dict[str, ParameterShard], groups: Groups, config: Config
-) -> None:
+def partition_model(model: LanguageModel, plan: RunPlan, groups: Groups) -> None:
     """Fill a model on the meta device and shard it over the data ranks, in place, one module after the other.
 
     A rank never holds more than its parts, and one module's own weights while they are sharded.
 
     Args:
         model: sharded among tensor-parallel ranks already, if there are any.
-        whole: the whole model, on the meta device.
-        held: what this rank holds of each parameter and buffer before that.
-        groups: of the layout.
-        config: of the run.
+        plan: of the run.
+        groups: of its layout.
     """
     _quieten()
-    in_bf16 = config.train.precision == "bf16"
+    in_bf16 = plan.config.train.precision == "bf16"
     fp32_names = model.fp32_parameter_names()
     _replace_products(model)
     for prefix, module in reversed(list(model.named_modules())):  # children first: DeepSpeed converts what is below
         module.to_empty(device=groups.topology.world.device, recurse=False)
         own = dict(module.named_parameters(prefix, recurse=False))
-        fill(own | dict(module.named_buffers(prefix, recurse=False)), whole, held, config.run.seed)
+        tensors = own | dict(module.named_buffers(prefix, recurse=False))
+        fill(tensors, plan.model, plan.shards, plan.config.run.seed)
         for name, parameter in own.items():
             if in_bf16 and name not in fp32_names:
                 parameter.comm_dtype = torch.bfloat16  # type: ignore[attr-defined]

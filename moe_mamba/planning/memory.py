@@ -5,12 +5,10 @@ Arithmetic on the meta device: nothing is allocated and no process group is made
 
 import math
 
-import torch
-
 from moe_mamba.config import Config
-from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import has_experts
-from moe_mamba.parallel.placement import ParameterShard, check_shards, parameter_shards
+from moe_mamba.parallel.placement import ParameterShard, check_shards
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 
 FP32, BF16 = 4, 2  # bytes
@@ -32,12 +30,11 @@ def plan(config: Config, gpus: int | None = None) -> dict[str, int]:
     Raises:
         UserError: model or batch do not fit the layout, as training would say.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
+    run_plan = RunPlan.of(config, layout(config, gpus))
+    model = run_plan.model
     counts = {f"{name}_parameters": count for name, count in model.parameter_counts().items()}
     counts["training_flops_per_token"] = model.flops_per_token(config.data.sequence_length)
-    topology = layout(config, gpus)
-    return counts | {"devices": topology.world.size} | per_device(config, model, topology)
+    return counts | {"devices": run_plan.topology.world.size} | per_device(run_plan)
 
 
 def layout(config: Config, gpus: int | None = None) -> Topology:
@@ -51,31 +48,26 @@ def layout(config: Config, gpus: int | None = None) -> Topology:
     return topology
 
 
-def per_device(config: Config, model: LanguageModel, topology: Topology) -> dict[str, int]:
+def per_device(run_plan: RunPlan) -> dict[str, int]:
     """What a device keeps from step to step; activations, and the buffers of gradients on their way, come on top.
 
     Every rank's memory has the same shapes, padding included, so one rank speaks for all. ZeRO shares optimizer state
     (1), gradients (2) and weights (3) among the devices that hold the same part of a parameter; the few weights that
     ZeRO-3 leaves whole, because they are small, are counted as if it did not.
 
-    Args:
-        config: of the run.
-        model: the whole one, on the meta device.
-        topology: the layout.
-
     Returns:
         ``parameters_per_device``; ``weight_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` (AdamW's two moments
         and, with ZeRO, fp32 masters) on the device; ``host_bytes`` of optimizer state that is offloaded.
     """
+    config, model, topology = run_plan.config, run_plan.model, run_plan.topology
     zero = config.parallel.zero
     keep = model.fp32_parameter_names()
-    held = parameter_shards(model, topology)
     # ZeRO-3 cannot mix types, and keeps all in fp32.
     is_half = config.train.precision == "bf16" and zero < 3
     parameters = 0
     weights = gradients = optimizer = 0.0
     for name, _ in model.named_parameters():
-        count, sharing = math.prod(held[name].local_shape), _sharing(held[name], topology)
+        count, sharing = math.prod(run_plan.shards[name].local_shape), _sharing(run_plan.shards[name], topology)
         parameters += count
         weights += count * (BF16 if is_half and name not in keep else FP32) / (sharing if zero == 3 else 1)
         gradients += count * FP32 / (sharing if zero >= 2 else 1)

@@ -3,9 +3,8 @@
 import torch
 
 from moe_mamba.config import Config
-from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import layer_specs
-from moe_mamba.parallel.topology import Topology
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.memory import per_device
 
 # On a CPU, more tokens at once only fall out of the caches.
@@ -14,20 +13,20 @@ CPU_TOKENS = 4096
 GPU_SHARE = 0.6
 
 
-def choose_micro_batch(config: Config, topology: Topology) -> int:
+def choose_micro_batch(plan: RunPlan) -> int:
     """Sequences of a micro-step: a divisor of a data rank's share of the batch that tensor-parallel ranks can share.
 
     On a GPU it follows from the memory that is free before the model lies there, so the choice of one rank must be
     given to all.
     """
+    config, topology = plan.config, plan.topology
     share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
     if config.train.micro_batch:
         return config.train.micro_batch
     length, device = config.data.sequence_length, topology.world.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        with torch.device("meta"):
-            state = per_device(config, LanguageModel(config.model, config.moe), topology)
+        state = per_device(plan)
         free -= sum(state[kind] for kind in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
         most = free * GPU_SHARE / (length * activation_bytes_per_token(config, topology.tensor))
     else:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from moe_mamba.config import Config
@@ -17,8 +16,7 @@ def shards_table(config: Config) -> str:
 
     Columns: name, shape, axes with their blocks and groups, and the precision under ``train.precision=bf16``.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
+    model = LanguageModel.on_meta(config.model, config.moe)
     rows = [HEAD, *_rows(model, config)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     return "\n".join(

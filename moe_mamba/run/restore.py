@@ -80,23 +80,20 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
         UserError: as ``open_trained``.
     """
     trained = open_trained(run_or_step)
-    with torch.device("meta"):
-        model = LanguageModel(trained.config.model, trained.config.moe, trained.config.run.kernels)
+    model = LanguageModel.on_meta(trained.config.model, trained.config.moe, trained.config.run.kernels)
     model.to_empty(device=device)
     load_weights(model, trained.path)
     return Restored(model.eval(), trained.tokenizer, trained.config, trained.path)
 
 
-def find_weights(config: Config, run_or_step: str | Path) -> Path:
-    """The step's folder whose weights fit the model that `config` describes, found before anything is begun.
+def find_weights(model: LanguageModel, run_or_step: str | Path) -> Path:
+    """The step's folder whose weights fit `model`, found before anything is begun.
 
     Raises:
         UserError: there is no such checkpoint, or it is of another model.
     """
     path = store.resolve(run_or_step)
     found = store.logical_tensors(path)
-    with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
     for shard in weight_shards(model):
         shape = found[shard.name][0] if shard.name in found else None
         if shape != shard.shape:
@@ -121,5 +118,5 @@ def weight_shards(model: LanguageModel) -> list[Shard]:
     """Every weight and persistent buffer of a whole model as one chunk."""
     return [
         Shard(f"weights/{name}", tuple(value.shape), (0,) * value.ndim, value.data)
-        for name, value in model.state_dict(keep_vars=True).items()
+        for name, value in model.logical_tensors().items()
     ]

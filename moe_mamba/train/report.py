@@ -16,6 +16,7 @@ from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import has_experts, kinds, looks_ahead
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
@@ -27,9 +28,10 @@ PROMPT = "The"
 ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}
 
 
-def header(config: Config, model: LanguageModel, corpora: Corpora, topology: Topology, micro_batch: int) -> list[str]:
+def header(plan: RunPlan, corpora: Corpora, micro_batch: int) -> list[str]:
     """The lines that tell, before the first step, what is trained on what, how and where."""
-    counts, world = model.parameter_counts(), topology.world
+    config, topology = plan.config, plan.topology
+    counts, world = plan.model.parameter_counts(), topology.world
     kernels, missing = describe_kernels(config, world)
     name = ARCHITECTURES.get(config.model.pattern, "model")
     batch, length = config.train.global_batch, config.data.sequence_length

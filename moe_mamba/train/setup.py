@@ -10,6 +10,7 @@ from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.model.pattern import has_experts
 from moe_mamba.parallel.parallelize import check_compiler
 from moe_mamba.parallel.placement import check_shards
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
@@ -53,11 +54,11 @@ def check(config: Config, world: World) -> Topology:
 
 def prepare_run(
     config: Config, folder: RunFolder, screen: Screen, topology: Topology
-) -> tuple[StartState, Corpora | None]:
+) -> tuple[StartState, RunPlan, Corpora | None]:
     """Find the checkpoint, prepare the corpora, choose the micro-batch; only for rank 0.
 
     Returns:
-        The start state, and the corpora; None for a run that is finished, which needs none.
+        The start state, the plan, and the corpora; None for a run that is finished, which needs none.
 
     Raises:
         UserError: checkpoints, weights or corpora are missing, damaged, or do not fit.
@@ -67,13 +68,14 @@ def prepare_run(
         screen.say("anew      no checkpoint serves to go on from: training starts from step 0")
     done = store.step_of(newest) if newest else 0
     config = _with_vocabulary(config, newest)
-    warm = find_weights(config, config.train.warm_start) if config.train.warm_start and not newest else None
+    plan = RunPlan.of(config, topology)
+    warm = find_weights(plan.model, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()
     corpora = open_corpora(config, folder, screen.say, verify=config.data.verify) if done < config.steps else None
     if newest and corpora:
         corpora.check_unchanged(store.read_description(newest), folder)
-    return StartState(config, newest, done, warm, choose_micro_batch(config, topology)), corpora
+    return StartState(config, newest, done, warm, choose_micro_batch(plan)), plan, corpora
 
 
 def _with_vocabulary(config: Config, newest: Path | None) -> Config:

@@ -30,8 +30,8 @@ from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.distributed import from_all, from_first, limit_collectives, reduce_over_data, start_world
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import parameter_shards
-from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.parallel.run_plan import RunPlan
+from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import MetricsWriter
@@ -60,7 +60,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with folder.locked() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
-        start, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None)
+        start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
         start_world(world)
         with stopping(folder, world):
             watch.join()
@@ -72,7 +72,8 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
                 report.finished(config, folder, screen, start.done, world)
                 return
             corpora = corpora or open_corpora(config, folder, screen.say)
-            Trainer(config, folder, screen, topology, corpora, start, watch).run()
+            plan = plan or RunPlan.of(config, topology)
+            Trainer(plan, folder, screen, corpora, start, watch).run()
 
 
 @contextmanager
@@ -98,10 +99,9 @@ class Trainer:
     """The state of a run, and the loop over its steps.
 
     Args:
-        config: what to train.
+        plan: what to train, and how the processes share the work; a process group is joined.
         folder: where the run lies.
         screen: what the user sees.
-        topology: how the processes share the work; a process group is joined.
         corpora: what is read.
         start: what rank 0 prepared.
         watch: knows when to stop.
@@ -109,18 +109,17 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        plan: RunPlan,
         folder: RunFolder,
         screen: Screen,
-        topology: Topology,
         corpora: Corpora,
         start: StartState,
         watch: Watch,
     ) -> None:
-        self.config = config
+        self.plan = plan
+        self.config, self.topology = config, topology = plan.config, plan.topology
         self.folder = folder
         self.screen = screen
-        self.topology = topology
         self.world = world = topology.world
         self.corpora = corpora
         self.watch = watch
@@ -129,16 +128,11 @@ class Trainer:
         self.micro_batch = start.micro_batch
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_steps = share // self.micro_batch
-        with torch.device("meta"):
-            whole = LanguageModel(config.model, config.moe, config.run.kernels)
         announce_by(screen.shout)  # the rank that builds is not always the first
-        for line in report.header(config, whole, corpora, topology, self.micro_batch):
+        for line in report.header(plan, corpora, self.micro_batch):
             screen.say(line)
-        self.held = parameter_shards(whole, topology)
-        groups = start_groups(topology, self.held)
-        self.engine = engines.build_engine(
-            build_model(config, whole, self.held, groups), config, groups, self.micro_batch
-        )
+        groups = start_groups(plan)
+        self.engine = engines.build_engine(build_model(plan, groups), config, groups, self.micro_batch)
         if start.warm:
             store.load(start.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
@@ -245,7 +239,7 @@ class Trainer:
 
     def _state(self) -> list[Shard]:
         """What this rank owns of the run's state."""
-        return engines.state_shards(self.engine, self.held)
+        return engines.state_shards(self.engine, self.plan.shards)
 
     def _stop(self, fault: str, next_step: NextStep | None = None, batches: Sequence[Batch] = ()) -> NoReturn:
         """End a run that has diverged, before anything of it is saved.

@@ -320,7 +320,7 @@ def train_with_poison(step: int, kind: str, name: str, value: float, stop: bool,
     @torch.no_grad()
     def poison(trainer: Any) -> None:
         if trainer.step == step and trainer.world.rank == trainer.world.size - 1:
-            state = state_shards(trainer.engine, trainer.held)
+            state = state_shards(trainer.engine, trainer.plan.shards)
             named = (shard for shard in state if shard.name.startswith(f"{kind}/") and name in shard.name)
             shard = next(shard for shard in named if shard.tensor.numel())
             shard.tensor[(0,) * shard.tensor.dim()] = value

@@ -20,7 +20,8 @@ from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.distributed import reduce_over_data, start_world
 from moe_mamba.parallel.groups import Groups, start_groups
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import ParameterShard, check_shards, parameter_shards
+from moe_mamba.parallel.placement import ParameterShard, check_shards
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
 
@@ -129,15 +130,13 @@ def build(config: Config) -> Built:
     topology = Topology.of(config, world)
     check_shards(config, topology)
     start_world(world)
-    with torch.device("meta"):
-        whole = LanguageModel(config.model, config.moe)
-    held = parameter_shards(whole, topology)
-    groups = start_groups(topology, held)
+    plan = RunPlan.of(config, topology)
+    groups = start_groups(plan)
     with mock.patch.object(attention, "zeros", _spread), mock.patch.object(feed_forward, "zeros", _spread):
-        model = build_model(config, whole, held, groups)
+        model = build_model(plan, groups)
     for router in model.routers().values():
         router.weight.data *= DECISIVE
-    return Built(topology, groups, held, model)
+    return Built(topology, groups, plan.shards, model)
 
 
 def _spread(weight: Tensor, generator: torch.Generator) -> None:

@@ -1,5 +1,6 @@
 """Experts spread over ranks give what one process gives on the same tokens: outputs, statistics and all gradients."""
 
+import copy
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +12,7 @@ from deepspeed.moe.utils import has_moe_layers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.config import Config, ModelConfig, MoEConfig
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.moe import MoE
@@ -22,7 +23,7 @@ from moe_mamba.parallel.expert import ExpertParallelMoE
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.parallelize import shard
-from moe_mamba.parallel.placement import parameter_shards
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 
 D, WIDTH, EXPERTS, BATCH, LENGTH, SEED = 8, 16, 8, 2, 10, 3
@@ -64,14 +65,14 @@ def _whole(case: str) -> MoE:
 def _spread(case: str, topology: Topology) -> tuple[LanguageModel, MoE, dict]:
     """A model sharded as in training, and what this rank holds."""
     start_world(topology.world)
+    model_config, moe = _configs(case)
+    plan = RunPlan.of(Config(model=model_config, moe=moe), topology)
+    groups, model = start_groups(plan), copy.deepcopy(plan.model)
     with torch.device("meta"):
-        whole, model = (LanguageModel(*_configs(case)) for _ in range(2))
-        held = parameter_shards(whole, topology)
-        groups = start_groups(topology, held)
-        shard(model, groups, held)
+        shard(model, groups, plan.shards)
     model.to_empty(device="cpu")
-    initialize_shards(model, whole, held, SEED)
-    return model, _liven(model, case), held
+    initialize_shards(model, plan.model, plan.shards, SEED)
+    return model, _liven(model, case), plan.shards
 
 
 def _normal(*shape: int, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.distributed import start_world
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
-from moe_mamba.parallel.placement import parameter_shards
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from tests.parallel.layouts import DECISIVE, Chunks, Layout, assemble, build, chunks_of, config_of
 from tests.world import World as Processes
@@ -142,17 +142,15 @@ def peak_of(config: Config, layout: Layout, rank: int) -> tuple[int, int, int, i
     world = World(rank, layout.ranks, 0, 1)
     start_world(world)
     topology = Topology.of(config, world)
-    with torch.device("meta"):
-        whole = LanguageModel(config.model, config.moe)
-    held = parameter_shards(whole, topology)
-    groups = start_groups(topology, held)
+    plan = RunPlan.of(config, topology)
+    groups = start_groups(plan)
     gc.collect()
     with PeakMemory() as memory:
-        model = build_model(config, whole, held, groups)
+        model = build_model(plan, groups)
     gc.collect()
     kept = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    own = sum(torch.Size(shard.local_shape).numel() for shard in held.values()) * 4  # fp32, until it is cast
-    logical = max(torch.Size(shard.shape[shard.is_expert :]).numel() * 4 for shard in held.values())
+    own = sum(torch.Size(shard.local_shape).numel() for shard in plan.shards.values()) * 4  # fp32, until it is cast
+    logical = max(torch.Size(shard.shape[shard.is_expert :]).numel() * 4 for shard in plan.shards.values())
     return memory.peak, memory.now, kept, own, logical
 
 

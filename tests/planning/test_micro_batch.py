@@ -3,12 +3,13 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
+from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.micro_batch import activation_bytes_per_token, choose_micro_batch
 
 
 def choose(config: Config, ranks: int = 1) -> int:
-    return choose_micro_batch(config, Topology.of(config, World(0, ranks, 0, ranks)))
+    return choose_micro_batch(RunPlan.of(config, Topology.of(config, World(0, ranks, 0, ranks))))
 
 
 @pytest.mark.parametrize(("length", "sequences", "chosen"), [(256, 64, 16), (256, 24, 12), (8192, 8, 1), (16, 6, 6)])

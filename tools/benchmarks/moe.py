@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from benchmarks.pairs import Row, compare
 from moe_mamba.config import Config, ModelConfig, MoEConfig
-from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.moe import MoE
 from moe_mamba.model.mixers.routing import balance_loss
 from moe_mamba.model.sequences import Sequences
@@ -90,16 +89,14 @@ def our_pass(
     """Our layer, sharded as in training."""
     from moe_mamba.parallel.groups import start_groups
     from moe_mamba.parallel.parallelize import build_model
-    from moe_mamba.parallel.placement import parameter_shards
+    from moe_mamba.parallel.run_plan import RunPlan
 
     config = Config(
         model=ModelConfig(pattern="E", repeat=1, d_model=shapes.d_model, d_ff=shapes.d_expert),
         moe=MoEConfig(experts=experts, capacity_factor=None if uneven else 1.0),
     )
-    with torch.device("meta"):
-        whole = LanguageModel(config.model, config.moe)
-    held = parameter_shards(whole, topology)
-    model = build_model(config, whole, held, start_groups(topology, held))
+    plan = RunPlan.of(config, topology)
+    model = build_model(plan, start_groups(plan))
     (layer,) = (module for module in model.modules() if isinstance(module, MoE))
     layer.router.weight.data.copy_(router)
 

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pairs import Row, compare
 from moe_mamba.config import Config, DataConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
-from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import Topology, World
 
 LAYOUTS = {"data": "data-parallel", "expert": "experts over all processes", "tensor": "tensor-parallel over 2"}
@@ -196,15 +195,13 @@ def training_step(config: Config, world: World) -> Callable[[], None]:
     from moe_mamba.parallel import engine as engines
     from moe_mamba.parallel.groups import start_groups
     from moe_mamba.parallel.parallelize import build_model
-    from moe_mamba.parallel.placement import parameter_shards
+    from moe_mamba.parallel.run_plan import RunPlan
     from moe_mamba.train.objective import Objective
 
     topology = Topology.of(config, world)
-    with torch.device("meta"):
-        whole = LanguageModel(config.model, config.moe)
-    held = parameter_shards(whole, topology)
-    groups = start_groups(topology, held)
-    model = build_model(config, whole, held, groups)
+    plan = RunPlan.of(config, topology)
+    groups = start_groups(plan)
+    model = build_model(plan, groups)
     assert config.train.micro_batch is not None
     engine = engines.build_engine(model, config, groups, config.train.micro_batch)
     generator = torch.Generator().manual_seed(topology.data_rank)

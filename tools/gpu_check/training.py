@@ -140,8 +140,7 @@ def figures(
 ) -> dict[str, Any]:
     """What the run's metrics say, raw and as the report shows it."""
     config = load_config(CONFIG, overrides)
-    with torch.device("meta"):
-        model = LanguageModel(config.model, config.moe)
+    model = LanguageModel.on_meta(config.model, config.moe)
     operations = model.flops_per_token(config.data.sequence_length)
     lines = read_metrics(folder)
     steps = [line for line in lines if "tokens_per_second" in line]

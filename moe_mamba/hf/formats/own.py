@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import Entry, build, same
 from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.names import logical_names
 
 CLASSES = {
     "AutoModel": "MoEMambaModel",
@@ -53,6 +52,9 @@ class Own:
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:
         """See Format."""
-        with torch.device("meta"):
-            names = LanguageModel(model, moe).state_dict()
-        return (same(f"model.{name}" if name != "head.weight" else "lm_head.weight", name) for name in names)
+        built = LanguageModel.on_meta(model, moe)
+        names = logical_names(built)
+        return (
+            same(f"model.{path}" if path != "head.weight" else "lm_head.weight", names[path])
+            for path in built.state_dict()
+        )

@@ -3,7 +3,7 @@
 A new kind is one file with one subclass, and its line in the registry (``model/mixers/__init__.py``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -57,6 +57,8 @@ class Mixer(nn.Module):
         title: its name for people.
         settings: keys of the configuration that say how it is built, as people want to see them.
         fp32_names: own parameters and buffers that stay fp32 in a bf16 model: small, and sensitive to rounding.
+        logical_names: an attribute of its own -> what checkpoints and initial weights call it, where that is another
+            name; see ``model/names.py``.
         not_matrices: own parameters of two axes that are no matrices: neither decayed nor part of a product.
         gathers_tokens: under tensor parallelism it reads the tokens of all ranks; else each rank's own.
         routes: it has routed experts.
@@ -66,6 +68,7 @@ class Mixer(nn.Module):
     title: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     fp32_names: tuple[str, ...] = ()
+    logical_names: ClassVar[Mapping[str, str]] = {}
     not_matrices: ClassVar[tuple[str, ...]] = ()
     gathers_tokens: ClassVar[bool] = True
     routes: ClassVar[bool] = False
