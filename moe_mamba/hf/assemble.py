@@ -110,6 +110,7 @@ PARTS = (
     Part("hf/shell/cache.py"),
     Part("hf/shell/padding.py"),
     Part("hf/shell/order.py"),
+    Part("hf/shell/experts.py"),
     Part("hf/shell/pretrained.py"),
     Part("hf/shell/backbone.py"),
     Part("hf/shell/causal_lm.py"),

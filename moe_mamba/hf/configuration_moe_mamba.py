@@ -25,6 +25,7 @@ KEPT = {
     "attn_implementation",
     "auto_map",
     "custom_pipelines",
+    "experts_implementation",
     "quantization_config",
     "torch_dtype",
     "trust_remote_code",
@@ -191,8 +192,12 @@ class StackConfig:
     @property
     def _attn_implementation(self) -> str | None:
         """What the whole configuration says: Transformers' users look for it at each module's ``config``."""
-        whole = vars(self).get("whole")
-        return None if whole is None else whole._attn_implementation
+        return getattr(vars(self).get("whole"), "_attn_implementation", None)
+
+    @property
+    def _experts_implementation(self) -> str | None:
+        """As ``_attn_implementation``; Transformers 4 has none."""
+        return getattr(vars(self).get("whole"), "_experts_implementation", None)
 
 
 class MoEMambaConfig(PretrainedConfig):

@@ -2359,12 +2359,76 @@ def reordered_attention(weight: Tensor, places: Tensor | None) -> Tensor:
     return weight.gather(3, keys[:, None, None].expand_as(weight))
 
 
+# From moe_mamba/hf/shell/experts.py:
+# Experts' products by a function of Transformers' own, where ``experts_implementation`` asks for one.
+
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError:  # Transformers 4
+    ALL_EXPERTS_FUNCTIONS = {}  # type: ignore[assignment]
+
+EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+"""Eager is the class's own way, by this package's kernels where it is installed."""
+
+
+class MoEMambaExperts(Experts):
+    """Stacked experts as Transformers' functions see them: under their names for weights and activation.
+
+    Such a function gets rows that are sorted by expert, with one expert each and weight 1: capacity, dropped tokens and
+    experts' choice are the router's and the dispatcher's, whoever computes the products.
+    """
+
+    has_bias = has_post_expert_norm = _is_expert_parallel = False
+    is_transposed = is_concatenated = True  # weights are (experts, in, out), gates stand before values
+
+    def __init__(self, whole: Experts) -> None:
+        nn.Module.__init__(self)  # takes over the weights
+        self.config, self.kernels = whole.config, whole.kernels
+        self.in_proj, self.out_proj = whole.in_proj, whole.out_proj
+        self.num_experts = len(whole.in_proj)
+        self.has_gate = whole.config.activation == "swiglu"
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """(experts, d_model, input width): gates and values, or values alone."""
+        return self.in_proj
+
+    up_proj = gate_up_proj
+
+    @property
+    def down_proj(self) -> Tensor:
+        """(experts, width, d_model)."""
+        return self.out_proj
+
+    def act_fn(self, hidden: Tensor) -> Tensor:
+        """The activation of (rows, input width), gates among them: (rows, width)."""
+        return activation(hidden, self.config.activation, self.kernels)
+
+    _apply_gate = act_fn
+
+    def forward(self, rows: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
+        """See ``Experts.forward``."""
+        implementation = self.config._experts_implementation  # type: ignore[attr-defined]  # StackConfig's
+        if implementation in (None, "eager"):
+            return super().forward(rows, counts, capacity)
+        place = torch.arange(len(rows), device=rows.device)
+        expert = torch.bucketize(place, counts.cumsum(0), right=True)[:, None]  # (rows, 1)
+        return ALL_EXPERTS_FUNCTIONS[implementation](self, rows, expert, rows.new_ones(len(rows), 1))
+
+
 # From moe_mamba/hf/shell/pretrained.py:
 # How Transformers fills, loads, shrinks and spreads the models.
 
 
 class MoEMambaLayer(GradientCheckpointingLayer, Layer):
-    """A layer whose activations Transformers can let go and have computed again."""
+    """A layer whose activations Transformers can let go and have computed again, and whose experts it may compute."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__(spec, config, moe)
+        for mixer in self.mixers:
+            if mixer.routes:
+                mixer.experts = MoEMambaExperts(mixer.experts)  # type: ignore[arg-type]
 
 
 class MoEMambaPreTrainedModel(PreTrainedModel):
@@ -2418,6 +2482,22 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         """Eager and sdpa, which attention asks for at each pass."""
         return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """What experts ask for at each pass."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The way that experts are computed: the class's own, unless another is asked for.
+
+        Raises:
+            ValueError: a way that the class does not know.
+        """
+        wanted = "eager" if requested_experts is None else requested_experts
+        if wanted not in EXPERTS_IMPLEMENTATIONS:
+            raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
+        return wanted
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
