@@ -2492,11 +2492,15 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """The way that experts are computed: the class's own, unless another is asked for.
 
         Raises:
-            ValueError: a way that the class does not know.
+            ValueError: a way that the class does not know, or a model without experts.
         """
         wanted = "eager" if requested_experts is None else requested_experts
         if wanted not in EXPERTS_IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
+        if wanted != "eager" and not has_experts(self.config.stack):
+            raise ValueError(
+                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
+            )
         return wanted
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments

@@ -102,6 +102,9 @@ def test_other_ways_are_refused(pair: Any) -> None:
     with pytest.raises(ValueError, match="experts_implementation=deepgemm: MoEMamba has eager, batched_mm, grouped_mm"):
         model.set_experts_implementation("deepgemm")
     assert model.config._experts_implementation == "eager"
+    _, dense = pair("M")
+    with pytest.raises(ValueError, match="experts_implementation=grouped_mm: a model of pattern M has no experts"):
+        dense.set_experts_implementation("grouped_mm")
 
 
 def test_expert_weights_are_read_through_their_module(pair: Any, called: list[str]) -> None:
