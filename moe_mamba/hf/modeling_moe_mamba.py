@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
-from .configuration_moe_mamba import MoEConfig, MoEMambaConfig, StackConfig
+from .configuration_moe_mamba import SHARDS_TENSORS, MoEConfig, MoEMambaConfig, StackConfig
 
 ModelConfig = StackConfig  # what the layers read
 
@@ -1263,6 +1263,8 @@ class AttentionState(State):
             key: (batch, kv_heads, new, head_dim).
             value: (batch, kv_heads, new, head_dim).
         """
+        if self.seen is None and not self.key.shape[2]:
+            return key, value  # of this rank's heads, where they are sharded
         if self.seen is None:
             return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
                 (self.value.to(value.dtype), value), dim=2
@@ -1660,7 +1662,7 @@ class MoE(Mixer):
         routing, statistics = self.router(x, sequences)
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
         capacity = None if routing.capacity is None else len(rows) // len(counts)
-        return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
+        return self.dispatcher.combine(self.experts(rows, counts, capacity=capacity), handle), statistics
 
 
 # From moe_mamba/model/mixers/__init__.py:
@@ -2786,6 +2788,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
     Padding is not seen, wherever it stands in a row. Rotary positions count a document's own tokens.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"} if SHARDS_TENSORS else None
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
