@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 OLDEST, NEWEST = "4.57", "5.24"  # versions of Transformers that this was tested with
 
-INSTALLED = tuple(map(int, transformers.__version__.split(".")[:2]))
-SHARDS_TENSORS = INSTALLED >= (5, 23)  # as ``base_model_tp_plan`` says: older ones shard otherwise
+installed = tuple(map(int, transformers.__version__.split(".")[:2]))
+SHARDS_TENSORS = installed >= (5, 23)  # as ``base_model_tp_plan`` says: older ones shard otherwise
 
-if INSTALLED < tuple(map(int, OLDEST.split(".")[:2])):
+if installed < tuple(map(int, OLDEST.split(".")[:2])):
     raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
 
 
