@@ -22,7 +22,8 @@ NOTICE = '''# SPDX-License-Identifier: Apache-2.0
 Assembled from the source of the package moe_mamba by tools/assemble_hf.py: change it there, not here. Where a docstring
 names one of its modules, more stands there; nothing of it is needed.
 """'''
-LOCAL_IMPORTS = f"""from .{CONFIGURATION.removesuffix(".py")} import MoEConfig, MoEMambaConfig, StackConfig
+LOCAL_NAMES = "SHARDS_TENSORS, MoEConfig, MoEMambaConfig, StackConfig"
+LOCAL_IMPORTS = f"""from .{CONFIGURATION.removesuffix(".py")} import {LOCAL_NAMES}
 
 ModelConfig = StackConfig  # what the layers read"""
 WIDTH = 120
@@ -110,6 +111,7 @@ PARTS = (
     Part("hf/shell/cache.py"),
     Part("hf/shell/padding.py"),
     Part("hf/shell/order.py"),
+    Part("hf/shell/experts.py"),
     Part("hf/shell/pretrained.py"),
     Part("hf/shell/backbone.py"),
     Part("hf/shell/causal_lm.py"),

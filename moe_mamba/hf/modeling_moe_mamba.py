@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
-from .configuration_moe_mamba import MoEConfig, MoEMambaConfig, StackConfig
+from .configuration_moe_mamba import SHARDS_TENSORS, MoEConfig, MoEMambaConfig, StackConfig
 
 ModelConfig = StackConfig  # what the layers read
 
@@ -1272,6 +1272,8 @@ class AttentionState(State):
             key: (batch, kv_heads, new, head_dim).
             value: (batch, kv_heads, new, head_dim).
         """
+        if self.seen is None and not self.key.shape[2]:
+            return key, value  # of this rank's heads, where they are sharded
         if self.seen is None:
             return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
                 (self.value.to(value.dtype), value), dim=2
@@ -1669,7 +1671,7 @@ class MoE(Mixer):
         routing, statistics = self.router(x, sequences)
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
         capacity = None if routing.capacity is None else len(rows) // len(counts)
-        return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
+        return self.dispatcher.combine(self.experts(rows, counts, capacity=capacity), handle), statistics
 
 
 # From moe_mamba/model/mixers/__init__.py:
@@ -2374,12 +2376,76 @@ def reordered_attention(weight: Tensor, places: Tensor | None) -> Tensor:
     return weight.gather(3, keys[:, None, None].expand_as(weight))
 
 
+# From moe_mamba/hf/shell/experts.py:
+# Experts' products by a function of Transformers' own, where ``experts_implementation`` asks for one.
+
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError:  # Transformers 4
+    ALL_EXPERTS_FUNCTIONS = {}  # type: ignore[assignment]
+
+EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+"""Eager is the class's own way, by this package's kernels where it is installed."""
+
+
+class MoEMambaExperts(Experts):
+    """Stacked experts as Transformers' functions see them: under their names for weights and activation.
+
+    Such a function gets rows that are sorted by expert, with one expert each and weight 1: capacity, dropped tokens and
+    experts' choice are the router's and the dispatcher's, whoever computes the products.
+    """
+
+    has_bias = has_post_expert_norm = _is_expert_parallel = False
+    is_transposed = is_concatenated = True  # weights are (experts, in, out), gates stand before values
+
+    def __init__(self, whole: Experts) -> None:
+        nn.Module.__init__(self)  # takes over the weights
+        self.config, self.kernels = whole.config, whole.kernels
+        self.in_proj, self.out_proj = whole.in_proj, whole.out_proj
+        self.num_experts = len(whole.in_proj)
+        self.has_gate = whole.config.activation == "swiglu"
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """(experts, d_model, input width): gates and values, or values alone."""
+        return self.in_proj
+
+    up_proj = gate_up_proj
+
+    @property
+    def down_proj(self) -> Tensor:
+        """(experts, width, d_model)."""
+        return self.out_proj
+
+    def act_fn(self, hidden: Tensor) -> Tensor:
+        """The activation of (rows, input width), gates among them: (rows, width)."""
+        return activation(hidden, self.config.activation, self.kernels)
+
+    _apply_gate = act_fn
+
+    def forward(self, rows: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
+        """See ``Experts.forward``."""
+        implementation = self.config._experts_implementation  # type: ignore[attr-defined]  # StackConfig's
+        if implementation in (None, "eager"):
+            return super().forward(rows, counts, capacity)
+        place = torch.arange(len(rows), device=rows.device)
+        expert = torch.bucketize(place, counts.cumsum(0), right=True)[:, None]  # (rows, 1)
+        return ALL_EXPERTS_FUNCTIONS[implementation](self, rows, expert, rows.new_ones(len(rows), 1))
+
+
 # From moe_mamba/hf/shell/pretrained.py:
 # How Transformers fills, loads, shrinks and spreads the models.
 
 
 class MoEMambaLayer(GradientCheckpointingLayer, Layer):
-    """A layer whose activations Transformers can let go and have computed again."""
+    """A layer whose activations Transformers can let go and have computed again, and whose experts it may compute."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__(spec, config, moe)
+        for mixer in self.mixers:
+            if mixer.routes:
+                mixer.experts = MoEMambaExperts(mixer.experts)  # type: ignore[arg-type]
 
 
 class MoEMambaPreTrainedModel(PreTrainedModel):
@@ -2433,6 +2499,26 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         """Eager and sdpa, which attention asks for at each pass."""
         return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """What experts ask for at each pass."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The way that experts are computed: the class's own, unless another is asked for.
+
+        Raises:
+            ValueError: a way that the class does not know, or a model without experts.
+        """
+        wanted = "eager" if requested_experts is None else requested_experts
+        if wanted not in EXPERTS_IMPLEMENTATIONS:
+            raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
+        if wanted != "eager" and not has_experts(self.config.stack):
+            raise ValueError(
+                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
+            )
+        return wanted
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -2566,9 +2652,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
 
         Raises:
             TypeError: a keyword that is none of these.
-            ValueError: both inputs or none, both names of a cache, a mask or positions that do not fit, a cache with
-                expert choice, of another class, of another batch or without room, tokens that go on from others
-                whose cache is missing.
+            ValueError: both inputs or none, tokens outside the vocabulary (on a CPU), both names of a cache, a mask or
+                positions that do not fit, a cache with expert choice, of another class, of another batch or without
+                room, tokens that go on from others whose cache is missing.
         """
         if unknown := documents.keys() - DOCUMENTS:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}{_nearest(min(unknown))}")
@@ -2576,7 +2662,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             raise ValueError("give one of input_ids and inputs_embeds")
         _check_shape(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            inputs_embeds = self.embedding(input_ids)
+            inputs_embeds = self._embedded(input_ids)
         cache = self._cache(cache, past_key_values, use_cache)
         config, length = self.config, inputs_embeds.shape[1]
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -2609,6 +2695,17 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             recorded["router_statistics"] = list(statistics.values())
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _embedded(self, input_ids: Any) -> Tensor:
+        """Embeddings of tokens. A CPU notices one outside the vocabulary; on a GPU the kernel's own assertion fails."""
+        try:
+            return self.embedding(input_ids)
+        except IndexError as error:
+            size = self.config.vocab_size
+            outside = input_ids[(input_ids < 0) | (input_ids >= size)]
+            if not len(outside):
+                raise
+            raise ValueError(f"input_ids has {int(outside[0])}, and must have tokens from 0 to {size - 1}") from error
 
     def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache that this pass fills, or None."""
@@ -2707,6 +2804,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
     Padding is not seen, wherever it stands in a row. Rotary positions count a document's own tokens.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"} if SHARDS_TENSORS else None
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:

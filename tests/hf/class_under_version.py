@@ -195,6 +195,19 @@ def check_loss_and_gradients(ours: Any, theirs: Any, folder: Path) -> None:
                 close(theirs.get_parameter(their_name(name)).grad, parameter.grad)
 
 
+def check_experts_implementations(ours: Any, theirs: Any, folder: Path) -> None:
+    if "E" not in ours.config.pattern:
+        return
+    theirs.save_pretrained(folder)
+    ways = ("batched_mm", "grouped_mm") if hasattr(theirs, "set_experts_implementation") else ()  # not in 4
+    for way in ways:
+        loaded = type(theirs).from_pretrained(folder, experts_implementation=way)
+        assert loaded.config._experts_implementation == way
+        close(loaded(TOKENS).logits, ours(TOKENS).logits)
+        assert loaded.generate(TOKENS, **GREEDY).tolist() == greedy(ours, TOKENS).tolist()
+    assert getattr(theirs.config, "_experts_implementation", "eager") == "eager", "by default"
+
+
 def check_a_new_model(ours: Any, theirs: Any, folder: Path) -> None:
     torch.manual_seed(3)
     model = type(theirs)(theirs.config)

@@ -88,6 +88,8 @@ BOUNDS = ([0, 8, 14], [0, 8, 25], [3, 8, 16], [0, 12, 8, 16], [8])
         ({"shift_labels": torch.full((2, 16), -1)}, RuntimeError, "shift_labels must be -100, or tokens from 0 to 30"),
         ({"attention_masks": MASK}, TypeError, "'attention_masks': did you mean attention_mask?"),
         ({"input_ids": torch.ones(2, 0, dtype=torch.int64)}, ValueError, r"input_ids has shape \(2, 0\)"),
+        ({"input_ids": torch.tensor([[1, 31]])}, ValueError, "input_ids has 31, and must have tokens from 0 to 30"),
+        ({"input_ids": torch.tensor([[1, -1]])}, ValueError, "input_ids has -1, and must have tokens from 0 to 30"),
         ({"input_ids": torch.ones(4, dtype=torch.int64)}, ValueError, r"input_ids has shape \(4,\), and must be \(bat"),
         *(
             (

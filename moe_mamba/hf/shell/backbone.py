@@ -133,9 +133,9 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
 
         Raises:
             TypeError: a keyword that is none of these.
-            ValueError: both inputs or none, both names of a cache, a mask or positions that do not fit, a cache with
-                expert choice, of another class, of another batch or without room, tokens that go on from others
-                whose cache is missing.
+            ValueError: both inputs or none, tokens outside the vocabulary (on a CPU), both names of a cache, a mask or
+                positions that do not fit, a cache with expert choice, of another class, of another batch or without
+                room, tokens that go on from others whose cache is missing.
         """
         if unknown := documents.keys() - DOCUMENTS:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}{_nearest(min(unknown))}")
@@ -143,7 +143,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             raise ValueError("give one of input_ids and inputs_embeds")
         _check_shape(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            inputs_embeds = self.embedding(input_ids)
+            inputs_embeds = self._embedded(input_ids)
         cache = self._cache(cache, past_key_values, use_cache)
         config, length = self.config, inputs_embeds.shape[1]
         wants_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -176,6 +176,17 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             recorded["router_statistics"] = list(statistics.values())
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _embedded(self, input_ids: Any) -> Tensor:
+        """Embeddings of tokens. A CPU notices one outside the vocabulary; on a GPU the kernel's own assertion fails."""
+        try:
+            return self.embedding(input_ids)
+        except IndexError as error:
+            size = self.config.vocab_size
+            outside = input_ids[(input_ids < 0) | (input_ids >= size)]
+            if not len(outside):
+                raise
+            raise ValueError(f"input_ids has {int(outside[0])}, and must have tokens from 0 to {size - 1}") from error
 
     def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache that this pass fills, or None."""

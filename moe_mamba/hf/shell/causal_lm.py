@@ -9,6 +9,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from moe_mamba.hf.shell.backbone import MoEMambaModel
 from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, MoEMambaStaticCache, StateCache
+from moe_mamba.hf.shell.configuration import SHARDS_TENSORS
 from moe_mamba.hf.shell.pretrained import MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, head_weight
 from moe_mamba.model.loss import cross_entropy_sum
@@ -24,6 +25,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
     Padding is not seen, wherever it stands in a row. Rotary positions count a document's own tokens.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"} if SHARDS_TENSORS else None
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:

@@ -10,7 +10,10 @@ from transformers.utils import logging
 
 from moe_mamba.hf.versions import NEWEST, OLDEST
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split(".")[:2])):
+installed = tuple(map(int, transformers.__version__.split(".")[:2]))
+SHARDS_TENSORS = installed >= (5, 23)  # as ``base_model_tp_plan`` says: older ones shard otherwise
+
+if installed < tuple(map(int, OLDEST.split(".")[:2])):
     raise ImportError(f"MoEMamba needs transformers {OLDEST} to {NEWEST}, and {transformers.__version__} is installed")
 
 
@@ -20,6 +23,7 @@ KEPT = {
     "attn_implementation",
     "auto_map",
     "custom_pipelines",
+    "experts_implementation",
     "quantization_config",
     "torch_dtype",
     "trust_remote_code",
@@ -57,8 +61,12 @@ class StackConfig:
     @property
     def _attn_implementation(self) -> str | None:
         """What the whole configuration says: Transformers' users look for it at each module's ``config``."""
-        whole = vars(self).get("whole")
-        return None if whole is None else whole._attn_implementation
+        return getattr(vars(self).get("whole"), "_attn_implementation", None)
+
+    @property
+    def _experts_implementation(self) -> str | None:
+        """As ``_attn_implementation``; Transformers 4 has none."""
+        return getattr(vars(self).get("whole"), "_experts_implementation", None)
 
 
 class MoEMambaConfig(PretrainedConfig):
@@ -117,6 +125,30 @@ class MoEMambaConfig(PretrainedConfig):
         stack = StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
         vars(stack)["whole"] = self
         return stack
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]  # others' are the same for all
+        """What tensor parallelism shards -> how, in Transformers' words; None for versions before 5.23.
+
+        Mamba layers are replicated. So is a feed-forward layer beside them, since a plan cannot tell its projections
+        from theirs, and one with biases of gates: Transformers gives a rank the biases of other columns.
+        """
+        if not SHARDS_TENSORS:
+            return None
+        gated = self.activation == "swiglu"
+        columns, last_axis = ("packed_colwise", "packed_rowwise") if gated else ("colwise", "rowwise")
+        plan = {"embedding": "embedding_rowwise"}
+        if "*" in self.layers:
+            inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise")
+            plan |= {f"layers.*.mixer.{name}": style for name, style in (inputs | {"o_proj": "rowwise"}).items()}
+        if "-" in self.layers and "M" not in self.layers and not (gated and self.mlp_bias):
+            plan |= {"layers.*.mixer.in_proj": columns, "layers.*.mixer.out_proj": "rowwise"}
+        if "E" in self.layers:  # (experts, in, out): the axis before the last is Transformers' first of a matrix
+            plan |= {"layers.*.mixer.experts.in_proj": last_axis, "layers.*.mixer.experts.out_proj": "colwise"}
+            plan |= {"layers.*.mixer.experts": "moe_tp_experts"}
+            if self.moe["shared_experts"]:
+                plan |= {"layers.*.mixer.shared.in_proj": columns, "layers.*.mixer.shared.out_proj": "rowwise"}
+        return plan
 
     @property
     def layers(self) -> str:

@@ -10,13 +10,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.shell.configuration import MoEMambaConfig
+from moe_mamba.hf.shell.experts import EXPERTS_IMPLEMENTATIONS, MoEMambaExperts
 from moe_mamba.model.initialize import Initializer
 from moe_mamba.model.layer import Layer, fp32_parameter_names
+from moe_mamba.model.pattern import LayerSpec, has_experts
 
 
 class MoEMambaLayer(GradientCheckpointingLayer, Layer):
-    """A layer whose activations Transformers can let go and have computed again."""
+    """A layer whose activations Transformers can let go and have computed again, and whose experts it may compute."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig) -> None:
+        super().__init__(spec, config, moe)
+        for mixer in self.mixers:
+            if mixer.routes:
+                mixer.experts = MoEMambaExperts(mixer.experts)  # type: ignore[arg-type]
 
 
 class MoEMambaPreTrainedModel(PreTrainedModel):
@@ -70,6 +79,26 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         """Eager and sdpa, which attention asks for at each pass."""
         return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """What experts ask for at each pass."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The way that experts are computed: the class's own, unless another is asked for.
+
+        Raises:
+            ValueError: a way that the class does not know, or a model without experts.
+        """
+        wanted = "eager" if requested_experts is None else requested_experts
+        if wanted not in EXPERTS_IMPLEMENTATIONS:
+            raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
+        if wanted != "eager" and not has_experts(self.config.stack):
+            raise ValueError(
+                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
+            )
+        return wanted
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # older ones know fewer arguments
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any

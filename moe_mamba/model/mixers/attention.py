@@ -52,6 +52,8 @@ class AttentionState(State):
             key: (batch, kv_heads, new, head_dim).
             value: (batch, kv_heads, new, head_dim).
         """
+        if self.seen is None and not self.key.shape[2]:
+            return key, value  # of this rank's heads, where they are sharded
         if self.seen is None:
             return torch.cat((self.key.to(key.dtype), key), dim=2), torch.cat(
                 (self.value.to(value.dtype), value), dim=2

@@ -123,7 +123,7 @@ class MoE(Mixer):
         routing, statistics = self.router(x, sequences)
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
         capacity = None if routing.capacity is None else len(rows) // len(counts)
-        return self.dispatcher.combine(self.experts(rows, counts, capacity), handle), statistics
+        return self.dispatcher.combine(self.experts(rows, counts, capacity=capacity), handle), statistics
 
     def idle_parameters(self) -> int:
         """Those of the routed experts that did not get the token."""
