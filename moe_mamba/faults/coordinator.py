@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# A fault's echoes (collectives that fail because a rank is gone) may come before the fault itself is known.
-SECONDS_TO_SETTLE = 0.5
+# Secondary errors (collectives that fail because a rank is gone) may come before the root cause is known.
+SECONDS_FOR_ROOT_CAUSE = 0.5
 SECONDS_TO_ANSWER = 3.0
 SECONDS_OF_SILENCE = 30
 
@@ -82,14 +82,14 @@ class Member:
     process: int
     line: Line
     place: str | None = None
-    is_known_to_end: bool = False
+    has_ended: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, process {self.process})"
 
 
 class Hub(threading.Thread):
-    """Hears of deaths, faults and hangs, settles on the first cause, and tells every rank: the verdict.
+    """Hears of deaths, faults and hangs, decides which is the root cause, and sends every rank one abort message.
 
     Args:
         step: tells how many steps are done.
@@ -108,9 +108,9 @@ class Hub(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
         self._members: dict[int, Member] = {}
-        self._echo: tuple[float, str] | None = None
+        self._secondary: tuple[float, str] | None = None
         self._question: tuple[float, int] | None = None
-        self._is_settled = False
+        self._is_decided = False
         self._closing = threading.Event()
 
     def run(self) -> None:
@@ -127,7 +127,7 @@ class Hub(threading.Thread):
                     self._hear(key.data)
                 else:
                     self._admit(strangers.pop(key.fd))
-            self._settle()
+            self._decide()
         for member in self._members.values():
             member.line.send(bye=True)
             member.line.close()
@@ -160,47 +160,47 @@ class Hub(threading.Thread):
         messages = member.line.receive()
         if messages is None:
             self._selector.unregister(member.line)
-            if not member.is_known_to_end:
-                self._declare(f"{member} died without a word (killed, or crashed) after step {self._step():,}")
-            member.is_known_to_end = True
+            if not member.has_ended:
+                self._abort(f"{member} died without an error message (killed, or crashed) after step {self._step():,}")
+            member.has_ended = True
         else:
             self._take(member, messages)
 
     def _take(self, member: Member, messages: list[dict[str, Any]]) -> None:
         for message in messages:
             if "bye" in message:
-                member.is_known_to_end = True
+                member.has_ended = True
             if "place" in message:
                 member.place = message["place"]
             if "fault" in message:
-                member.is_known_to_end = True
+                member.has_ended = True
                 line = f"{member} stopped after step {self._step():,}: {message['fault']}"
-                if not message["is_echo"]:
-                    self._declare(line)
-                elif self._echo is None:
-                    self._echo = (time.monotonic() + SECONDS_TO_SETTLE, line)
+                if not message["is_secondary"]:
+                    self._abort(line)
+                elif self._secondary is None:
+                    self._secondary = (time.monotonic() + SECONDS_FOR_ROOT_CAUSE, line)
             if "hung" in message and self._question is None:
                 self._question = (time.monotonic() + SECONDS_TO_ANSWER, message["hung"])
                 for other in self._members.values():
                     other.line.send(where=True)
 
-    def _settle(self) -> None:
-        """Decide where nothing better than an echo came, or where those who were asked have had their time."""
+    def _decide(self) -> None:
+        """Abort where no more than a secondary error came, or where the ranks that were asked have had their time."""
         now = time.monotonic()
-        if self._echo is not None and now > self._echo[0]:
-            self._declare(self._echo[1])
+        if self._secondary is not None and now > self._secondary[0]:
+            self._abort(self._secondary[1])
         if self._question is not None:
             deadline, seconds = self._question
-            working = [member for member in self._members.values() if not member.is_known_to_end]
+            working = [member for member in self._members.values() if not member.has_ended]
             if now > deadline or all(member.place for member in working):
                 places = {member.rank: member.place for member in working}
-                self._declare(hang_line(places, seconds))
+                self._abort(hang_line(places, seconds))
 
-    def _declare(self, line: str) -> None:
-        if not self._is_settled:
-            self._is_settled = True
+    def _abort(self, line: str) -> None:
+        if not self._is_decided:
+            self._is_decided = True
             for member in self._members.values():
-                member.line.send(verdict=line)
+                member.line.send(abort=line)
 
 
 def hang_line(places: dict[int, str | None], seconds: int) -> str:
@@ -208,7 +208,7 @@ def hang_line(places: dict[int, str | None], seconds: int) -> str:
 
     Args:
         places: rank -> where it stands; None where it did not answer.
-        seconds: how long nothing has moved.
+        seconds: how long there has been no progress.
     """
     by_place: dict[str | None, list[int]] = {}
     for rank, place in sorted(places.items()):
@@ -218,7 +218,7 @@ def hang_line(places: dict[int, str | None], seconds: int) -> str:
     parts = [f"{_ranks(ranks)} at {place}" for place, ranks in groups]
     if silent:
         parts.append(f"no answer from {_ranks(silent)}")
-    return f"nothing has moved for {seconds} s (parallel.timeout): {'; '.join(parts)}"
+    return f"no progress for {seconds} s (parallel.timeout): {'; '.join(parts)}"
 
 
 def _ranks(ranks: list[int]) -> str:

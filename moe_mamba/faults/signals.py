@@ -62,7 +62,7 @@ class Stop:
         self.close()
 
     def ignore(self) -> None:
-        """Hear nothing more: the process ends by itself, and a launcher's SIGTERM must not truncate its last messages."""
+        """Ignore signals: the process ends by itself, and a launcher's SIGTERM must not truncate its last messages."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         self.close()

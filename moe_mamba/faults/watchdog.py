@@ -32,8 +32,8 @@ from moe_mamba.run.console import Screen
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TICK = 1.0
-# How long a verdict may take; how long the main thread has to end by itself after one; and the process after that.
-SECONDS_FOR_VERDICT = 6.0
+# How long an abort message may take; how long the main thread has to end by itself after it; then the process.
+SECONDS_FOR_ABORT = 6.0
 SECONDS_TO_LEAVE = 5.0
 SECONDS_TO_END = 20
 
@@ -58,12 +58,12 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._hub: Hub | None = None
         self._line: Line | None = None
         self._is_listening = False
-        self._first, self._is_far = "rank 0", False  # and whether it is on another machine
-        self._verdict: str | None = None
-        self._is_said = False  # the verdict is on the screen
+        self._first, self._is_remote = "rank 0", False  # and whether it is on another machine
+        self._abort_line: str | None = None
+        self._is_said = False  # the abort line is on the screen
         self._is_leaving = False  # the main thread has an error with a line of its own
-        self._judged, self._left = threading.Event(), threading.Event()
-        self._appeal: tuple[float, str] | None = None
+        self._aborted, self._left = threading.Event(), threading.Event()
+        self._pending_abort: tuple[float, str] | None = None
         self._stand = Stand()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -90,7 +90,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         assert told is not None
         port, token, host, process = told
         self._first = f"rank 0 ({host}, process {process})"
-        self._is_far = host != socket.gethostname()
+        self._is_remote = host != socket.gethostname()
         address = "127.0.0.1" if self.world.is_first else os.environ["MASTER_ADDR"]
         trouble = None
         try:
@@ -110,21 +110,21 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         if error is None:
             self._send(bye=True)
         elif self._line is not None:
-            self._confess(error)
+            self._report(error)
         self._leave(error is None)
         if isinstance(error, RunStopped):
             error.said |= self._is_said
-        elif self._verdict is not None and not isinstance(error, UserError):
-            raise RunStopped(self._verdict, said=self._is_said) from error
+        elif self._abort_line is not None and not isinstance(error, UserError):
+            raise RunStopped(self._abort_line, said=self._is_said) from error
 
-    def _confess(self, error: BaseException) -> None:
-        """Tell the hub why this rank ends, and wait until it has said what the run ends by."""
+    def _report(self, error: BaseException) -> None:
+        """Tell the hub why this rank ends, and wait until it has told the root cause."""
         text = str(error)
         if not self._is_leaving:
             traceback.print_exception(error)  # into the log; the screen gets one line
             text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''} (its traceback is in the log)"
-        self._send(fault=text, is_echo=_is_communication(error))
-        self._judged.wait(SECONDS_FOR_VERDICT)
+        self._send(fault=text, is_secondary=_is_secondary(error))
+        self._aborted.wait(SECONDS_FOR_ABORT)
 
     def _leave(self, is_valid: bool) -> None:
         """End the thread, the hub and the process group."""
@@ -162,14 +162,15 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
                 self._end("stopped by a second Ctrl-C", 130)
             self._check_stop()
             if self._is_listening and self._stand.seconds(self.step) > self.timeout:
-                self._appeal_for(hang_line({self.world.rank: self._place(), 0: None}, self.timeout), hung=self.timeout)
-            if self._appeal is not None and time.monotonic() > self._appeal[0]:
-                self._judge(self._appeal[1], self._speaks_without_first)
+                places = {self.world.rank: self._place(), 0: None}
+                self._request_abort(hang_line(places, self.timeout), hung=self.timeout)
+            if self._pending_abort is not None and time.monotonic() > self._pending_abort[0]:
+                self._abort(self._pending_abort[1], self._prints_without_first)
 
     @property
-    def _speaks_without_first(self) -> bool:
-        """Whether this rank speaks where rank 0 cannot: one on rank 0's machine, and one on each other."""
-        return self.world.size == 1 or self.world.rank == 1 or (self._is_far and self.world.local_rank == 0)
+    def _prints_without_first(self) -> bool:
+        """Whether this rank prints where rank 0 cannot: one on rank 0's machine, and one on each other."""
+        return self.world.size == 1 or self.world.rank == 1 or (self._is_remote and self.world.local_rank == 0)
 
     def _hear(self) -> None:
         """Take in what the hub says; its silent end is rank 0's."""
@@ -177,15 +178,15 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         messages = self._line.receive()
         if messages is None:
             self._is_listening = False
-            line = f"{self._first} died without a word (killed, or crashed) after step {self.step:,}"
-            self._judge(line, self._speaks_without_first)
+            line = f"{self._first} died without an error message (killed, or crashed) after step {self.step:,}"
+            self._abort(line, self._prints_without_first)
         for message in messages or []:
             if "bye" in message:
                 self._is_listening = False
             elif "where" in message:
                 self._send(place=self._place())
-            elif "verdict" in message:
-                self._judge(message["verdict"], self.world.is_first)
+            elif "abort" in message:
+                self._abort(message["abort"], self.world.is_first)
 
     def _check_stop(self) -> None:
         """End what does not come to its end within the grace time."""
@@ -199,29 +200,29 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
                 self._end(str(error), error.code)
         elif waited > self.grace:
             line = (
-                f"{stop.reason} came, and the step was not saved within checkpoint.grace={self.grace} s: "
+                f"{stop.reason} came, but the step was not saved within checkpoint.grace={self.grace} s: "
                 "the last complete checkpoint is kept"
             )
-            self._appeal_for(line, fault=line, is_echo=False)
+            self._request_abort(line, fault=line, is_secondary=False)
 
     def _place(self) -> str:
         return f"step {self.step + 1:,} in {self._stand.place()}"
 
-    def _appeal_for(self, line: str, **message: object) -> None:
-        """Ask the hub for a verdict; where none comes, or there is no hub, `line` is the verdict."""
-        if self._appeal is None:
-            self._appeal = (time.monotonic() + (SECONDS_FOR_VERDICT if self._is_listening else 0.0), line)
+    def _request_abort(self, line: str, **message: object) -> None:
+        """Ask the hub to abort; where no abort message comes, or there is no hub, `line` is the abort line."""
+        if self._pending_abort is None:
+            self._pending_abort = (time.monotonic() + (SECONDS_FOR_ABORT if self._is_listening else 0.0), line)
             self._send(**message)
 
-    def _judge(self, line: str, is_mine_to_say: bool) -> None:
-        """The run ends by this: say so, and end the process if the main thread cannot do it."""
-        if self._verdict is not None:
+    def _abort(self, line: str, prints: bool) -> None:
+        """Abort the run: print the line, and end the process if the main thread cannot do it."""
+        if self._abort_line is not None:
             return
-        self._verdict = line
-        if is_mine_to_say and not self._is_leaving:
+        self._abort_line = line
+        if prints and not self._is_leaving:
             self.screen.shout(f"error: {line}")
             self._is_said = True
-        self._judged.set()
+        self._aborted.set()
         if not self._left.wait(SECONDS_TO_LEAVE):
             os._exit(1)
 
@@ -265,8 +266,8 @@ class Stand:
             frame = frame.f_back
 
 
-def _is_communication(error: BaseException | None) -> bool:
-    """Whether an error says no more than that another rank is gone."""
+def _is_secondary(error: BaseException | None) -> bool:
+    """Whether an error is a secondary one: it says no more than that another rank is gone."""
     while error is not None:
         words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words):

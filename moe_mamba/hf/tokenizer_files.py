@@ -2,8 +2,8 @@
 
 A text never holds end-of-text, here as in training: ``split_special_tokens`` has ``<|endoftext|>`` in a text encoded as
 the characters that it is. The ids are the same for every text, but for SentencePiece models that others trained: a
-unigram model may split a text otherwise where two splits score alike, and with a dummy prefix (Llama's) a text that holds
-SentencePiece's own mark for a space has other ids.
+unigram model may split a text otherwise where two splits score alike, and with a dummy prefix (Llama's) a text that
+holds SentencePiece's own mark for a space has other ids.
 """
 
 import json

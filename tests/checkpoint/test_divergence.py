@@ -386,7 +386,7 @@ def test_saving_in_the_background_refuses_it_as_well(
 
 
 def train_until_killed(step: int, **arguments: Any) -> None:
-    """Train; end at once, without a word, when `step` is saved and no step was made from it."""
+    """Train; end at once and silently, when `step` is saved and no step was made from it."""
     import os
 
     saved = store.save

@@ -33,7 +33,7 @@ def whole(name: str, tensor: Tensor) -> Shard:
 
 
 def layout(tensors: dict[str, Tensor], kind: str, rank: int, ranks: int) -> list[Shard]:
-    """This rank's shards, views of `tensors`: replicated, sharded along a dimension, or flat ranges as ZeRO has them."""
+    """This rank's shards, views of `tensors`: replicated, sharded along a dimension, or flat ranges as in ZeRO."""
     shards = []
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)

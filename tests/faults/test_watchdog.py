@@ -111,7 +111,7 @@ def test_a_rank_killed_under_a_launcher_is_named_in_one_line(start: Callable[...
     job.ranks[1].kill()
     assert job.wait_for_end() != 0
     (line,) = (line for line in job.output.splitlines() if "error: " in line)
-    assert f"process {job.ranks[1].pid}) died without a word (killed, or crashed) after step " in line
+    assert f"process {job.ranks[1].pid}) died without an error message (killed, or crashed) after step " in line
     assert "error: rank 1 (" in line
     assert "Traceback" not in job.output
 
@@ -123,7 +123,7 @@ def test_where_rank_0_is_killed_another_names_it(start: Callable[..., Job]) -> N
     jobs[0].process.kill()
     assert jobs[1].wait_for_end() == 1
     assert jobs[1].output.startswith("error: rank 0 (")
-    assert "died without a word (killed, or crashed) after step " in jobs[1].output
+    assert "died without an error message (killed, or crashed) after step " in jobs[1].output
     assert jobs[1].output.count("\n") == 1
 
 
@@ -133,7 +133,7 @@ def test_a_collective_that_hangs_is_caught_with_the_place(start: Callable[..., J
     jobs[0].wait_for_steps(3)
     jobs[1].process.send_signal(signal.SIGSTOP)
     assert jobs[0].wait_for_end() == 1
-    assert "error: nothing has moved for 15 s (parallel.timeout): rank 0 at step " in jobs[0].output
+    assert "error: no progress for 15 s (parallel.timeout): rank 0 at step " in jobs[0].output
     assert "in moe_mamba/" in jobs[0].output
     assert "; no answer from rank 1\n" in jobs[0].output, jobs[0].output
     jobs[1].process.send_signal(signal.SIGCONT)
@@ -284,10 +284,10 @@ def test_strangers_at_the_hubs_door_change_nothing(monkeypatch: pytest.MonkeyPat
             stranger.sendall(words)
     member = Line(socket.create_connection(("127.0.0.1", hub.port)))
     member.send(rank=1, token=hub.token, host="here", process=1)
-    member.send(fault="the disk is full", is_echo=False)
+    member.send(fault="the disk is full", is_secondary=False)
     member.connection.settimeout(10)
-    verdict = json.loads(member.connection.recv(65536).splitlines()[0])["verdict"]
-    assert "rank 1 (here, process 1) stopped after step 7: the disk is full" in verdict
+    abort = json.loads(member.connection.recv(65536).splitlines()[0])["abort"]
+    assert "rank 1 (here, process 1) stopped after step 7: the disk is full" in abort
     hub.close()
     assert not hub.is_alive()
 

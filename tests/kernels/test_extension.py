@@ -91,7 +91,7 @@ def test_processes_that_start_at_once_build_once_and_a_killed_build_is_no_obstac
     assert sum(errors.count("building the C++ kernels") for _, errors in answers) == 1
     assert {path.name for path in folder.iterdir()} == {"lock", "moe_mamba_kernels.so"}
     capfd.readouterr()
-    assert fresh() is None  # from the cache, without a word
+    assert fresh() is None  # from the cache, silently
     assert capfd.readouterr().err == ""
 
 

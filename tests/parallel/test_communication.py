@@ -109,7 +109,7 @@ class Expected:
             self.replica(numbers, self.w, copies)
 
     def experts(self) -> None:
-        """Rows dispatched and combined, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
+        """Dispatch and combine, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
 
         A dropless router sends the K counts as well. With shared experts, or with experts sharded by tensor, there is
         an entry and an exit like that of any other layer.

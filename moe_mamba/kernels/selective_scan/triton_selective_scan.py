@@ -2,8 +2,8 @@
 
 A program is one warp, which walks the time steps of 32 channels of a batch row with their states in registers, so that
 what limits it is exponentials and memory. It keeps one state in 32 for the backward pass. Where batch x channels gives
-a GPU too few programs, the length is split into segments (``triton_segments``). Nothing is added up atomically: programs
-write partial sums, which torch adds up, so that results are the same in every run.
+a GPU too few programs, the length is split into segments (``triton_segments``). Nothing is added up atomically:
+programs write partial sums, which torch adds up, so that results are the same in every run.
 """
 
 # mypy: disable-error-code="no-untyped-def"

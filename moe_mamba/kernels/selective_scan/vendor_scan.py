@@ -60,7 +60,7 @@ def _their_scan() -> Callable[..., Any]:
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The final state, whose gradient their backward pass would drop without a word."""
+    """The final state, whose gradient their backward pass would drop silently."""
 
     @staticmethod
     def forward(ctx: Any, final_state: Tensor) -> Tensor:
