@@ -20,8 +20,8 @@ class Optimizer:
 
     Attributes:
         build: makes it of parameter groups and the configuration.
-        state: kind of a logical tensor in a checkpoint (``moment1``) -> its key in the state of a parameter, as large$
-            the parameter; beside these the state has a ``step``.
+        state: kind of a logical tensor in a checkpoint (``moment1``) -> its key in the state of a parameter, as
+            large as the parameter; beside these the state has a ``step``.
     """
 
     build: Callable[[list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]

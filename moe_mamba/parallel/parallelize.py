@@ -27,7 +27,7 @@ def build_model(plan: RunPlan, groups: Groups) -> LanguageModel:
         plan: of the run.
         groups: of its layout.
     """
-    config, model = plan.config, copy.deepcopy(plan.model)
+    config, model = plan.config, copy.deepcopy(plan.model)  # sharding changes it in place
     with torch.device("meta"):
         shard(model, groups, plan.shards)
     if config.parallel.zero == 3:

@@ -1,6 +1,6 @@
 """What a rank holds of each parameter, from what the mixers declare (``model/sharding.py``) and the layout.
 
-Initialisation, tensor and expert parallelism, checkpoints, planning and conversion ask here, by full names.
+Initialisation, tensor and expert parallelism, checkpoints and planning ask here, by full names.
 What no group shares is replicated on every tensor-parallel rank, and because these ranks see different tokens of the
 residual stream, the gradients of replicas are summed over the ranks that hold the same shard. Experts are shared among
 the ranks of the expert group; DeepSpeed sums their gradients over the ranks with the same ones.
