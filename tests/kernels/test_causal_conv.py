@@ -147,7 +147,7 @@ def test_packed_documents_equal_single_ones(backend: str, on: str) -> None:
 
 
 @pytest.mark.parametrize(NAMES, cases("causal_conv"))
-@pytest.mark.parametrize("cuts", [(1,) * 12, (2, 1, 3, 6)])
+@pytest.mark.parametrize("widths", [(1,) * 12, (2, 1, 3, 6)])
 def test_chunks_with_the_state_between_equal_the_whole(backend: str, on: str, widths: tuple[int, ...]) -> None:
     made = {name: value.to(on, widest(backend)) for name, value in operands(2, 12, 3, 4).items()}
     document_starts = (torch.rand(2, 12) < 0.2).to(on)

@@ -73,7 +73,7 @@ def test_equals_a_plain_loop(keys: dict, packed: bool) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("cuts", [(1,) * 9, (4, 1, 4), (9,)])
+@pytest.mark.parametrize("lengths", [(1,) * 9, (4, 1, 4), (9,)])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 8, 20])
 def test_passes_from_a_state_equal_one_pass(lengths: tuple[int, ...], packed: bool, window: int | None) -> None:
