@@ -80,6 +80,6 @@ def _wrong_value(error: ValidationError) -> str:
 
 def _first_line(complaint: str) -> str:
     lines = [line for line in complaint.splitlines() if line.startswith("ERROR:")]
-    return (
-        f"{lines[0].removeprefix('ERROR: ')}; --help lists the flags" if lines else "the command line is not understood"
-    )
+    if not lines:
+        return "the command line could not be parsed; --help lists the flags"
+    return f"{lines[0].removeprefix('ERROR: ')}; --help lists the flags"

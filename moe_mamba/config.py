@@ -140,7 +140,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("train.steps and train.tokens: give one of them, and null for the other")
+            raise ValueError("give either train.steps or train.tokens, and null for the other")
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.global_batch={self.global_batch} is not divisible by train.micro_batch={self.micro_batch}: "
@@ -178,13 +178,13 @@ class ParallelConfig(Section):
     def _check(self) -> "ParallelConfig":
         if self.pipeline != 1:
             raise ValueError(
-                f"parallel.pipeline={self.pipeline}: stages are not built yet, for models of this size fit by tensor, "
-                "expert and ZeRO without a pipeline's idle time: set parallel.pipeline=1"
+                f"parallel.pipeline={self.pipeline} is not implemented, because models of this size fit with tensor "
+                "and expert parallelism and ZeRO, without a pipeline's idle time: set parallel.pipeline=1"
             )
         if self.context != 1:
             raise ValueError(
-                f"parallel.context={self.context}: a scan's state would have to travel from device to device, which is "
-                "not built yet: set parallel.context=1, and parallel.tensor to share long sequences' activations"
+                f"parallel.context={self.context} is not implemented, because a scan's state would have to travel "
+                "between devices: set parallel.context=1, and parallel.tensor to shard long sequences' activations"
             )
         if self.expert_tensor and self.tensor == 1:
             raise ValueError(
@@ -261,5 +261,7 @@ class Config(Section):
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"
             )
         if parallel.zero == 3 and self.train.compile:
-            raise ValueError("parallel.zero=3 with train.compile=true: its hooks break graphs: set train.compile=false")
+            raise ValueError(
+                "parallel.zero=3 with train.compile=true: ZeRO-3's hooks break graphs: set train.compile=false"
+            )
         return self

@@ -40,7 +40,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     for old, new in MOVED.items():
         section, _, name = old.partition(".")
         if name in (tree.get(section) or {}):
-            print(f"{old} is called {new} now, and is read as that", file=sys.stderr)
+            print(f"{old} is now called {new} and is read as such", file=sys.stderr)
     return parse_config({section: values or {} for section, values in tree.items()})
 
 
@@ -87,7 +87,7 @@ def _moved(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         there = dict(moved.get(new_section) or {})
         if there.setdefault(new_name, values[name]) != values[name]:
             raise UserError(
-                f"{old}={values[name]} and {new}={there[new_name]}: {old} is called {new} now: give only it"
+                f"{old}={values[name]} and {new}={there[new_name]}: {old} is now called {new}: give only the new key"
             )
         moved[section] = {key: value for key, value in values.items() if key != name}
         moved[new_section] = there
@@ -145,7 +145,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(values, dict | None) for values in tree.values()):
-        raise UserError(f"config file {path}: the top level is a mapping of sections: {', '.join(Config.model_fields)}")
+        raise UserError(
+            f"config file {path}: the top level must be a mapping of sections: {', '.join(Config.model_fields)}"
+        )
     return tree
 
 

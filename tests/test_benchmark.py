@@ -143,4 +143,4 @@ def test_no_gpu_is_one_line() -> None:
         pytest.skip("there is a GPU here")
     done = benchmark("--device=cuda")
     assert done.returncode == 2
-    assert done.stderr == "error: --device=cuda: torch sees no GPU here: leave it out\n"
+    assert done.stderr == "error: --device=cuda: torch finds no GPU: leave it out\n"

@@ -93,7 +93,7 @@ def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:
 def test_refusals_come_before_any_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--layouts=two: no layout is called 'two': choose among single, tp2_ep2$"):
         compare_runs.main(str(ROOT), str(ROOT), layouts="two")
-    with pytest.raises(UserError, match=r"exists already: give a new one"):
+    with pytest.raises(UserError, match=r"already exists: give a new one"):
         compare_runs.main(str(ROOT), str(ROOT), folder=str(tmp_path))
 
 

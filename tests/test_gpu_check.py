@@ -160,7 +160,7 @@ def test_no_gpu_is_one_line() -> None:
     done = check()
     assert done.returncode == 2
     fix = "run this on a machine that has one, or give --device=cpu --tiny"
-    assert done.stderr == f"error: torch sees no GPU here: {fix}\n"
+    assert done.stderr == f"error: torch finds no GPU: {fix}\n"
 
 
 @pytest.mark.parametrize(

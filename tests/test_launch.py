@@ -78,11 +78,11 @@ def test_a_diverged_run_ends_in_one_line_and_the_same_line_trains_at_a_lower_rat
     done = call(*line, "--train.learning_rate=1e6")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the loss is nan at step 2; the first bad value is in the output of ")
-    assert done.stderr.endswith("; the same line then starts anew\n")
+    assert done.stderr.endswith("; the same command then starts over\n")
     assert done.stderr.count("\n") == 1
     done = call(*line, "--train.learning_rate=1e-3")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step-00000001 has diverged (step 2: loss nan): no older one is left\n" in done.stdout
+    assert "step-00000001 has diverged (step 2: loss nan): there is no older one\n" in done.stdout
     assert len(curve(read_metrics(folder))) == STEPS
 
 

@@ -74,7 +74,7 @@ def test_a_run_measures_its_answers(done: Path) -> None:
         assert found["bits_per_byte"] is None
     log = (done / "log.txt").read_text()
     assert "endless sequences to train on; short 24 sequences, long 6 sequences" in log
-    assert ", accuracy " in log and "'The' is no symbol" in log
+    assert ", accuracy " in log and "'The' is not a symbol" in log
     assert "--input synthetic:induction_heads:sequences=24" in log
 
 
@@ -118,7 +118,7 @@ def test_the_tool_scores_tasks_at_any_length(done: Path, capsys: pytest.CaptureF
     assert found["tokens"] == 6
     assert found["accuracy"] == expected["accuracy"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    with pytest.raises(UserError, match="known are synthetic:induction_heads"):
+    with pytest.raises(UserError, match="choose among synthetic:induction_heads"):
         score.main(str(done), "synthetic:sorting")
 
 

@@ -51,7 +51,7 @@ def main(
     if repeats < 1:
         raise UserError(f"--repeats={repeats}: give 1 or more")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch sees no GPU here: leave it out")
+        raise UserError("--device=cuda: torch finds no GPU: leave it out")
     measured = [one for name in chosen for one in _measure(name, repeats, device, documents, tokenizer, tiny)]
     rows = [one for one in measured if isinstance(one, Row)]
     profiles = [one for one in measured if isinstance(one, Profile)]

@@ -69,7 +69,7 @@ class Checkout:
             raise UserError(f"{path} has no launch/train.py: give the root of a checkout")
         imported = self._call("-c", "import moe_mamba; print(moe_mamba.__file__)").strip()
         if Path(imported).resolve().parents[1] != self.path:
-            raise UserError(f"{path}: Python imports {imported} there: give the root of a checkout")
+            raise UserError(f"{path}: Python imports {imported} instead: give the root of a checkout")
         git = ["git", "--no-optional-locks", "-C", str(self.path)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
@@ -96,7 +96,7 @@ class Checkout:
         done = subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
-            raise RunStopped(f"in {self.path}, python {' '.join(arguments)} ended with exit code {done.returncode}")
+            raise RunStopped(f"in {self.path}, python {' '.join(arguments)} exited with code {done.returncode}")
         return done.stdout
 
 
@@ -147,7 +147,7 @@ def main(
     if unknown := [name for name in layouts.split(",") if name not in LAYOUTS]:
         raise UserError(f"--layouts={layouts}: no layout is called {unknown[0]!r}: choose among {', '.join(LAYOUTS)}")
     if folder and Path(folder).exists():
-        raise UserError(f"--folder={folder} exists already: give a new one, so that no run goes on with an old one")
+        raise UserError(f"--folder={folder} already exists: give a new one, so that no run resumes an old one")
     sides = Checkout(before), Checkout(after)
     found = []
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as work:

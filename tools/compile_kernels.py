@@ -24,7 +24,7 @@ def main(capabilities: str = "80,90,100", only: str = "", output: str | None = N
     """
     wanted = capabilities.split(",")
     if unknown := [one for one in wanted if not one.isdecimal()]:
-        raise UserError(f"--capabilities={capabilities}: {unknown[0]!r} is no compute capability, such as 90")
+        raise UserError(f"--capabilities={capabilities}: {unknown[0]!r} is not a compute capability such as 90")
     names = [specimen.name for specimen in specimens()]
     tasks = [(place, capability) for place, name in enumerate(names) if only in name for capability in map(int, wanted)]
     figures = []

@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise DamagedError(f"{folder / MANIFEST} is not a checkpoint's manifest: use another checkpoint") from None
     if version != VERSION:
         raise UserError(
-            f"{folder} has checkpoint format {version}, this program reads {VERSION}: use the version that wrote it"
+            f"{folder} has checkpoint format {version}, but this program reads {VERSION}: use the version that wrote it"
         )
     if not names_are_plain or not {INDEX, DESCRIPTION} <= files.keys():
         raise DamagedError(f"{folder / MANIFEST} is not a checkpoint's manifest: use another checkpoint")

@@ -177,11 +177,11 @@ class ShardLoadPlanner(LoadPlanner):
         for name, shards in self.shards.items():
             stored = self.index.get(name)
             if stored is None:
-                raise UserError(f"{self.path} has no tensor {name}: it is a checkpoint of another model")
+                raise UserError(f"{self.path} has no tensor {name}: it is another model's checkpoint")
             if stored.shape != tuple(shards[0].shape):
                 raise UserError(
                     f"{self.path}: {name} has shape {list(stored.shape)} there and {list(shards[0].shape)} here: "
-                    "it is a checkpoint of another model"
+                    "it is another model's checkpoint"
                 )
             reads = _read_items(name, stored, shards)
             if sum(math.prod(read.lengths) for read in reads) != sum(shard.tensor.numel() for shard in shards):

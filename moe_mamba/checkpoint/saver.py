@@ -138,6 +138,6 @@ class Copies:
             if code != 0:
                 raise UserError(
                     f"the copy for checkpoint.asynchronous=true needs {size / 2**30:.1f} GiB of pinned memory, which "
-                    f"this machine refuses (CUDA error {code}): set checkpoint.asynchronous=false"
+                    f"this machine could not allocate (CUDA error {code}): set checkpoint.asynchronous=false"
                 )
             self.is_pinned = True

@@ -167,7 +167,7 @@ def _save_error(error: CheckpointException, folder: Path, step: int) -> Exceptio
     before = [path for path in steps_in(folder) if not has_diverged(path)]
     kept = f"the last complete checkpoint, {before[-1].name}, is kept" if before else "there is no earlier checkpoint"
     if (name := _first_error(error, _NotFiniteError)) is not None:
-        return UserError(f"step {step} is not saved, for {name} holds NaN or Inf: lower train.learning_rate; {kept}")
+        return UserError(f"step {step} is not saved because {name} holds NaN or Inf: lower train.learning_rate; {kept}")
     if (refusal := _first_error(error, UserError)) is not None:
         return UserError(str(refusal))
     cause = _first_error(error, OSError)
@@ -177,7 +177,7 @@ def _save_error(error: CheckpointException, folder: Path, step: int) -> Exceptio
         return UserError(
             f"no space left for the checkpoint of step {step} in {folder}: free some, or lower checkpoint.keep; {kept}"
         )
-    return UserError(f"the checkpoint of step {step} could not be written in {folder} ({cause}): fix that; {kept}")
+    return UserError(f"the checkpoint of step {step} could not be written to {folder} ({cause}): fix this; {kept}")
 
 
 def load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None = None) -> None:
@@ -215,7 +215,7 @@ def _load_error(error: CheckpointException, path: Path) -> Exception:
         if (cause := _first_error(error, kind)) is not None:
             return kind(str(cause))
     if (cause := _first_error(error, OSError)) is not None:
-        return UserError(f"{path} could not be read ({cause}): fix that, or use another checkpoint")
+        return UserError(f"{path} could not be read ({cause}): fix this, or use another checkpoint")
     return RuntimeError(f"{path} could not be loaded: {error}")
 
 
@@ -228,7 +228,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """A whole tensor of a step's folder, on the CPU, read by only this process."""
     tensors = logical_tensors(path)
     if name not in tensors:
-        raise UserError(f"{path} has no tensor {name}: it is a checkpoint of another model")
+        raise UserError(f"{path} has no tensor {name}: it is another model's checkpoint")
     shape, dtype = tensors[name]
     tensor = torch.empty(shape, dtype=dtype)
     _load(Path(path), [Shard(name, shape, (0,) * len(shape), tensor)], None, single=True)
@@ -266,9 +266,9 @@ def newest(folder: Path, warn: Callable[[str], None] = log.warning) -> Path | No
             break
     texts = [str(error).removesuffix(": use another checkpoint") for error in faults]
     if found is None and not all(isinstance(error, DivergedError) for error in faults):
-        raise UserError(f"no checkpoint in {folder} is valid ({'; '.join(texts)}): remove them to start anew")
+        raise UserError(f"no checkpoint in {folder} is valid ({'; '.join(texts)}): remove them to start over")
     for text in texts:
-        warn(f"{text}: {f'{found.name} is used instead' if found else 'no older one is left'}")
+        warn(f"{text}: {f'{found.name} is used instead' if found else 'there is no older one'}")
     return found
 
 
@@ -284,7 +284,7 @@ def resolve(run_or_step: str | os.PathLike[str], finite: bool = True) -> Path:
     """
     path = Path(run_or_step)
     if not path.is_dir():
-        raise UserError(f"{path} is no folder: give a run's folder or one of its checkpoints/step-...")
+        raise UserError(f"{path} is not a folder: give a run's folder or one of its checkpoints/step-...")
     if (path / MANIFEST).exists() or STEP_NAME.fullmatch(path.name):
         (check if finite else verify)(path)
         if has_diverged(path):
@@ -292,5 +292,5 @@ def resolve(run_or_step: str | os.PathLike[str], finite: bool = True) -> Path:
         return path
     found = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
-        raise UserError(f"{path} holds no complete checkpoint that serves: train first, or give another run's folder")
+        raise UserError(f"{path} has no usable checkpoint: train first, or give another run's folder")
     return found

@@ -42,5 +42,5 @@ def parse_size(text: str) -> int:
     """Bytes of ``500MB``, ``5GB`` or a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B|)", text.strip().upper())
     if match is None or match[2] not in UNITS or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
-        raise UserError(f"--max_shard_size={text} is no size: give one such as 500MB or 5GB")
+        raise UserError(f"--max_shard_size={text} is not a size: give one such as 500MB or 5GB")
     return size

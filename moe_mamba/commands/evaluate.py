@@ -49,11 +49,11 @@ def main(
         "--tasks": {"num_fewshot": num_fewshot, "limit": limit, "output": output},
     }
     if (input is None) == (tasks is None):
-        raise UserError("--input and --tasks: give one of them, a text or names of tasks")
+        raise UserError("give either --input (a text) or --tasks (names of tasks)")
     other = "--tasks" if tasks is None else "--input"
     for flag, value in only[other].items():
         if value is not None:
-            raise UserError(f"--{flag} goes with {other}: leave it out")
+            raise UserError(f"--{flag} only works with {other}: leave it out")
     restored = restore(checkpoint, World(0, 1, 0, 1).device)
     length = sequence_length or restored.config.data.sequence_length
     if tasks is not None:
@@ -92,9 +92,9 @@ def _score_tasks(
     """Print what the harness finds."""
     names = [task for task in tasks.split(",") if task]
     if not names:
-        raise UserError(f"--tasks={tasks} names no task: give some, such as hellaswag,lambada_openai")
+        raise UserError(f"--tasks={tasks} names no task: give at least one, such as hellaswag,lambada_openai")
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise UserError(f"--output={output}: no file can be written there: give a file in a folder that exists")
+        raise UserError(f"--output={output} cannot be written: give a file in an existing folder")
     try:
         from lm_eval.utils import handle_non_serializable, make_table
 

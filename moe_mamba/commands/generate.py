@@ -208,7 +208,7 @@ def _stops(stop: str | None) -> list[str]:
     if stop is None:
         return []
     if not stop:
-        raise UserError("--stop is empty, and would end every text at once: give a string, or leave it out")
+        raise UserError("--stop is empty and would end every text at once: give a string, or leave it out")
     try:
         stops = json_format.loads(stop)
     except ValueError:

@@ -45,7 +45,7 @@ def main(
         raise UserError("--shards prints a table that is the same for any layout: leave out --json and --gpus")
     settings = load_config(config, overrides)
     if not settings.has_vocabulary:
-        raise UserError("model.vocab_size=null is known once a run has its tokenizer: give --model.vocab_size=N")
+        raise UserError("model.vocab_size=null is only known once a run has its tokenizer: give --model.vocab_size=N")
     if shards:
         print(shards_table(settings))
         return

@@ -63,7 +63,7 @@ def import_folder(
     check_output(output, overwrite, MARK, folder)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} is no model's folder, for it holds no config.json: give config.json and weights of one of "
+            f"{folder} has no config.json, so it is not a model's folder: give config.json and weights of one of "
             f"{', '.join(FORMATS)}"
         )
     configuration = read_json(folder / "config.json")
@@ -136,13 +136,13 @@ def lazy_shards(
         wanted, found = tuple(entry.view(ours[entry.ours]).shape), stored[entry.theirs]
         if found.shape != wanted:
             raise UserError(
-                f"{folder}: {entry.theirs} has the shape {list(found.shape)}, and config.json makes it {list(wanted)}: "
-                "one of them is of another model"
+                f"{folder}: {entry.theirs} has shape {list(found.shape)}, but config.json says {list(wanted)}: "
+                "one of them belongs to another model"
             )
         if found.dtype not in READ_DTYPES:
             raise UserError(
-                f"{folder}: {entry.theirs} is {found.dtype}, and only {', '.join(READ_DTYPES)} are read: give weights "
-                "that are not quantised"
+                f"{folder}: {entry.theirs} is {found.dtype}, but only {', '.join(READ_DTYPES)} are supported: "
+                "give weights that are not quantised"
             )
     return [
         Shard(

@@ -42,7 +42,7 @@ def write_starting_point(
     """
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model knows {config.model.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model has {config.model.vocab_size}: "
             "give the tokenizer that it was trained with"
         )
     tree = config.model_dump()

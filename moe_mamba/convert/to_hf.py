@@ -44,8 +44,8 @@ def choose_format(asked: str, model: ModelConfig, moe: MoEConfig) -> tuple[WayOu
     native = next((NATIVE[name] for name, refusal in refusals.items() if refusal is None), None)
     if asked == "native" and native is None:
         raise UserError(
-            f"--format native does not hold this model: {refusals[_nearest(model).name]}; "
-            "give --format moe_mamba, which does"
+            f"--format native cannot represent this model: {refusals[_nearest(model).name]}; "
+            "use --format moe_mamba, which can"
         )
     chosen = OWN if native is None or asked == "moe_mamba" else native
     would_do = "it would do, but --format moe_mamba was asked for" if chosen is OWN else "it would do as well"

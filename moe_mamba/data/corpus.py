@@ -115,14 +115,14 @@ class Corpus:
                     return
             self.bytes_read = sum(file.size for file in self.files[: index + 1])
         if not kept and start == START:
-            raise UserError(f"{self.source}: no documents in it{why}: give another source")
+            raise UserError(f"{self.source}: it has no documents{why}: give another source")
 
     def _local_file(self, path: Path) -> _File:
         name = path.name.lower()
         readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": _parquet}
         reader = readers.get(Path(name.removesuffix(".gz")).suffix)
         if reader is None or (name.endswith(".gz") and reader != self._json_lines):
-            raise UserError(f"{path}: unknown kind of file: give {KINDS}")
+            raise UserError(f"{path}: unknown file type: give {KINDS}")
         try:
             size = path.stat().st_size
             path.open("rb").close()
@@ -213,7 +213,9 @@ def _parquet(path: Path, skip: int) -> Records:
 def _builtin_file(source: str) -> _File:
     split = source.partition(":")[2] or "train"
     if split not in SPLITS:
-        raise UserError(f"{source}: the built-in corpus has {' and '.join(SPLITS)}: give builtin:validation, say")
+        raise UserError(
+            f"{source}: the built-in corpus only has {' and '.join(SPLITS)}: give builtin:validation, for example"
+        )
     return _File(source, lambda skip: iter(builtin_documents(split)[skip:]))
 
 

@@ -83,7 +83,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format version {version}, and this program reads {FORMAT_VERSION}: {fix}")
+            raise UserError(f"{path}: format version {version}, but this program reads {FORMAT_VERSION}: {fix}")
         parts = tuple(Part(**part) for part in values["parts"])
         return Manifest(**values | {"parts": parts, "end": Place(*values["end"])})
     except (ValueError, TypeError, KeyError) as error:

@@ -88,7 +88,9 @@ class SymbolsTokenizer(Tokenizer):
 
     def _symbol(self, word: str) -> int:
         if not word.isdecimal() or int(word) >= self.end_of_text:
-            raise UserError(f"{word[:20]!r} is no symbol: give numbers from 0 to {self.end_of_text - 1}, as in '3 1 2'")
+            raise UserError(
+                f"{word[:20]!r} is not a symbol: give numbers from 0 to {self.end_of_text - 1}, as in '3 1 2'"
+            )
         return int(word)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -102,7 +102,7 @@ def prepare_corpus(
 
 def _synthetic_task(source: str, tokenizer: Tokenizer) -> SyntheticTask:
     if not isinstance(tokenizer, SymbolsTokenizer):
-        raise UserError(f"{source} is a task of symbols, and not of text: set data.tokenizer=symbols")
+        raise UserError(f"{source} is a task of symbols, not of text: set data.tokenizer=symbols")
     return SyntheticTask.parse(source, tokenizer.vocab_size)
 
 
@@ -123,11 +123,11 @@ def _training_texts(sources: Sequence[str], max_documents: int | None) -> Iterat
     """Text of the sources to train a tokenizer on, as much of each."""
     for source in sources:
         if is_synthetic(source):
-            raise UserError(f"{source} is a task of symbols, and not of text: set data.tokenizer=symbols")
+            raise UserError(f"{source} is a task of symbols, not of text: set data.tokenizer=symbols")
         if is_shards(source):
             folder = tokenizer_folder(source) or "the folder of its tokenizer"
             raise UserError(
-                f"data.tokenizer=sentencepiece is trained on documents, and {source} is shards: "
+                f"data.tokenizer=sentencepiece is trained on documents, but {source} is shards: "
                 f"set data.tokenizer={folder}"
             )
     share = TRAINING_CHARACTERS // len(sources)

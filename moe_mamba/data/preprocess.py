@@ -281,14 +281,14 @@ def _resume(folder: Path, planned: Manifest) -> Manifest:
     found = load_manifest(folder)
     strangers = [entry.name for entry in folder.iterdir() if not entry.name.endswith(TEMPORARY)]
     if found is None and strangers:
-        raise UserError(f"{folder}: not empty ({strangers[0]} is in it) and without {MANIFEST}: give a new folder")
+        raise UserError(f"{folder}: not empty ({strangers[0]} is in it) and has no {MANIFEST}: give a new folder")
     if found is None or not (found.parts or found.complete):
         found = planned
     for name in ("source", "limit", "tokenizer", "part_bytes"):
         ours, theirs = getattr(planned, name), getattr(found, name)
         if ours != theirs:
             raise UserError(
-                f"{folder}: holds shards of another {name} ({_brief(theirs)}, and now {_brief(ours)}): "
+                f"{folder}: holds shards of another {name} ({_brief(theirs)}, now {_brief(ours)}): "
                 "give a new folder, or delete this one"
             )
     if not found.complete:

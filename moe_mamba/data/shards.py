@@ -68,7 +68,7 @@ class Shards:
         if manifest is None:
             return cls._open_foreign(path, tokenizer, thorough=verify == "checksums")
         if not manifest.complete:
-            raise UserError(f"{path}: unfinished shards: run the command that writes them again, it goes on")
+            raise UserError(f"{path}: unfinished shards: run the command that writes them again to resume")
         if tokenizer:
             _check_tokenizer(manifest, tokenizer, path)
         for part in manifest.parts:
@@ -82,7 +82,7 @@ class Shards:
         prefix = _prefix(path)
         for name in (f"{prefix}.bin", f"{prefix}.idx"):
             if not Path(name).is_file():
-                raise UserError(f"{path}: no shards there ({MANIFEST} or {name} is missing): check the path")
+                raise UserError(f"{path}: no shards found ({MANIFEST} or {name} is missing): check the path")
         _check_pair(prefix)
         shards = cls(str(path), [prefix], None)
         if tokenizer:
@@ -207,7 +207,7 @@ def _check_ids(smallest: int, largest: int, tokenizer: Tokenizer, path: str | Pa
         raise UserError(f"{path}: token id {smallest} is below 0: the shards are damaged, restore them")
     if largest >= tokenizer.vocab_size:
         raise UserError(
-            f"{path}: token id {largest} is past the vocabulary of {tokenizer.vocab_size}: "
+            f"{path}: token id {largest} is outside the vocabulary of {tokenizer.vocab_size}: "
             "give the tokenizer that made the shards"
         )
 
@@ -227,7 +227,7 @@ def _check_pair(prefix: Path) -> None:
     with index.open("rb") as file:
         header = file.read(INDEX_HEADER.size)
         if len(header) < INDEX_HEADER.size or header[:9] != INDEX_MAGIC:
-            raise UserError(f"{index}: not an index of Megatron's: give shards in its .bin/.idx format")
+            raise UserError(f"{index}: not a Megatron index: give shards in its .bin/.idx format")
         _, _, code, sequences, documents = INDEX_HEADER.unpack(header)
         if index.stat().st_size < INDEX_HEADER.size + 12 * sequences + 8 * documents:
             raise UserError(f"{index} is truncated: restore it, or preprocess again")
@@ -235,9 +235,9 @@ def _check_pair(prefix: Path) -> None:
     expected = int(lengths.sum(dtype=np.int64)) * indexed_dataset().DType.size(code)
     actual = tokens.stat().st_size
     if actual != expected:
-        raise UserError(f"{tokens}: {actual} bytes, and its index says {expected}: restore it, or preprocess again")
+        raise UserError(f"{tokens}: {actual} bytes, but its index says {expected}: restore it, or preprocess again")
     if not actual:
-        raise UserError(f"{tokens}: no tokens in it: give another corpus")
+        raise UserError(f"{tokens}: it has no tokens: give another corpus")
 
 
 def _identity(prefixes: list[Path], manifest: Manifest | None) -> str:

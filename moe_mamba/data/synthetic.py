@@ -75,18 +75,20 @@ class SyntheticTask:
         """
         task, *options = source.removeprefix(PREFIX).split(":")
         if task not in OPTIONS:
-            raise UserError(f"{source}: no such task: known are {', '.join(PREFIX + name for name in OPTIONS)}")
+            raise UserError(f"{source}: no such task: choose among {', '.join(PREFIX + name for name in OPTIONS)}")
         numbers = {}
         for option in options:
             key, _, number = option.partition("=")
             if key not in OPTIONS[task] or not number.isdecimal() or int(number) < 1:
                 known = ", ".join(f"{name}=N" for name in OPTIONS[task])
-                raise UserError(f"{source}: {option!r} is no option of {task}: known are {known}, N from 1")
+                raise UserError(
+                    f"{source}: {option!r} is not an option of {task}: choose among {known}, with N of at least 1"
+                )
             numbers[key] = int(number)
         if vocab_size - 1 < FEWEST_SYMBOLS[task]:
             least = FEWEST_SYMBOLS[task] + 1
             raise UserError(
-                f"{source}: {vocab_size} ids are too few for the task: set model.vocab_size={least} or more"
+                f"{source}: {vocab_size} ids are too few for this task: set model.vocab_size={least} or more"
             )
         return cls(source, task, vocab_size, **numbers)
 
@@ -129,7 +131,7 @@ class SyntheticTask:
             UserError: sequences too short for the task, or another length in the source.
         """
         if self.length:
-            raise UserError(f"data.train: {self.name}: a training length is data.sequence_length: leave length= out")
+            raise UserError(f"data.train: {self.name}: training uses data.sequence_length: leave out length=")
         self.check_length(sequence_length)
 
     def window(self, number: int, sequence_length: int, seed: int) -> Windows:

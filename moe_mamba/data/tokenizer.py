@@ -44,7 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.end_of_text = self.processor.eos_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if self.end_of_text < 0:
-            raise UserError(f"{name}: no end-of-text piece: train it with an eos_id")
+            raise UserError(f"{name}: it has no end-of-text piece: train it with an eos_id")
         self._space = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._threads = -1  # as many as there are cores
         self._has_bytes = all(self.processor.is_byte(piece) for piece in self._space)
@@ -95,7 +95,7 @@ class LibraryTokenizer(Tokenizer):
         try:
             self.library = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises Exception itself
-            raise UserError(f"{name}: not a tokenizer.json ({error}): give the file that a tokenizer saved") from error
+            raise UserError(f"{name}: not a tokenizer.json ({error}): give a file that a tokenizer saved") from error
         self.library.no_padding()
         self.library.no_truncation()
         self.library.encode_special_tokens = True  # a text that holds <|endoftext|> does not end there
@@ -103,7 +103,7 @@ class LibraryTokenizer(Tokenizer):
         self.end_name = end_of_text or next((end for end in END_NAMES if end in vocabulary), "")
         if self.end_name not in vocabulary:
             raise UserError(
-                f"{name}: no end-of-text token: name it as eos_token in {self.CONFIG} beside the vocabulary"
+                f"{name}: it has no end-of-text token: name it as eos_token in {self.CONFIG} beside the vocabulary"
             )
         self.content = content
         self.vocab_size = max(vocabulary.values()) + 1
@@ -148,9 +148,11 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if spec == "bytes":
         return BytesTokenizer()
     if spec == "sentencepiece":
-        raise UserError("tokenizer sentencepiece is trained from a run's corpus: give that run's tokenizer folder here")
+        raise UserError("the sentencepiece tokenizer is trained on a run's corpus: give that run's tokenizer folder")
     if spec == "symbols":
-        raise UserError("tokenizer symbols has as many ids as a run's model.vocab_size: give its tokenizer folder here")
+        raise UserError(
+            "the symbols tokenizer has as many ids as a run's model.vocab_size: give that run's tokenizer folder"
+        )
     path = Path(spec)
     if path.is_dir():
         return _load_folder(path)
@@ -237,7 +239,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return LibraryTokenizer(_gpt2_content(folder), str(folder))
     raise UserError(
-        f"{folder}: no tokenizer in it: it needs tokenizer.json, vocab.json and merges.txt, or tokenizer.model"
+        f"{folder}: it has no tokenizer: it needs tokenizer.json, vocab.json and merges.txt, or tokenizer.model"
     )
 
 
@@ -280,7 +282,7 @@ def _download_gpt2() -> str:
         return Path(path).read_text(encoding="utf-8")
     except Exception as error:  # no network, no cache, a refusal: the client has a type for each
         raise UserError(
-            f"gpt2 cannot be had from the Hugging Face hub ({type(error).__name__}): "
+            f"gpt2 cannot be downloaded from the Hugging Face hub ({type(error).__name__}): "
             "give a folder that holds its tokenizer.json, or vocab.json and merges.txt"
         ) from error
 
@@ -319,7 +321,7 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         return json.loads(_read(path))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}): give the file as the tokenizer's makers publish it") from error
+        raise UserError(f"{path}: not JSON ({error}): give the file as its authors publish it") from error
 
 
 def _read(path: Path) -> str:

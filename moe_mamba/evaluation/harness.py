@@ -242,8 +242,8 @@ class HarnessModel(TemplateLM):
         unknown = settings.keys() - DRAWING - {"until", "max_gen_toks", "do_sample"}
         if unknown:
             raise UserError(
-                f"generation_kwargs: {min(unknown)} is not known here: take it out of the task's file; "
-                f"known are {', '.join(sorted(DRAWING))}, do_sample, until and max_gen_toks"
+                f"generation_kwargs: {min(unknown)} is unknown: remove it from the task's file; "
+                f"supported are {', '.join(sorted(DRAWING))}, do_sample, until and max_gen_toks"
             )
         draws = {
             "temperature": settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,

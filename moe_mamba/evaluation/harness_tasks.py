@@ -74,7 +74,7 @@ def run_tasks(
         raise UserError(f"--tasks: {_first_line(error)}: give each task once") from error
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"{name} runs the code that a model writes, which is not done here: leave it out")
+            raise UserError(f"{name} runs code that a model writes, which is not supported: leave it out")
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"{name} shows images, which this model cannot read: leave it out")
         shots = task.get_config("num_fewshot")
@@ -98,7 +98,7 @@ def _files(spec: str) -> list[Path]:
         return [path.absolute()]
     found = sorted(path.absolute().glob("*.yaml"))
     if not found:
-        raise UserError(f"--tasks={spec}: no such task file, nor a folder with task files: give .yaml files")
+        raise UserError(f"--tasks={spec}: no such task file or folder of task files: give .yaml files")
     return [file for file in found if _group(file)] or found
 
 
@@ -118,7 +118,7 @@ def _names(spec: str, manager: TaskManager) -> list[str]:
     near = difflib.get_close_matches(spec, manager.all_tasks, 3)
     raise UserError(
         f"--tasks={spec}: the harness has no such task"
-        + (f"; near are {', '.join(near)}" if near else "")
+        + (f"; close matches: {', '.join(near)}" if near else "")
         + ": give one that it has, or a task file (.yaml)"
     )
 
@@ -136,7 +136,7 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
         reason = f"{name}: the task cannot be loaded ({type(error).__name__}: {_first_line(error)})"
         if isinstance(error, ConnectionError):
             raise UserError(
-                f"{reason}: the Hugging Face hub is out of reach: fix the network, or give a task file (.yaml) with "
+                f"{reason}: the Hugging Face hub cannot be reached: fix the network, or give a task file (.yaml) with "
                 "dataset_path: json and its data_files in dataset_kwargs"
             ) from error
         raise UserError(f"{reason}: fix the task's file, its data or the network") from error

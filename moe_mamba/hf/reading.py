@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): {FIX}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object: {FIX}")
+        raise UserError(f"{path} is not a JSON object: {FIX}")
     return content
 
 
@@ -66,7 +66,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if (folder / TORCH_FILE).is_file():
         return _torch_file(folder / TORCH_FILE)
     raise UserError(
-        f"{folder} holds no weights that are read: it needs {ONE_FILE}, {INDEX} with its shards, or {TORCH_FILE}"
+        f"{folder} holds no supported weights: it needs {ONE_FILE}, {INDEX} with its shards, or {TORCH_FILE}"
     )
 
 
@@ -79,7 +79,7 @@ def _safetensors(path: Path) -> dict[str, Stored]:
                 for name, slice in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated, or no safetensors file ({error}): {FIX}") from None
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {FIX}") from None
 
 
 def _read_safetensor(path: Path, name: str) -> Tensor:
@@ -96,7 +96,7 @@ def _sharded(folder: Path) -> dict[str, Stored]:
     here = {path.name for path in folder.iterdir() if path.is_file()}  # an index may name files outside the folder
     for shard in sorted(set(index.values())):
         if shard not in here:
-            raise UserError(f"{folder / shard} is missing, and {INDEX} names it: {FIX}")
+            raise UserError(f"{folder / shard} is missing, but {INDEX} names it: {FIX}")
         found |= _safetensors(folder / shard)
     missing = [name for name in index if name not in found]
     if missing:
@@ -111,10 +111,10 @@ def _torch_file(path: Path) -> dict[str, Stored]:
         reason = " ".join(str(error).split(".")[0].split())
         raise UserError(
             f"{path} is truncated, or refused because it holds more than tensors ({type(error).__name__}: {reason}): "
-            "convert it to safetensors where you trust it"
+            "if you trust it, convert it to safetensors"
         ) from None
     if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
-        raise UserError(f"{path} is no mapping of names to plain tensors: give a folder with {ONE_FILE}")
+        raise UserError(f"{path} is not a mapping of names to plain tensors: give a folder with {ONE_FILE}")
     return {
         name: Stored(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), partial(_itself, tensor))
         for name, tensor in content.items()

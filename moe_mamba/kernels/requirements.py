@@ -17,11 +17,11 @@ def triton() -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not torch.cuda.is_available():
-        return "Triton's kernels need a GPU, and torch sees none"
+        return "Triton's kernels need a GPU, but torch finds none"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_GENERATION:
         major, minor = capability
-        return f"this GPU has compute capability {major}.{minor}, and Triton's kernels need 8.0 (Ampere) or newer"
+        return f"this GPU has compute capability {major}.{minor}, but Triton's kernels need 8.0 (Ampere) or newer"
     return None
 
 

@@ -198,7 +198,7 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
             "tokens: generate one at a time"
         )
     if not prompts:
-        raise UserError("there are no prompts: give one at least")
+        raise UserError("no prompts: give at least one")
     for number, prompt in enumerate(prompts, 1):
         which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
         if not prompt:
@@ -206,6 +206,6 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
         outside = [token for token in prompt if not 0 <= token < model.config.vocab_size]
         if outside:
             raise UserError(
-                f"{which} has token {outside[0]}, past model.vocab_size={model.config.vocab_size}: "
+                f"{which} has token {outside[0]}, outside model.vocab_size={model.config.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )

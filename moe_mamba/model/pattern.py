@@ -30,7 +30,7 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
     for letter in config.pattern:
         if letter not in MIXERS:
             known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
-            raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}; known are {known}")
+            raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}")
         period.append(LayerSpec((MIXERS[letter],)))
     return period * config.repeat
 

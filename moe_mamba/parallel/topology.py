@@ -48,8 +48,8 @@ class World:
         """
         if torch.cuda.is_available() and self.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"{self.local_size} processes for the {torch.cuda.device_count()} GPUs of this machine: "
-                f"start one for each, with --num_gpus={torch.cuda.device_count()}"
+                f"{self.local_size} processes, but this machine has {torch.cuda.device_count()} GPUs: "
+                f"start one per GPU, with --num_gpus={torch.cuda.device_count()}"
             )
 
     @property
@@ -191,7 +191,7 @@ class Topology:
             unit = self.data * math.lcm(multiple, train.micro_batch or 1)
             raise UserError(
                 f"train.global_batch={train.global_batch} gives {train.global_batch // self.data} sequences of "
-                f"{config.data.sequence_length} tokens to each group of parallel.tensor={self.tensor} ranks, who "
+                f"{config.data.sequence_length} tokens to each group of parallel.tensor={self.tensor} ranks, which "
                 f"cannot share them: set train.global_batch={-(-train.global_batch // unit) * unit}"
             )
         share = self.sequences_per_data_rank(train.global_batch, train.micro_batch)

@@ -24,7 +24,7 @@ def check_output(output: Path, overwrite: bool, mark: str, source: str | Path | 
             and holds no ``mark``, or holds ``source``).
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UserError(f"--output={output} is no folder: give another name")
+        raise UserError(f"--output={output} is not a folder: give another name")
     if Path.cwd().is_relative_to(output.resolve()):
         raise UserError(f"--output={output} holds the working folder, which cannot be replaced: give another folder")
     if not output.exists() or not any(output.iterdir()):
@@ -34,7 +34,7 @@ def check_output(output: Path, overwrite: bool, mark: str, source: str | Path | 
     if not (output / mark).is_file():
         raise UserError(f"--output={output} holds no {mark}, so --overwrite does not replace it: give another folder")
     if source is not None and Path(source).resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--output={output} holds {source}, which is read: give another folder")
+        raise UserError(f"--output={output} holds {source}, which is an input: give another folder")
 
 
 @contextmanager
@@ -62,6 +62,6 @@ def whole_folder(output: Path, overwrite: bool, mark: str) -> Iterator[Path]:
         rename(aside, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--output={output} cannot be written ({error}): fix that, or give another") from None
+        raise UserError(f"--output={output} cannot be written ({error}): fix this, or give another") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -39,7 +39,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.folder={self.path} cannot be made ({error.strerror}): choose another") from None
+            raise UserError(f"run.folder={self.path} cannot be created ({error.strerror}): choose another") from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -78,14 +78,14 @@ class RunFolder:
             raise UserError(f"run.folder={self.path} has checkpoints but no config.yaml: choose another run.folder")
         if [path.name for path in self.checkpoints.glob("step-*")] == [STARTING_POINT]:
             raise UserError(
-                f"run.folder={self.path} holds weights to start from, and no run to go on with: "
+                f"run.folder={self.path} holds weights to start from, not a run to resume: "
                 f"give --run.folder={self.next_free} --train.warm_start={self.path}"
             )
         saved = load_config(self.config)
         for key, before, now in changed_on_resume(saved, config):
             raise UserError(
                 f"{key} was {before!r} in {self.path} and is now {now!r}, which a resumed run cannot change: "
-                f"start anew with --run.folder={self.next_free}"
+                f"start over with --run.folder={self.next_free}"
             )
 
 

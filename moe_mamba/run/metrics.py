@@ -170,7 +170,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 line = json.loads(text)
                 int(line["step"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number} is not a line of metrics: remove it") from None
+                raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
             end += len(text)
             yield line, end
 

@@ -148,7 +148,7 @@ def _curves(folder: str | os.PathLike[str]) -> tuple[Curve, dict[str, Curve]]:
     lines = read_metrics(folder)
     training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not training:
-        raise UserError(f"{Path(folder)} has no loss yet: let it train a step")
+        raise UserError(f"{Path(folder)} has no loss yet: train at least one step")
     sets: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, scores in line.get("validation", {}).items():

@@ -64,12 +64,12 @@ def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -
     source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
     if tokenizer is None and not Path(source).is_dir():
         raise UserError(
-            f"{source} is missing: bring it back ({command('convert_to_hf')} takes another copy: --tokenizer=gpt2, "
+            f"{source} is missing: restore it ({command('convert_to_hf')} accepts another copy: --tokenizer=gpt2, "
             "bytes, a folder or a .model file)"
         )
     loaded = load_tokenizer(source)
     if loaded.fingerprint != description["tokenizer"]:
-        raise UserError(f"{source} is not the tokenizer that {path} was trained with: bring that one back")
+        raise UserError(f"{source} is not the tokenizer that {path} was trained with: restore that one")
     return Trained(path, parse_config(description["config"]), description, loaded)
 
 
@@ -99,7 +99,7 @@ def find_weights(model: LanguageModel, run_or_step: str | Path) -> Path:
         if shape != shard.shape:
             there = "is missing" if shape is None else f"has the shape {tuple(shape)}"
             raise UserError(
-                f"{path} is of another model: {shard.name} {there}, and this config wants {shard.shape}: "
+                f"{path} belongs to another model: {shard.name} {there}, but this config needs {shard.shape}: "
                 "give the config that it was trained with"
             )
     return path

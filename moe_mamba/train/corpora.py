@@ -41,8 +41,8 @@ class Corpora:
         for source, identity in description["corpora"].items():
             if self.identities.get(source) != identity:
                 raise UserError(
-                    f"data.train: {source} holds other text than when {folder.path} was begun: "
-                    f"bring it back, or start anew with --run.folder={folder.next_free}"
+                    f"data.train: {source} holds different text than when {folder.path} was started: "
+                    f"restore it, or start over with --run.folder={folder.next_free}"
                 )
 
 

@@ -63,7 +63,7 @@ def describe_layout(config: Config, topology: Topology) -> str:
 def damaged_lines(corpora: Corpora) -> list[str]:
     """What of the text could not be read."""
     return [
-        f"{source.rejects:,} damaged lines of {name} were left out: they are kept in {source.rejects_file}"
+        f"{source.rejects:,} damaged lines of {name} were skipped: they are kept in {source.rejects_file}"
         for name, source in corpora.sources.items()
         if source.rejects
     ]
@@ -184,7 +184,7 @@ def finish(
 
 def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, world: World) -> None:
     """What a run that is done already says; draws the pictures, if a kill came before they were drawn."""
-    screen.say(f"{folder.path} is finished: {steps:,} steps are done. More train.steps make it go on.")
+    screen.say(f"{folder.path} is finished: {steps:,} steps are done. Raise train.steps to continue.")
     if world.is_first and not all(picture.exists() for picture in _pictures(config, folder)):
         draw_pictures(config, folder)
 

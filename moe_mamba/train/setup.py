@@ -65,7 +65,7 @@ def prepare_run(
     """
     newest = store.newest(folder.checkpoints, screen.say)
     if newest is None and any(folder.checkpoints.glob("step-*")):
-        screen.say("anew      no checkpoint serves to go on from: training starts from step 0")
+        screen.say("restart   there is no usable checkpoint: training starts from step 0")
     done = store.step_of(newest) if newest else 0
     config = _with_vocabulary(config, newest)
     plan = RunPlan.of(config, topology)
@@ -103,7 +103,7 @@ def accumulation_changes(config: Config, start: StartState, micro_steps: int) ->
         return []
     return [
         f"note      {was[0]} micro-steps of {was[1]:g} sequences per device became {now[0]} of {now[1]:g}: "
-        f"{' and '.join(changed)}, taken of each, {'change' if len(changed) > 1 else 'changes'} slightly"
+        f"{' and '.join(changed)}, computed for each, {'change' if len(changed) > 1 else 'changes'} slightly"
     ]
 
 

@@ -87,11 +87,11 @@ def stopping(folder: RunFolder, world: World) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunStopped(f"no space left in {folder.path}: free some, then the same line again goes on") from None
+        raise RunStopped(f"no space left in {folder.path}: free some, then the same command resumes the run") from None
     except torch.OutOfMemoryError:
         raise RunStopped(
             "the GPU's memory is full: lower train.micro_batch or set train.recompute=true; "
-            "the same line again then goes on"
+            "the same command then resumes the run"
         ) from None
 
 
@@ -182,7 +182,7 @@ class Trainer:
         self.watch.is_done = True
         self.metrics.close()
         if self.step < steps:
-            self.screen.say(f"stopped by {reason} at step {self.step:,}: saved; the same line goes on")
+            self.screen.say(f"stopped by {reason} at step {self.step:,}: saved; the same command resumes the run")
         elif self.world.is_first:
             report.finish(self.config, self.folder, self.screen, self.model, self.corpora, scores, self.topology)
 
@@ -275,9 +275,9 @@ class Trainer:
         advice = "give train.warm_start other weights" if is_given else "lower train.learning_rate"
         advice += ", or look at the data of this step"
         if kept is None:
-            return f"No valid checkpoint is there: {advice}; the same line then starts anew"
+            return f"There is no valid checkpoint: {advice}; the same command then starts over"
         again = ", as this run did; if that does not help, remove it" if store.step_of(kept) == self.begun else ""
-        return f"{kept} is kept: {advice}; the same line then goes on from it{again}"
+        return f"{kept} is kept: {advice}; the same command then resumes from it{again}"
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds

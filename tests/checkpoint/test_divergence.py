@@ -79,7 +79,7 @@ def save_with_a_bad_shard(folder: Path, kind: str, asynchronous: bool) -> str:
 @pytest.mark.parametrize("kind", ["weights", "moment2"])
 def test_what_one_rank_must_not_save_no_rank_saves(world: World, tmp_path: Path, kind: str, asynchronous: bool) -> None:
     before = save_here(tmp_path, 1)
-    expected = f"step 5 is not saved, for {kind}/w holds NaN or Inf: lower train.learning_rate; "
+    expected = f"step 5 is not saved because {kind}/w holds NaN or Inf: lower train.learning_rate; "
     expected += "the last complete checkpoint, step-00000001, is kept"
     assert set(world.run(save_with_a_bad_shard, tmp_path, kind, asynchronous)) == {expected}
     assert list(tmp_path.iterdir()) == [before]
@@ -157,8 +157,8 @@ def test_what_has_diverged_is_never_the_newest(tmp_path: Path) -> None:
     shutil.rmtree(first)
     said.clear()
     assert store.newest(tmp_path, said.append) is None
-    assert said == [f"{second} has diverged (step 3: loss nan): no older one is left"]
-    with pytest.raises(UserError, match="holds no complete checkpoint that serves"):
+    assert said == [f"{second} has diverged (step 3: loss nan): there is no older one"]
+    with pytest.raises(UserError, match="has no usable checkpoint"):
         store.resolve(tmp_path)
     (save_here(tmp_path, 3) / "index.json").unlink()
     shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000001")
@@ -290,16 +290,16 @@ def test_a_diverged_run_goes_on_from_the_checkpoint_that_it_names(
     same_weights(folder, other)
 
 
-def test_a_run_without_a_checkpoint_that_serves_starts_anew(world: World, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_usable_checkpoint_starts_over(world: World, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    for _ in range(2):  # the same line again diverges again, and loses nothing
+    for _ in range(2):  # the same command diverges again, and loses nothing
         line = diverge(world, tiny, folder, train__learning_rate=1e6, checkpoint__every=1)
         assert "the loss is nan at step 2" in line
-        assert "No valid checkpoint is there: lower train.learning_rate, or look at the data of this step" in line
-        assert line.endswith("; the same line then starts anew")
+        assert "There is no valid checkpoint: lower train.learning_rate, or look at the data of this step" in line
+        assert line.endswith("; the same command then starts over")
     found = run(world, tiny, folder, checkpoint__every=1)
     log = (folder / "log.txt").read_text()
-    assert "step-00000001 has diverged (step 2: loss nan): no older one is left\nanew " in log
+    assert "step-00000001 has diverged (step 2: loss nan): there is no older one\nrestart " in log
     assert curve(found) == curve(run(world, tiny, tmp_path / "other", checkpoint__every=1))
     same_weights(folder, tmp_path / "other")
 
@@ -356,7 +356,7 @@ def test_nothing_that_is_not_finite_is_saved(
         world.run(train_with_poison, step, kind, name, value, stops, config=str(tiny), **keys)
     line = next(line for line in str(stop.value).splitlines() if "RunStopped: " in line)
     saved = [] if stops else [5 if step == STEPS else 2]
-    assert f"step {step + (step == 3 and not stops)} is not saved, for {kind}/" in line
+    assert f"step {step + (step == 3 and not stops)} is not saved because {kind}/" in line
     assert f"{name} holds NaN" in line or name != "balance_bias"
     assert line.endswith(f"checkpoint, step-{saved[0]:08d}, is kept" if saved else "there is no earlier checkpoint")
     assert steps_of(folder / "checkpoints") == saved
@@ -374,7 +374,7 @@ def test_saving_in_the_background_refuses_it_as_well(
         world.run(train_with_poison, step, kind, name, math.inf, False, config=str(tiny), **keys)
     line = next(line for line in str(stop.value).splitlines() if "RunStopped: " in line)
     told = (
-        f"step 4 is not saved, for {kind}/" if kind == "moment2" else "the loss is nan at step 5; the first bad value"
+        f"step 4 is not saved because {kind}/" if kind == "moment2" else "the loss is nan at step 5; the first bad value"
     )
     assert told in line
     assert "step-00000002" in line

@@ -152,7 +152,7 @@ def test_shards_with_holes_or_that_disagree_are_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     path = save_here(tmp_path)
-    with pytest.raises(UserError, match=r"has no tensor weights/other: it is a checkpoint of another model"):
+    with pytest.raises(UserError, match=r"has no tensor weights/other: it is another model's checkpoint"):
         store.load(path, [whole("weights/other", torch.zeros(2))])
     with pytest.raises(UserError, match=r"weights/embedding.weight has shape \[12, 5\] there and \[12, 6\] here"):
         store.load(path, [whole("weights/embedding.weight", torch.zeros(12, 6))])
@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, h
     with pytest.raises(UserError, match=r"step-00000002/.*: use another checkpoint$"):
         store.resolve(after)
     shutil.rmtree(before)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is valid .*step-00000002.*: remove them to start anew"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid .*step-00000002.*: remove them to start over"):
         store.newest(tmp_path)
 
 
@@ -245,10 +245,10 @@ def test_runs_and_steps_are_resolved(tmp_path: Path) -> None:
     assert store.resolve(tmp_path / "run") == step
     assert store.resolve(step.parent) == step
     assert store.resolve(str(step)) == step
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         store.resolve(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
+    with pytest.raises(UserError, match="has no usable checkpoint"):
         store.resolve(tmp_path / "empty")
 
 

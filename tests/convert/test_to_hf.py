@@ -200,7 +200,7 @@ def test_what_several_classes_hold_goes_to_the_first() -> None:
 
 def test_native_that_does_not_fit_names_the_layer_and_the_format_that_does(tmp_path: Path) -> None:
     for keys, moe, says in (
-        ({"pattern": "ME"}, {}, r"no layer is attention.*JambaForCausalLM cannot cache; give --format moe_mamba"),
+        ({"pattern": "ME"}, {}, r"no layer is attention.*JambaForCausalLM cannot cache; use --format moe_mamba"),
         ({"pattern": "*-*M", **SWIGLU}, {}, r"layer 3 is Mamba.*JambaForCausalLM has - or E"),
         ({"pattern": "*E", **SWIGLU}, {}, r"moe.renormalize=false: MixtralForCausalLM"),
         ({"pattern": "*-"}, {}, r"model.activation=relu: LlamaForCausalLM"),
@@ -222,13 +222,13 @@ def test_bad_input_is_one_line_and_changes_nothing(run: Path, tmp_path: Path) ->
         assert "\n" not in str(error.value)
         assert files(tmp_path) == before
 
-    refused("is no folder", checkpoint=tmp_path / "nowhere")
+    refused("is not a folder", checkpoint=tmp_path / "nowhere")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text("{}")
-    refused("holds no complete checkpoint", checkpoint=tmp_path / "foreign")
+    refused("has no usable checkpoint", checkpoint=tmp_path / "foreign")
     refused("is not empty.*--overwrite", output=run)
     refused("holds no config.json, so --overwrite does not replace it", output=run, overwrite=True)
-    refused("is no folder", output=run / "config.yaml")
+    refused("is not a folder", output=run / "config.yaml")
     refused("holds the working folder", output=Path("."))
     refused("--max_shard_size=5 boxes", max_shard_size="5 boxes")
     refused("is not the tokenizer that", tokenizer=str(_other_tokenizer(tmp_path)))
@@ -240,7 +240,7 @@ def test_bad_input_is_one_line_and_changes_nothing(run: Path, tmp_path: Path) ->
     refused("is not what was written", checkpoint=step)
     weights.write_bytes(content)
     shutil.rmtree(run / "tokenizer")
-    refused("tokenizer is missing: bring it back")
+    refused("tokenizer is missing: restore it")
 
 
 def _other_tokenizer(folder: Path) -> Path:
@@ -291,5 +291,5 @@ def test_a_kill_between_the_renames_is_mended(run: Path, tmp_path: Path) -> None
 def test_sizes_of_shards() -> None:
     assert [parse_size(text) for text in ("5GB", "500 MB", "1.5kib", "77")] == [5 * 10**9, 5 * 10**8, 1536, 77]
     for text in ("", "0", "GB", "5TB", "-5GB"):
-        with pytest.raises(UserError, match="is no size"):
+        with pytest.raises(UserError, match="is not a size"):
             parse_size(text)

@@ -204,10 +204,10 @@ def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path
         routing(experts=2, top_k=3)
     with pytest.raises(UserError, match="no folder"):
         upcycle(tmp_path / "nothing", output, routing(experts=4))
-    with pytest.raises(UserError, match="which is read"):
+    with pytest.raises(UserError, match="which is an input"):
         upcycle(dense(), dense(), routing(experts=4), overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is no folder: give another name"):
+    with pytest.raises(UserError, match="is not a folder: give another name"):
         upcycle(dense(), tmp_path / "file", routing(experts=4))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")

@@ -54,7 +54,7 @@ def test_foreign_ids_past_the_vocabulary_are_refused_wherever_they_are(
         assert prepare_corpus(str(tmp_path / "fine"), BytesTokenizer(), tmp_path, verify=True).tokens == 2000
         ids[place] = 257
         write_foreign(tmp_path / "foreign", [ids])
-        with pytest.raises(UserError, match="token id 257 is past the vocabulary of 257"):
+        with pytest.raises(UserError, match="token id 257 is outside the vocabulary of 257"):
             prepare_corpus(str(tmp_path / "foreign"), BytesTokenizer(), tmp_path, verify=True)
 
 

@@ -123,10 +123,10 @@ def test_identity_is_of_the_task_and_not_of_its_validation() -> None:
 @pytest.mark.parametrize(
     ("source", "ids", "said"),
     [
-        ("synthetic:sorting", IDS, "known are synthetic:induction_heads, synthetic:selective_copying"),
-        (f"{INDUCTION}:memorize=4", IDS, "no option of induction_heads: known are queries=N"),
+        ("synthetic:sorting", IDS, "choose among synthetic:induction_heads, synthetic:selective_copying"),
+        (f"{INDUCTION}:memorize=4", IDS, "not an option of induction_heads: choose among queries=N"),
         (f"{COPYING}:memorize=0", IDS, "N from 1"),
-        (f"{COPYING}:16", IDS, "'16' is no option of selective_copying: known are memorize=N"),
+        (f"{COPYING}:16", IDS, "'16' is not an option of selective_copying: choose among memorize=N"),
         (INDUCTION, 3, "set model.vocab_size=4 or more"),
         (COPYING, 4, "set model.vocab_size=5 or more"),
     ],
@@ -144,7 +144,7 @@ def test_sequences_too_short_for_the_task_are_refused() -> None:
     for source, length, least in ((INDUCTION, 2, 3), (f"{COPYING}:memorize=4", 7, 8)):
         with pytest.raises(UserError, match=f"give {least} or more"):
             loader(source, length=length)
-    with pytest.raises(UserError, match=r"data.sequence_length: leave length= out"):
+    with pytest.raises(UserError, match=r"data.sequence_length: leave out length="):
         loader(f"{INDUCTION}:length=64")
 
 
@@ -159,9 +159,9 @@ def test_symbols_are_numbers(tmp_path: Path) -> None:
     assert (loaded.vocab_size, loaded.fingerprint) == (IDS, tokenizer.fingerprint)
     assert SymbolsTokenizer(18).fingerprint != tokenizer.fingerprint
     for text in ("The", "16", "-1", "1.5"):
-        with pytest.raises(UserError, match="is no symbol: give numbers from 0 to 15"):
+        with pytest.raises(UserError, match="is not a symbol: give numbers from 0 to 15"):
             tokenizer.encode(text)
-    with pytest.raises(UserError, match="give its tokenizer folder"):
+    with pytest.raises(UserError, match="give that run's tokenizer folder"):
         load_tokenizer("symbols")
     assert isinstance(prepare_corpus(COPYING, tokenizer, tmp_path), SyntheticTask)
 

@@ -137,7 +137,7 @@ def test_pieces_that_a_corpus_cannot_give(pieces: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer in it"),
+        ({}, "it has no tokenizer"),
         ({"tokenizer.json": "{}"}, "not a tokenizer.json"),
         ({"vocab.json": "no", "merges.txt": ""}, "not JSON"),
         ({"tokenizer.model": "no"}, "not a SentencePiece model"),

@@ -188,7 +188,7 @@ def test_texts_are_written_as_a_task_asks(build: Build) -> None:
     assert [first, second] == write(("prompt", drawing), ("prompt", drawing))
     beginning = generate(model._model, [END], 12, temperature=0, end_of_text=END)
     assert write(("", greedy))[0] == model._tokens.decode(list(beginning))
-    with pytest.raises(UserError, match="generation_kwargs: num_beams is not known here"):
+    with pytest.raises(UserError, match="generation_kwargs: num_beams is unknown"):
         write(("prompt", greedy | {"num_beams": 2}))
 
 

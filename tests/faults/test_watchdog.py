@@ -159,7 +159,7 @@ def test_a_launcher_that_ends_leaves_a_checkpoint_and_no_process(
     job.wait_for_end(30)
     (step,) = (int(path.name.removeprefix("step-")) for path in (job.folder / "checkpoints").glob("step-*"))
     assert len(curve(read_metrics(job.folder))) == step
-    assert f"stopped by {reason} at step {step:,}: saved; the same line goes on" in job.output
+    assert f"stopped by {reason} at step {step:,}: saved; the same command resumes the run" in job.output
     assert not (job.folder / "plots").exists()
 
 
@@ -197,7 +197,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_no_bit_changes(
     keys = {"run.folder": str(folder)}
     world.run(train_and_break, place, 1, step, action, ranks=2, config=str(tiny), **keys)
     reason = "SIGTERM" if action is terminate else "SIGINT"
-    assert f"stopped by {reason} at step {saved}: saved; the same line goes on" in (folder / "log.txt").read_text()
+    assert (
+        f"stopped by {reason} at step {saved}: saved; the same command resumes the run"
+        in (folder / "log.txt").read_text()
+    )
     assert (folder / "checkpoints" / f"step-{saved:08d}").exists()
     assert not (folder / "plots").exists()
     assert curve(run(world, tiny, folder, ranks=2)) == curve(read_metrics(two))
@@ -262,7 +265,9 @@ def test_more_processes_go_on_and_say_what_changes(world: World, tiny: Path, tmp
     run(world, tiny, tmp_path / "run", train__steps=2, **constant)
     run(world, tiny, tmp_path / "run", ranks=2, train__steps=4, **constant)
     assert log.read_text().count("note ") == 2  # each rank writes it into the log
-    assert "2 micro-steps of 4 sequences per device became 1 of 4: the balance loss, taken of each," in log.read_text()
+    assert (
+        "2 micro-steps of 4 sequences per device became 1 of 4: the balance loss, computed for each," in log.read_text()
+    )
     run(world, tiny, tmp_path / "run", ranks=2, train__steps=6, **constant)
     assert log.read_text().count("note ") == 2  # each rank writes it into the log
 

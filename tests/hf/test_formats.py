@@ -196,7 +196,7 @@ SCALED["original_max_position_embeddings"] = 8192
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
         ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small', and a number above 0"),
-        ("llama", {"sliding_window": 4096}, "has the key sliding_window=4096, which is not known of LlamaForCausalLM"),
+        ("llama", {"sliding_window": 4096}, "has the key sliding_window=4096, which is unknown for LlamaForCausalLM"),
         ("mistral", {"attention_bias": True}, "has the key attention_bias=True"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0, and a whole number above 0"),
         ("mistral", {"layer_types": ["full_attention"]}, "has the key layer_types=['full_attention']"),
@@ -234,7 +234,7 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_off(name: str) -> None:
         assert FORMATS[name].read(THEIRS[name] | {"qk_norm": off}) == whole
     for on in (True, 0.5, "rms", [0], {"eps": 0}):
         with pytest.raises(
-            UserError, match=r"^config\.json has the key qk_norm=.* which is not known of .*: take it out"
+            UserError, match=r"^config\.json has the key qk_norm=.* which is unknown for .*: remove it"
         ):
             FORMATS[name].read(THEIRS[name] | {"qk_norm": on})
     with pytest.raises(UserError, match=r"^config\.json has quantization_config: .*: give the model"):
@@ -323,5 +323,5 @@ def test_state_spaces_pads_its_vocabulary() -> None:
 
 @pytest.mark.parametrize("configuration", [{}, {"model_type": "mamba2"}, {"model_type": "bert", "d_model": 8}])
 def test_other_formats_are_refused(configuration: dict) -> None:
-    with pytest.raises(UserError, match="is none that is read: give a model of moe_mamba, mamba"):
+    with pytest.raises(UserError, match="is not supported: give a model of one of moe_mamba, mamba"):
         detect(configuration)

@@ -65,15 +65,15 @@ def refused(folder: Path, line: str, **keys: Any) -> None:
 def test_foreign_folders(folder: Path, tmp_path: Path) -> None:
     refused(
         tmp_path / "nothing",
-        r"nothing is no model's folder.*moe_mamba, mamba, llama, mistral, mixtral, jamba, state_spaces",
+        r"nothing has no config\.json, so it is not a model's folder.*moe_mamba, mamba, llama, mistral, mixtral, jamba, state_spaces",
     )
     configure(folder, model_type="gpt2")
-    refused(folder, r"model_type='gpt2' is none that is read.*mamba")
+    refused(folder, r"model_type='gpt2' is not supported.*mamba")
     configure(folder, model_type="mamba", use_bias=True)
     refused(folder, r"use_bias=True cannot be read")
     for text in ("{", "[]", "\udcff"):
         (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-        refused(folder, r"config\.json (cannot be read as JSON|is no JSON object)")
+        refused(folder, r"config\.json (cannot be read as JSON|is not a JSON object)")
 
 
 def test_a_tensor_is_missing(folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_rotary_frequencies_of_a_model_without_attention_are_no_tensor_of_it(fol
 
 def test_a_wrong_shape_or_kind(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({NORM: torch.ones(17)}))
-    refused(folder, rf"{NORM} has the shape \[17\], and config\.json makes it \[16\]")
+    refused(folder, rf"{NORM} has shape \[17\], but config\.json says \[16\]")
     change(folder, lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.int8)}))
     refused(folder, rf"{NORM} is I8, and only F32, F16, BF16 are read")
 
@@ -111,9 +111,9 @@ def test_a_torn_file(folder: Path) -> None:
     whole = path.read_bytes()
     for truncated in (whole[:-3], whole[:5], b"", b"<html>not found</html>"):
         path.write_bytes(truncated)
-        refused(folder, r"model\.safetensors is truncated, or no safetensors file")
+        refused(folder, r"model\.safetensors is truncated or not a safetensors file")
     path.unlink()
-    refused(folder, "holds no weights that are read")
+    refused(folder, "holds no supported weights")
 
 
 def test_a_missing_shard_and_a_shard_without_its_tensor(folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_no_pickle_is_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(folder, r"pytorch_model\.bin is truncated, or refused")
     for value in (1, torch.ones(16).to_sparse(), torch.ones(16, device="meta")):
         torch.save({NORM: value}, path)
-        refused(folder, "is no mapping of names to plain tensors")
+        refused(folder, "is not a mapping of names to plain tensors")
     assert not Path("evil").exists()
 
 
@@ -172,8 +172,8 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to(folder: Path) -> None:
 
 def test_tokenizers(folder: Path, shared_data: Path) -> None:
     (folder / "bytes.json").unlink()
-    refused(folder, r"no tokenizer in it.*; or name one as --tokenizer")
-    refused(folder, r"the tokenizer has 50257 tokens, the model knows 264", tokenizer=str(shared_data / "gpt2"))
+    refused(folder, r"it has no tokenizer.*; or name one as --tokenizer")
+    refused(folder, r"the tokenizer has 50257 tokens, the model has 264", tokenizer=str(shared_data / "gpt2"))
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((shared_data / "gpt2" / name).read_bytes())
     refused(folder, r"the tokenizer has 50257 tokens")

@@ -151,7 +151,7 @@ def test_a_bias_that_config_json_does_not_name_is_refused(tmp_path: Path) -> Non
         (
             "Mistral Nemo",
             {"head_dim": 4},
-            r"self_attn.q_proj.weight has the shape \[24, 16\], and config.json makes it",
+            r"self_attn.q_proj.weight has shape \[24, 16\], but config.json says",
         ),
     ):
         shutil.rmtree(tmp_path / "in", ignore_errors=True)

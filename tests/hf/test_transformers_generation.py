@@ -124,7 +124,7 @@ def test_a_static_cache_gives_the_same_text(model: Any) -> None:
         _close(model(prompt[:, 3:], cache=cache).logits, whole[:, 3:])
         assert places in ([], [tensor.data_ptr() for tensor in cache.tensors() if tensor.dim()])
         cache.reset()
-    with pytest.raises(ValueError, match="room for 8 tokens, 0 are in it and 10 come"):
+    with pytest.raises(ValueError, match="room for 8 tokens, holds 0 and gets 10 more"):
         model(torch.cat((prompt, prompt), 1), cache=cache)
 
 
@@ -227,5 +227,5 @@ def test_another_kind_of_cache_is_refused(pair: Pair) -> None:
     prompt = torch.ones(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="cache_implementation=quantized: a MoEMambaCache is only dynamic or static"):
         model.generate(prompt, cache_implementation="quantized", **GREEDY)
-    with pytest.raises(ValueError, match="beside a cache: pass one of them"):
+    with pytest.raises(ValueError, match="was passed with a cache: pass only one"):
         model.generate(prompt, cache=MoEMambaCache(), cache_implementation="static", **GREEDY)

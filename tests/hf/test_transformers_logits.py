@@ -163,13 +163,13 @@ def test_autocast_casts_products_and_leaves_the_rest(pair: Pair, backend: str, p
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({}, "give one of input_ids and inputs_embeds"),
+        ({}, "pass either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(1, 1, 3, 3)}, r"attention_mask has shape \(1, 1, 3, 3\), and must be \(1, 3\)"),
         ({"attention_mask": torch.ones(1, 5)}, "goes on from earlier tokens, whose cache must be passed as well"),
         ({"position_ids": torch.tensor([[4, 5, 6]])}, "go on from tokens whose state is not here"),
         ({"position_ids": torch.tensor([[0, 2, 3]])}, "must rise by one per token"),
         ({"position_ids": torch.tensor([[0, 1]])}, "2 columns for 3 new tokens"),
-        ({"past_key_values": "two", "cache": "two"}, "two names of one thing"),
+        ({"past_key_values": "two", "cache": "two"}, "two names for the same thing"),
         ({"seq_idx": torch.zeros(1, 2)}, r"seq_idx has shape \(1, 2\), and must be \(1, 3\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 3])}, "must be the same"),
         ({"past_key_values": "DynamicCache"}, "the cache is a DynamicCache: pass a MoEMambaCache"),

@@ -124,7 +124,7 @@ def test_a_cache_goes_on_under_both_names_and_only_from_what_it_has_read(model: 
             model.generate(tokens, **{name: cache}, **greedy)
     with pytest.raises(ValueError, match="the text has 6 tokens, and the cache has read 10: pass the whole text"):
         model.generate(tokens[:, 10:], attention_mask=MASK[:, :6] | 1, cache=read(), **greedy)
-    with pytest.raises(ValueError, match="two names of one thing"):
+    with pytest.raises(ValueError, match="two names for the same thing"):
         model.generate(tokens, cache=read(), past_key_values=read(), **greedy)
 
 

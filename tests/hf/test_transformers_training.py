@@ -47,7 +47,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair) -> None:
     assert getattr(model(TOKENS, cache=cache), modeling.CACHE) is None
     assert cache.is_empty
     assert model.eval()(TOKENS, cache=cache)[modeling.CACHE] is cache
-    with pytest.raises(ValueError, match="goes on from no cache"):
+    with pytest.raises(ValueError, match="cannot continue from a cache"):
         model.train()(TOKENS, cache=cache)
     model.train().gradient_checkpointing_disable()
     assert _layers_run(model, lambda: _gradients(model)) == 6

@@ -89,7 +89,7 @@ def test_a_gpu_below_the_supported_generation(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(UserError, match=r"this GPU has compute capability 7\.5, and Triton's kernels need 8\.0"):
+    with pytest.raises(UserError, match=r"this GPU has compute capability 7\.5, but Triton's kernels need 8\.0"):
         choose("selective_scan", "cuda", torch.bfloat16, "triton", 16)
     with pytest.warns(UserWarning, match=r"7\.5, .*; without it the scan is a loop"):
         assert choose("selective_scan", "cuda", torch.bfloat16, size=16)[0] == "torch"

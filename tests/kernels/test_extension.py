@@ -124,7 +124,7 @@ def test_a_compiler_that_hangs_is_stopped(fresh: Build, tmp_path: Path, monkeypa
 def test_a_cache_that_cannot_be_written(
     fresh: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", write_compiler(tmp_path, QUICKLY))  # a file is no folder
+    monkeypatch.setenv("XDG_CACHE_HOME", write_compiler(tmp_path, QUICKLY))  # a file is not a folder
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path))
         assert fresh() is None

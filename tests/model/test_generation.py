@@ -168,7 +168,7 @@ def test_expert_choice_is_refused(tiny: Tiny) -> None:
     ("prompt", "keys", "message"),
     [
         ([], {}, "no tokens"),
-        ([31], {}, "past model.vocab_size=31"),
+        ([31], {}, "outside model.vocab_size=31"),
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"top_k": 0}, "top_k=0"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
@@ -182,9 +182,9 @@ def test_bad_settings_are_one_line(tiny: Tiny, prompt: list[int], keys: dict, me
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "there are no prompts"),
+        ([], "no prompts: give"),
         ([[1], []], "prompt 2 has no tokens"),
-        ([[1], [2], [3, -1]], "prompt 3 has token -1, past model.vocab_size=31"),
+        ([[1], [2], [3, -1]], "prompt 3 has token -1, outside model.vocab_size=31"),
     ],
 )
 def test_bad_prompts_of_a_batch_are_named(tiny: Tiny, prompts: list[list[int]], message: str) -> None:

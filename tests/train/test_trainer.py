@@ -283,7 +283,7 @@ def test_other_text_under_the_same_name_is_refused(world: World, tiny: Path, cor
     text.write_bytes((corpus / "train.jsonl").read_bytes())
     run(world, tiny, tmp_path / "run", data__train=str(text), train__steps=2)
     text.write_bytes(text.read_bytes().replace(b"plus", b"minus"))
-    with pytest.raises(WorkerError, match=r"text\.jsonl holds other text than .*--run\.folder=.*run-2"):
+    with pytest.raises(WorkerError, match=r"text\.jsonl holds different text than .*--run\.folder=.*run-2"):
         run(world, tiny, tmp_path / "run", data__train=str(text), train__steps=4)
 
 

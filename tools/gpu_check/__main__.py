@@ -36,7 +36,7 @@ def main(
     if device == "cpu" and not tiny:
         raise UserError("--device=cpu is for trying the sections: add --tiny")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch sees no GPU here: run this on a machine that has one, or give --device=cpu --tiny")
+        raise UserError("torch finds no GPU: run this on a machine that has one, or give --device=cpu --tiny")
     folder = Path(output or os.environ.get("OUT") or ROOT / "docs" / "measurements")
     folder.mkdir(parents=True, exist_ok=True)
     results = []
@@ -50,7 +50,7 @@ def main(
     failed = [result.name for result in results if result.outcome in ("failed", "out of time")]
     print(f"report: {folder / 'gpu_check.md'}")
     if failed:
-        raise RunStopped(f"not every section went well: {', '.join(failed)}; {folder / 'gpu_check.md'} says why")
+        raise RunStopped(f"some sections failed: {', '.join(failed)}; see {folder / 'gpu_check.md'}")
 
 
 def _write(folder: Path, results: list[Result], device: str) -> None:

@@ -29,4 +29,4 @@ def detect(configuration: Configuration) -> Format:
         return FORMATS["state_spaces"]
     if kind in (OWN.name, *NATIVE):
         return FORMATS[kind]
-    raise UserError(f"config.json: model_type={kind!r} is none that is read: give a model of {', '.join(FORMATS)}")
+    raise UserError(f"config.json: model_type={kind!r} is not supported: give a model of one of {', '.join(FORMATS)}")

@@ -240,8 +240,8 @@ def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"config.json makes no model of ours: {key} {first['msg'].removeprefix('Value error, ')}"
+            f"config.json does not describe a supported model: {key} {first['msg'].removeprefix('Value error, ')}"
         ) from None
     except ValueError as error:
-        raise UserError(f"config.json makes no model of ours: {error}") from None
+        raise UserError(f"config.json does not describe a supported model: {error}") from None
     return built

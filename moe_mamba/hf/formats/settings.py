@@ -78,14 +78,14 @@ class Settings:
     def _refuse_unread(self) -> None:
         if self._configuration.get("quantization_config"):
             raise UserError(
-                f"config.json has {self._place}quantization_config: weights that are quantised are not read: "
-                "give the model that they were made from"
+                f"config.json has {self._place}quantization_config, but quantised weights are not supported: "
+                "give the model that was quantised"
             )
         for key, value in self._configuration.items():
             if key not in self._known and value not in (None, False, 0, "", [], {}):
                 raise UserError(
-                    f"config.json has the key {self._place}{key}={reprlib.repr(value)}, which is not known of "
-                    f"{self._architecture}: take it out if the model computes the same without it"
+                    f"config.json has the key {self._place}{key}={reprlib.repr(value)}, which is unknown for "
+                    f"{self._architecture}: remove it if the model computes the same without it"
                 )
         for section in self._sections:
             section._refuse_unread()
@@ -185,7 +185,7 @@ class Settings:
 
     def _wrong(self, key: str, value: Any, belongs: str) -> NoReturn:
         there = "is missing" if value is None else f"is {reprlib.repr(value)}"
-        raise UserError(f"config.json: {self._place}{key} {there}, and {belongs} belongs there: fix the file")
+        raise UserError(f"config.json: {self._place}{key} {there}, but must be {belongs}: fix the file")
 
 
 def notes(configuration: Configuration, architecture: str) -> list[str]:

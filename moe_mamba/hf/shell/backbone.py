@@ -50,7 +50,7 @@ def _check_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None
         given, name, axes = inputs_embeds, "inputs_embeds", "(batch, length, d_model)"
     assert given is not None
     if given.dim() != axes.count(",") + 1 or 0 in given.shape:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}, and must be {axes}, of one token at least")
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, and must be {axes}, with at least one token")
 
 
 def _nearest(keyword: str) -> str:
@@ -140,7 +140,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if unknown := documents.keys() - DOCUMENTS:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}{_nearest(min(unknown))}")
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give one of input_ids and inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds")
         _check_shape(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self._embedded(input_ids)
@@ -191,17 +191,19 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
     def _cache(self, given: StateCache | None, older: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache that this pass fills, or None."""
         if given is not None and older is not None:
-            raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+            raise ValueError("cache and past_key_values are two names for the same thing: pass only one")
         given = older if given is None else given
         if given is not None or use_cache:
             self.check_that_it_generates()
         if given is not None and not isinstance(given, StateCache):
             raise ValueError(f"the cache is a {type(given).__name__}: pass a MoEMambaCache, or None for a new one")
         if given is not None and use_cache is False:
-            raise ValueError("a cache with use_cache=False: leave out one of them")
+            raise ValueError("a cache was passed with use_cache=False: leave out one of them")
         if self._computes_again() and (given is not None or use_cache):
             if given is not None and not given.is_empty:
-                raise ValueError("gradient checkpointing goes on from no cache: disable it, or read the whole text")
+                raise ValueError(
+                    "gradient checkpointing cannot continue from a cache: disable it, or pass the whole text"
+                )
             logger.warning_once("MoEMamba: gradient checkpointing keeps no cache in training: use_cache=False")
             return None
         if given is not None:
@@ -240,7 +242,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         run = partial(run_layers, self.layers, merge=self._computes_again())
         if reading.waiting is not None and states is not None:
             if recording != Recording():
-                raise ValueError("padding after text that is in the cache: no layer's results can be recorded")
+                raise ValueError("there is padding after cached text: no layer's results can be recorded")
             stream, statistics, states = run_with_waiting(run, stream, document_starts, states, reading.waiting)
         else:
             sequences = Sequences(batch, length, document_starts, recording)
@@ -261,11 +263,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         room = cache.max_cache_len
         if torch.compiler.is_compiling() and cache.states:
             if room is not None:
-                full = f"the cache has room for {room} tokens, and more come: make it larger"
+                full = f"the cache has room for {room} tokens, and there are more: make it larger"
                 torch._assert_async(torch.as_tensor(cache.seen) + length <= room, full)
             return cache.states
         if room is not None and not torch.compiler.is_compiling() and int(cache.seen) + length > room:
             raise ValueError(
-                f"the cache has room for {room} tokens, {int(cache.seen)} are in it and {length} come: make it larger"
+                f"the cache has room for {room} tokens, holds {int(cache.seen)} and gets {length} more: make it larger"
             )
         return cache.states or initial_states(self.layers, batch, embedded.dtype, embedded.device, room)

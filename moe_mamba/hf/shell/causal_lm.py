@@ -211,7 +211,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         """
         given = [kwargs.pop(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
         if len(given) > 1:
-            raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+            raise ValueError("cache and past_key_values are two names for the same thing: pass only one")
         if given:
             kwargs[CACHE] = given[0]
         return super().generate(*args, **kwargs)
@@ -247,7 +247,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={wanted}: a MoEMambaCache is only dynamic or static")
         if given is not None:
             if wanted is not None:
-                raise ValueError(f"cache_implementation={wanted} beside a cache: pass one of them")
+                raise ValueError(f"cache_implementation={wanted} was passed with a cache: pass only one")
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = MoEMambaCache()

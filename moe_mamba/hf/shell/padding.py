@@ -122,8 +122,8 @@ def _checked(mask: Tensor, new: Tensor, cache: StateCache | None, past: int) -> 
         raise ValueError(BINARY)
     if is_changed:
         raise ValueError(
-            "attention_mask tells otherwise of tokens that the cache has read: a state cannot forget a token, "
-            "so read the text anew with the mask that is meant"
+            "attention_mask contradicts tokens that the cache has read: a state cannot forget a token, "
+            "so pass the whole text again with the mask that you mean"
         )
     return None if is_plain else new
 

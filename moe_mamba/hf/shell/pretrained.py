@@ -105,7 +105,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Let layers compute again; without reentrance, which would lose the gradient of the routers' losses."""
         if getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
-            raise ValueError("gradient checkpointing computes layers again, it does not offload: leave out offload")
+            raise ValueError("gradient checkpointing recomputes layers and does not offload: leave out offload")
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is random
         super()._set_gradient_checkpointing(enable, again, **kwargs)
 
