@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from launch.train import train
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.config_file import load_config
+from moe_mamba.convert.to_hf import choose_format
 from moe_mamba.errors import UserError
 from moe_mamba.model.generation import generate
 from moe_mamba.model.initialize import Initializer, initialize, ones, uniform
@@ -143,3 +144,5 @@ def test_everything_that_asks_about_layers_has_an_answer(registered: None) -> No
     initialize(model, 0)
     assert "layers.0.mixer.share" in model.fp32_parameter_names()
     assert model.mixers()[0].flops_per_token(8) == 6 * 2 * 16 * 32
+    with pytest.raises(UserError, match=r"^model\.pattern=TM has the layer T of tests\.test_new_mixer.*assemble_hf"):
+        choose_format("auto", config.model, config.moe)

@@ -38,7 +38,7 @@ def choose_format(asked: str, model: ModelConfig, moe: MoEConfig) -> tuple[WayOu
         moe: of the checkpoint.
 
     Raises:
-        UserError: a native class is asked for and none holds the model.
+        UserError: a native class is asked for and none holds the model, or ours does not either.
     """
     refusals = {name: format.refusal(model, moe) for name, format in NATIVE.items()}
     native = next((NATIVE[name] for name, refusal in refusals.items() if refusal is None), None)
@@ -48,6 +48,8 @@ def choose_format(asked: str, model: ModelConfig, moe: MoEConfig) -> tuple[WayOu
             "use --format moe_mamba, which can"
         )
     chosen = OWN if native is None or asked == "moe_mamba" else native
+    if chosen is OWN and (refusal := OWN.refusal(model, moe)):
+        raise UserError(refusal)
     would_do = "it would do, but --format moe_mamba was asked for" if chosen is OWN else "it would do as well"
     why_not = [f"not {name}: {refusal or would_do}" for name, refusal in refusals.items() if name != chosen.name]
     return chosen, why_not

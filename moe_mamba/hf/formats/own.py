@@ -8,6 +8,7 @@ from moe_mamba.hf.formats.base import Entry, build, same
 from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.names import logical_names
+from moe_mamba.model.pattern import kinds
 
 CLASSES = {
     "AutoModel": "MoEMambaModel",
@@ -24,8 +25,15 @@ class Own:
     architecture = "MoEMambaForCausalLM"
 
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
-        """It holds every model."""
-        return None
+        """It holds every model of this package's mixers, from which its code is assembled."""
+        package = __name__.partition(".")[0]
+        foreign = [mixer for mixer in kinds(model) if mixer.__module__.partition(".")[0] != package]
+        if not foreign:
+            return None
+        return (
+            f"model.pattern={model.pattern} has the layer {foreign[0].letter} of {foreign[0].__module__}, which the "
+            "exported code would lack: move the mixer into moe_mamba/model/mixers and run tools/assemble_hf.py"
+        )
 
     def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         """Our keys, flat, and the experts' in a section of their own."""
