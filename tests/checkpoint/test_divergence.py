@@ -373,11 +373,8 @@ def test_saving_in_the_background_refuses_it_as_well(
     with pytest.raises(WorkerError) as stop:
         world.run(train_with_poison, step, kind, name, math.inf, False, config=str(tiny), **keys)
     line = next(line for line in str(stop.value).splitlines() if "RunStopped: " in line)
-    told = (
-        f"step 4 is not saved because {kind}/"
-        if kind == "moment2"
-        else "the loss is nan at step 5; the first bad value"
-    )
+    diverged = "the loss is nan at step 5; the first bad value"
+    told = f"step 4 is not saved because {kind}/" if kind == "moment2" else diverged
     assert told in line
     assert "step-00000002" in line
     assert "is kept" in line
