@@ -235,7 +235,7 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_off(name: str) -> None:
     for on in (True, 0.5, "rms", [0], {"eps": 0}):
         with pytest.raises(UserError, match=r"^config\.json has the key qk_norm=.* which is unknown for .*: remove it"):
             FORMATS[name].read(THEIRS[name] | {"qk_norm": on})
-    with pytest.raises(UserError, match=r"^config\.json has quantization_config: .*: give the model"):
+    with pytest.raises(UserError, match=r"^config\.json has quantization_config, .*: give the model"):
         FORMATS[name].read(THEIRS[name] | {"quantization_config": {"quant_method": "awq"}})
 
 
