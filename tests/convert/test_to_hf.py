@@ -278,7 +278,7 @@ def test_a_failure_half_way_keeps_what_was_there(run: Path, tmp_path: Path, monk
     assert files(tmp_path) == before
 
 
-def test_a_kill_between_the_renames_is_mended(run: Path, tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_is_repaired(run: Path, tmp_path: Path) -> None:
     main(str(run), str(tmp_path / "out"))
     before = files(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.replaced")  # what a kill at that instant leaves

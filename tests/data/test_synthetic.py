@@ -125,7 +125,7 @@ def test_identity_is_of_the_task_and_not_of_its_validation() -> None:
     [
         ("synthetic:sorting", IDS, "choose among synthetic:induction_heads, synthetic:selective_copying"),
         (f"{INDUCTION}:memorize=4", IDS, "not an option of induction_heads: choose among queries=N"),
-        (f"{COPYING}:memorize=0", IDS, "N from 1"),
+        (f"{COPYING}:memorize=0", IDS, "N of at least 1"),
         (f"{COPYING}:16", IDS, "'16' is not an option of selective_copying: choose among memorize=N"),
         (INDUCTION, 3, "set model.vocab_size=4 or more"),
         (COPYING, 4, "set model.vocab_size=5 or more"),
