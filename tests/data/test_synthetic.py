@@ -73,7 +73,7 @@ def test_selective_copying_follows_the_rules(memorize: int) -> None:
 
 
 @pytest.mark.parametrize("source", [f"{INDUCTION}:queries=4", COPYING])
-def test_a_sequence_depends_on_seed_and_position_alone(source: str) -> None:
+def test_a_sequence_depends_only_on_seed_and_position(source: str) -> None:
     whole = loader(source).batch(0, 40)
     again = loader(source)
     parts = [again.batch(first, 8) for first in (32, 0, 8, 24, 16)]

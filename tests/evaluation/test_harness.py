@@ -68,7 +68,7 @@ def alone(model: HarnessModel, context: list[int], continuation: list[int]) -> t
 
 @pytest.mark.parametrize("pattern", ["ME", "M*-E"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_scores_are_those_of_each_request_alone_in_the_order_asked(build: Build, pattern: str, batch: int) -> None:
+def test_scores_are_those_of_each_request_by_itself_in_the_order_asked(build: Build, pattern: str, batch: int) -> None:
     model = build(pattern, batch=batch, router="top_k", top_k=2)
     greedy = list(generate(model._model, list(b"one two three"), 3, temperature=0))
     pairs = [(list(before.encode()), list(after.encode())) for before, after in PAIRS]

@@ -239,7 +239,7 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_off(name: str) -> None:
         FORMATS[name].read(THEIRS[name] | {"quantization_config": {"quant_method": "awq"}})
 
 
-def test_what_acts_in_training_alone_is_said() -> None:
+def test_what_acts_only_in_training_is_said() -> None:
     keys = {"attention_dropout": 0.1, "router_jitter_noise": 0.01, "auto_map": {"AutoConfig": "evil.Config"}}
     assert FORMATS["mixtral"].read(THEIRS["mixtral"] | keys) == FORMATS["mixtral"].read(THEIRS["mixtral"])
     dropout, jitter, code = notes(THEIRS["mixtral"] | keys, "MixtralForCausalLM")

@@ -70,7 +70,7 @@ def test_same_curve_as_one_process(world: World, pattern: str, ranks: tuple[int,
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_tensor_peers(world: World, ranks: int) -> None:
+def test_tensor_ranks(world: World, ranks: int) -> None:
     check_same_curve(world, "M-", [Layout(ranks, 2, zero=3)])
 
 
@@ -197,6 +197,6 @@ def test_bf16_is_the_same_function_at_every_stage(world: World, pattern: str) ->
     assert under_3 == pytest.approx(under_1, rel=1e-4)
 
 
-def test_bf16_among_tensor_peers_is_refused() -> None:
+def test_bf16_among_tensor_ranks_is_refused() -> None:
     with pytest.raises(UserError, match=r"parallel\.zero=3 with parallel\.tensor=2.*set parallel\.zero=2"):
         config_of("M-", Layout(2, 2, zero=3), train__precision="bf16")

@@ -47,7 +47,7 @@ def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path: Path) -> N
     assert len(read_metrics(tmp_path / "b")) == 2
 
 
-def test_a_torn_line_at_the_step_of_resumption_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_line_at_the_step_of_resumption_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, 0, 3)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3')
