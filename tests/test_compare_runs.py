@@ -86,7 +86,7 @@ def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").touch()
     (tmp_path / "moe_mamba.py").touch()
-    with pytest.raises(UserError, match=r"Python imports .*moe_mamba.py there: give the root of a checkout$"):
+    with pytest.raises(UserError, match=r"Python imports .*moe_mamba.py instead: give the root of a checkout$"):
         compare_runs.main(str(tmp_path), str(ROOT))
 
 

@@ -36,7 +36,7 @@ def many(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_many_prompts_are_written_as_each_alone(run, many: str) -> None:
+def test_many_prompts_are_written_as_each_by_itself(run, many: str) -> None:
     alone = [objects(run(prompt=prompt, seed=5 + row, json=True))[0] for row, prompt in enumerate(PROMPTS)]
     assert [one["prompt"] for one in alone] == PROMPTS
     assert all(one["text"].startswith(one["prompt"]) and one["ended_by"] == "length" for one in alone)

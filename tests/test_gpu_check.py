@@ -177,7 +177,7 @@ def test_a_loss_that_does_not_fall_is_a_fault(curve: list[float], said: str | No
     assert training.fault(curve) == said
 
 
-def test_losses_that_are_no_numbers() -> None:
+def test_losses_that_are_nan_or_inf() -> None:
     curve = training.losses([{"loss": 2.0, "tokens_per_second": 1.0}, {"loss": None, "tokens_per_second": 1.0}, {}])
     assert curve[0] == 2.0 and math.isnan(curve[1]) and len(curve) == 2
     assert finite({"losses": curve, "steps": 2, "shown": "nan"}) == {"losses": [2.0, None], "steps": 2, "shown": "nan"}

@@ -304,7 +304,7 @@ def test_a_run_without_a_usable_checkpoint_starts_over(world: World, tiny: Path,
     same_weights(folder, tmp_path / "other")
 
 
-def test_a_finished_model_whose_validation_is_no_number_is_not_saved(world: World, tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_model_whose_validation_is_nan_is_not_saved(world: World, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(world, tiny, folder, train__steps=2, **CONSTANT)
     line = diverge(world, tiny, folder, train__steps=3, train__learning_rate=1e6, **CONSTANT)

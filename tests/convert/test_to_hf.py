@@ -175,7 +175,7 @@ def test_the_card_names_the_weights_that_the_run_started_from(tmp_path: Path) ->
     assert "| starts from | the weights of `runs/first` |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_step_alone_converts_with_the_tokenizer_named(run: Path, tmp_path: Path) -> None:
+def test_only_a_step_converts_with_the_tokenizer_named(run: Path, tmp_path: Path) -> None:
     step = shutil.copytree(run / "checkpoints" / "step-00000010", tmp_path / "alone" / "step-00000010")
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "holiday.png").touch()  # lies where a run's would, and is none
@@ -250,7 +250,7 @@ def _other_tokenizer(folder: Path) -> Path:
     return folder / "other"
 
 
-def test_expert_choice_is_exported_for_scoring_alone(tmp_path: Path) -> None:
+def test_expert_choice_is_exported_only_for_scoring(tmp_path: Path) -> None:
     make_run(tmp_path / "run", {"pattern": "ME"}, {"router": "expert_choice", "capacity_factor": 1.0})
     with pytest.raises(UserError, match="cannot generate: give --scoring_only"):
         main(str(tmp_path / "run"), str(tmp_path / "out"))
@@ -278,7 +278,7 @@ def test_a_failure_half_way_keeps_what_was_there(run: Path, tmp_path: Path, monk
     assert files(tmp_path) == before
 
 
-def test_a_kill_between_the_renames_is_mended(run: Path, tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_is_repaired(run: Path, tmp_path: Path) -> None:
     main(str(run), str(tmp_path / "out"))
     before = files(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.replaced")  # what a kill at that instant leaves

@@ -140,7 +140,7 @@ def test_damaged_parquet_and_rows_without_text(tmp_path: Path) -> None:
 )
 def test_an_empty_corpus_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="no documents in it") as error:
+    with pytest.raises(UserError, match="it has no documents") as error:
         list(Corpus(str(tmp_path / name)).documents())
     assert "\n" not in str(error.value)
     if content == b"no\n":
@@ -153,8 +153,8 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, name: str, content: bytes) -
         ("missing.jsonl", "no such file"),
         ("*.nothing", "no such file"),
         (".", "is a folder"),
-        ("a.csv", "unknown kind"),
-        ("a.txt.gz", "unknown kind"),
+        ("a.csv", "unknown file type"),
+        ("a.txt.gz", "unknown file type"),
         ("builtin:test", "train and validation"),
         ("hf:c4", "hf:NAME:SPLIT"),
         ("hf:c4::train", "hf:NAME:SPLIT"),

@@ -9,7 +9,7 @@ def test_permute_is_a_permutation(size: int) -> None:
     assert sorted(permute(np.arange(size), size, "key")) == list(range(size))
 
 
-def test_permute_takes_any_part_alone() -> None:
+def test_permute_takes_any_part_by_itself() -> None:
     whole = permute(np.arange(1000), 1000, "key")
     assert (permute(np.array([7, 900, 3]), 1000, "key") == whole[[7, 900, 3]]).all()
     huge = permute(np.array([0, 1, 2**39]), 2**40 - 1, "key")
@@ -38,7 +38,7 @@ def test_blend_keeps_to_the_weights_at_every_length(weights: list[float]) -> Non
         assert abs(np.cumsum(chosen) - expected).max() <= len(weights)
 
 
-def test_blend_takes_any_part_alone() -> None:
+def test_blend_takes_any_part_by_itself() -> None:
     corpus, within = blend(np.arange(1000), [2, 1, 1])
     part = blend(np.arange(400, 450), [2, 1, 1])
     assert (part[0] == corpus[400:450]).all()

@@ -196,9 +196,9 @@ def test_limit(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_source_of_rejects_alone_keeps_them_and_can_be_mended(tmp_path: Path, workers: int) -> None:
+def test_a_source_of_only_rejects_keeps_them_and_can_be_fixed(tmp_path: Path, workers: int) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"no\nnor this\n")
-    with pytest.raises(UserError, match="no documents in it"):
+    with pytest.raises(UserError, match="it has no documents"):
         preprocess(str(tmp_path / "a.jsonl"), BytesTokenizer(), tmp_path / "out", workers)
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 2
     source = write_documents(tmp_path / "a.jsonl", ["a"])

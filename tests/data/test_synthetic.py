@@ -73,7 +73,7 @@ def test_selective_copying_follows_the_rules(memorize: int) -> None:
 
 
 @pytest.mark.parametrize("source", [f"{INDUCTION}:queries=4", COPYING])
-def test_a_sequence_depends_on_seed_and_position_alone(source: str) -> None:
+def test_a_sequence_depends_only_on_seed_and_position(source: str) -> None:
     whole = loader(source).batch(0, 40)
     again = loader(source)
     parts = [again.batch(first, 8) for first in (32, 0, 8, 24, 16)]
@@ -125,7 +125,7 @@ def test_identity_is_of_the_task_and_not_of_its_validation() -> None:
     [
         ("synthetic:sorting", IDS, "choose among synthetic:induction_heads, synthetic:selective_copying"),
         (f"{INDUCTION}:memorize=4", IDS, "not an option of induction_heads: choose among queries=N"),
-        (f"{COPYING}:memorize=0", IDS, "N from 1"),
+        (f"{COPYING}:memorize=0", IDS, "N of at least 1"),
         (f"{COPYING}:16", IDS, "'16' is not an option of selective_copying: choose among memorize=N"),
         (INDUCTION, 3, "set model.vocab_size=4 or more"),
         (COPYING, 4, "set model.vocab_size=5 or more"),

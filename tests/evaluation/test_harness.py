@@ -68,7 +68,7 @@ def alone(model: HarnessModel, context: list[int], continuation: list[int]) -> t
 
 @pytest.mark.parametrize("pattern", ["ME", "M*-E"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_scores_are_those_of_each_request_alone_in_the_order_asked(build: Build, pattern: str, batch: int) -> None:
+def test_scores_are_those_of_each_request_by_itself_in_the_order_asked(build: Build, pattern: str, batch: int) -> None:
     model = build(pattern, batch=batch, router="top_k", top_k=2)
     greedy = list(generate(model._model, list(b"one two three"), 3, temperature=0))
     pairs = [(list(before.encode()), list(after.encode())) for before, after in PAIRS]
@@ -169,21 +169,21 @@ def test_whole_texts_are_scored_in_windows(build: Build, reset: bool) -> None:
 
 def test_texts_are_written_as_a_task_asks(build: Build) -> None:
     model = build("M*E")
-    greedy = model._tokens.decode(list(generate(model._model, list(b"prompt"), 12, temperature=0, end_of_text=END)))
+    argmax = model._tokens.decode(list(generate(model._model, list(b"prompt"), 12, temperature=0, end_of_text=END)))
 
     def write(*arguments: tuple[str, dict]) -> list[str]:
         return model.generate_until(requests("generate_until", list(arguments)))
 
     greedy = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    stop = greedy[4:6]
+    stop = argmax[4:6]
     stopped, other, whole = write(("prompt", greedy | {"until": [stop]}), ("x", greedy), ("prompt", greedy))
-    assert whole == greedy
-    assert stopped == greedy[: greedy.index(stop)]
+    assert whole == argmax
+    assert stopped == argmax[: argmax.index(stop)]
     assert other == write(("x", greedy))[0]
     drawing = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_gen_toks": 12, "until": "no such end"}
     first, second = write(("prompt", drawing), ("prompt", drawing))
     assert [first, second] == write(("prompt", drawing), ("prompt", drawing))
-    assert len({first, second, greedy}) == 3
+    assert len({first, second, argmax}) == 3
     model.batch = 1
     assert [first, second] == write(("prompt", drawing), ("prompt", drawing))
     beginning = generate(model._model, [END], 12, temperature=0, end_of_text=END)

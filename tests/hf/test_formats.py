@@ -178,7 +178,7 @@ SCALED["original_max_position_embeddings"] = 8192
         ("mamba", {"hidden_size": None}, "hidden_size is missing"),
         ("mamba", {"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ("mamba", {"time_step_rank": "some"}, "time_step_rank='some'"),
-        ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes', and true or false belongs there"),
+        ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes', but must be true or false"),
         ("llama", {"head_dim": 7}, "model.head_dim = 7 is odd"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type='dynamic' cannot be read"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type='yarn'"),
@@ -200,7 +200,7 @@ SCALED["original_max_position_embeddings"] = 8192
         ("mistral", {"attention_bias": True}, "has the key attention_bias=True"),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0, and a whole number above 0"),
         ("mistral", {"layer_types": ["full_attention"]}, "has the key layer_types=['full_attention']"),
-        ("llama", {"rope_parameters": 3}, "rope_parameters is 3, and an object belongs there"),
+        ("llama", {"rope_parameters": 3}, "rope_parameters is 3, but must be an object"),
         ("llama", {"rope_scaling": ["linear"]}, "rope_scaling is ['linear']"),
         ("llama", {"hidden_size": 18}, "not divisible by model.heads=4"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
@@ -239,7 +239,7 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_off(name: str) -> None:
         FORMATS[name].read(THEIRS[name] | {"quantization_config": {"quant_method": "awq"}})
 
 
-def test_what_acts_in_training_alone_is_said() -> None:
+def test_what_acts_only_in_training_is_said() -> None:
     keys = {"attention_dropout": 0.1, "router_jitter_noise": 0.01, "auto_map": {"AutoConfig": "evil.Config"}}
     assert FORMATS["mixtral"].read(THEIRS["mixtral"] | keys) == FORMATS["mixtral"].read(THEIRS["mixtral"])
     dropout, jitter, code = notes(THEIRS["mixtral"] | keys, "MixtralForCausalLM")

@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float, dtype: torch.dt
     refused(folder, rf"^{folder}: {NORM} holds NaN or Inf: fetch the folder again, or give another$")
 
 
-def test_a_torn_file(folder: Path) -> None:
+def test_a_truncated_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for truncated in (whole[:-3], whole[:5], b"", b"<html>not found</html>"):

@@ -49,7 +49,7 @@ def test_cached_equals_uncached(model: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_a_batch_with_left_padding_equals_each_prompt_alone(model: Any, chunk: int | None) -> None:
+def test_a_batch_with_left_padding_equals_each_prompt_by_itself(model: Any, chunk: int | None) -> None:
     prompts = [torch.randint(2, 31, (length,)) for length in (1, 4, 7)]
     batch, mask = torch.ones(3, 7, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.int64)
     for row, prompt in enumerate(prompts):

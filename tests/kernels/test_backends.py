@@ -51,7 +51,7 @@ def test_an_operation_without_the_forced_one_takes_what_auto_gives() -> None:
     assert choose("rms_norm", "cpu", torch.float32, "reference", 64)[0] == "reference"
 
 
-def test_a_missing_one_is_a_warning_that_says_the_cost_and_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_one_is_a_warning_that_says_the_cost_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, "selective_scan", "cpu", missing=lambda: "no C++ compiler was found (c++): install g++")
     with pytest.warns(UserWarning, match=r"'cpu' cannot run here: no C\+\+ compiler .* install g\+\+; without it the"):
         assert choose("selective_scan", "cpu", torch.float32, size=16)[0] == "torch"

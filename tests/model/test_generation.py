@@ -54,7 +54,7 @@ def written(writing: Writing, steps: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("pattern", "model"), [("ME", {}), ("M*-E", {}), ("M*-E", {"positions": "none"}), ("MM", {"mamba_norms": True})]
 )
-def test_a_row_of_a_batch_is_what_its_prompt_alone_gives(
+def test_a_row_of_a_batch_is_what_its_prompt_gives_by_itself(
     tiny: Tiny, pattern: str, model: dict, sampling: Sampling
 ) -> None:
     built = tiny(pattern, moe={"capacity_factor": 0.5}, **model).double()
@@ -126,7 +126,7 @@ def test_a_windows_state_stops_growing(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("keys", [{}, {"head_dim": 6, "kv_heads": 2, "sliding_window": 3}], ids=str)
-def test_prompts_of_different_lengths_are_each_as_if_alone(tiny: Tiny, keys: dict) -> None:
+def test_prompts_of_different_lengths_are_each_as_if_by_themselves(tiny: Tiny, keys: dict) -> None:
     model = tiny("*-", **keys).double().eval()
     prompts = [torch.randint(31, (length,)).tolist() for length in (1, 5, 9)]
     together, _ = read(model, prompts, chunk=6)

@@ -13,7 +13,7 @@ from moe_mamba.model.mixers.moe import Experts
 Tiny = Callable[..., LanguageModel]
 
 
-def test_weights_depend_on_seed_and_name_alone(tiny: Tiny) -> None:
+def test_weights_depend_only_on_seed_and_name(tiny: Tiny) -> None:
     one, same, other = tiny("ME"), tiny("ME"), tiny("ME", seed=1)
     longer = tiny("ME", repeat=2)
     longer_weights = dict(longer.named_parameters())

@@ -161,7 +161,7 @@ def test_layers_sharded_by_tensor(world: Processes, pattern: str, tensor: int, p
     compare(world.run(micro_step, config, ranks=tensor), config, layout)
 
 
-def test_key_heads_for_every_peer_have_no_gradients_to_sum(world: Processes) -> None:
+def test_key_heads_for_every_tensor_rank_have_no_gradients_to_sum(world: Processes) -> None:
     config = config_of("*", Layout(4, 4), model__kv_heads=4)
     compare(world.run(micro_step, config, ranks=4), config, Layout(4, 4))
 

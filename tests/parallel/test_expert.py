@@ -147,7 +147,7 @@ def test_equals_one_process(world: Any, case: str, ranks: int, expert: int) -> N
 
 @pytest.mark.parametrize("ranks, expert", [(2, 1), (2, 2), (4, 4)])
 @pytest.mark.parametrize("case", ["top-2 renormalised", "capacity", "expert choice", "shared"])
-def test_tensor_peers_send_their_own_tokens(world: Any, case: str, ranks: int, expert: int) -> None:
+def test_tensor_ranks_send_their_own_tokens(world: Any, case: str, ranks: int, expert: int) -> None:
     _check(world, case, ranks, tensor=2, expert=expert)
 
 

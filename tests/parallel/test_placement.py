@@ -152,7 +152,7 @@ def test_blocks_of_unequal_widths_are_sharded_each_by_itself() -> None:
         assert [segment.local for segment in segments] == [0, 4, 8, 10, 12]
 
 
-def test_fewer_key_heads_than_tensor_peers_are_copied_to_neighbours() -> None:
+def test_fewer_key_heads_than_tensor_ranks_are_copied_to_neighbours() -> None:
     config, model = meta("*")
     ranks = on_every_rank(config, model, Layout(4, 4))
     head_dim = config.model.resolved_head_dim

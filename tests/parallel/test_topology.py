@@ -195,7 +195,7 @@ def accept_or_refuse(config: Config, ranks: int) -> None:
             accept(other, count)
 
 
-def test_a_micro_batch_is_shared_by_tensor_peers() -> None:
+def test_a_micro_batch_is_shared_by_tensor_ranks() -> None:
     config = config_of("ME", Layout(4, 4), data__sequence_length=6)
     assert Topology(world_of(4), 4).micro_batch_multiple(config) == 2
     assert Topology(world_of(4), 4).micro_batch_multiple(config_of("ME", Layout(4, 4))) == 1

@@ -69,7 +69,7 @@ def test_same_curve_as_one_process(world: World, pattern: str, ranks: tuple[int,
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_tensor_peers(world: World, ranks: int) -> None:
+def test_tensor_ranks(world: World, ranks: int) -> None:
     check_same_curve(world, "M-", [Layout(ranks, 2, zero=3)])
 
 

@@ -27,7 +27,7 @@ def test_a_share_of_the_global_batch_is_divided() -> None:
     assert [choose(config, ranks) for ranks in (1, 2, 4, 8)] == [12, 12, 6, 3]
 
 
-def test_tensor_peers_can_share_it() -> None:
+def test_tensor_ranks_can_share_it() -> None:
     keys = {"parallel.tensor": 4, "train.global_batch": 24}
     short = load_config(None, {**keys, "data.sequence_length": 6})  # 4 ranks share the tokens of two sequences
     assert choose(short, 4) % 2 == 0

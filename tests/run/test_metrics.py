@@ -47,7 +47,7 @@ def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path: Path) -> N
     assert len(read_metrics(tmp_path / "b")) == 2
 
 
-def test_a_torn_line_at_the_step_of_resumption_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_line_at_the_step_of_resumption_is_dropped(tmp_path: Path) -> None:
     write(tmp_path, 0, 3)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3')
@@ -70,11 +70,11 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_no_metrics_and_foreign_lines_are_the_users_to_mend(tmp_path: Path) -> None:
+def test_no_metrics_and_foreign_lines_are_the_users_to_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl does not exist: give the folder of a run"):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is not a line of metrics"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a line of metrics"):
         read_metrics(tmp_path)
 
 

@@ -19,7 +19,7 @@ def test_cosine_rises_linearly_and_ends_at_the_minimum() -> None:
     assert all(one >= other for one, other in itertools.pairwise(curve[9:]))
 
 
-def test_stable_then_decay_falls_in_a_line_at_the_end_alone() -> None:
+def test_stable_then_decay_falls_in_a_line_only_at_the_end() -> None:
     curve = rates(100, schedule="wsd", warmup=0.1, decay=0.2, minimum_rate=0.0)
     assert curve[9:80] == pytest.approx([1.0] * 71)
     assert curve[80:] == pytest.approx([1 - step / 20 for step in range(1, 21)])

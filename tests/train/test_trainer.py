@@ -210,7 +210,7 @@ def train_with_a_nan(rank: int, parameter: str, **arguments: Any) -> None:
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [pytest.param(0, 1, marks=pytest.mark.slow), (1, 2)])
-def test_a_loss_that_is_no_number_names_step_and_place_and_keeps_the_checkpoint(
+def test_a_loss_of_nan_names_step_and_place_and_keeps_the_checkpoint(
     world: World, tiny: Path, tmp_path: Path, rank: int, ranks: int
 ) -> None:
     keys = {"run.folder": str(tmp_path / "run"), "train.micro_batch": 2}

@@ -60,7 +60,7 @@ class ScalingShapes:
         return ScalingShapes(32, 16, 16, 1, (2,), ("expert",), 1) if tiny else ScalingShapes()
 
     def config(self, ranks: int, layout: str) -> Config:
-        """``ME`` with 8 dropless experts under ZeRO 1; tensor peers share the tokens of as many processes."""
+        """``ME`` with 8 dropless experts under ZeRO 1; tensor-parallel ranks share the tokens of as many processes."""
         tensor = 2 if layout == "tensor" else 1
         micro_batch = self.tokens // self.length * tensor
         return Config(
@@ -225,7 +225,7 @@ class Timing(TorchDispatchMode):
     It sees every operator of torch.distributed, megatron-core's and DeepSpeed's too, and those of the backward pass:
     on a CPU autograd works in the thread that called ``backward``. A collective that would run beside computation is
     waited for on the spot, so that none of its time is missed: while this lasts nothing is hidden behind computation,
-    and the share is an upper bound. Waiting for slower peers counts. Calls in a group of one process move nothing and
+    and the share is an upper bound. Waiting for slower ranks counts. Calls in a group of one process move nothing and
     are left out.
     """
 

@@ -182,7 +182,7 @@ def test_cases_drop_something() -> None:
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_router_learns_from_the_output_alone_at_top_1(scores: str) -> None:
+def test_router_learns_only_from_the_output_at_top_1(scores: str) -> None:
     layer = _layer({"scores": scores})
     y, _, _ = layer(_x(), SEQUENCES)
     (gradient,) = torch.autograd.grad(y.square().sum(), [layer.router.weight])
