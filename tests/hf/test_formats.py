@@ -184,9 +184,13 @@ SCALED["original_max_position_embeddings"] = 8192
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type='yarn'"),
         ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
         ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling.rope_type=['linear'] cannot be read"),
-        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing, and a number above 0"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear"}},
+            "rope_scaling.factor is missing, but must be a number above 0",
+        ),
         ("llama", {"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "type='dynamic'"),
-        ("llama", {"rope_scaling": {"factor": 2.0}}, "has the key rope_scaling.factor=2.0, which is not known"),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, "has the key rope_scaling.factor=2.0, which is unknown"),
         ("llama", {"rope_parameters": SCALED | {"low_freq_factor": None}}, "low_freq_factor is missing"),
         ("llama", {"rope_parameters": SCALED | {"low_freq_factor": 4.0}}, "rope_low_freq_factor=4 is not below"),
         ("llama", {"rope_parameters": SCALED | {"beta": 1.0}}, "has the key rope_parameters.beta=1.0"),
@@ -195,17 +199,17 @@ SCALED["original_max_position_embeddings"] = 8192
         ("llama", {"original_max_position_embeddings": 8192}, "the key original_max_position_embeddings=8192"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
-        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small', and a number above 0"),
+        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small', but must be a number above 0"),
         ("llama", {"sliding_window": 4096}, "has the key sliding_window=4096, which is unknown for LlamaForCausalLM"),
         ("mistral", {"attention_bias": True}, "has the key attention_bias=True"),
-        ("mistral", {"sliding_window": 0}, "sliding_window is 0, and a whole number above 0"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0, but must be a whole number above 0"),
         ("mistral", {"layer_types": ["full_attention"]}, "has the key layer_types=['full_attention']"),
         ("llama", {"rope_parameters": 3}, "rope_parameters is 3, but must be an object"),
         ("llama", {"rope_scaling": ["linear"]}, "rope_scaling is ['linear']"),
         ("llama", {"hidden_size": 18}, "not divisible by model.heads=4"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
         ("mixtral", {"num_experts": 8}, "has the key num_experts=8"),
-        ("mixtral", {"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1, and a number from 0"),
+        ("mixtral", {"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1, but must be a number of at least 0"),
         ("jamba", {"sliding_window": 64}, "has the key sliding_window=64"),
         ("jamba", {"mamba_proj_bias": True}, "mamba_proj_bias=True"),
         ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms=False"),
@@ -235,7 +239,7 @@ def test_a_key_that_nobody_knows_is_refused_unless_it_is_off(name: str) -> None:
     for on in (True, 0.5, "rms", [0], {"eps": 0}):
         with pytest.raises(UserError, match=r"^config\.json has the key qk_norm=.* which is unknown for .*: remove it"):
             FORMATS[name].read(THEIRS[name] | {"qk_norm": on})
-    with pytest.raises(UserError, match=r"^config\.json has quantization_config: .*: give the model"):
+    with pytest.raises(UserError, match=r"^config\.json has quantization_config, .*: give the model"):
         FORMATS[name].read(THEIRS[name] | {"quantization_config": {"quant_method": "awq"}})
 
 
