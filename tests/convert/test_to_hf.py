@@ -194,7 +194,7 @@ def test_what_several_classes_hold_goes_to_the_first() -> None:
     assert "not llama: it would do, but --format moe_mamba was asked for" in why_not
     both = ModelConfig(pattern="*-", **SWIGLU, **BIASES, sliding_window=5)
     assert choose_format("auto", both, MoEConfig())[0].name == "moe_mamba"
-    with pytest.raises(UserError, match=r"attention_bias=true: MistralForCausalLM has none; give"):
+    with pytest.raises(UserError, match=r"attention_bias=true: MistralForCausalLM has none; use"):
         choose_format("native", both, MoEConfig())
 
 

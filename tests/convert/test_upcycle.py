@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path
         routing(experts=4, renormalize=True)
     with pytest.raises(UserError, match=r"exceeds moe\.experts"):
         routing(experts=2, top_k=3)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         upcycle(tmp_path / "nothing", output, routing(experts=4))
     with pytest.raises(UserError, match="which is an input"):
         upcycle(dense(), dense(), routing(experts=4), overwrite=True)

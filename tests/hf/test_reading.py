@@ -88,14 +88,14 @@ def test_a_tensor_too_many(folder: Path) -> None:
 
 def test_rotary_frequencies_of_a_model_without_attention_are_no_tensor_of_it(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({"layers.0.rotary_emb.inv_freq": torch.ones(2)}))
-    refused(folder, r"has the tensor layers\.0\.rotary_emb\.inv_freq, which MambaForCausalLM")
+    refused(folder, r"has the tensor layers\.0\.rotary_emb\.inv_freq, which the MambaForCausalLM")
 
 
 def test_a_wrong_shape_or_kind(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({NORM: torch.ones(17)}))
     refused(folder, rf"{NORM} has shape \[17\], but config\.json says \[16\]")
     change(folder, lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.int8)}))
-    refused(folder, rf"{NORM} is I8, and only F32, F16, BF16 are read")
+    refused(folder, rf"{NORM} is I8, but only F32, F16, BF16 are supported")
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.float32), (-math.inf, torch.float16)])
@@ -121,7 +121,7 @@ def test_a_missing_shard_and_a_shard_without_its_tensor(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for shard in ("b.safetensors", "../in/a.safetensors", "a" * 300):
         index.write_text(json.dumps({"weight_map": {NORM: "a.safetensors", "x": shard}}))
-        refused(folder, f"{shard} is missing, and")
+        refused(folder, f"{shard} is missing, but")
     index.write_text(json.dumps({"weight_map": {NORM: "a.safetensors", "x": "a.safetensors"}}))
     refused(folder, r"a\.safetensors has no tensor x, which")
     index.write_text("{}")

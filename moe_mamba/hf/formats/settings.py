@@ -133,7 +133,7 @@ class Settings:
         value = self.get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not (value > 0 if least is None else value >= least):
-            self._wrong(key, value, "a number above 0" if least is None else f"a number from {least:g}")
+            self._wrong(key, value, "a number above 0" if least is None else f"a number of at least {least:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
