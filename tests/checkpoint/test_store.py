@@ -236,7 +236,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     save_here(tmp_path, 1)
     manifest = save_here(tmp_path, 2) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(UserError, match="format 99, this program reads 1: use the version that wrote it"):
+    with pytest.raises(UserError, match="format 99, but this program reads 1: use the version that wrote it"):
         store.newest(tmp_path)
 
 
