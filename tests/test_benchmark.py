@@ -79,6 +79,7 @@ def test_table_and_json(flags: tuple[str, ...], measured: set[str], tmp_path: Pa
     assert "2 processes, " in two["what"] and two["goal"] == min(1, two["cores"] / 2)
 
 
+@pytest.mark.slow
 def test_rows_of_a_gpu_against_stand_ins(tmp_path: Path) -> None:
     done = run("-c", WITH_STAND_INS.format(output=str(tmp_path / "rows.json")))
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,9 @@ def small(corpus: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("keys", "is_equal"), [({}, True), ({"train__learning_rate": 2e-3}, False)])
+@pytest.mark.parametrize(
+    ("keys", "is_equal"), [pytest.param({}, True, marks=pytest.mark.slow), ({"train__learning_rate": 2e-3}, False)]
+)
 def test_what_differs_is_seen(
     world: World, small: dict[str, Any], tmp_path: Path, keys: dict[str, Any], is_equal: bool
 ) -> None:

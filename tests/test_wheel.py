@@ -15,6 +15,9 @@ from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
 from tests.train.runs import STEPS, curve
 
+# Building and installing take a while, and everything here but the files' names is guarded by other tests too.
+pytestmark = pytest.mark.slow
+
 PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "moe_mamba", "configs")
 
 
@@ -87,7 +90,6 @@ def test_a_config_that_ships_is_found_by_its_name(installed: Path, tmp_path: Pat
     assert "ME x 8" in _call(installed, tmp_path, *line)
 
 
-@pytest.mark.slow
 def test_it_trains_and_generates(installed: Path, tiny: Path, tmp_path: Path) -> None:
     command = str(installed / "bin" / "moe-mamba")
     shown = _call(installed, tmp_path, command, "train", f"--config={tiny}", "--run.folder=run")
@@ -103,7 +105,6 @@ def _free_port() -> int:
         return kernel.getsockname()[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_every_launcher_finds_the_module(installed: Path, tiny: Path, tmp_path: Path, launcher: str) -> None:
     flags = {

@@ -34,7 +34,10 @@ def test_a_function_runs_on_the_ranks_asked_for(world: World, ranks: int) -> Non
     assert [result.tolist() for result in results] == [[ranks + ranks * (ranks - 1) / 2] * 2] * ranks
 
 
-@pytest.mark.parametrize(("function", "message"), [(fail_on_rank_1, "as planned"), (die_on_rank_0, r"exit code 3")])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(fail_on_rank_1, "as planned"), pytest.param(die_on_rank_0, r"exit code 3", marks=pytest.mark.slow)],
+)
 def test_a_failing_rank_is_reported_and_the_world_goes_on(world: World, function, message: str) -> None:
     begin = time.monotonic()
     with pytest.raises(WorkerError, match=message):

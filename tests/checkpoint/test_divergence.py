@@ -363,6 +363,7 @@ def test_nothing_that_is_not_finite_is_saved(
     assert not list((folder / "checkpoints").glob(".step*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "kind", "name"), [(3, "moment2", ""), (4, "weights", "in_proj")])
 def test_saving_in_the_background_refuses_it_as_well(
     world: World, tiny: Path, tmp_path: Path, step: int, kind: str, name: str

@@ -123,6 +123,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     assert stops > 10
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os, sys, time\n"

@@ -105,6 +105,7 @@ def start_two(start: Callable[..., Job], arguments: tuple[str, ...] = LONG) -> l
     ]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_a_launcher_is_named_in_one_line(start: Callable[..., Job]) -> None:
     job = start(*DEEPSPEED)
     job.wait_for_steps(3)
@@ -259,6 +260,7 @@ def test_an_exception_on_one_rank_is_the_line_of_all(world: World, tiny: Path, t
     assert len(curve(run(world, tiny, tmp_path / "run", ranks=2))) == STEPS
 
 
+@pytest.mark.slow
 def test_more_processes_go_on_and_say_what_changes(world: World, tiny: Path, tmp_path: Path) -> None:
     constant = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0, "train__micro_batch": 4}
     log = tmp_path / "run" / "log.txt"

@@ -34,6 +34,7 @@ def _close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_passes_see_documents_and_padding_as_others_do(model: Any, tokens: Tensor) -> None:
     traced = compiled(model)
@@ -56,6 +57,7 @@ def test_a_traced_program_reads_any_mask(model: Any, tokens: Tensor) -> None:
     _close(got[MASK.bool()], model(tokens, attention_mask=MASK, use_cache=False).logits[MASK.bool()])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_pass_raises_where_it_cannot_look(model: Any, tokens: Tensor) -> None:
     traced = compiled(model)

@@ -168,13 +168,18 @@ def test_key_heads_for_every_tensor_rank_have_no_gradients_to_sum(world: Process
 
 EXPERT_LAYOUTS = [
     Layout(2, 1, 2),
-    Layout(4, 1, 4),
-    Layout(2, 2, 2),
     Layout(4, 2, 2),
-    Layout(4, 2, 4),
-    Layout(4, 4, 2),
     Layout(4, 2, 2, expert_tensor=True),
-    Layout(2, 2, 1, expert_tensor=True),
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (
+            Layout(4, 1, 4),
+            Layout(2, 2, 2),
+            Layout(4, 2, 4),
+            Layout(4, 4, 2),
+            Layout(2, 2, 1, expert_tensor=True),
+        )
+    ),
 ]
 KINDS_OF_EXPERTS = {
     "dropless": {},

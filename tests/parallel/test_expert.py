@@ -139,19 +139,19 @@ def _close(name: str, one: Tensor, two: Tensor) -> None:
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("ranks, expert", [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("ranks, expert", [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), (4, 4)])
 @pytest.mark.parametrize("case", list(CASES))
 def test_equals_one_process(world: Any, case: str, ranks: int, expert: int) -> None:
     _check(world, case, ranks, tensor=1, expert=expert)
 
 
-@pytest.mark.parametrize("ranks, expert", [(2, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("ranks, expert", [pytest.param(2, 1, marks=pytest.mark.slow), (2, 2), (4, 4)])
 @pytest.mark.parametrize("case", ["top-2 renormalised", "capacity", "expert choice", "shared"])
 def test_tensor_ranks_send_their_own_tokens(world: Any, case: str, ranks: int, expert: int) -> None:
     _check(world, case, ranks, tensor=2, expert=expert)
 
 
-@pytest.mark.parametrize("ranks, expert", [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("ranks, expert", [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)])
 @pytest.mark.parametrize("case", ["top-2 renormalised", "capacity", "expert choice", "shared"])
 def test_experts_sharded_by_tensor(world: Any, case: str, ranks: int, expert: int) -> None:
     _check(world, case, ranks, tensor=2, expert=expert, expert_tensor=True)

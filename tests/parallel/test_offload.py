@@ -29,7 +29,14 @@ def test_same_curve_as_on_the_device(world: World, pattern: str) -> None:
         assert error <= 1e-5, f"{layout}: {name}"
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.long),
+        pytest.param(3, marks=pytest.mark.slow),
+    ],
+)
 def test_runs_resume_with_it_and_without(world: World, tiny: Path, tmp_path: Path, zero: int) -> None:
     offloaded = {"parallel__zero": zero, "parallel__offload_optimizer": True, "ranks": 2}
     check_resumes(world, tiny, tmp_path / "from", offloaded, {"parallel__zero": 1, "ranks": 1})

@@ -38,6 +38,8 @@ from tests.world import World
 MEASUREMENTS = ROOT / "docs" / "measurements" / "parity.json"
 STEPS = 20
 PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
+# The last holds every kind of layer; the others, by themselves, are slow.
+ALL_AND_EACH = [*(pytest.param(pattern, marks=pytest.mark.slow) for pattern in PATTERNS[:-1]), PATTERNS[-1]]
 # What imported models of attention have beside the plain ones' layers.
 IMPORTED: dict[str, Any] = {
     "model__head_dim": 6,
@@ -150,7 +152,7 @@ def test_outputs_and_gradients_without_selection(world: World) -> None:
         assert error <= 1e-10, f"{layout}: {name}"
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ALL_AND_EACH)
 def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
     layouts = [Layout(2, 2), Layout(4, 4)]
     if "E" in pattern:
@@ -221,8 +223,8 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks
     ("pattern", "layouts"),
     [
         ("ME", [Layout(4, 2, 2, zero=2)]),
-        ("M-", [Layout(2, 2, zero=1)]),
-        ("MEM-*E", [Layout(4, 2, 2, zero=1, expert_tensor=True)]),
+        pytest.param("M-", [Layout(2, 2, zero=1)], marks=pytest.mark.slow),
+        pytest.param("MEM-*E", [Layout(4, 2, 2, zero=1, expert_tensor=True)], marks=pytest.mark.slow),
         pytest.param("ME", [Layout(8, 2, 4, zero=1)], marks=pytest.mark.slow),
         pytest.param("*E", [Layout(4, 4, 4, zero=0)], marks=pytest.mark.slow),
         pytest.param("M-", [Layout(3, zero=2)], marks=pytest.mark.slow),
@@ -240,6 +242,7 @@ def test_training_with_biases_and_a_window(world: World) -> None:
         errors.check(layout)
 
 
+@pytest.mark.slow
 def test_training_in_bf16_is_near_one_process(world: World) -> None:
     """Rounding decides some routings here, so the bound is that of bf16."""
     keys = {"train__precision": "bf16", "train__recompute": True}

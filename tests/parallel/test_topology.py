@@ -232,13 +232,18 @@ def members(config: Config) -> dict[str, Any]:
     "layout",
     [
         Layout(4, 2, 2),
-        Layout(4, 1, 2),
-        Layout(4, 4, 4),
         Layout(4, 2, 2, expert_tensor=True),
-        Layout(8, 2, 4),
-        Layout(8, 4, 2),
-        Layout(8, 2, 2, expert_tensor=True),
-        Layout(8, 4, 2, expert_tensor=True),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (
+                Layout(4, 1, 2),
+                Layout(4, 4, 4),
+                Layout(8, 2, 4),
+                Layout(8, 4, 2),
+                Layout(8, 2, 2, expert_tensor=True),
+                Layout(8, 4, 2, expert_tensor=True),
+            )
+        ),
     ],
     ids=str,
 )

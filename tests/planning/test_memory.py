@@ -105,10 +105,10 @@ def kept(config: Config) -> tuple[int, int, int]:
 @pytest.mark.parametrize(
     ("layout", "keys"),
     [
-        (Layout(4, 2, 2, 0), {}),
+        pytest.param(Layout(4, 2, 2, 0), {}, marks=pytest.mark.slow),
         (Layout(4, 2, 2, 1), {"train__precision": "bf16"}),
-        (Layout(4, 1, 2, 2), {}),
-        (Layout(4, 2, 2, 1, expert_tensor=True), {}),
+        pytest.param(Layout(4, 1, 2, 2), {}, marks=pytest.mark.slow),
+        pytest.param(Layout(4, 2, 2, 1, expert_tensor=True), {}, marks=pytest.mark.slow),
         (Layout(4, 4, 4, 2), {"train__precision": "bf16"}),
     ],
 )

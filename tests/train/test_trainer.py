@@ -56,8 +56,10 @@ def test_a_finished_run_says_so_and_stays_as_it_is(world: World, tiny: Path, pla
     "overrides",
     [
         {},
-        {"train__precision": "bf16"},
-        *(pytest.param({"parallel__zero": zero}, marks=pytest.mark.slow) for zero in (0, 2)),
+        *(
+            pytest.param(keys, marks=pytest.mark.slow)
+            for keys in ({"train__precision": "bf16"}, {"parallel__zero": 0}, {"parallel__zero": 2})
+        ),
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
@@ -93,7 +95,7 @@ def test_a_longer_run_sees_the_same_past(world: World, tiny: Path, plain: Path, 
         (1, {"train__micro_batch": 2}),
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(2, {"parallel__zero": 0}, marks=pytest.mark.slow),
-        (2, {"parallel__zero": 2, "train__micro_batch": 2}),
+        pytest.param(2, {"parallel__zero": 2, "train__micro_batch": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_the_global_batch_stands_however_it_is_shared(
