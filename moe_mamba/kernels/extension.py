@@ -129,7 +129,7 @@ def library() -> ctypes.CDLL:
 
 
 def build_for(level: Level, folder: Path) -> Path:
-    """Build the library for a level of this machine's architecture, with the compiler of CXX, into a folder that exists.
+    """Build the library for a level of this architecture, with the compiler of CXX, into a folder that exists.
 
     Raises:
         UserError: there is no compiler, or it fails.
