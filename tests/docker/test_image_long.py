@@ -52,7 +52,8 @@ def test_the_demo_trains_for_any_user_without_network_home_or_writable_files(
     assert ended.code == 0, ended.output[-3000:]
     assert "cpu: selective_scan, causal_conv;" in ended.output and "building the C++" not in ended.output
     assert re.search(r"step +3 .*validation", ended.output) and "\nresult " in ended.output
-    assert not re.search(r"(?i)warning|traceback|error", ended.output), ended.output
+    ours = re.sub(r"(?m)^\[20.*\n", "", ended.output.partition("\nresult ")[0])  # not the launcher's log
+    assert not re.search(r"(?i)warning|traceback|error|cannot", ours), ours
     started = store.run(*DEMO, "python", "-c", "pass")
     imported = store.run(*DEMO, "python", "-c", "import moe_mamba.train.trainer")
     with capsys.disabled():
@@ -72,11 +73,10 @@ def test_what_the_image_says_of_itself(store: Store) -> None:
 
 
 def test_it_holds_no_more_than_it_needs(store: Store) -> None:
-    ended = store.run(
-        *DEMO, "sh", "-c", "ls -a . moe_mamba/kernels/prebuilt / /root /etc/apt; command -v c++ g++ gcc cc"
-    )
-    assert not set(ended.output.split()) & {"tests", "docs", ".git", ".config", "wheels"}, ended.output
-    assert not re.search(r"(?m)^/\S+(?<!:)$", ended.output), ended.output  # no compiler
+    shown = "ls -a . moe_mamba/kernels/prebuilt; find /wheels /etc/pip.conf -size +0; command -v c++ g++ gcc cc"
+    ended = store.run(*DEMO, "sh", "-c", shown)
+    assert not set(ended.output.split()) & {"tests", "docs", ".git"}, ended.output
+    assert not re.search(r"(?m)^/", ended.output), ended.output  # no compiler, no configuration of this machine's
     assert ended.output.count("moe_mamba_kernels-") == 2, ended.output
 
 
