@@ -1,8 +1,8 @@
 """Whether the training in this container works: the exit code is for HEALTHCHECK, and the line for ``docker inspect``.
 
-A run writes ``heartbeats/<host name>`` in its folder every few seconds, as long as its main thread works. Files that are
-older than this container are of another one with the same name. Without any there is nothing to complain of: a training
-that has not begun, or something else than a training.
+A run writes ``heartbeats/<host name>`` in its folder every few seconds, as long as its main thread works. Files older
+than this container are of another one with the same name. Without any there is nothing to complain of: a training that
+has not begun, or something else than a training.
 """
 
 import os

@@ -164,3 +164,25 @@ def test_the_two_commands_of_compose_train_together(tmp_path: Path) -> None:
     assert "layout    2 x cpu" in logs["node0.txt"] + logs["node1.txt"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line).get("step", 0) for line in lines) == 3
+
+
+LAUNCHER = """
+import os, subprocess, sys
+rank = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('ready', flush=True)"
+wait = "; time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", rank + wait], env={**os.environ, "LOCAL_RANK": "0"})
+sys.exit(child.wait() + 3)
+"""
+
+
+def test_a_container_that_is_stopped_stops_its_ranks_and_not_their_launcher() -> None:
+    command = [sys.executable, str(DOCKER / "start.py"), sys.executable, "-c", LAUNCHER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(timeout=60) == 3  # the launcher saw its rank end by itself
+    missing = subprocess.run([*command[:2], "no-such-command"], capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (
+        1,
+        "error: no-such-command cannot be run here (No such file or directory)\n",
+    )

@@ -64,7 +64,7 @@ def test_the_demo_trains_for_any_user_without_network_home_or_writable_files(
 def test_what_the_image_says_of_itself(store: Store) -> None:
     config = store.inspect()["config"]
     assert (config["Entrypoint"], config["Cmd"], config["User"]) == (
-        ["tini", "--"],
+        ["tini", "--", "python", "/workspace/docker/start.py"],
         ["deepspeed", "launch/train.py"],
         "1000:1000",
     )
