@@ -56,6 +56,7 @@ ELSEWHERE = {
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scaling": "tests/test_benchmark.py",
+    "python tools/build_kernels.py --output=kernels": "tests/kernels/test_levels.py",
     "python tools/compile_kernels.py --capabilities=80,90": "tests/kernels/test_compiled.py",
     "python tools/compile_kernels.py --output=figures.json": "tests/kernels/test_compiled.py",
     "python tools/preprocess_c4.py --input 'c4/en/*.json.gz' --tokenizer gpt2 --output data/c4": (
@@ -69,6 +70,12 @@ ELSEWHERE = {
     "python -c \"from transformers import pipeline; print(pipeline('text-generation', 'out/', trust_remote_code=True)"
     "('The '))\"": "tests/hf/class_under_version.py",
 }
+
+ELSEWHERE |= {
+    line: "not run: it needs a GPU" if "cuda" in line else "tests/docker/test_image_long.py"
+    for line in re.findall(r"(?m)^docker .*$", PAGES["docker.md"])
+}
+ELSEWHERE["docker compose --file docker/compose.yaml up"] = "tests/docker/test_docker_files.py"
 
 # Files that docs/design.md speaks of and that are being written; to be empty.
 

@@ -1,10 +1,12 @@
-"""Our C++ kernels (``csrc/``), built on first use by torch's extension builder, once a machine.
+"""Our C++ kernels (``csrc/``): libraries built for a level of processors, where there are; else built on first use.
 
 The sources do not include torch: they build in seconds, and ctypes calls them with raw pointers and without Python's
-lock. A library lies in the user's cache under everything that its code depends on (sources, flags, compiler, CPU,
-torch), so that neither a stale one nor one of another machine with the same home is ever loaded. It is built in a
-folder of its own, by a process of its own, and moved to its place whole: whoever is killed meanwhile, nothing is left
-that a later run trips over. Of many processes that start at once one builds, and the others wait.
+lock. Libraries for levels (``levels.py``) lie in a folder, as in an image, and need no compiler. What is built on first
+use, by torch's extension builder and for this very CPU, lies in the user's cache under everything that its code depends
+on (sources, flags, compiler, CPU, torch), so that neither a stale one nor one of another machine with the same home is
+ever loaded. It is built in a folder of its own, by a process of its own, and moved to its place whole: whoever is
+killed meanwhile, nothing is left that a later run trips over. Of many processes that start at once one builds, and the
+others wait.
 """
 
 import contextlib
@@ -29,9 +31,12 @@ import torch
 from torch import Tensor
 
 from moe_mamba.atomic_file import put_in_place
+from moe_mamba.errors import UserError
+from moe_mamba.kernels.levels import LEVELS, Level, best_level, processor_flags
 
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "moe_mamba_kernels"
+FOLDER = "MOE_MAMBA_KERNELS"  # environment variable: where libraries for levels lie, if not inside the package
 PATIENCE = 300.0  # seconds that a compiler, and another process that builds, is waited for
 # -O3 builds three times as long and runs no faster: loops are vectors already. No -ffast-math: NaN and infinity stay.
 FLAGS = ("-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi")
@@ -111,6 +116,63 @@ def sum_in_order(partial: Tensor, dimension: int) -> Tensor:
 @cache
 def library() -> ctypes.CDLL:
     """The library, for those who know that ``build`` gave None."""
+    loaded, why_not = _load_prebuilt()
+    if loaded is not None:
+        return loaded
+    try:
+        loaded = _load_local()
+    except _BuildError as error:
+        raise _BuildError(f"{why_not}; {error}" if why_not else str(error)) from error
+    if why_not:
+        _announce(f"{why_not}: those built on this machine serve instead")
+    return loaded
+
+
+def build_for(level: Level, folder: Path) -> Path:
+    """Build the library for a level of this architecture, with the compiler of CXX, into a folder that exists.
+
+    Raises:
+        UserError: there is no compiler, or it fails.
+        OSError: the folder cannot be written.
+    """
+    path = folder / _file_name(level)
+    own = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
+    try:
+        put_in_place(_compile(own, f"-march={level.name}", folder / f"{level.name}.log"), path)
+    except _BuildError as error:
+        raise UserError(str(error)) from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return path
+
+
+def _file_name(level: Level) -> str:
+    """Of the library for a level: one that was built from other sources is never taken for it."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    _add_sources(digest)
+    return f"{NAME}-{level.name}-{digest.hexdigest()[:16]}.so"
+
+
+def _load_prebuilt() -> tuple[ctypes.CDLL | None, str]:
+    """The best library of the folder for this processor; or why there is none, empty where there is no such folder."""
+    folder = Path(os.environ.get(FOLDER) or Path(__file__).parent / "prebuilt")
+    if not os.environ.get(FOLDER) and not folder.is_dir():
+        return None, ""
+    there = [level for level in LEVELS if (folder / _file_name(level)).exists()]
+    best = best_level(there, platform.machine(), processor_flags())
+    if best is not None:
+        try:
+            return ctypes.CDLL(str(folder / _file_name(best))), ""
+        except OSError as error:
+            return None, f"the C++ kernels in {folder} cannot be loaded ({error})"
+    if not there:
+        return None, f"{folder} holds no C++ kernels of these sources: python tools/build_kernels.py --output={folder}"
+    names = ", ".join(level.name for level in there)
+    return None, f"the C++ kernels in {folder} are for {names}, which this processor is not"
+
+
+def _load_local() -> ctypes.CDLL:
+    """The library for this CPU alone, from the user's cache, or built."""
     key = _key(shlex.split(os.environ.get("CXX", "c++")))  # the compiler that torch's builder takes
     with contextlib.suppress(RuntimeError):  # no home folder
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_mamba" / "kernels"
@@ -120,7 +182,7 @@ def library() -> ctypes.CDLL:
             why = f"{root} cannot keep the C++ kernels ({error.strerror})"
             _announce(f"{why}: building them for only this process")
     folder = Path(tempfile.mkdtemp(prefix="moe_mamba-"))
-    loaded = ctypes.CDLL(str(_compile(folder)))
+    loaded = ctypes.CDLL(str(_compile(folder, _native())))
     shutil.rmtree(folder, ignore_errors=True)
     return loaded
 
@@ -132,18 +194,27 @@ def _key(compiler: list[str]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         tried = " ".join(compiler)
         raise _BuildError(f"no C++ compiler was found ({tried}): install g++, or name one in CXX") from error
-    parts = [*compiler, answer.stdout.decode(errors="replace"), *map(" ".join, _flags()), torch.__version__, _cpu()]
+    flags = map(" ".join, _flags(_native()))
+    parts = [*compiler, answer.stdout.decode(errors="replace"), *flags, torch.__version__, _cpu()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
+    _add_sources(digest)
     return digest.hexdigest()[:24]
 
 
-def _flags() -> tuple[list[str], list[str]]:
-    """Those of the compiler and those of the linker."""
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+def _add_sources(digest: "hashlib._Hash") -> None:
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+
+
+def _native() -> str:
+    """The flag that builds for this CPU."""
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+
+
+def _flags(processor: str) -> tuple[list[str], list[str]]:
+    """Those of the compiler, with the one that names the processor, and those of the linker."""
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has no OpenMP
-    return [*FLAGS, native, *threads], threads
+    return [*FLAGS, processor, *threads], threads
 
 
 def _cpu() -> str:
@@ -174,7 +245,7 @@ def _cached(folder: Path) -> ctypes.CDLL:
         own = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
         _announce(f"building the C++ kernels (once, a few seconds): {folder}")
         try:
-            put_in_place(_compile(own, log), path)
+            put_in_place(_compile(own, _native(), log), path)
         finally:
             shutil.rmtree(own, ignore_errors=True)
         return ctypes.CDLL(str(path))
@@ -196,10 +267,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(folder: Path, log: Path | None = None) -> Path:
-    """Build the library in an empty folder."""
+def _compile(folder: Path, processor: str, log: Path | None = None) -> Path:
+    """Build the library in an empty folder, for the processor that a flag names."""
     log = log or folder / "build.log"
-    compiling, linking = _flags()
+    compiling, linking = _flags(processor)
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     arguments = [NAME, str(folder), " ".join(compiling), " ".join(linking), *sources]
     # ninja comes with DeepSpeed, beside Python's executable, which is on the path of an activated environment only
