@@ -50,7 +50,10 @@ def joined() -> Iterator[World]:
     with _quiet():
         start_world(world)
     try:
-        yield world
+        with warnings.catch_warnings():
+            # megatron-core calls torch's collectives by names that newer versions of torch write otherwise.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+            yield world
     except UserError:
         finish_world()
         raise
