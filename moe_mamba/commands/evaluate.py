@@ -11,7 +11,7 @@ from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
 from moe_mamba.errors import UserError
 from moe_mamba.evaluation.scores import evaluate
-from moe_mamba.parallel.distributed import first_then_all, on_all, on_first
+from moe_mamba.parallel.distributed import first_then_all, limit_collectives, on_all, on_first
 from moe_mamba.run.inference import joined, layout_from, restore_in_layout
 from moe_mamba.run.restore import Restored
 from moe_mamba.train.report import figures, validation_line
@@ -80,6 +80,7 @@ def _score_text(
     corpus = first_then_all(lambda: prepare_corpus(source, tokenizer, data.cache, max_documents, verify=world.is_first))
     if corpus.rejects and world.is_first:
         print(f"{corpus.rejects:,} damaged lines are kept in {corpus.rejects_file}", file=sys.stderr)
+    limit_collectives(restored.config.parallel.timeout)
     batches = evaluation_batches(corpus, length, batch, tokenizer.end_of_text, data.reset_at_document)
     scores = evaluate(restored.model, batches, restored.topology)
     assert scores is not None  # nothing stops it
@@ -113,7 +114,9 @@ def _score_tasks(
     from moe_mamba.evaluation.harness_tasks import load_tasks, run_tasks
 
     model = harness_model(restored, batch=batch, max_length=length)
-    results = model.lead(lambda: run_tasks(model, load_tasks(names), num_fewshot, limit))
+    loaded = model.lead(lambda: load_tasks(names))  # on rank 0, as what follows
+    limit_collectives(restored.config.parallel.timeout)
+    results = model.lead(lambda: run_tasks(model, loaded or [], num_fewshot, limit))
     if results is None:
         return  # rank 0 tells
     results = {"checkpoint": str(restored.path), "sequence_length": length, "limit": limit} | results

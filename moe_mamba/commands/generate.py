@@ -9,7 +9,7 @@ from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, Positive
 from moe_mamba.errors import UserError
 from moe_mamba.model.sampling import Sampling
-from moe_mamba.parallel.distributed import on_first
+from moe_mamba.parallel.distributed import limit_collectives, on_first
 from moe_mamba.run.inference import joined, layout_from, restore_in_layout
 from moe_mamba.run.writing import TextScreen, start_texts, write_all
 
@@ -59,6 +59,7 @@ def main(
     with joined() as world:
         prompts = on_first(lambda: _prompts(prompt, prompts_file))
         restored = restore_in_layout(checkpoint, layout, world)
+        limit_collectives(restored.config.parallel.timeout)
         texts = start_texts(restored.tokenizer, prompts, seed, stops)
         screen = TextScreen(texts if world.is_first else [], is_numbered=prompts_file is not None, is_json=json)
         speed = write_all(restored, texts, sampling, batch, min_new_tokens, max_new_tokens, screen)

@@ -18,7 +18,6 @@ from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.parallel.distributed import (
     finish_world,
     has_lost_a_rank,
-    limit_collectives,
     on_all,
     on_first,
     start_world,
@@ -37,7 +36,8 @@ LAYOUT = ("tensor", "expert", "expert_tensor", "timeout")  # keys of the section
 def joined() -> Iterator[World]:
     """The processes that a launcher started, as a world; without a launcher this one, and no process group.
 
-    What is called in it raises a ``UserError`` on every rank or on none, so that no rank waits for another.
+    What is called in it raises a ``UserError`` on every rank or on none, so that no rank waits for another. Rank 0 may
+    prepare things for long; what comes after that calls ``limit_collectives``.
 
     Raises:
         RunStopped: a rank is gone, or a GPU's memory is full.
@@ -111,7 +111,6 @@ def restore_in_layout(run_or_step: str | Path, layout: Mapping[str, Any], world:
         groups = start_groups(plan)
         model = build_for_inference(plan, groups)
     store.load(path, weight_shards(model, plan.shards))
-    limit_collectives(trained.config.parallel.timeout)
     return Restored(model, trained.tokenizer, trained.config, path, topology)
 
 

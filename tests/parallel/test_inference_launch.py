@@ -100,11 +100,14 @@ def test_what_only_the_first_rank_finds_ends_all_with_code_2(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_others(run: Path) -> None:
-    ranks = start(2, str(run), "--prompt=a", "--max_new_tokens=1000000", "--min_new_tokens=1000000", *LAYOUT)
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_rank_that_is_gone_or_stands_still_ends_the_others(run: Path, end: signal.Signals) -> None:
+    length = ("--max_new_tokens=1000000", "--min_new_tokens=1000000")
+    ranks = start(2, str(run), "--prompt=a", *length, "--parallel.timeout=8", *LAYOUT)
     assert ranks[0].stdout is not None and ranks[0].stdout.read(3)  # it writes
-    ranks[1].send_signal(signal.SIGKILL)
+    ranks[1].send_signal(end)
     _, error = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == 1
     assert error.startswith("error: another rank is gone") and error.count("\n") == 1
+    ranks[1].kill()
     ranks[1].communicate()
