@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -64,8 +65,10 @@ def joined() -> Iterator[World]:
     except Exception as error:
         if not has_lost_a_rank(error):
             raise
-        line = f"another rank is gone, or stood still for parallel.timeout ({str(error).splitlines()[0]})"
-        raise RunStopped(f"{line}: what it said stands above; give the same command again") from error
+        reason = re.sub(r"^\[.*?\] ", "", str(error).partition("\n")[0])  # without a place in a library's source
+        raise RunStopped(
+            f"another rank is gone or stands still ({reason}): look for what it said, and give the same command again"
+        ) from error
     finish_world()
 
 

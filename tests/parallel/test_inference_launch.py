@@ -106,7 +106,7 @@ def test_a_rank_that_is_gone_or_stands_still_ends_the_others(run: Path, end: sig
     ranks = start(2, str(run), "--prompt=a", *length, "--parallel.timeout=8", *LAYOUT)
     assert ranks[0].stdout is not None and ranks[0].stdout.read(3)  # it writes
     ranks[1].send_signal(end)
-    _, error = ranks[0].communicate(timeout=60)
+    _, error = ranks[0].communicate(timeout=100)
     assert ranks[0].returncode == 1
     assert error.startswith("error: another rank is gone") and error.count("\n") == 1
     ranks[1].kill()
