@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
     "planning": {"parallel", "model", "config"},
-    "run": {"atomic_file", "checkpoint", "model", "data", "config", "config_file", "installation"},
+    "run": {"atomic_file", "parallel", "checkpoint", "model", "data", "config", "config_file", "installation"},
     "convert": {
         *("safetensors_header", "hf", "run", "checkpoint", "model", "data"),
         *("config", "config_file", "installation"),

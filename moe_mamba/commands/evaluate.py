@@ -3,14 +3,17 @@
 import json as json_format
 import sys
 from pathlib import Path
+from typing import Any
 
+from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, Positive
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
 from moe_mamba.errors import UserError
 from moe_mamba.evaluation.scores import evaluate
-from moe_mamba.parallel.topology import Topology, World
-from moe_mamba.run.restore import Restored, restore
+from moe_mamba.parallel.distributed import first_then_all, limit_collectives, on_all, on_first
+from moe_mamba.run.inference import joined, layout_from, restore_in_layout
+from moe_mamba.run.restore import Restored
 from moe_mamba.train.report import figures, validation_line
 
 
@@ -25,6 +28,8 @@ def main(
     limit: Positive | None = None,
     output: str | None = None,
     json: bool = False,
+    local_rank: int = 0,
+    **overrides: Any,
 ) -> None:
     """Score a model on shards or documents (--input), or on tasks of EleutherAI's harness (--tasks).
 
@@ -43,6 +48,9 @@ def main(
         limit: with --tasks: questions of each task, for a try.
         output: with --tasks: file for the harness's whole results, as JSON.
         json: print one JSON object instead.
+        local_rank: launchers add it; the environment says the same.
+        overrides: under a launcher, how its processes share the model: --parallel.tensor=2, --parallel.expert=4,
+            --parallel.expert_tensor=true; --parallel.timeout.
     """
     only: dict[str, dict[str, object]] = {
         "--input": {"max_documents": max_documents},
@@ -54,25 +62,30 @@ def main(
     for flag, value in only[other].items():
         if value is not None:
             raise UserError(f"--{flag} only works with {other}: leave it out")
-    restored = restore(checkpoint, World(0, 1, 0, 1).device)
-    length = sequence_length or restored.config.data.sequence_length
-    if tasks is not None:
-        _score_tasks(restored, tasks, length, batch, num_fewshot, limit, output, json)
-    elif input is not None:
-        _score_text(restored, input, length, batch, max_documents, json)
+    layout = layout_from(overrides)
+    with joined() as world:
+        restored = restore_in_layout(checkpoint, layout, world)
+        length = sequence_length or restored.config.data.sequence_length
+        if tasks is not None:
+            _score_tasks(restored, tasks, length, batch, num_fewshot, limit, output, json)
+        elif input is not None:
+            _score_text(restored, input, length, batch, max_documents, json)
 
 
 def _score_text(
     restored: Restored, source: str, length: int, batch: int, max_documents: int | None, as_json: bool
 ) -> None:
     """Print the loss on shards, documents or a synthetic task."""
-    data, tokenizer = restored.config.data, restored.tokenizer
-    corpus = prepare_corpus(source, tokenizer, data.cache, max_documents, verify=True)
-    if corpus.rejects:
+    data, tokenizer, world = restored.config.data, restored.tokenizer, restored.topology.world
+    corpus = first_then_all(lambda: prepare_corpus(source, tokenizer, data.cache, max_documents, verify=world.is_first))
+    if corpus.rejects and world.is_first:
         print(f"{corpus.rejects:,} damaged lines are kept in {corpus.rejects_file}", file=sys.stderr)
+    limit_collectives(restored.config.parallel.timeout)
     batches = evaluation_batches(corpus, length, batch, tokenizer.end_of_text, data.reset_at_document)
-    scores = evaluate(restored.model, batches, Topology(World(0, 1, 0, 1)))
+    scores = evaluate(restored.model, batches, restored.topology)
     assert scores is not None  # nothing stops it
+    if not world.is_first:
+        return
     if as_json:
         print(json_format.dumps(figures(scores, corpus) | {"tokens": scores.targets}))
         return
@@ -93,21 +106,19 @@ def _score_tasks(
     names = [task for task in tasks.split(",") if task]
     if not names:
         raise UserError(f"--tasks={tasks} names no task: give at least one, such as hellaswag,lambada_openai")
-    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise UserError(f"--output={output} cannot be written: give a file in an existing folder")
-    try:
-        from lm_eval.utils import handle_non_serializable, make_table
+    on_first(lambda: _check_output(output))
+    on_all(_check_harness)
+    from lm_eval.utils import handle_non_serializable, make_table
 
-        from moe_mamba.evaluation.harness import HarnessModel
-        from moe_mamba.evaluation.harness_tasks import load_tasks, run_tasks
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "lm_eval":
-            raise
-        raise UserError(
-            "--tasks needs EleutherAI's harness, which is not installed: pip install -e '.[evaluation]'"
-        ) from error
-    model = HarnessModel(restored, batch=batch, max_length=length)
-    results = run_tasks(model, load_tasks(names), num_fewshot, limit)
+    from moe_mamba.evaluation.harness_ranks import harness_model
+    from moe_mamba.evaluation.harness_tasks import load_tasks, run_tasks
+
+    model = harness_model(restored, batch=batch, max_length=length)
+    loaded = model.lead(lambda: load_tasks(names))  # on rank 0, as what follows
+    limit_collectives(restored.config.parallel.timeout)
+    results = model.lead(lambda: run_tasks(model, loaded or [], num_fewshot, limit))
+    if results is None:
+        return  # rank 0 tells
     results = {"checkpoint": str(restored.path), "sequence_length": length, "limit": limit} | results
     text = json_format.dumps(results, default=handle_non_serializable)
     if output is not None:
@@ -125,3 +136,23 @@ def _score_tasks(
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
+
+
+def _check_output(output: str | None) -> None:
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise UserError(f"--output={output} cannot be written: give a file in an existing folder")
+
+
+def _check_harness() -> None:
+    try:
+        import moe_mamba.evaluation.harness_ranks  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UserError(
+            "--tasks needs EleutherAI's harness, which is not installed: pip install -e '.[evaluation]'"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,18 +2,16 @@
 
 import json as json_format
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from moe_mamba.command_line import run_command
 from moe_mamba.config import NonNegative, Positive
-from moe_mamba.data.text_stream import TextStream
 from moe_mamba.errors import UserError
-from moe_mamba.model.generation import Writing
 from moe_mamba.model.sampling import Sampling
-from moe_mamba.run.restore import restore
+from moe_mamba.parallel.distributed import limit_collectives, on_first
+from moe_mamba.run.inference import joined, layout_from, restore_in_layout
+from moe_mamba.run.writing import TextScreen, start_texts, write_all
 
 
 def main(
@@ -30,6 +28,8 @@ def main(
     batch: Positive = 16,
     json: bool = False,
     timing: bool = False,
+    local_rank: int = 0,
+    **overrides: Any,
 ) -> None:
     """Continue a prompt, or many; the text appears as it is written.
 
@@ -48,130 +48,23 @@ def main(
         top_p: draw from only the most probable tokens that together have this probability.
         seed: the same seed gives the same text; the second prompt's is one more, and so on, whatever the batch.
         stop: a string that ends the text, which is not shown; several as a JSON list, such as '["Q:", "END"]'.
-        batch: prompts that are continued at once.
+        batch: prompts that are continued at once, over all processes.
         json: print one JSON object a prompt instead, with prompt, text, tokens, and what ended it.
         timing: tell the speed of reading and of writing on standard error.
+        local_rank: launchers add it; the environment says the same.
+        overrides: under a launcher, how its processes share the model: --parallel.tensor=2, --parallel.expert=4,
+            --parallel.expert_tensor=true; --parallel.timeout.
     """
-    prompts = _prompts(prompt, prompts_file)
-    stops, sampling = _stops(stop), Sampling(temperature, top_k, top_p)
-    restored = restore(checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokens = restored.tokenizer.encode_batch(prompts)
-    texts = [
-        _Text(text, ids, seed + place, TextStream(restored.tokenizer, ids, stops), restored.tokenizer.decode(ids))
-        for place, (text, ids) in enumerate(zip(prompts, tokens, strict=True))
-    ]
-    screen = _Screen(texts, is_numbered=prompts_file is not None, is_json=json)
-    speed = _Speed()
-    for first in range(0, len(texts), batch):
-        part = texts[first : first + batch]
-        writing = Writing(
-            restored.model,
-            [text.tokens for text in part],
-            sampling,
-            [text.seed for text in part],
-            end_of_text=restored.tokenizer.end_of_text,
-            min_new_tokens=min_new_tokens,
-        )
-        _write(writing, part, max_new_tokens, screen, speed)
-    if timing:
-        print(speed, file=sys.stderr)
-
-
-@dataclass
-class _Text:
-    """A prompt, and what has become of it."""
-
-    prompt: str
-    tokens: list[int]
-    seed: int
-    stream: TextStream
-    text: str  # that is certain so far, the prompt's too
-    new: list[int] = field(default_factory=list)
-    ended_by: str | None = None
-
-    def add(self, token: int) -> None:
-        self.new.append(token)
-        self.text += self.stream.push(token)
-        if self.stream.is_stopped:
-            self.ended_by = "stop"
-
-    def end(self, by: str) -> None:
-        self.text += self.stream.end()
-        self.ended_by = "stop" if self.stream.is_stopped else by
-
-    def as_json(self) -> str:
-        return json_format.dumps(
-            {"prompt": self.prompt, "text": self.text, "tokens": self.new, "ended_by": self.ended_by}
-        )
-
-
-class _Screen:
-    """Shows the texts one after the other; the one whose turn it is as it grows."""
-
-    def __init__(self, texts: list[_Text], is_numbered: bool, is_json: bool) -> None:
-        self._texts, self._is_numbered, self._is_json = texts, is_numbered, is_json
-        self._turn, self._shown = 0, 0  # the first text that is not over, and how much of it stands there
-
-    def update(self) -> None:
-        """Show what is new."""
-        while self._turn < len(self._texts):
-            text = self._texts[self._turn]
-            if self._is_json:
-                if text.ended_by is None:
-                    return
-                print(text.as_json(), flush=True)
-            else:
-                head = f"[{self._turn + 1}] " if self._is_numbered and not self._shown else ""
-                end = "" if text.ended_by is None else "\n"
-                print(head + text.text[self._shown :], end=end, flush=True)
-                self._shown = len(text.text)
-                if text.ended_by is None:
-                    return
-            self._turn, self._shown = self._turn + 1, 0
-
-
-@dataclass
-class _Speed:
-    """Tokens and seconds of all batches, of reading prompts and of the steps after the first."""
-
-    read: int = 0
-    reading: float = 0.0
-    written: int = 0
-    writing: float = 0.0
-
-    def __str__(self) -> str:
-        lines = [f"read {self.read:,} tokens in {self.reading:.2f} s: {self.read / self.reading:,.0f} tokens/s"]
-        if self.written:
-            rate = f"{self.written / self.writing:,.1f} tokens/s"
-            lines.append(f"wrote {self.written:,} tokens in {self.writing:.2f} s: {rate}")
-        return "\n".join(lines)
-
-
-def _write(writing: Writing, texts: list[_Text], most: int, screen: _Screen, speed: _Speed) -> None:
-    """Write the texts of a batch to their ends."""
-    speed.read += sum(len(text.tokens) for text in texts)
-    for number in range(most):
-        start = time.perf_counter()
-        going = writing.rows
-        drawn = writing.step()
-        elapsed = time.perf_counter() - start
-        if number == 0:
-            speed.reading += elapsed
-        else:
-            speed.writing += elapsed
-            speed.written += len(going)
-        for row in going:
-            if row in drawn:
-                texts[row].add(drawn[row])
-            else:
-                texts[row].end("end_of_text")
-        writing.stop([row for row in writing.rows if texts[row].ended_by])
-        screen.update()
-        if not writing.rows:
-            return
-    for row in writing.rows:
-        texts[row].end("length")
-    screen.update()
+    stops, sampling, layout = _stops(stop), Sampling(temperature, top_k, top_p), layout_from(overrides)
+    with joined() as world:
+        prompts = on_first(lambda: _prompts(prompt, prompts_file))
+        restored = restore_in_layout(checkpoint, layout, world)
+        limit_collectives(restored.config.parallel.timeout)
+        texts = start_texts(restored.tokenizer, prompts, seed, stops)
+        screen = TextScreen(texts if world.is_first else [], is_numbered=prompts_file is not None, is_json=json)
+        speed = write_all(restored, texts, sampling, batch, min_new_tokens, max_new_tokens, screen)
+        if timing and world.is_first:
+            print(speed, file=sys.stderr)
 
 
 def _prompts(prompt: str | None, path: str | None) -> list[str]:
@@ -215,3 +108,7 @@ def _stops(stop: str | None) -> list[str]:
         return [stop]
     is_list = isinstance(stops, list) and stops and all(isinstance(one, str) and one for one in stops)
     return stops if is_list else [stop]
+
+
+if __name__ == "__main__":
+    run_command(main)

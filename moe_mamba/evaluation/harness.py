@@ -2,9 +2,9 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -18,12 +18,14 @@ from moe_mamba.data.text_stream import TextStream
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import cross_entropy
 from moe_mamba.kernels.cross_entropy import IGNORED
-from moe_mamba.model.generation import Writing, read, select
+from moe_mamba.model.generation import read, select
 from moe_mamba.model.mixers.base import State
 from moe_mamba.model.pattern import depends_on_batch, looks_ahead
 from moe_mamba.model.sampling import Sampling
+from moe_mamba.parallel.generation import start_writing
 from moe_mamba.run.restore import Restored
 
+T = TypeVar("T")
 CHUNK = 2048  # tokens of all sequences in one pass; states carry over to the next
 LOGITS = 1 << 26  # that exist at once
 DRAWING = {"temperature", "top_k", "top_p"}  # what a task may ask of the draws; do_sample is in temperature
@@ -105,10 +107,14 @@ class HarnessModel(TemplateLM):
         super().__init__()
         check_likelihood(restored.config)
         self._model, self._tokens, self._config = restored.model.eval(), restored.tokenizer, restored.config
-        self._device = restored.model.embedding.weight.device
+        self._device, self._topology = restored.model.embedding.weight.device, restored.topology
         self._screen = sys.stderr  # the harness runs with another one, see `harness_tasks.run_tasks`
         self.batch, self.max_length = batch, max_length
         self.asked = self.truncated = 0
+
+    def lead(self, ask: Callable[[], T]) -> T | None:
+        """Run the harness, as ``ask`` does, on this model; of several ranks only the first runs it."""
+        return ask()
 
     @property
     def eot_token_id(self) -> int:
@@ -203,7 +209,8 @@ class HarnessModel(TemplateLM):
             states = new
             counted = (wanted != IGNORED).flatten().nonzero().flatten()  # rows of the stream
             for some in counted.split(max(1, LOGITS // self._model.config.vocab_size)):
-                logits, target = self._model.logits(hidden[some]), wanted.flatten()[some]
+                logits = self._model.gather_logits(self._model.logits(hidden[some]))  # (tokens, vocab)
+                target = wanted.flatten()[some]
                 loss = cross_entropy(logits, target, backend=self._model.kernels)
                 owner = some // wanted.shape[1]
                 losses.index_add_(0, owner, loss.double())
@@ -253,7 +260,9 @@ class HarnessModel(TemplateLM):
         until = [end for end in settings["until"] if end]
         streams = [TextStream(self._tokens, prompt, until) for prompt in prompts]
         seeds = range(seed, seed + len(prompts))
-        writing = Writing(self._model, prompts, Sampling(**draws), seeds, end_of_text=self.eot_token_id)
+        writing = start_writing(
+            self._model, self._topology, prompts, Sampling(**draws), seeds, end_of_text=self.eot_token_id
+        )
         texts = [""] * len(prompts)
         for _ in range(settings["max_gen_toks"]):
             for row, token in writing.step().items():

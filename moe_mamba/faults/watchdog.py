@@ -20,13 +20,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
 from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.faults.coordinator import Hub, Line, hang_line
 from moe_mamba.faults.signals import Stop
-from moe_mamba.parallel.distributed import finish_world, from_all, from_first
+from moe_mamba.parallel.distributed import finish_world, from_all, from_first, has_lost_a_rank
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
 
@@ -123,7 +121,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         if not self._is_leaving:
             traceback.print_exception(error)  # into the log; the screen gets one line
             text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''} (its traceback is in the log)"
-        self._send(fault=text, is_secondary=_is_secondary(error))
+        self._send(fault=text, is_secondary=has_lost_a_rank(error))
         self._aborted.wait(SECONDS_FOR_ABORT)
 
     def _leave(self, is_valid: bool) -> None:
@@ -264,13 +262,3 @@ class Stand:
         while frame is not None:
             yield frame
             frame = frame.f_back
-
-
-def _is_secondary(error: BaseException | None) -> bool:
-    """Whether an error is a secondary one: it says no more than that another rank is gone."""
-    while error is not None:
-        words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-        if isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -69,6 +69,7 @@ class Writing:
         end_of_text: token that ends a text; None: none does.
         min_new_tokens: ``end_of_text`` is not drawn before a text has as many.
         chunk: tokens of all prompts that a pass reads.
+        length: tokens that prompts are padded to; None: as many as the longest has.
 
     Attributes:
         rows: texts that still grow, by their place in ``prompts``.
@@ -88,15 +89,16 @@ class Writing:
         end_of_text: int | None = None,
         min_new_tokens: int = 0,
         chunk: int = CHUNK,
+        length: int | None = None,
     ) -> None:
-        _check(model, prompts)
+        check_prompts(model, prompts)
         self.rows = list(range(len(prompts)))
         self._model = model.eval()
         self._sampling = sampling
         self._generators = [Generator("cpu").manual_seed(seed) for seed in seeds]
         self._end_of_text = end_of_text
         self._ends_after = 0 if end_of_text is None else min_new_tokens
-        self._chunk = chunk
+        self._chunk, self._length = chunk, length
         self._unread: Sequence[Sequence[int]] = prompts
         self._states: list[State | None] = []
         self._last: list[int] = []  # the last token of each row
@@ -116,12 +118,12 @@ class Writing:
             return {}
         device = self._model.embedding.weight.device
         if self._unread:
-            stream, self._states = read(self._model, self._unread, self._chunk)
+            stream, self._states = read(self._model, self._unread, self._chunk, self._length)
             self._unread = ()
         else:
             tokens = torch.tensor(self._last, device=device)[:, None]  # (rows, 1)
             stream, self._states = _advance(self._model, tokens, None, self._states)
-        logits = self._model.logits(stream)  # (rows, vocab)
+        logits = self._model.gather_logits(self._model.logits(stream))  # (rows, vocab)
         if self._steps < self._ends_after:
             logits[:, self._end_of_text] = -torch.inf
         self._steps += 1
@@ -145,7 +147,7 @@ class Writing:
 
 @torch.no_grad()
 def read(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int = CHUNK
+    model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int = CHUNK, length: int | None = None
 ) -> tuple[Tensor, list[State | None]]:
     """Read prompts, a chunk at a time.
 
@@ -153,12 +155,13 @@ def read(
         model: in evaluation mode.
         prompts: at least one, each of at least one token.
         chunk: tokens of all prompts that a pass reads; a pass takes at least one of each.
+        length: tokens that prompts are padded to; None: as many as the longest has.
 
     Returns:
         The stream after each prompt's last token, (prompts, d_model), for ``LanguageModel.logits``, and the states.
     """
     device = model.embedding.weight.device
-    length = max(len(prompt) for prompt in prompts)
+    length = max(len(prompt) for prompt in prompts) if length is None else length
     tokens = torch.full((len(prompts), length), PADDING)
     document_starts = torch.zeros(len(prompts), length, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -185,7 +188,12 @@ def _advance(
     return stream.view(*tokens.shape, -1)[:, -1], new_states
 
 
-def _check(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse what a model cannot continue.
+
+    Raises:
+        UserError: see ``Writing``.
+    """
     config, moe = model.config, model.moe_config
     if looks_ahead(config, moe):
         raise UserError(

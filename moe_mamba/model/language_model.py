@@ -45,8 +45,9 @@ class LanguageModel(nn.Module):
         recompute: in training keep only each layer's input, and compute the rest again in the backward pass.
         project: turns a normalised stream and the (vocab, d_model) weight into logits (tokens, vocab).
         cross_entropy: sums the loss over logits and targets, see ``loss.cross_entropy_sum``.
-        argmax: ids of the largest logits. A layout that shards the vocabulary puts other functions in the place of
-            these three, and its logits are a rank's part.
+        argmax: ids of the largest logits.
+        gather_logits: turns logits into those of the whole vocabulary, (..., vocab). A layout that shards the
+            vocabulary puts other functions in the place of these four, and its logits are a rank's part.
     """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
@@ -60,6 +61,7 @@ class LanguageModel(nn.Module):
             cross_entropy_sum, backend=kernels
         )
         self.argmax: Callable[[Tensor], Tensor] = partial(Tensor.argmax, dim=-1)
+        self.gather_logits: Callable[[Tensor], Tensor] = _unchanged
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.layers = build_layers(model, moe, kernels)
         self.final_norm = build_norm(model, kernels) if model.final_norm else None
@@ -174,6 +176,10 @@ def shard_specs(config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
         (mixer,) = spec.mixers
         specs |= prefixed(f"layers.{index}.mixer", mixer.shard_specs(config, moe))
     return specs
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _numel(module: nn.Module) -> int:

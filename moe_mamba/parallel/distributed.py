@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from moe_mamba.errors import UserError
 from moe_mamba.parallel.topology import Topology, World
 
 T = TypeVar("T")
@@ -82,6 +84,61 @@ def from_all(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_all(function: Callable[[], T]) -> T:
+    """Call `function` on every rank; without a process group, only here.
+
+    Raises:
+        UserError: of the first rank that has one, on all ranks alike, so that none waits for another.
+    """
+    if not dist.is_initialized():
+        return function()
+    result: list[T] = []
+    refusal = None
+    try:
+        result.append(function())
+    except UserError as error:
+        refusal = str(error)
+    if first := next(filter(None, from_all(refusal)), None):
+        raise UserError(first)
+    return result[0]
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, on every rank, which all call this; without a process group, here.
+
+    Raises:
+        UserError: of rank 0, on all ranks.
+    """
+    if not dist.is_initialized():
+        return function()
+    result = on_all(lambda: function() if dist.get_rank() == 0 else None)
+    return from_first(result)  # type: ignore[return-value]
+
+
+def first_then_all(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0, and then on the others, which find done what it left in files.
+
+    Raises:
+        UserError: of any rank, on all ranks.
+    """
+    if not dist.is_initialized():
+        return function()
+    is_first = dist.get_rank() == 0
+    first = on_all(lambda: function() if is_first else None)
+    other = on_all(lambda: None if is_first else function())
+    return first if is_first else other  # type: ignore[return-value]
+
+
+def has_lost_a_rank(error: BaseException | None) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    while error is not None:
+        words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def reduce_over_data(values: Tensor, topology: Topology) -> Tensor:

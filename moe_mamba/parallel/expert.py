@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.moe import Experts, LocalDispatcher, MoE
@@ -20,16 +21,17 @@ from moe_mamba.model.sequences import Sequences
 from moe_mamba.parallel.groups import Groups
 
 
-def spread_experts(model: LanguageModel, groups: Groups) -> None:
+def spread_experts(model: LanguageModel, groups: Groups, sequence_parallel: bool) -> None:
     """Replace every mixture of experts by one that holds this rank's part of them, in place.
 
     Args:
         model: a whole one, on the meta device; the caller makes that the default device.
         groups: from ``start_groups``.
+        sequence_parallel: see ``tensor.shard_layers``.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, MoE):
-            model.set_submodule(name, ExpertParallelMoE(module, groups))
+            model.set_submodule(name, ExpertParallelMoE(module, groups, sequence_parallel))
 
 
 class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
@@ -37,9 +39,10 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
 
     With tensor-parallel ranks the stream's tokens are sharded among them, and each rank sends its own; where experts
     are sharded by tensor, every rank works on the tokens of all ranks with its part of each expert's width instead.
+    Without sequence parallelism each rank has all tokens: it sends a share of them, and gets the others' outputs.
     """
 
-    def __init__(self, whole: MoE, groups: Groups) -> None:
+    def __init__(self, whole: MoE, groups: Groups, sequence_parallel: bool = True) -> None:
         nn.Module.__init__(self)  # DeepSpeed's would build its gate and its loop of experts
         topology = groups.topology
         # What DeepSpeed's engine reads.
@@ -58,15 +61,19 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert, kernels)
         self._tensor = topology.tensor
         self._tensor_group = groups.tensor
+        self._sequence_parallel = sequence_parallel
         self.set_deepspeed_parallelism()  # type: ignore[operator]
 
     def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
         """Give the routed experts' part of the output for this rank's tokens, (tokens / tensor, d_model).
 
         Args:
-            x: (tokens / tensor, d_model), this rank's part of the stream.
+            x: (tokens / tensor, d_model), this rank's part of the stream; all of it without sequence parallelism, as
+                is the output then.
             sequences: of the whole stream.
         """
+        if self._tensor > 1 and not self._sequence_parallel:
+            return self._routed_whole(x, sequences)
         if not self.enable_expert_tensor_parallelism:
             # Only expert choice looks at sequences, and its ranks hold whole ones.
             return super().routed(x, Sequences(sequences.batch // self._tensor, sequences.length))
@@ -78,6 +85,22 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         # All ranks counted all tokens: each answers for its share, so that the sum over ranks counts once.
         shares = {field.name: getattr(statistics, field.name) / self._tensor for field in fields(statistics)}
         return y, RouterStatistics(**shares)
+
+    def _routed_whole(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
+        """As ``routed``, of a stream (tokens, d_model) that every tensor-parallel rank has whole."""
+        from megatron.core.tensor_parallel import mappings
+
+        if self.enable_expert_tensor_parallelism:
+            y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
+            return mappings.reduce_from_tensor_model_parallel_region(y, group=self._tensor_group), statistics
+        config, moe = self.experts.config, self.router.config
+        if self.looks_ahead(config, moe) or self.depends_on_batch(config, moe):
+            return super().routed(x, sequences)  # a token's experts depend on others, so all are routed together
+        assert self._tensor_group is not None
+        share = -(-len(x) // self._tensor)
+        padded = functional.pad(x, (0, 0, 0, share * self._tensor - len(x)))
+        y, statistics = super().routed(padded.split(share)[self._tensor_group.rank()], Sequences(share, 1))
+        return mappings.gather_from_sequence_parallel_region(y, group=self._tensor_group)[: len(x)], statistics
 
 
 class ExpertDispatcher(LocalDispatcher):

@@ -1,6 +1,7 @@
 """Change a model for a layout, from outside: the model's own files never see a rank."""
 
 import copy
+import itertools
 import shutil
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import TrainConfig
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
@@ -47,16 +49,51 @@ def build_model(plan: RunPlan, groups: Groups) -> LanguageModel:
     return model
 
 
-def shard(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
+def build_for_inference(plan: RunPlan, groups: Groups) -> LanguageModel:
+    """This rank's part of a model for passes without gradients, in evaluation mode; a checkpoint is to fill it.
+
+    Every tensor-parallel rank has the whole residual stream, so that a pass may have any number of tokens.
+
+    Args:
+        plan: of the run.
+        groups: of its layout.
+    """
+    model = copy.deepcopy(plan.model)  # sharding changes it in place
+    with torch.device("meta"):
+        shard(model, groups, plan.shards, sequence_parallel=False)
+    model.to_empty(device=groups.topology.world.device)
+    for name, parameter in model.named_parameters():
+        if plan.shards[name].is_padded:
+            parameter.data.zero_()
+    return model.eval()
+
+
+def weight_shards(model: LanguageModel, held: dict[str, ParameterShard]) -> list[Shard]:
+    """Every weight and buffer that this rank holds, for a checkpoint to fill.
+
+    Args:
+        model: this rank's part, with memory.
+        held: what it holds of each name.
+    """
+    return [
+        Shard(f"weights/{held[path].name}", held[path].shape, logical, tensor.data[local])
+        for path, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        for logical, local in held[path].chunks()
+    ]
+
+
+def shard(
+    model: LanguageModel, groups: Groups, held: dict[str, ParameterShard], sequence_parallel: bool = True
+) -> None:
     """Shard a model on the meta device in place: layers by tensor parallelism, then experts by expert parallelism."""
     if groups.topology.tensor > 1:
         from moe_mamba.parallel.tensor import shard_layers
 
-        shard_layers(model, groups, held)
+        shard_layers(model, groups, held, sequence_parallel)
     if groups.topology.is_sharded and model.routers():
         from moe_mamba.parallel.expert import spread_experts
 
-        spread_experts(model, groups)
+        spread_experts(model, groups, sequence_parallel)
 
 
 def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:

@@ -7,6 +7,9 @@ mixer's input is gathered once, whatever number of projections read it; each ran
 hidden units for all tokens; the output projection's partial sums are reduce-scattered back to shares of tokens.
 Inside a Mamba mixer, what x_proj makes of the channels (delta's low rank, B, C) is a sum over all channels, so it is
 reduced, and because every rank's channels use it, its gradient is reduced as well. Logits stay sharded by vocabulary.
+
+A step of generation has fewer tokens than ranks may be: without sequence parallelism every rank has the whole stream,
+nothing is gathered, and partial sums are reduced for all.
 """
 
 from collections.abc import Callable
@@ -34,40 +37,48 @@ from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import ParameterShard
 
 
-def shard_layers(model: LanguageModel, groups: Groups, shards: dict[str, ParameterShard]) -> None:
+def shard_layers(
+    model: LanguageModel, groups: Groups, shards: dict[str, ParameterShard], sequence_parallel: bool
+) -> None:
     """Put this rank's linears and embedding in the place of a whole model's, in place.
 
     Args:
         model: on the meta device.
         groups: of a layout with tensor-parallel ranks.
         shards: what this rank holds of each parameter.
+        sequence_parallel: each rank has its share of the stream's tokens; False: all of them, for passes without
+            gradients.
     """
     assert groups.tensor is not None
-    _shard_vocabulary(model, groups.tensor, shards)
+    _shard_vocabulary(model, groups.tensor, shards, sequence_parallel)
     for name, module in list(model.named_modules()):
         if isinstance(module, Mixer) and module.gathers_tokens:
-            _shard_mixer(module, name, groups.tensor, shards)
+            _shard_mixer(module, name, groups.tensor, shards, sequence_parallel)
 
 
-def _shard_mixer(mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
+def _shard_mixer(
+    mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, ParameterShard], sequence_parallel: bool
+) -> None:
     """Shard all that a mixer owns, and gather the tokens of the ranks at its entry."""
     for name, linear in list(mixer.named_modules()):
         if isinstance(linear, nn.Linear):
-            mixer.set_submodule(name, _shard_linear(linear, shards[f"{prefix}.{name}.weight"], group))
+            shard = shards[f"{prefix}.{name}.weight"]
+            mixer.set_submodule(name, _shard_linear(linear, shard, group, sequence_parallel))
     for name, parameter in list(mixer.named_parameters()):
         shape = shards[f"{prefix}.{name}"].local_shape
         if parameter.shape != shape:
             owner, _, local = name.rpartition(".")
             setattr(mixer.get_submodule(owner), local, nn.Parameter(parameter.new_empty(shape)))
-    mixer.register_forward_pre_hook(partial(_gather_tokens, group))
+    if sequence_parallel:
+        mixer.register_forward_pre_hook(partial(_gather_tokens, group))
 
 
-def _shard_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> nn.Module:
+def _shard_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup, sequence_parallel: bool) -> nn.Module:
     if shard.tensor_axis is None:
         return linear
     if shard.tensor_axis == 0:
         return _column_linear(linear, shard)
-    return (ReducedLinear if shard.is_reduced else RowLinear)(linear, shard, group)
+    return (ReducedLinear if shard.is_reduced or not sequence_parallel else RowLinear)(linear, shard, group)
 
 
 def _column_linear(linear: nn.Linear, shard: ParameterShard) -> nn.Linear:
@@ -116,13 +127,15 @@ class ReducedLinear(RowLinear):
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):
-    """Each rank has some rows; what it finds is reduce-scattered over tokens."""
+    """Each rank has some rows; what it finds is reduce-scattered over tokens, or reduced for all ranks."""
 
-    def __init__(self, embedding: nn.Embedding, shard: ParameterShard, group: ProcessGroup) -> None:
+    def __init__(
+        self, embedding: nn.Embedding, shard: ParameterShard, group: ProcessGroup, sequence_parallel: bool
+    ) -> None:
         super().__init__(
             shard.local_shape[0] * group.size(),
             embedding.embedding_dim,
-            reduce_scatter_embeddings=True,
+            reduce_scatter_embeddings=sequence_parallel,
             # Its weight is made and filled by us.
             config=ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False),
             init_method=_no_initialization,
@@ -130,21 +143,25 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up ``tokens`` (tokens,): this rank's share, (tokens / tensor, d_model)."""
-        return super().forward(tokens[None]).squeeze(1)  # megatron-core wants a batch first and gives it second
+        """Look up ``tokens`` (tokens,): this rank's share, (tokens / tensor, d_model), or all, (tokens, d_model)."""
+        found = super().forward(tokens[None])
+        # megatron-core wants a batch first and gives it second, where it scatters
+        return found.squeeze(1 if self.reduce_scatter_embeddings else 0)
 
 
 def _no_initialization(weight: Tensor) -> None:
     raise AssertionError("weights are filled by parallel/initialize.py")
 
 
-def _shard_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[str, ParameterShard]) -> None:
+def _shard_vocabulary(
+    model: LanguageModel, group: ProcessGroup, shards: dict[str, ParameterShard], sequence_parallel: bool
+) -> None:
     shard = shards["embedding.weight"]
-    model.embedding = VocabularyEmbedding(model.embedding, shard, group)
+    model.embedding = VocabularyEmbedding(model.embedding, shard, group, sequence_parallel)
     if model.head is not None:
         model.head = _column_linear(model.head, shards["head.weight"])
     (segment,) = shard.segments[0]
-    model.project = partial(project, rows=segment.length, group=group)
+    model.project = partial(project, rows=segment.length, group=group if sequence_parallel else None)
     model.cross_entropy = partial(
         cross_entropy_sum,
         first=group.rank() * shard.local_shape[0],
@@ -152,6 +169,7 @@ def _shard_vocabulary(model: LanguageModel, group: ProcessGroup, shards: dict[st
         backend=model.kernels,
     )
     model.argmax = partial(_argmax, first=group.rank() * shard.local_shape[0], group=group)
+    model.gather_logits = partial(_gather_logits, vocabulary=shard.shape[0], group=group)
 
 
 def project(
@@ -159,24 +177,33 @@ def project(
     weight: Tensor,
     *,
     rows: int,
-    group: ProcessGroup,
+    group: ProcessGroup | None,
     product: Callable[[Tensor, Tensor], Tensor] = functional.linear,
 ) -> Tensor:
     """Logits of this rank's part of the vocabulary.
 
     Args:
-        stream: (tokens / tensor, d_model), normalised.
+        stream: (tokens / tensor, d_model), normalised; without a group all tokens, (tokens, d_model).
         weight: (rows of a rank, d_model), padded.
         rows: how many of them are tokens of the vocabulary; the logits of the others are minus infinity.
-        group: the tensor-parallel ranks.
+        group: the tensor-parallel ranks, which share the tokens; None: each has all.
         product: of a stream and a weight; ZeRO-3 gives its own.
 
     Returns:
         (tokens, rows of a rank).
     """
-    logits = product(gather_from_sequence_parallel_region(stream, group=group), weight)
+    if group is not None:
+        stream = gather_from_sequence_parallel_region(stream, group=group)
+    logits = product(stream, weight)
     logits[:, rows:] = -torch.inf
     return logits
+
+
+def _gather_logits(logits: Tensor, *, vocabulary: int, group: ProcessGroup) -> Tensor:
+    """Logits of the whole vocabulary, on every rank, from all ranks' parts: (..., rows) -> (..., vocabulary)."""
+    parts = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)[..., :vocabulary]
 
 
 def _argmax(logits: Tensor, *, first: int, group: ProcessGroup) -> Tensor:

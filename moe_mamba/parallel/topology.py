@@ -124,6 +124,11 @@ class Topology:
         """Whether no single process holds a whole model."""
         return self.tensor > 1 or self.expert > 1
 
+    @property
+    def experts_span_data(self) -> bool:
+        """Whether ranks that read other text hold each other's experts, and so must pass together."""
+        return self.expert > 1 if self.expert_tensor else self.tensor % self.expert != 0
+
     def sequences_per_data_rank(self, global_batch: int, micro_batch: int | None) -> int:
         """Sequences of a global batch that fall to each group of tensor-parallel ranks.
 

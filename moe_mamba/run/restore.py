@@ -14,17 +14,21 @@ from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.installation import command
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.folder import RunFolder
+
+ALONE = Topology(World(0, 1, 0, 1))
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A model in fp32, in evaluation mode, with what made it."""
+    """A model in fp32, in evaluation mode, with what made it; of a sharded one, this rank's part."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     config: Config
     path: Path
+    topology: Topology = ALONE
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -
     Raises:
         UserError: there is no valid checkpoint, or its tokenizer is missing or another one.
     """
-    path = store.resolve(run_or_step)
+    return read_trained(store.resolve(run_or_step), tokenizer)
+
+
+def read_trained(path: Path, tokenizer: str | Path | None = None) -> Trained:
+    """As ``open_trained``, of a step's folder that is known to be valid."""
     description = store.read_description(path)
     source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
     if tokenizer is None and not Path(source).is_dir():
@@ -79,7 +87,11 @@ def restore(run_or_step: str | Path, device: torch.device) -> Restored:
     Raises:
         UserError: as ``open_trained``.
     """
-    trained = open_trained(run_or_step)
+    return restore_trained(open_trained(run_or_step), device)
+
+
+def restore_trained(trained: Trained, device: torch.device) -> Restored:
+    """As ``restore``, of a checkpoint that is open."""
     model = LanguageModel.on_meta(trained.config.model, trained.config.moe, trained.config.run.kernels)
     model.to_empty(device=device)
     load_weights(model, trained.path)

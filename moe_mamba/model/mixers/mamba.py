@@ -150,11 +150,11 @@ class Mamba(Mixer):
         room: int | None = None,
     ) -> MambaState:
         """Return the state before any token; ``dtype`` is the activations'. Its size is the same for any ``room``."""
-        config = self.config
+        channels = self.in_proj.out_features // 2  # d_inner, or a shard of it
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
-            torch.zeros(batch, config.d_conv - 1, config.d_inner, dtype=dtype, device=device),
-            torch.zeros(batch, config.d_inner, config.d_state, dtype=wide, device=device),
+            torch.zeros(batch, self.config.d_conv - 1, channels, dtype=dtype, device=device),
+            torch.zeros(batch, channels, self.config.d_state, dtype=wide, device=device),
         )
 
     def forward(
