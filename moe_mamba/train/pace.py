@@ -104,4 +104,6 @@ class Pace:
                 f"data      steps wait {100 * share:.0f}% of their time for data, longest on {host} (rank {worst}): "
                 "put data.cache and the shards on a local disk, or leave a CPU core per process free for reading"
             )
+        elif self._is_stalled and not is_stalled:
+            self.events.write("data_stall_over", step)
         self._is_stalled = is_stalled
