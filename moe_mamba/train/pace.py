@@ -83,9 +83,9 @@ class Pace:
         usual = median_low(compute)
         for rank, (ratios, seconds) in enumerate(zip(self._ratios, compute, strict=True)):
             ratios.append(seconds / usual if usual else 1.0)
-            is_slow = len(ratios) == MEASUREMENTS and median(ratios) >= SLOWER
+            is_slow = len(ratios) == MEASUREMENTS and median_low(ratios) >= SLOWER
             if is_slow and rank not in self._slow:
-                ratio, host = median(ratios), self.hosts[rank]
+                ratio, host = median_low(ratios), self.hosts[rank]
                 self.events.write("slow_rank", step, rank=rank, host=host, times=round(ratio, 2))
                 self.screen.say(f"slow      rank {rank} on {host} computes {ratio:.2f} times as long as the usual rank")
             elif rank in self._slow and not is_slow:
@@ -95,7 +95,7 @@ class Pace:
     def _judge_data(self, step: int, shares: list[float]) -> None:
         worst = max(range(len(shares)), key=shares.__getitem__)
         self._stalls.append((shares[worst], worst))
-        share = median(share for share, _ in self._stalls)
+        share = median_low(share for share, _ in self._stalls)
         is_stalled = len(self._stalls) == MEASUREMENTS and share > STALLED
         if is_stalled and not self._is_stalled:
             host = self.hosts[worst]
