@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median, median_low
 
-from moe_mamba.parallel.topology import World
+from moe_mamba.parallel.topology import Topology
 from moe_mamba.parallel.waiting import Waiting
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events
@@ -25,7 +25,7 @@ class Pace:
     needed. What lasts is said once, and again when it comes back.
 
     Args:
-        world: the ranks.
+        topology: the ranks.
         every: steps between measurements.
         hosts: rank -> name of its machine.
         screen: where a line is said.
@@ -34,10 +34,11 @@ class Pace:
 
     FIGURES = 3  # compute seconds, seconds in which the step waited for its data, seconds of the whole step
 
-    def __init__(self, world: World, every: int, hosts: Sequence[str], screen: Screen, events: Events) -> None:
+    def __init__(self, topology: Topology, every: int, hosts: Sequence[str], screen: Screen, events: Events) -> None:
         self.every, self.hosts, self.screen, self.events = every, hosts, screen, events
-        self.own: list[float] = []
-        self._waiting = Waiting(world.device)
+        self._topology = topology
+        self._own: list[float] = []
+        self._waiting = Waiting(topology.world.device)
         self._data_seconds = 0.0
         self._ratios: list[deque[float]] = [deque(maxlen=MEASUREMENTS) for _ in hosts]
         self._stalls: deque[tuple[float, int]] = deque(maxlen=MEASUREMENTS)
@@ -59,7 +60,15 @@ class Pace:
             yield
         seconds = time.perf_counter() - begin
         compute = max(seconds - self._waiting.seconds(), 0.0)
-        self.own = [compute, self._data_seconds, seconds + self._data_seconds]
+        self._own = [compute, self._data_seconds, seconds + self._data_seconds]
+
+    def row(self) -> list[float]:
+        """This rank's figures, among zeros for the other ranks', for a sum over ranks; nothing if none were taken.
+
+        They are of one rank alone: taken so many times as `reduce_over_data` will divide by.
+        """
+        own, world = [figure * self._topology.tensor for figure in self._own], self._topology.world
+        return [0.0] * len(own) * world.rank + own + [0.0] * len(own) * (world.size - world.rank - 1)
 
     def judge(self, step: int, figures: Sequence[float]) -> dict[str, float] | None:
         """Take in the figures of all ranks, one rank's after the other's; the slowest rank, for the metrics.
@@ -68,7 +77,7 @@ class Pace:
             step: steps made.
             figures: `FIGURES` for each rank, the same on all; none: nothing was measured.
         """
-        self.own = []
+        self._own = []
         if not figures:
             return None
         compute, data, whole = (list(figures[number :: self.FIGURES]) for number in range(self.FIGURES))

@@ -68,8 +68,8 @@ class Recovery:
     Args:
         config: the policies and the rule.
         done: steps made.
-        description: of the checkpoint that the run goes on from; None at a fresh start. One of an older version says
-            nothing here: its run has left out no batch.
+        description: of the checkpoint that the run goes on from; empty at a fresh start. One of an older version says
+            nothing of this: its run has left out no batch.
 
     Attributes:
         position: number of the last batch that was trained on or left out.
@@ -78,16 +78,16 @@ class Recovery:
         is_again: the last fault followed on another one, with the same weights.
     """
 
-    def __init__(self, config: TrainConfig, done: int, description: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: TrainConfig, done: int, description: dict[str, Any]) -> None:
         self.config = config
         self.told = frozenset(config.skip_batches)
         self.fault: Fault | None = None
         self.is_again, self._last_bad = False, -1
         self.load(done, description)
 
-    def load(self, done: int, description: dict[str, Any] | None) -> None:
+    def load(self, done: int, description: dict[str, Any]) -> None:
         """Go on as a checkpoint's description says."""
-        known = (description or {}).get("recovery") or {}
+        known = description.get("recovery", {})
         self.position: int = known.get("position", done)
         self.skipped: list[int] = known.get("skipped_batches", [])
         self._bad, self._furthest = known.get("bad", 0), known.get("furthest", 0)

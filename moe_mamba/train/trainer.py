@@ -120,10 +120,8 @@ class Trainer:
         self.watch = watch
         self.begun = self.step = self.saved = watch.step = start.done
         self.events = Events(folder.path, world.is_first)
-        self.pace = Pace(world, config.logging.every, from_all(socket.gethostname()), screen, self.events)
-        self.recovery = Recovery(
-            config.train, start.done, store.read_description(start.newest) if start.newest else None
-        )
+        self.pace = Pace(topology, config.logging.every, from_all(socket.gethostname()), screen, self.events)
+        self.recovery = Recovery(config.train, start.done, start.description)
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
         self.micro_batch = start.micro_batch
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
@@ -174,7 +172,7 @@ class Trainer:
                 following = self.recovery.after(number)
                 batches, upcoming = upcoming.result(), reader.submit(self._read, following)
                 self.pace.waited_for_data(time.perf_counter() - begin)
-                targets, reason = self._agree(sum(batch.counted for batch in batches), self.pace.own)
+                targets, reason = self._agree(sum(batch.counted for batch in batches), self.pace.row())
                 if reason is not None:
                     if self.saved < self.step:
                         self._save({})
@@ -212,18 +210,15 @@ class Trainer:
         starts = range(first, first + self.micro_steps * together, together)
         return [self.corpora.loader.batch(start, self.micro_batch) for start in starts]
 
-    def _agree(self, counted: int, own: Sequence[float] = ()) -> tuple[int, str | None]:
+    def _agree(self, counted: int, figures: Sequence[float] = ()) -> tuple[int, str | None]:
         """The sum over data ranks, and why to stop before this step, if any rank is asked to; the same on all ranks.
 
-        This rank's figures of its pace, if it has any, reach the other ranks on the way.
+        Figures of the ranks' pace, if there are any, are shared on the way.
         """
-        table = [0.0] * (len(own) * self.world.size)
-        table[self.world.rank * len(own) : (self.world.rank + 1) * len(own)] = own
-        values = torch.tensor([counted, *self.watch.stop.asked, *table], dtype=torch.float64, device=self.world.device)
-        total, *rest = reduce_over_data(values, self.topology).tolist()
-        asked, figures = rest[: len(REASONS)], [value * self.topology.tensor for value in rest[len(REASONS) :]]
-        reason = next((reason for reason, share in zip(REASONS, asked, strict=True) if share), None)
-        if (slowest := self.pace.judge(self.step, figures)) is not None:
+        values = torch.tensor([counted, *self.watch.stop.asked, *figures], dtype=torch.float64)
+        total, *rest = reduce_over_data(values.to(self.world.device), self.topology).tolist()
+        reason = next((reason for reason, share in zip(REASONS, rest, strict=False) if share), None)
+        if (slowest := self.pace.judge(self.step, rest[len(REASONS) :])) is not None:
             self.metrics.write({"step": self.step, "pace": slowest})
         return round(total), reason
 
@@ -293,10 +288,8 @@ class Trainer:
         kept = None
         if action == "rewind":
             self.saver.wait()
-            is_certain = fault.kind == "nan" and self.recovery.is_again
-            if self.world.is_first:
-                kept = newest_kept(self.folder.checkpoints, self.config, self.step, next_step if is_certain else None)
-            kept = from_first(kept)
+            certain = next_step if fault.kind == "nan" and self.recovery.is_again else None
+            kept = newest_kept(self.folder.checkpoints, self.config, self.step, certain)
         if kept is None:
             left_out = self.recovery.leave_out(number)
             self.events.write("skip", self.step, batches=left_out, reason=fault.text)
@@ -344,10 +337,8 @@ class Trainer:
             self.saver.wait()
         except UserError as error:
             log.warning("%s", error)
-        way_on = None
-        if self.world.is_first:
-            way_on = way_on_line(self.folder.checkpoints, self.config, self.begun, self.step, next_step)
-        raise RunStopped(f"{fault}{place}. {from_first(way_on)}")
+        way_on = way_on_line(self.folder.checkpoints, self.config, self.begun, self.step, next_step)
+        raise RunStopped(f"{fault}{place}. {way_on}")
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds

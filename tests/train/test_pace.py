@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from launch.train import train
+from moe_mamba.parallel.topology import Topology
 from moe_mamba.parallel.topology import World as Ranks
 from moe_mamba.parallel.waiting import COLLECTIVES, Waiting
 from moe_mamba.run.console import Screen
@@ -25,7 +26,7 @@ HOSTS = ["a", "a", "b", "b"]
 def pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pace:
     screen = Screen(tmp_path / "log.txt")
     monkeypatch.setattr(screen, "say", print)
-    return Pace(Ranks(0, 4, 0, 2), 1, HOSTS, screen, Events(tmp_path, enabled=True))
+    return Pace(Topology(Ranks(0, 4, 0, 2)), 1, HOSTS, screen, Events(tmp_path, enabled=True))
 
 
 def feed(pace: Pace, compute: list[float], data: float = 0.0, times: int = MEASUREMENTS) -> Any:

@@ -166,7 +166,7 @@ def test_a_spike_is_far_above_the_median_of_a_window_that_is_half_full() -> None
 
 
 def test_batches_that_are_left_out_are_counted_until_the_run_is_well_past_them() -> None:
-    recovery = Recovery(TrainConfig(on_nan="skip", skip_limit=2, spike_window=8), 0)
+    recovery = Recovery(TrainConfig(on_nan="skip", skip_limit=2, spike_window=8), 0, {})
     actions = []
     for number, step in enumerate([1, 2, 10, 10, 10], 1):
         assert not recovery.judge(NAN, 1.0)
@@ -177,7 +177,7 @@ def test_batches_that_are_left_out_are_counted_until_the_run_is_well_past_them()
 
 
 def test_the_next_batch_is_the_first_that_is_not_to_be_left_out() -> None:
-    recovery = Recovery(TrainConfig(skip_batches=[1, 2, 5]), 0)
+    recovery = Recovery(TrainConfig(skip_batches=[1, 2, 5]), 0, {})
     assert [recovery.after(number) for number in (0, 3, 4)] == [3, 4, 6]
     recovery.judge(3.0, 1.0)
     assert recovery.made(3) == (None, [1, 2])
