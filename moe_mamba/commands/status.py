@@ -52,7 +52,7 @@ def _state(status: Status) -> str:
         "runs": "it runs",
         "silent": f"it should run, but there is no sign of life from {status.why}",
         "finished": "finished",
-        "stopped": f"stopped: {status.why}",
+        "stopped": f"it does not run: {status.why}",
         "died": f"it does not run: {status.why}",
         "begins": "it begins: no step was begun since it was started",
     }[status.state]
