@@ -14,6 +14,7 @@ from moe_mamba.config_types import (
     Fraction,
     NonNegative,
     NonNegativeFloat,
+    Numbers,
     OptionalPositive,
     OptionalText,
     Positive,
@@ -136,6 +137,18 @@ class TrainConfig(Section):
     warm_start: OptionalText = Field(
         None, description="run or step folder whose weights to start from, optimizer fresh"
     )
+    on_nan: Literal["stop", "skip", "rewind"] = Field(
+        "stop", description="at a loss or gradient of NaN or Inf: end, leave the batch out, or go back to a checkpoint"
+    )
+    on_spike: Literal["log", "stop", "skip", "rewind"] = Field(
+        "log", description="at a loss or gradient norm far above the last ones: note it and go on, or as at NaN"
+    )
+    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps that a spike is measured against")
+    spike_threshold: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="a spike is above median + this x MAD (median absolute deviation, at least 1% of the median)"
+    )
+    skip_limit: Positive = Field(10, description="bad batches, within spike_window steps, after which the run ends")
+    skip_batches: Numbers = Field([], description="batches to leave out, by number: of the step that would take them")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

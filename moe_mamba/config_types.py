@@ -48,6 +48,7 @@ Text = Annotated[str, BeforeValidator(lambda value: value if value is None else 
 OptionalPositive = Annotated[Positive | None, BeforeValidator(_none_from_text)]
 OptionalFactor = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_none_from_text)]
+Numbers = Annotated[list[Positive], BeforeValidator(_structure_from_text)]
 Sources = Annotated[dict[str, float] | dict[str, str] | list[str], BeforeValidator(_structure_from_text)]
 
 

@@ -1,7 +1,8 @@
 """A watch beside the training: it ends a run, with one line that says why, where the training itself cannot.
 
 One small thread per rank hears the signals, sees the launcher end, sees the main thread hang, and holds the line to
-rank 0's hub, which tells it of other ranks' ends. It costs one look per second, and no collective.
+rank 0's hub, which tells it of other ranks' ends. It costs one look per second, and no collective. One thread a machine
+leaves a sign of life every few seconds, and rank 0's notes why a run ends that does not come to its end.
 """
 
 import atexit
@@ -27,9 +28,12 @@ from moe_mamba.faults.signals import Stop
 from moe_mamba.parallel.distributed import finish_world, from_all, from_first, has_lost_a_rank
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
+from moe_mamba.run.events import Events
+from moe_mamba.run.heartbeats import write_heartbeat
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TICK = 1.0
+SECONDS_BETWEEN_HEARTBEATS = 5.0
 # How long an abort message may take; how long the main thread has to end by itself after it; then the process.
 SECONDS_FOR_ABORT = 6.0
 SECONDS_TO_LEAVE = 5.0
@@ -50,6 +54,10 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
     def __init__(self, config: Config, screen: Screen, world: World) -> None:
         self.timeout, self.grace = config.parallel.timeout, config.checkpoint.grace
         self.screen, self.world = screen, world
+        self.folder = Path(config.run.folder)
+        self._events = Events(self.folder, world.is_first)
+        self._next_heartbeat = 0.0
+        self._is_end_noted = False
         self.step = 0
         self.is_done = False
         self.stop = Stop()
@@ -109,6 +117,8 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             self._send(bye=True)
         elif self._line is not None:
             self._report(error)
+        if error is not None:
+            self._note_end(self._abort_line or str(error) or type(error).__name__)
         self._leave(error is None)
         if isinstance(error, RunStopped):
             error.said |= self._is_said
@@ -143,6 +153,12 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         signal.alarm(0)
         atexit.register(signal.alarm, SECONDS_TO_END)
 
+    def _note_end(self, reason: str) -> None:
+        """Note why a run ends early; one that had not begun has nothing to note."""
+        if self.stop.begun and not self._is_end_noted:
+            self._is_end_noted = True
+            self._events.write("stop", self.step, reason=reason)
+
     def _send(self, **message: object) -> None:
         if self._line is not None:
             self._line.send(**message)
@@ -159,11 +175,20 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             if self.stop.is_urgent:
                 self._end("stopped by a second Ctrl-C", 130)
             self._check_stop()
-            if self._is_listening and self._stand.seconds(self.step) > self.timeout:
+            still = self._stand.seconds(self.step)
+            self._live(still)
+            if self._is_listening and still > self.timeout:
                 places = {self.world.rank: self._place(), 0: None}
                 self._request_abort(hang_line(places, self.timeout), hung=self.timeout)
             if self._pending_abort is not None and time.monotonic() > self._pending_abort[0]:
                 self._abort(self._pending_abort[1], self._prints_without_first)
+
+    def _live(self, still: float) -> None:
+        """Leave this machine's sign of life, unless the main thread has hung, standing `still` for too many seconds."""
+        hangs = self.stop.begun and still > self.timeout
+        if self.world.local_rank == 0 and not hangs and time.monotonic() >= self._next_heartbeat:
+            self._next_heartbeat = time.monotonic() + SECONDS_BETWEEN_HEARTBEATS
+            write_heartbeat(self.folder, socket.gethostname(), self.step)
 
     @property
     def _prints_without_first(self) -> bool:
@@ -220,6 +245,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         if prints and not self._is_leaving:
             self.screen.shout(f"error: {line}")
             self._is_said = True
+        self._note_end(line)
         self._aborted.set()
         if not self._left.wait(SECONDS_TO_LEAVE):
             os._exit(1)
@@ -228,6 +254,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         """End at once."""
         if self.world.is_first:
             self.screen.shout(f"error: {line}")
+            self._note_end(line)
         os._exit(code)
 
 

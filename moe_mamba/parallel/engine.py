@@ -1,6 +1,8 @@
 """From our configuration to DeepSpeed's engine, and from the engine's memory to logical tensors."""
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -72,16 +74,54 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def step(engine: deepspeed.DeepSpeedEngine, gradient_clip: float) -> float:
-    """Do the optimizer step, with clipping; the norm of the whole gradient before it, over all ranks."""
+def _always(_: float) -> bool:
+    return True
+
+
+def step(engine: deepspeed.DeepSpeedEngine, gradient_clip: float, accept: Callable[[float], bool] = _always) -> float:
+    """Do the optimizer step, with clipping, if `accept` takes the norm of its gradient.
+
+    A step that is refused leaves weights and optimizer as they are; its gradient is gone.
+
+    Args:
+        engine: after the backward pass of the last micro-step.
+        gradient_clip: largest norm; 0: no clipping.
+        accept: asked once on every rank, and must answer alike.
+
+    Returns:
+        The norm of the whole gradient over all ranks, before clipping; NaN or Inf where the gradient has one.
+    """
     if engine.zero_optimization():
-        engine.step()
-        return float(engine.get_global_grad_norm())
+        answer = functools.cache(lambda: accept(float(engine.optimizer._global_grad_norm)))
+        with _updating_if(base_optimizer(engine), answer):
+            engine.step()
+        answer()  # DeepSpeed leaves out the update of some gradients by itself, and then nobody has asked yet
+        return float(engine.optimizer._global_grad_norm)
     norm = _gradient_norm(engine)
-    if gradient_clip:
+    is_accepted = accept(float(norm))
+    if gradient_clip and is_accepted:
         torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), gradient_clip, norm)
-    engine.step()
+    with _updating_if(base_optimizer(engine), lambda: is_accepted):
+        engine.step()
     return float(norm)
+
+
+@contextlib.contextmanager
+def _updating_if(optimizer: torch.optim.Optimizer, answer: Callable[[], bool]) -> Iterator[None]:
+    """Let `optimizer` update nothing unless `answer()`.
+
+    ZeRO knows the norm only in the middle of its step, just before it lets the optimizer inside update each group.
+    """
+    update = optimizer.step
+
+    def update_if(*arguments: Any, **options: Any) -> Any:
+        return update(*arguments, **options) if answer() else None
+
+    optimizer.step = update_if  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        optimizer.step = update  # type: ignore[method-assign]
 
 
 def _gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:

@@ -1,9 +1,28 @@
 """Where the first bad value of a broken step comes from."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from moe_mamba.data.batch import Batch
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.distributed import from_all
+
+
+def first_bad_place(model: LanguageModel, batches: Sequence[Batch]) -> tuple[str, bool]:
+    """Words for the first bad value that any rank has, and whether it is in a parameter; all ranks call it together.
+
+    Args:
+        model: as it is in the broken step.
+        batches: micro-batches of that step; none: nothing is looked for.
+    """
+    places = from_all(first_bad_parameter(model) if batches else None)
+    is_in_parameter = any(places)
+    if not is_in_parameter:
+        for batch in batches:
+            places += from_all(first_bad_output(model, batch.tokens, batch.document_starts))
+    return next((f"; the first bad value is in {place}" for place in places if place), ""), is_in_parameter
 
 
 def first_bad_parameter(model: LanguageModel) -> str | None:

@@ -37,6 +37,11 @@ class StartState:
     warm: Path | None
     micro_batch: int
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """Of the checkpoint to go on from; empty where there is none."""
+        return store.read_description(self.newest) if self.newest else {}
+
 
 def check(config: Config, world: World) -> Topology:
     """Refuse, on every rank alike, what cannot run here; the layout.
@@ -89,8 +94,7 @@ def _with_vocabulary(config: Config, newest: Path | None) -> Config:
 
 def accumulation_changes(config: Config, start: StartState, micro_steps: int) -> list[str]:
     """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
-    assert start.newest is not None
-    before = store.read_description(start.newest)
+    before = start.description
     was = before["micro_steps"], _routed_together(before["micro_batch"], before["config"]["parallel"])
     now = micro_steps, _routed_together(start.micro_batch, config.parallel.model_dump())
     by_device = config.moe.balance_over == "device"

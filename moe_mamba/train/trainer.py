@@ -1,14 +1,15 @@
 """A training run, from top to bottom: corpora, world, model, engine, checkpoint, loop, report."""
 
-import errno
 import logging
 import math
 import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,26 +23,39 @@ from moe_mamba.data.loader import Batch, evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.evaluation.scores import Scores, evaluate
 from moe_mamba.faults.signals import REASONS
+from moe_mamba.faults.stopping import stopping
 from moe_mamba.faults.watchdog import Watch
 from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.distributed import from_all, from_first, limit_collectives, reduce_over_data, start_world
+from moe_mamba.parallel.distributed import (
+    from_all,
+    from_first,
+    limit_collectives,
+    number_from_first,
+    reduce_over_data,
+    start_world,
+)
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
+from moe_mamba.run.events import Events
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import MetricsWriter
 from moe_mamba.train import report
 from moe_mamba.train.corpora import Corpora, open_corpora
-from moe_mamba.train.diagnosis import first_bad_output, first_bad_parameter
+from moe_mamba.train.diagnosis import first_bad_place
 from moe_mamba.train.objective import Objective, StepSums
+from moe_mamba.train.pace import Pace
 from moe_mamba.train.profile import profiler
+from moe_mamba.train.recovery import Recovery
+from moe_mamba.train.restarts import note_start
 from moe_mamba.train.schedule import learning_rate
 from moe_mamba.train.setup import StartState, accumulation_changes, check, prepare_run
+from moe_mamba.train.ways_on import newest_kept, way_on_line
 
 log = logging.getLogger(__name__)
 
@@ -76,25 +90,6 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
             Trainer(plan, folder, screen, corpora, start, watch).run()
 
 
-@contextmanager
-def stopping(folder: RunFolder, world: World) -> Iterator[None]:
-    """Say in one line what ended a run that had begun."""
-    try:
-        yield
-    except UserError as error:  # too late for the exit code that promises that nothing was begun
-        print(f"rank {world.rank}: {error}", flush=True)
-        raise RunStopped(str(error)) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunStopped(f"no space left in {folder.path}: free some, then the same command resumes the run") from None
-    except torch.OutOfMemoryError:
-        raise RunStopped(
-            "the GPU's memory is full: lower train.micro_batch or set train.recompute=true; "
-            "the same command then resumes the run"
-        ) from None
-
-
 class Trainer:
     """The state of a run, and the loop over its steps.
 
@@ -124,6 +119,9 @@ class Trainer:
         self.corpora = corpora
         self.watch = watch
         self.begun = self.step = self.saved = watch.step = start.done
+        self.events = Events(folder.path, world.is_first)
+        self.pace = Pace(topology, config.logging.every, from_all(socket.gethostname()), screen, self.events)
+        self.recovery = Recovery(config.train, start.done, start.description)
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
         self.micro_batch = start.micro_batch
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
@@ -145,7 +143,11 @@ class Trainer:
         if world.is_first:
             folder.save_config(config)
         self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
-        self.metrics = MetricsWriter(folder.path, self.step, config.logging, config.model_dump(), world.is_first)
+        self.metrics = self._open_metrics()
+
+    def _open_metrics(self) -> MetricsWriter:
+        config = self.config
+        return MetricsWriter(self.folder.path, self.step, config.logging, config.model_dump(), self.world.is_first)
 
     @property
     def model(self) -> LanguageModel:
@@ -156,21 +158,30 @@ class Trainer:
         """Do the steps that are left, then report."""
         train, steps = self.config.train, self.config.steps
         limit_collectives(self.config.parallel.timeout + 60)  # the watch is quicker, and says the place
+        note_start(self.events, self.folder, self.screen, self.step, steps, self.pace.hosts)
+        if late := self.recovery.too_late:
+            self.screen.say(f"note      train.skip_batches: {late} were trained on before, and stay")
         self.screen.start_bar(self.step, steps)
         scores: dict[str, Scores] = {}
         profile = profiler(train.profile, self.folder.profile, self.world)
         with ThreadPoolExecutor(1) as reader, profile as trace, self.saver:
-            upcoming = reader.submit(self._read, self.step)
+            number = self.recovery.after(self.recovery.position)
+            upcoming = reader.submit(self._read, number)
             while self.step < steps:
                 begin = time.perf_counter()
-                batches, upcoming = upcoming.result(), reader.submit(self._read, self.step + 1)
-                targets, reason = self._agree(sum(batch.counted for batch in batches))
+                following = self.recovery.after(number)
+                batches, upcoming = upcoming.result(), reader.submit(self._read, following)
+                self.pace.waited_for_data(time.perf_counter() - begin)
+                targets, reason = self._agree(sum(batch.counted for batch in batches), self.pace.row())
                 if reason is not None:
                     if self.saved < self.step:
                         self._save({})
                     break
-                self._train_step(batches, targets, begin)
+                is_made = self._train_step(number, batches, targets, begin)
+                number = following
                 trace.step()
+                if not is_made:
+                    continue
                 is_last = self.step == steps
                 if is_last or (train.validate_every and self.step % train.validate_every == 0):
                     scores = self._validate()
@@ -182,33 +193,63 @@ class Trainer:
         self.watch.is_done = True
         self.metrics.close()
         if self.step < steps:
+            self.events.write("stop", self.step, reason=f"stopped by {reason}")
             self.screen.say(f"stopped by {reason} at step {self.step:,}: saved; the same command resumes the run")
-        elif self.world.is_first:
+            return
+        self.events.write("finish", self.step)
+        if self.world.is_first:
             report.finish(self.config, self.folder, self.screen, self.model, self.corpora, scores, self.topology)
 
-    def _read(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of the step after `step` steps.
+    def _read(self, number: int) -> list[Batch]:
+        """This rank's micro-batches of global batch `number`, counted from 1.
 
         Each micro-step takes the next sequences of the global batch, whatever the layout that shares them.
         """
-        first = step * self.config.train.global_batch + self.topology.data_rank * self.micro_batch
+        first = (number - 1) * self.config.train.global_batch + self.topology.data_rank * self.micro_batch
         together = self.micro_batch * self.topology.data
-        return [
-            self.corpora.loader.batch(first + number * together, self.micro_batch) for number in range(self.micro_steps)
-        ]
+        starts = range(first, first + self.micro_steps * together, together)
+        return [self.corpora.loader.batch(start, self.micro_batch) for start in starts]
 
-    def _agree(self, counted: int) -> tuple[int, str | None]:
-        """The sum over data ranks, and why to stop before this step, if any rank is asked to; the same on all ranks."""
-        values = torch.tensor([counted, *self.watch.stop.asked], dtype=torch.float64, device=self.world.device)
-        total, *asked = reduce_over_data(values, self.topology).tolist()
-        reason = next((reason for reason, share in zip(REASONS, asked, strict=True) if share), None)
+    def _agree(self, counted: int, figures: Sequence[float] = ()) -> tuple[int, str | None]:
+        """The sum over data ranks, and why to stop before this step, if any rank is asked to; the same on all ranks.
+
+        Figures of the ranks' pace, if there are any, are shared on the way.
+        """
+        values = torch.tensor([counted, *self.watch.stop.asked, *figures], dtype=torch.float64)
+        total, *rest = reduce_over_data(values.to(self.world.device), self.topology).tolist()
+        reason = next((reason for reason, share in zip(REASONS, rest, strict=False) if share), None)
+        if (slowest := self.pace.judge(self.step, rest[len(REASONS) :])) is not None:
+            self.metrics.write({"step": self.step, "pace": slowest})
         return round(total), reason
 
-    def _train_step(self, batches: list[Batch], targets: int, begin: float) -> None:
-        """One optimizer step; `begin` is when it began, in seconds of the performance counter."""
+    def _train_step(self, number: int, batches: list[Batch], targets: int, begin: float) -> bool:
+        """One optimizer step with batch `number`, unless it is spoilt; whether it was made.
+
+        `begin` is when it began, in seconds of the performance counter.
+        """
         batches = [batch.to(self.world.device) for batch in batches]
         rate = learning_rate(self.step + 1, self.config.steps, self.config.train)
         engines.set_learning_rate(self.engine, rate)
+        with self.pace.measured(self.step + 1):
+            sums, loss = self._gradient(batches, targets)
+            norm = engines.step(
+                self.engine, self.config.train.gradient_clip, lambda norm: self.recovery.judge(loss, self._alike(norm))
+            )
+        next_step = NextStep(loss, norm if math.isfinite(loss) else None)
+        if self.recovery.is_refused:
+            self._recover(number, batches, next_step)
+            return False
+        if self.saved == self.step and self.world.is_first:
+            self.saver.note_next_step(self.step, next_step)
+        self._note_batches(number)
+        self._update_balance_biases(sums)
+        self.step += 1
+        self.watch.step = self.step
+        self._log(loss, rate, norm, sums, time.perf_counter() - begin)
+        return True
+
+    def _gradient(self, batches: list[Batch], targets: int) -> tuple[StepSums, float]:
+        """Forward and backward of all micro-steps; their sums, and the loss over all ranks in nats/token."""
         objective = Objective(self.config.moe, self.model.cross_entropy, targets, self.micro_steps, self.topology)
         for number, batch in enumerate(batches, 1):
             output = self.engine(batch.tokens, batch.document_starts)
@@ -217,19 +258,59 @@ class Trainer:
                 self.engine.step()
         sums = objective.sums
         assert sums is not None
-        loss = float(reduce_over_data(sums.cross_entropy.double(), self.topology)) / targets
-        if not math.isfinite(loss):
-            self._stop(f"the loss is {loss} at step {self.step + 1}", NextStep(loss, None), batches)
-        norm = engines.step(self.engine, self.config.train.gradient_clip)
-        next_step = NextStep(loss, norm)
-        if not math.isfinite(norm):
-            self._stop(f"the loss is {loss:.4f} but its gradient's norm is {norm} at step {self.step + 1}", next_step)
-        if self.saved == self.step and self.world.is_first:
-            self.saver.note_next_step(self.step, next_step)
-        self._update_balance_biases(sums)
-        self.step += 1
-        self.watch.step = self.step
-        self._log(loss, rate, norm, sums, time.perf_counter() - begin)
+        return sums, float(reduce_over_data(sums.cross_entropy.double(), self.topology)) / targets
+
+    def _alike(self, norm: float) -> float:
+        """Rank 0's norm where a step may be refused for it: sums of several groups may differ in their last bits."""
+        return norm if self.config.train.on_spike == "log" else number_from_first(norm, self.world.device)
+
+    def _note_batches(self, number: int) -> None:
+        """Note that the step of batch `number` was made, a spike that begins, and what was left out as told."""
+        spike, told = self.recovery.made(number)
+        if told:
+            self.events.write("skip", self.step, batches=told, reason="train.skip_batches")
+        if spike is not None:
+            self.events.write("spike", self.step, batch=number, text=spike.text, action="log")
+            self.screen.say(f"spike     step {self.step + 1:,}: {spike.text}")
+
+    def _recover(self, number: int, batches: Sequence[Batch], next_step: NextStep) -> None:
+        """Go on from a step that was not made, as the configuration says: leave its batch out, or rewind, or end."""
+        fault, action = self.recovery.fault, self.recovery.action(self.step)
+        assert fault is not None
+        figures = {"loss": next_step.loss, "gradient_norm": next_step.gradient_norm}
+        self.events.write(fault.kind, self.step, batch=number, text=fault.text, action=action, **figures)
+        text = f"{fault.text} at step {self.step + 1}"
+        if action == "stop":
+            if self.recovery.is_exhausted:
+                text += f", and train.skip_limit={self.config.train.skip_limit} bad batches were left out"
+            is_nan = fault.kind == "nan"
+            self._stop(text, next_step if is_nan else None, batches if not math.isfinite(next_step.loss) else ())
+        kept = None
+        if action == "rewind":
+            self.saver.wait()
+            certain = next_step if fault.kind == "nan" and self.recovery.is_again else None
+            kept = newest_kept(self.folder.checkpoints, self.config, self.step, certain)
+        if kept is None:
+            left_out = self.recovery.leave_out(number)
+            self.events.write("skip", self.step, batches=left_out, reason=fault.text)
+            none = ", for there is no checkpoint to go back to" if action == "rewind" else ""
+            self.screen.say(f"skip      {text}: batch {number:,} is left out{none}")
+        else:
+            self._rewind(number, kept, text)
+
+    def _rewind(self, number: int, kept: Path, text: str) -> None:
+        """Go back to a checkpoint, and leave out every batch since it."""
+        before, self.step = self.step, store.step_of(kept)
+        self.saved = self.watch.step = self.step
+        store.load(kept, self._state())
+        engines.finish_loading(self.engine, self.step)
+        left_out = self.recovery.rewind(number, self.step, store.read_description(kept))
+        self.metrics.close()
+        self.metrics = self._open_metrics()
+        self.screen.stop_bar()
+        self.screen.say(f"rewind    {text}: back to {kept.name}; batches {left_out[0]:,} to {number:,} are left out")
+        self.screen.start_bar(self.step, self.config.steps)
+        self.events.write("rewind", before, to=self.step, batches=left_out, reason=text)
 
     def _update_balance_biases(self, sums: StepSums) -> None:
         if self.config.moe.balance == "bias":
@@ -249,35 +330,15 @@ class Trainer:
             next_step: that was to be made from the weights as they are, and is noted beside a checkpoint of them.
             batches: of that step, for a look at where the first bad value is.
         """
-        places = from_all(first_bad_parameter(self.model) if batches else None)
-        if any(places):  # spoilt in memory, for what is saved is finite
+        place, is_spoilt_in_memory = first_bad_place(self.model, batches)
+        if is_spoilt_in_memory:  # for what is saved is finite
             next_step = None
-        else:
-            for batch in batches:
-                places += from_all(first_bad_output(self.model, batch.tokens, batch.document_starts))
-        place = next((f"; the first bad value is in {place}" for place in places if place), "")
         try:
             self.saver.wait()
         except UserError as error:
             log.warning("%s", error)
-        raise RunStopped(f"{fault}{place}. {from_first(self._way_on(next_step) if self.world.is_first else None)}")
-
-    def _way_on(self, next_step: NextStep | None) -> str:
-        """Note that training cannot go on from here, and say from where it can."""
-        folder = self.folder.checkpoints
-        if next_step is not None:
-            store.note_next_step(folder, self.step, next_step, self.config.checkpoint.keep)
-        try:
-            kept = store.newest(folder)
-        except UserError as error:
-            return str(error)
-        is_given = self.step == 0 and self.config.train.warm_start  # the rate has changed nothing yet
-        advice = "give train.warm_start other weights" if is_given else "lower train.learning_rate"
-        advice += ", or look at the data of this step"
-        if kept is None:
-            return f"There is no valid checkpoint: {advice}; the same command then starts over"
-        again = ", as this run did; if that does not help, remove it" if store.step_of(kept) == self.begun else ""
-        return f"{kept} is kept: {advice}; the same command then resumes from it{again}"
+        way_on = way_on_line(self.folder.checkpoints, self.config, self.begun, self.step, next_step)
+        raise RunStopped(f"{fault}{place}. {way_on}")
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds
@@ -331,6 +392,8 @@ class Trainer:
             "micro_batch": self.micro_batch,
             "micro_steps": self.micro_steps,
             "validation_loss": next((score.loss for score in scores.values()), None),
+            "recovery": self.recovery.describe(),
         }
         self.saver.save(self.step, self._state(), description)
         self.saved = self.step
+        self.events.write("checkpoint", self.step)

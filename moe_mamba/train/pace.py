@@ -1,0 +1,118 @@
+"""Which rank holds the others up, and whether the data comes in time: seen from times that ranks take anyway."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median, median_low
+
+from moe_mamba.parallel.topology import Topology
+from moe_mamba.parallel.waiting import Waiting
+from moe_mamba.run.console import Screen
+from moe_mamba.run.events import Events
+
+MEASUREMENTS = 10  # that must agree before anything is said
+SLOWER = 1.25  # a rank is slow where it computes so many times as long as the usual one
+STALLED = 0.2  # the data is slow where a step spends this share of its time waiting for it
+
+
+class Pace:
+    """Measures steps on this rank, and judges those of all ranks.
+
+    The measure of a rank is its own seconds of a step: from where all ranks begin it together to the end of the
+    optimizer's step, less its seconds in collectives (parallel/waiting.py). The slowest rank has the most of them, and
+    waits the least. A rank's figures travel with the next step's collective about targets and signals: no other one is
+    needed. What lasts is said once, and again when it comes back.
+
+    Args:
+        topology: the ranks.
+        every: steps between measurements.
+        hosts: rank -> name of its machine.
+        screen: where a line is said.
+        events: where it is noted.
+    """
+
+    FIGURES = 3  # compute seconds, seconds in which the step waited for its data, seconds of the whole step
+
+    def __init__(self, topology: Topology, every: int, hosts: Sequence[str], screen: Screen, events: Events) -> None:
+        self.every, self.hosts, self.screen, self.events = every, hosts, screen, events
+        self._topology = topology
+        self._own: list[float] = []
+        self._waiting = Waiting(topology.world.device)
+        self._data_seconds = 0.0
+        self._ratios: list[deque[float]] = [deque(maxlen=MEASUREMENTS) for _ in hosts]
+        self._stalls: deque[tuple[float, int]] = deque(maxlen=MEASUREMENTS)
+        self._slow: set[int] = set()
+        self._is_stalled = False
+
+    def waited_for_data(self, seconds: float) -> None:
+        """Note how long the coming step waited for its batches."""
+        self._data_seconds = seconds
+
+    @contextmanager
+    def measured(self, step: int) -> Iterator[None]:
+        """Measure step number `step` while the block lasts, if it is one of those that are."""
+        if step % self.every:
+            yield
+            return
+        begin = time.perf_counter()
+        with self._waiting.measured():
+            yield
+        seconds = time.perf_counter() - begin
+        compute = max(seconds - self._waiting.seconds(), 0.0)
+        self._own = [compute, self._data_seconds, seconds + self._data_seconds]
+
+    def row(self) -> list[float]:
+        """This rank's figures, among zeros for the other ranks', for a sum over ranks; nothing if none were taken.
+
+        They are of one rank alone: taken so many times as `reduce_over_data` will divide by.
+        """
+        own, world = [figure * self._topology.tensor for figure in self._own], self._topology.world
+        return [0.0] * len(own) * world.rank + own + [0.0] * len(own) * (world.size - world.rank - 1)
+
+    def judge(self, step: int, figures: Sequence[float]) -> dict[str, float] | None:
+        """Take in the figures of all ranks, one rank's after the other's; the slowest rank, for the metrics.
+
+        Args:
+            step: steps made.
+            figures: `FIGURES` for each rank, the same on all; none: nothing was measured.
+        """
+        self._own = []
+        if not figures:
+            return None
+        compute, data, whole = (list(figures[number :: self.FIGURES]) for number in range(self.FIGURES))
+        self._judge_ranks(step, compute)
+        self._judge_data(step, [waited / seconds for waited, seconds in zip(data, whole, strict=True)])
+        if len(compute) == 1:
+            return None
+        slowest = max(range(len(compute)), key=compute.__getitem__)
+        return {"slowest_rank": slowest, "slowest_seconds": compute[slowest], "median_seconds": median(compute)}
+
+    def _judge_ranks(self, step: int, compute: list[float]) -> None:
+        usual = median_low(compute)
+        for rank, (ratios, seconds) in enumerate(zip(self._ratios, compute, strict=True)):
+            ratios.append(seconds / usual if usual else 1.0)
+            is_slow = len(ratios) == MEASUREMENTS and median_low(ratios) >= SLOWER
+            if is_slow and rank not in self._slow:
+                ratio, host = median_low(ratios), self.hosts[rank]
+                self.events.write("slow_rank", step, rank=rank, host=host, times=round(ratio, 2))
+                self.screen.say(f"slow      rank {rank} on {host} computes {ratio:.2f} times as long as the usual rank")
+            elif rank in self._slow and not is_slow:
+                self.events.write("slow_rank_over", step, rank=rank, host=self.hosts[rank])
+            self._slow = self._slow | {rank} if is_slow else self._slow - {rank}
+
+    def _judge_data(self, step: int, shares: list[float]) -> None:
+        worst = max(range(len(shares)), key=shares.__getitem__)
+        self._stalls.append((shares[worst], worst))
+        share = median_low(share for share, _ in self._stalls)
+        is_stalled = len(self._stalls) == MEASUREMENTS and share > STALLED
+        if is_stalled and not self._is_stalled:
+            host = self.hosts[worst]
+            self.events.write("data_stall", step, share=round(share, 3), rank=worst, host=host)
+            self.screen.say(
+                f"data      steps wait {100 * share:.0f}% of their time for data, longest on {host} (rank {worst}): "
+                "put data.cache and the shards on a local disk, or leave a CPU core per process free for reading"
+            )
+        elif self._is_stalled and not is_stalled:
+            self.events.write("data_stall_over", step)
+        self._is_stalled = is_stalled
