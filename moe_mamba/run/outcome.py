@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_mamba.errors import UserError
+from moe_mamba.run.folder import InUse
 
 FILE, STOPPED_CODE = "MOE_MAMBA_OUTCOME", "MOE_MAMBA_STOPPED_CODE"
 
@@ -40,11 +41,9 @@ def outcome_left() -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
-    except UserError as error:
-        _write(f"mistake: {error}")
-        raise
     except BaseException as error:
-        _write(f"failed: {error}")
+        is_mistake = isinstance(error, UserError) and not isinstance(error, InUse)  # to wait may help there
+        _write(f"{'mistake' if is_mistake else 'failed'}: {error}")
         raise
     _write("finished" if outcome.is_finished else "stopped")
     if code and not outcome.is_finished:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.run.folder import InUse
 from moe_mamba.run.outcome import FILE, STOPPED_CODE, outcome_left
 
 
@@ -19,6 +20,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("error", "line"),
     [
         (UserError("no such\nkey"), "mistake: no such key\n"),
+        (InUse("in use"), "failed: in use\n"),
         (RunStopped("the loss is nan"), "failed: the loss is nan\n"),
         (KeyError("x"), "failed: 'x'\n"),
     ],
