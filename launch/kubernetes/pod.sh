@@ -5,6 +5,7 @@
 #   PODS, POD_INDEX            how many pods, and which this is, from 0
 #   MASTER_ADDR, MASTER_PORT   name and port of pod 0 (the Kubeflow Trainer sets these four as PET_NNODES, ...)
 #   RUN_FOLDER                 the run's folder, on a volume that all pods share
+#   PROGRAM                    launch/preflight.py looks at the machines first; launch/train.py where it is not set
 #   GPUS                       processes in this pod; as many as there are GPUs where it is not set, one without GPUs
 #   MIN_PODS                   go on with as few pods as this when some are lost; all of them where it is not set
 #   MAX_RESTARTS=10            how often the processes are started again in place, after a fault or another pod's end
@@ -51,7 +52,7 @@ main() {
     --max-restarts="${MAX_RESTARTS:-10}" ${POD_IP:+--local-addr="$POD_IP"} \
     --rdzv-backend=c10d --rdzv-id="${RDZV_ID:-moe-mamba}" --rdzv-endpoint="$host:$port" \
     --rdzv-conf="is_host=$((index == 0)),join_timeout=1800,read_timeout=300" \
-    launch/train.py --run.folder="$RUN_FOLDER" "$@" &
+    "${PROGRAM:-launch/train.py}" --run.folder="$RUN_FOLDER" "$@" &
   agent=$!
   trap 'kill -TERM "$agent" 2>/dev/null' TERM INT
   while :; do # a signal ends `wait` as well

@@ -110,6 +110,7 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
         ("failed: the loss is nan", "1", 1, 0, "not requeued. the loss is nan"),
         ("running", "137", 1, 0, "rank 0 was killed within"),
         ("", "1", 1, 0, "the training did not begin"),
+        ("", "0", 0, 0, "--rdzv-backend=c10d"),  # preflight, whose own words are the last
     ],
 )
 def test_a_job_is_requeued_only_where_that_helps(
@@ -191,9 +192,17 @@ def send_to_all(queue: Queue, number: int) -> None:
         process.send_signal(number)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
-@pytest.mark.parametrize("send", [send_to_the_batch_script, send_to_one_rank, send_to_all])
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        pytest.param(send_to_the_batch_script, signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(send_to_one_rank, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(send_to_all, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(send_to_the_batch_script, signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(send_to_one_rank, signal.SIGUSR1, marks=pytest.mark.long),
+        pytest.param(send_to_all, signal.SIGUSR1, marks=pytest.mark.long),
+    ],
+)
 def test_a_warning_gives_one_checkpoint_and_one_requeue(
     queue: Queue, tiny: Path, tmp_path: Path, send: Callable[[Queue, int], None], number: int
 ) -> None:
