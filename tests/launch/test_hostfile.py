@@ -45,7 +45,7 @@ def test_the_pages_lines_without_ssh_train_on_two_machines(tiny: Path, tmp_path:
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
         )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 x cpu" in outputs[0]
     assert len(curve(read_metrics(folder))) == STEPS
