@@ -52,6 +52,18 @@ ELSEWHERE = {
     "pytest -m long tests/test_synthetic_tasks.py": "tests/test_synthetic_tasks.py",
     "pytest -m long tests/parallel/test_parity.py": "tests/parallel/test_parity.py",
     "tools/gpu_check.sh": "tests/test_gpu_check.py",
+    "sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sbatch --config configs/paper/moe_mamba_100m.yaml": (
+        "tests/launch/test_slurm.py"
+    ),
+    "sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 launch/slurm.sbatch --config configs/paper/moe_mamba_100m.yaml"
+    " --run.folder=runs/site": "tests/launch/test_slurm.py",
+    "kubectl apply -f launch/kubernetes/volumes.yaml && kubectl apply -f launch/kubernetes/job.yaml": (
+        "tests/launch/test_kubernetes.py"
+    ),
+    "kubectl apply -f launch/kubernetes/volumes.yaml": "tests/launch/test_kubernetes.py",
+    "kubectl apply -f launch/kubernetes/job.yaml": "tests/launch/test_kubernetes.py",
+    'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=10 -o ServerAliveCountMax=3 -o ConnectTimeout=15'
+    ' -o BatchMode=yes"': "not run: it is for a machine that is lost",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",

@@ -6,6 +6,7 @@ from typing import Any
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.installation import CONFIGS
+from moe_mamba.run.outcome import outcome_left
 
 USAGE = """Train a model, or go on with a run where it stopped.
 
@@ -30,18 +31,19 @@ def main(*, config: str | Path | None = None, help: bool = False, local_rank: in
     if help:
         print(f"{USAGE}\n{reference()}")
         return
-    settings = load_config(config or CONFIGS / "demo.yaml", overrides)
+    with outcome_left() as outcome:
+        settings = load_config(config or CONFIGS / "demo.yaml", overrides)
 
-    from moe_mamba.run.console import Screen
-    from moe_mamba.run.folder import RunFolder
+        from moe_mamba.run.console import Screen
+        from moe_mamba.run.folder import RunFolder
 
-    folder = RunFolder(settings.run.folder)
-    folder.open(settings)
-    with Screen(folder.log) as screen:
-        # Imported with the screen in place: these libraries chatter as soon as they are loaded.
-        from moe_mamba.train.trainer import train
+        folder = RunFolder(settings.run.folder)
+        folder.open(settings)
+        with Screen(folder.log) as screen:
+            # Imported with the screen in place: these libraries chatter as soon as they are loaded.
+            from moe_mamba.train.trainer import train
 
-        train(settings, folder, screen)
+            outcome.is_finished = train(settings, folder, screen)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import psutil
 
 from moe_mamba.errors import RunStopped
 
-REASONS = ("SIGTERM", "SIGINT", "SIGHUP", "the end of its launcher")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+REASONS = (*SIGNALS, "the end of its launcher")
+# Taken over even where they were ignored: SIGUSR1 is a site's warning, from which launch/*.sh protect the launcher.
+ALWAYS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"}
 # One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on.
 SECONDS_BETWEEN_INTERRUPTS = 1.0
@@ -50,9 +53,9 @@ class Stop:
             end.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         self._before: dict[int, Any] = {}
-        for name in REASONS[:3]:
+        for name in SIGNALS:
             number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGTERM:  # nohup's wish is kept
+            if signal.getsignal(number) != signal.SIG_IGN or number in ALWAYS:  # nohup's wish is kept
                 self._before[number] = signal.signal(number, self._handle)
 
     def finish(self) -> None:

@@ -15,6 +15,10 @@ from moe_mamba.errors import UserError
 STARTING_POINT = "step-00000000"  # of weights that were imported or upcycled: training saves only later steps
 
 
+class InUse(UserError):
+    """Another run has the folder: perhaps the same one, on a machine that was lost and whose lock has yet to expire."""
+
+
 class RunFolder:
     """Paths inside a run's folder."""
 
@@ -93,4 +97,4 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path} is in use by another run: wait for it, or choose another run.folder") from None
+        raise InUse(f"{path} is in use by another run: wait for it, or choose another run.folder") from None

@@ -60,8 +60,11 @@ from moe_mamba.train.ways_on import newest_kept, way_on_line
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, folder: RunFolder, screen: Screen) -> None:
+def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
     """Train as `config` says, in `folder`, going on from its newest checkpoint if there is one.
+
+    Returns:
+        Whether all steps are made; where not, the run was stopped, and is saved.
 
     Raises:
         UserError: the input is wrong; raised before any process group is made.
@@ -84,10 +87,11 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
             if start.done >= config.steps:
                 watch.is_done = True
                 report.finished(config, folder, screen, start.done, world)
-                return
+                return True
             corpora = corpora or open_corpora(config, folder, screen.say)
             plan = plan or RunPlan.of(config, topology)
             Trainer(plan, folder, screen, corpora, start, watch).run()
+        return watch.step == config.steps
 
 
 class Trainer:

@@ -326,5 +326,20 @@ def test_a_second_interrupt_is_urgent_and_an_echo_of_the_first_is_not(monkeypatc
         stop.finish()
 
 
+def test_a_sites_warning_is_heard_where_the_launcher_was_protected_from_it() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as slurm.sbatch starts its agents, and they their ranks
+    stop = Stop()
+    stop.begun = True
+    stop.start()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.check()
+        assert stop.reason == "SIGUSR1"
+        assert stop.asked == [int(reason == "SIGUSR1") for reason in REASONS]
+    finally:
+        stop.finish()
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_shell_is_no_launcher() -> None:
     assert launchers() == []
