@@ -2,8 +2,8 @@
 
 deepspeed and torchrun say it in the variables of torch.distributed (RANK, WORLD_SIZE, ...). ``srun`` and ``mpirun``
 have variables of their own, and leave out where rank 0 is. A variable of torch.distributed that a user exports must
-agree with them. Sources: torch.distributed.run, "Environment Variables"; srun(1), "OUTPUT ENVIRONMENT VARIABLES"; mpirun(1)
-of Open MPI, "Exported Environment Variables"; Intel MPI and MPICH, the Hydra process manager.
+agree with them. Sources: torch.distributed.run, "Environment Variables"; srun(1), "OUTPUT ENVIRONMENT VARIABLES";
+mpirun(1) of Open MPI, "Exported Environment Variables"; MPICH and Intel MPI, the Hydra process manager.
 """
 
 import os
