@@ -24,8 +24,9 @@ from moe_mamba.parallel.network import (
     Patience,
     Say,
     check_port,
-    gloo_fault,
+    interface_fault,
     is_own_address,
+    loopback_fault,
     wait_for_name,
     wait_for_port,
 )
@@ -56,6 +57,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
         self._store: dist.Store | None = None
         self._is_agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._is_told = False
+        self._arrived = 1
         self._server = "torchrun's agent" if self._is_agents else "rank 0"
 
     def __enter__(self) -> "Meeting":
@@ -156,7 +158,8 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
             "machine": _machine(),
             "process": os.getpid(),
             "size": self.world.size,
-            "fault": gloo_fault(self.environment, self._address),
+            "fault": interface_fault(self.environment),
+            "loopback": loopback_fault(self.environment, self._address),
         }
         if not self._is_agents and (number := self._store.add(f"count/{self.world.rank}", 1)) > 1:
             raise UserError(
@@ -184,6 +187,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
         begin, is_said = time.monotonic(), False
         missing = list(range(self.world.size))
         while missing := [rank for rank in missing if not self._store.check([f"rank/{rank}"])]:
+            self._arrived = self.world.size - len(missing)
             waited = time.monotonic() - begin
             names = f"{name_ranks(missing)} of {self.world.size}"
             if waited > self.patience.arrival:
@@ -195,10 +199,11 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
                 self.say(f"waiting   for {names} to start")
                 is_said = True
             self._wait(f"rank/{missing[0]}", self.patience.pause)
+        self._arrived = self.world.size
         here = [json.loads(self._store.get(f"rank/{rank}")) for rank in range(self.world.size)]
-        if len({each["machine"] for each in here}) == 1:
-            return
-        faults = list({each["machine"]: each["fault"] for each in here if each["fault"]}.values())
+        is_one = len({each["machine"] for each in here}) == 1
+        wrong = {each["machine"]: each["fault"] or (None if is_one else each["loopback"]) for each in here}
+        faults = list(filter(None, wrong.values()))
         if faults:
             more = f" ({len(faults) - 1} other machines likewise)" if len(faults) > 1 else ""
             raise UserError(f"{faults[0]}{more}")
@@ -238,10 +243,10 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
                 return False
 
     def _until_heard(self) -> None:
-        """Keep the store open until all have read how rank 0 ends."""
+        """Keep the store open until all that came have read how rank 0 ends."""
         assert self._store is not None
         deadline = time.monotonic() + SECONDS_TO_HEAR
-        while self._store.add("heard", 0) < self.world.size - 1 and time.monotonic() < deadline:
+        while self._store.add("heard", 0) < self._arrived - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

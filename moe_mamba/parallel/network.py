@@ -16,6 +16,8 @@ from moe_mamba.errors import UserError
 T = TypeVar("T")
 Say = Callable[[str], None]
 Resolve = Callable[..., list[Any]]  # as socket.getaddrinfo
+# No machine's (RFC 5737): the way there is the default route.
+ELSEWHERE = "198.51.100.1"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,19 @@ def is_loopback(address: str) -> bool:
     return False
 
 
-def gloo_fault(
+def interface_fault(environment: Mapping[str, str]) -> str | None:
+    """What is wrong with the interfaces that GLOO_SOCKET_IFNAME names; None: nothing, or it is not set.
+
+    Args:
+        environment: such as ``os.environ``.
+    """
+    names, there = environment.get("GLOO_SOCKET_IFNAME", ""), psutil.net_if_addrs()
+    if all(name in there for name in names.split(",") if names):
+        return None
+    return f"GLOO_SOCKET_IFNAME={names}, but the interfaces of {socket.gethostname()} are {', '.join(sorted(there))}"
+
+
+def loopback_fault(
     environment: Mapping[str, str], master: str, host: str | None = None, resolve: Resolve = socket.getaddrinfo
 ) -> str | None:
     """Why other machines could not reach what gloo will listen on here; None: they can, as far as this machine knows.
@@ -156,10 +170,12 @@ def gloo_fault(
     """
     host = host or socket.gethostname()
     interfaces = usable_interfaces(master)
+    way = f"set GLOO_SOCKET_IFNAME={next(iter(interfaces))} there, or " if interfaces else ""
+    way += f"enter its address in {host}'s /etc/hosts"
     if names := environment.get("GLOO_SOCKET_IFNAME"):
-        wrong = next((name for name in names.split(",") if name not in interfaces), None)
-        there = ", ".join(interfaces) or "none"
-        return None if wrong is None else f"GLOO_SOCKET_IFNAME={names}, but the interfaces of {host} are {there}"
+        if set(names.split(",")) <= interfaces.keys():
+            return None
+        return f"GLOO_SOCKET_IFNAME={names} of {host} is down or loopback, where no other machine reaches it: {way}"
     try:
         addresses = [str(found[4][0]) for found in resolve(host, None, type=socket.SOCK_STREAM)]
     except OSError:
@@ -168,11 +184,7 @@ def gloo_fault(
     if address is not None and not is_loopback(address):
         return None
     what = f"resolves to {address or addresses[0]}" if addresses else "does not resolve"
-    way = f"set GLOO_SOCKET_IFNAME={next(iter(interfaces))} there, or " if interfaces else ""
-    return (
-        f"the host name {host} {what} on its own machine, where no other machine reaches it: {way}enter its address "
-        f"in {host}'s /etc/hosts"
-    )
+    return f"the host name {host} {what} on its own machine, where no other machine reaches it: {way}"
 
 
 def usable_interfaces(towards: str) -> dict[str, str]:
@@ -184,7 +196,7 @@ def usable_interfaces(towards: str) -> dict[str, str]:
         own = [address for address in own if not is_loopback(address)]
         if own and name in states and states[name].isup:
             found[name] = own[0]
-    source = _source_address(towards)
+    source = _source_address(ELSEWHERE if is_loopback(towards) else towards)
     return dict(sorted(found.items(), key=lambda item: item[1] != source))
 
 

@@ -15,12 +15,13 @@ import pytest
 
 from moe_mamba.errors import LocalError, RunStopped, UserError
 from moe_mamba.parallel.meeting import Meeting
-from moe_mamba.parallel.network import Patience, gloo_fault, usable_interfaces, wait_for_name
+from moe_mamba.parallel.network import Patience, interface_fault, loopback_fault, usable_interfaces, wait_for_name
 from moe_mamba.parallel.topology import World
 from tests import ROOT
 from tests.world import free_port
 
 SHORT = Patience(name=0.2, arrival=0.2, answer=0.5, silence=0.0, pause=0.01)
+TIMEOUT = 60  # of what a test waits for, where it fails
 LONG = Patience(answer=2.0, silence=0.0, pause=0.01)
 
 
@@ -92,14 +93,16 @@ def meet(port: int, worlds: list[World], inside: Callable[[World], None] = lambd
     def rank(world: World) -> BaseException | None:
         try:
             if not world.is_first:
-                is_open.wait()
+                is_open.wait(TIMEOUT)
             with Meeting(world, lambda line: is_open.set(), LONG, at(port)) as meeting:
                 inside(world)
                 meeting.start()
+                begun.wait(TIMEOUT)  # as a process group that all join
         except (UserError, RunStopped) as error:
             return error
         return None
 
+    begun = threading.Barrier(len(worlds))
     is_open = threading.Event()  # rank 0 says that it waits for the others
     with ThreadPoolExecutor(len(worlds)) as threads:
         return list(threads.map(rank, worlds))
@@ -125,18 +128,21 @@ def test_the_others_end_as_rank_0_does(error: Exception, code: int | None) -> No
 
 def test_two_processes_of_one_rank_and_two_sizes_are_refused() -> None:
     def inside(world: World) -> None:
-        is_counted.wait()
+        if world.is_first:
+            have_met.set()
+        is_refused.wait(TIMEOUT)
 
-    is_counted = threading.Event()
+    have_met, is_refused = threading.Event(), threading.Event()
     port = free_port()
     with ThreadPoolExecutor(1) as threads:
-        three = threads.submit(meet, port, [World(0, 3, 0, 3), World(1, 3, 1, 3), World(2, 3, 2, 3)], inside)
+        three = threads.submit(meet, port, [World(rank, 3, rank, 3) for rank in range(3)], inside)
+        assert have_met.wait(TIMEOUT)
         with pytest.raises(LocalError, match="2 processes call themselves rank 1"):
             Meeting(World(1, 3, 1, 3), print, LONG, at(port)).__enter__()
         with pytest.raises(UserError, match=r"was started as one of 8 processes, rank 0 on .* as one of 3"):
             Meeting(World(7, 8, 0, 1), print, LONG, at(port)).__enter__()
-        is_counted.set()
-        assert len(three.result()) == 3
+        is_refused.set()
+        assert three.result() == [None] * 3
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
@@ -146,6 +152,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
     assert said == ["waiting   for ranks 1-2 of 3 to start"]
 
 
+@pytest.mark.slow
 def test_rank_0_that_is_killed_while_it_prepares_is_noticed_at_once() -> None:
     port, said = free_port(), []
     code = f"""
@@ -184,20 +191,36 @@ def test_a_host_name_that_others_cannot_use_is_refused(addresses: list[str], wha
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
 
-    line = gloo_fault({}, "127.0.0.1", "node7", resolve)
+    line = loopback_fault({}, "127.0.0.1", "node7", resolve)
     assert line is not None
     assert line.startswith(f"the host name node7 {what} on its own machine")
     assert "node7's /etc/hosts" in line
     for interface, address in list(usable_interfaces("127.0.0.1").items())[:1]:
         assert f"GLOO_SOCKET_IFNAME={interface}" in line
-        assert gloo_fault({"GLOO_SOCKET_IFNAME": interface}, "127.0.0.1", "node7", resolve) is None
+        assert loopback_fault({"GLOO_SOCKET_IFNAME": interface}, "127.0.0.1", "node7", resolve) is None
         addresses[:] = ["127.0.1.1", address]
-        assert gloo_fault({}, "127.0.0.1", "node7", resolve) is not None  # gloo takes the first that is its own
+        assert loopback_fault({}, "127.0.0.1", "node7", resolve) is not None  # gloo takes the first that is its own
         addresses[:] = [address]
-        assert gloo_fault({}, "127.0.0.1", "node7", resolve) is None
+        assert loopback_fault({}, "127.0.0.1", "node7", resolve) is None
 
 
-def test_an_interface_that_is_not_there_is_refused() -> None:
-    line = gloo_fault({"GLOO_SOCKET_IFNAME": "nothere0"}, "127.0.0.1", "node7")
+def test_an_interface_that_is_not_there_or_is_loopback_is_refused() -> None:
+    assert interface_fault({}) is None
+    assert interface_fault({"GLOO_SOCKET_IFNAME": "lo"}) is None
+    line = interface_fault({"GLOO_SOCKET_IFNAME": "lo,nothere0"})
     assert line is not None
-    assert line.startswith("GLOO_SOCKET_IFNAME=nothere0, but the interfaces of node7 are ")
+    assert line.startswith("GLOO_SOCKET_IFNAME=lo,nothere0, but the interfaces of ")
+    line = loopback_fault({"GLOO_SOCKET_IFNAME": "lo"}, "127.0.0.1", "node7")
+    assert line is not None
+    assert line.startswith("GLOO_SOCKET_IFNAME=lo of node7 is down or loopback")
+
+
+def test_what_is_wrong_with_one_machine_is_rank_0s_line() -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as threads:
+        other = at(port) | {"GLOO_SOCKET_IFNAME": "nothere0"}
+        second = threads.submit(lambda: Meeting(World(1, 2, 0, 1), print, LONG, other).__enter__().start())
+        with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME=nothere0"):
+            Meeting(World(0, 2, 0, 1), print, LONG, at(port)).__enter__()
+        with pytest.raises(UserError, match="rank 0 was refused"):
+            second.result()
