@@ -153,15 +153,17 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
     def _arrive(self) -> None:
         """Say that this rank is there, and what it knows to be wrong with its machine."""
         assert self._store is not None
+        is_alone = self.world.local_size == self.world.size
         here = {
             "host": socket.gethostname(),
             "machine": _machine(),
             "process": os.getpid(),
             "size": self.world.size,
             "fault": interface_fault(self.environment),
-            "loopback": loopback_fault(self.environment, self._address),
+            "loopback": None if is_alone else loopback_fault(self.environment, self._address),
         }
         if not self._is_agents and (number := self._store.add(f"count/{self.world.rank}", 1)) > 1:
+            self._store = None  # it is the others'
             raise UserError(
                 f"{number} processes call themselves rank {self.world.rank}, one on {here['host']}: give each its own "
                 "rank (deepspeed's --node_rank, torchrun's --node-rank, RANK)"
