@@ -229,7 +229,7 @@ def test_two_processes_train_by_their_launchers_variables_alone(
 ) -> None:
     shared = number()
     ranks = [start(tiny, tmp_path / "run", variables(rank, shared)) for rank in range(2)]
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    said = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert "2 x cpu" in said[0][0]
     assert said[1] == ("", "")
@@ -240,7 +240,7 @@ def test_two_processes_train_by_their_launchers_variables_alone(
 def test_what_refuses_rank_0_ends_the_others_where_no_launcher_does(tiny: Path, tmp_path: Path) -> None:
     shared = job_with_a_free_port()
     ranks = [start(tiny, tmp_path / "run", slurm(rank, shared), "--train.warm_start=nowhere") for rank in range(2)]
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    said = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert "nowhere" in said[0][1]
     assert said[0][1].count("\n") == 1
