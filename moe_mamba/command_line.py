@@ -14,28 +14,29 @@ import fire
 from fire.core import FireExit
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.errors import LocalError, RunStopped, UserError
+from moe_mamba.parallel.launcher import is_first_process
 
 
 def run_command(function: Callable[..., None]) -> None:
     """Run `function` with the flags of the command line; its signature is the flags, its docstring the help.
 
     Values are read as the types that the signature names; text stays as it was typed. Exits with 2, and one line on
-    standard error from only rank 0, where the user's input is wrong, and with 1 where a run could not go on.
+    standard error, where the user's input is wrong, and with 1 where a run could not go on. The line is rank 0's, or
+    of the rank that alone can see what is wrong.
     """
-    is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         _parse(function)()
     except ValidationError as error:
-        if is_first:
+        if is_first_process(os.environ):
             print(f"error: {_wrong_value(error)}", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
-        if is_first:
+        if isinstance(error, LocalError) or is_first_process(os.environ):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunStopped as error:
-        if is_first and not error.said:
+        if is_first_process(os.environ) and not error.said:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:

@@ -5,6 +5,10 @@ class UserError(Exception):
     """Bad input. The command line prints it as one line on standard error and exits with code 2."""
 
 
+class LocalError(UserError):
+    """The fault of one process or its machine, which rank 0 may not see: printed whatever the rank."""
+
+
 class RunStopped(Exception):
     """A run that cannot go on, such as one whose loss is NaN or Inf: one line, and an exit code.
 

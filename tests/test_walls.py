@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"config_model", "config_types"},
     "installation": set(),
     "config_file": {"atomic_file", "model", "config", "installation"},
-    "command_line": set(),
+    "command_line": {"parallel"},
     "kernels": {"atomic_file"},
     "checkpoint": {"atomic_file", "safetensors_header"},
     "data": {"atomic_file"},

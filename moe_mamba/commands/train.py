@@ -6,6 +6,7 @@ from typing import Any
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.installation import CONFIGS
+from moe_mamba.parallel.launcher import fill_environment
 from moe_mamba.run.outcome import outcome_left
 
 USAGE = """Train a model, or go on with a run where it stopped.
@@ -19,18 +20,21 @@ and its meaning:
 """
 
 
-def main(*, config: str | Path | None = None, help: bool = False, local_rank: int = 0, **overrides: Any) -> None:
+def main(
+    *, config: str | Path | None = None, help: bool = False, local_rank: int | None = None, **overrides: Any
+) -> None:
     """Train the model that `config` and `overrides` describe.
 
     Args:
         config: YAML file; configs/demo.yaml where none is given.
         help: print every key with its default and meaning.
-        local_rank: launchers add it; the environment says the same.
+        local_rank: launchers add it; LOCAL_RANK in the environment says the same.
         overrides: any key of the configuration, as --section.key=value.
     """
     if help:
         print(f"{USAGE}\n{reference()}")
         return
+    fill_environment(local_rank)
     with outcome_left() as outcome:
         settings = load_config(config or CONFIGS / "demo.yaml", overrides)
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moe_mamba.parallel.topology import name_ranks
+
 # Secondary errors (collectives that fail because a rank is gone) may come before the root cause is known.
 SECONDS_FOR_ROOT_CAUSE = 0.5
 SECONDS_TO_ANSWER = 3.0
@@ -215,19 +217,7 @@ def hang_line(places: dict[int, str | None], seconds: int) -> str:
         by_place.setdefault(place, []).append(rank)
     silent = by_place.pop(None, [])
     groups = sorted(by_place.items(), key=lambda group: -len(group[1]))
-    parts = [f"{_ranks(ranks)} at {place}" for place, ranks in groups]
+    parts = [f"{name_ranks(ranks)} at {place}" for place, ranks in groups]
     if silent:
-        parts.append(f"no answer from {_ranks(silent)}")
+        parts.append(f"no answer from {name_ranks(silent)}")
     return f"no progress for {seconds} s (parallel.timeout): {'; '.join(parts)}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    """`rank 3`, or `ranks 0-2, 5`."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and rank == parts[-1][-1] + 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
-    named = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
-    return f"rank{'s' * (len(ranks) > 1)} {named}"

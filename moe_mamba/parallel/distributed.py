@@ -16,15 +16,15 @@ from moe_mamba.parallel.topology import Topology, World
 
 T = TypeVar("T")
 
-# Rank 0 prepares the corpus before it joins, so the others may wait long at the door.
-JOIN_TIMEOUT = timedelta(hours=3)
+# Of collectives until `limit_collectives`; rank 0 prepares the corpus before, inside a ``meeting.Meeting``.
+JOIN_TIMEOUT = timedelta(minutes=30)
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def start_world(world: World) -> None:
     """Choose this process's device and join the process group (NCCL on GPUs, gloo on CPUs)."""
-    # Without a launcher DeepSpeed would look for MPI: say what a world of one is.
+    # Where a variable is missing DeepSpeed would look for MPI: say what a world of one is.
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in single.items():
         os.environ.setdefault(name, value)

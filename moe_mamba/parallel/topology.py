@@ -5,7 +5,6 @@ follow from it are in groups.py.
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +13,7 @@ import torch
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
 from moe_mamba.model.pattern import looks_ahead
+from moe_mamba.parallel.launcher import fill_environment
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read what deepspeed's launcher or torchrun set; without a launcher, a world of one process."""
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))),
-        )
+        """Read what the launcher set, whichever it was, and fill in the variables that it left out.
+
+        Raises:
+            LocalError: the environment is impossible, or contradicts itself.
+        """
+        launch = fill_environment()
+        return cls(launch.rank, launch.size, launch.local_rank, launch.local_size)
 
     @property
     def device(self) -> torch.device:
@@ -206,3 +206,15 @@ class Topology:
                 f"train.micro_batch={train.micro_batch} sequences of {config.data.sequence_length} tokens cannot be "
                 f"shared by parallel.tensor={self.tensor} ranks: set train.micro_batch={fitting}"
             )
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """`rank 3`, or `ranks 0-2, 5`."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    named = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    return f"rank{'s' * (len(ranks) > 1)} {named}"

@@ -38,6 +38,7 @@ from moe_mamba.parallel.distributed import (
     start_world,
 )
 from moe_mamba.parallel.groups import start_groups
+from moe_mamba.parallel.meeting import Meeting
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import World
@@ -76,8 +77,10 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with folder.locked() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
+    alone = folder.locked() if world.is_first else nullcontext()
+    with Meeting(world, screen.shout) as meeting, alone, Watch(config, screen, world) as watch:
         start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
+        meeting.start()
         start_world(world)
         with stopping(folder, world):
             watch.join()
