@@ -42,6 +42,7 @@ from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.profile import profiler
 from moe_mamba.train.schedule import learning_rate
 from moe_mamba.train.setup import StartState, accumulation_changes, check, prepare_run
+from moe_mamba.train.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class Trainer:
         if world.is_first:
             folder.save_config(config)
         self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
+        self.verification = None if start.is_verified else Verification(corpora, folder, world)
         self.metrics = MetricsWriter(folder.path, self.step, config.logging, config.model_dump(), world.is_first)
 
     @property
@@ -176,6 +178,8 @@ class Trainer:
                     scores = self._validate()
                 every = self.config.checkpoint.every
                 if is_last or (every and self.step % every == 0):
+                    if self.verification:
+                        self.verification.finish()
                     self._save(scores)
                 scores = scores if is_last else {}
         self.screen.stop_bar()
