@@ -32,6 +32,7 @@ from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import World
+from moe_mamba.preflight.short_form import check_machines
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import MetricsWriter
@@ -61,8 +62,10 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with folder.locked() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
+        meeting = check_machines(config, world, screen.say)
         start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
         start_world(world)
+        del meeting  # its port was the process group's
         with stopping(folder, world):
             watch.join()
             start = from_first(start)
