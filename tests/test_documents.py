@@ -52,6 +52,8 @@ ELSEWHERE = {
     "pytest -m long tests/test_synthetic_tasks.py": "tests/test_synthetic_tasks.py",
     "pytest -m long tests/parallel/test_parity.py": "tests/parallel/test_parity.py",
     "tools/gpu_check.sh": "tests/test_gpu_check.py",
+    "deepspeed launch/preflight.py --config configs/demo.yaml": "tests/preflight/test_preflight.py",
+    "python launch/preflight.py --help": "tests/preflight/test_preflight.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",

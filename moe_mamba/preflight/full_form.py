@@ -195,7 +195,7 @@ def summary(measures: Measures) -> list[str]:
             lines.append(f"links     {name} machines: {rate / 1e9:,.2f} GB/s, {delay * 1e6:,.0f} us")
     for one in measures.collectives:
         lines.append(
-            f"{one.operation:<10}{one.bytes / 1e6:,.1f} MB over {one.group} ranks: {one.seconds * 1e3:,.1f} ms"
+            f"{one.operation:<10} {one.bytes / 1e6:,.1f} MB over {one.group} ranks: {one.seconds * 1e3:,.1f} ms"
         )
     return lines
 
