@@ -178,7 +178,7 @@ def check_folder(seen: Sequence[Seen]) -> Iterator[Finding]:
         yield Finding(level="refused", subject="run.folder", machines=[machine], line=line)
     everyone = frozenset(one.rank for one in seen)
     apart = list(dict.fromkeys(one.machine for one in seen if 0 not in one.ranks and one.fault is None))
-    if apart:
+    if apart and seen[0].fault is None:
         line = (
             f"run.folder is not shared: {_joined(apart)} and {seen[0].machine} (rank 0) each have one of their own, so "
             "that no checkpoint would be whole: put run.folder on storage that all machines mount"
@@ -194,21 +194,30 @@ def check_folder(seen: Sequence[Seen]) -> Iterator[Finding]:
 
 
 def check_cache(facts: Facts, seen: Sequence[Seen]) -> Iterator[Finding]:
-    """``data.cache`` is shared where rank 0 shards documents into it for all."""
+    """``data.cache`` is shared where rank 0 shards documents into it for all.
+
+    Args:
+        facts: of the ranks.
+        seen: what each rank saw in the folder.
+    """
+    if not seen or seen[0].rank != 0:
+        return
     first = seen[0]
     apart = list(dict.fromkeys(one.machine for one in seen if 0 not in one.ranks))
     documents = [source.source for source in facts[0].data if source.is_documents]
+    if (
+        not documents or first.fault is not None
+    ):  # nothing is to be written there, or nothing can be: it is used as it is
+        return
     if not apart:
         if len({one.machine for one in seen}) > 1:
             yield Finding(level="ok", subject="data.cache", line="one folder for all machines")
-    elif documents:
+    else:
         line = (
             f"data.cache is not shared: {_joined(apart)} cannot see what rank 0 on {first.machine} makes there of "
             f"{documents[0]}: put data.cache where all machines see it, or name folders of shards in data.train"
         )
         yield Finding(level="refused", subject="data.cache", machines=apart, line=line)
-    else:
-        yield Finding(level="ok", subject="data.cache", line="a folder per machine, which is not used")
 
 
 def check_clocks(clocks: Sequence[Clock]) -> Iterator[Finding]:

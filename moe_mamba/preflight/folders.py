@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_mamba.preflight.meeting import Meeting
+from moe_mamba.preflight.exchange import Exchange
 from moe_mamba.preflight.report import Folder
 
 PREFIX = ".preflight-"
@@ -30,26 +30,26 @@ class Seen:
     fault: str | None = None
 
 
-def look(meeting: Meeting, machine: str, folders: dict[str, Path]) -> dict[str, list[Seen]]:
+def look(exchange: Exchange, machine: str, folders: dict[str, Path]) -> dict[str, list[Seen]]:
     """Have every rank write a file into each folder, list those that are there, and read rank 0's and its neighbour's.
 
-    The files lie in a folder of this meeting's own name, which no file system's cache has an answer about, and are
+    The files lie in a folder of this exchange's own name, which no file system's cache has an answer about, and are
     gone after it. A rank may leave out a folder that it does not have.
 
     Returns:
         On rank 0: name of a folder -> what each rank saw; nothing on the others.
     """
-    world = meeting.world
-    nonce: str = meeting.from_first(secrets.token_hex(8))
+    world = exchange.world
+    nonce: str = exchange.from_first(secrets.token_hex(8))
     places = {name: path / f"{PREFIX}{nonce}" for name, path in folders.items()}
     faults = {name: _write(place, world.rank, nonce) for name, place in places.items()}
-    meeting.to_first(None)
-    meeting.from_first()  # all have written
+    exchange.to_first(None)
+    exchange.from_first()  # all have written
     neighbour = (world.rank + 1) % world.size
     reports = {name: _list(place, (0, neighbour), nonce) for name, place in places.items() if not faults[name]}
     reports |= {name: {"ranks": [], "fault": fault} for name, fault in faults.items() if fault}
-    everyone = meeting.to_first({"machine": machine, "folders": reports})
-    meeting.from_first()  # all have looked
+    everyone = exchange.to_first({"machine": machine, "folders": reports})
+    exchange.from_first()  # all have looked
     for place in places.values():
         shutil.rmtree(place, ignore_errors=True)
     seen: dict[str, list[Seen]] = {}

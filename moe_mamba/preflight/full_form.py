@@ -1,11 +1,12 @@
 """The whole preflight: what the short form finds, kernels and caches, and how fast everything is."""
 
+import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import Config
@@ -20,11 +21,12 @@ from moe_mamba.planning.memory import FP32, per_device
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.preflight.checks import check_speed
 from moe_mamba.preflight.compute import measure_compute, measure_storage, sizes
+from moe_mamba.preflight.exchange import Exchange, open_store
 from moe_mamba.preflight.links import measure_collectives, measure_links
-from moe_mamba.preflight.meeting import Meeting
 from moe_mamba.preflight.report import Finding, Link, Measures, Report
 from moe_mamba.preflight.short_form import Comparison, compare
 
+T = TypeVar("T")
 SECONDS_TO_COME = 90.0  # for every rank: a first import from a network disk takes a minute
 SECONDS_FOR_COLLECTIVE = 60.0
 SLOW, SLOW_DISK_OR_LINK = 0.8, 0.5  # of the median of the others: computing varies less than disks and links
@@ -48,18 +50,18 @@ def preflight(config: Config, output: Path, say: Callable[[str], None]) -> list[
     world = World.from_environment()
     world.check_devices()
     topology = Topology.of(config, world)
-    meeting = Meeting(world, SECONDS_TO_COME)
-    comparison = compare(meeting, config, thorough=True)
+    exchange = Exchange(world, open_store(world, SECONDS_TO_COME), SECONDS_TO_COME)
+    comparison = compare(exchange, config, thorough=True)
     for finding in comparison.findings:
         say(line_of(finding))
     measures, more = None, list[Finding]()
     if not any(finding.subject == "network" for finding in comparison.refusals):
         try:
-            measures = _measure(config, topology, comparison)
+            measures, more = _measure(config, topology, comparison)
         except RuntimeError as error:  # of gloo and NCCL, whose texts have many lines
             line = f"the ranks cannot talk to one another: {str(error).splitlines()[0]}; the log has more"
             more = [Finding(level="refused", subject="network", line=line)]
-    del meeting
+    del exchange
     if measures is not None and world.is_first:
         more += speed_findings(measures, comparison.machines)
     for finding in more:
@@ -78,21 +80,23 @@ def line_of(finding: Finding) -> str:
     return f"{finding.level:<9} {finding.subject}: {finding.line}"
 
 
-def _measure(config: Config, topology: Topology, comparison: Comparison) -> Measures:
-    """Join the world, measure, and leave it; the same on every rank."""
+def _measure(config: Config, topology: Topology, comparison: Comparison) -> tuple[Measures, list[Finding]]:
+    """Join the world, measure, and leave it: the numbers, and what could not be measured; the same on every rank."""
     world = topology.world
     start_world(world)
     try:
         limit_collectives(SECONDS_FOR_COLLECTIVE)
         plan = _plan(config, topology)
         measured = from_first(sizes(plan.config, topology, choose_micro_batch(plan)))
-        compute = from_all(measure_compute(plan.config, topology, measured))
+        compute, no_compute = _from_those_who_can(lambda: measure_compute(plan.config, topology, measured))
         is_first_here = world.rank == min(ranks[0] for ranks in comparison.machines.values() if world.rank in ranks)
         can_write = not any(finding.subject in ("run.folder", "disk") for finding in comparison.refusals)
-        storage = from_all(measure_storage(Path(config.run.folder)) if is_first_here and can_write else None)
+        storage, no_storage = _from_those_who_can(
+            lambda: measure_storage(Path(config.run.folder)) if is_first_here and can_write else None
+        )
         width = 2 if measured.dtype == "bfloat16" else 4
         dispatch = measured.tokens * config.model.d_model * config.moe.top_k * width
-        return Measures(
+        measures = Measures(
             sizes=measured,
             compute=compute,
             storage=[one for one in storage if one is not None],
@@ -105,8 +109,23 @@ def _measure(config: Config, topology: Topology, comparison: Comparison) -> Meas
             if world.size > 1
             else [],
         )
+        return measures, [*no_compute, *no_storage]
     finally:
         finish_world()
+
+
+def _from_those_who_can(measure: Callable[[], T | None]) -> tuple[list[T], list[Finding]]:
+    """Every rank's measure, and a finding for each that fails: the others do not wait for it."""
+    value, fault = None, None
+    try:
+        value = measure()
+    except (OSError, RuntimeError, UserError) as error:
+        text = str(error).splitlines() or [type(error).__name__]
+        line = f"{socket.gethostname()} cannot be measured: {text[0]}"
+        fault = Finding(level="warning", subject="speed", machines=[socket.gethostname()], line=line)
+    everyone = from_all((value, fault))
+    values = [one for one, _ in everyone if one is not None]
+    return values, [fault for _, fault in everyone if fault is not None]
 
 
 def _plan(config: Config, topology: Topology) -> RunPlan:

@@ -15,9 +15,9 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import World
 from moe_mamba.planning.memory import checkpoint_bytes
 from moe_mamba.preflight import checks, network
+from moe_mamba.preflight.exchange import Exchange, open_store
 from moe_mamba.preflight.facts import rank_facts
 from moe_mamba.preflight.folders import Seen, cache_folders, grouped, look
-from moe_mamba.preflight.meeting import Meeting
 from moe_mamba.preflight.report import Clock, Finding, Folder, RankFacts
 
 
@@ -47,7 +47,7 @@ class Comparison:
         return [finding for finding in self.findings if finding.level == "refused"]
 
 
-def check_machines(config: Config, world: World, say: Callable[[str], None]) -> Meeting | None:
+def check_machines(config: Config, world: World, say: Callable[[str], None]) -> Exchange | None:
     """Refuse a world of several machines that cannot train; nothing for a single machine.
 
     Args:
@@ -56,49 +56,53 @@ def check_machines(config: Config, world: World, say: Callable[[str], None]) -> 
         say: is told what is wrong but not refused.
 
     Returns:
-        The meeting, to be kept until the process group is made over the same port.
+        The exchange, whose store is to be kept until the process group is made over the same port.
 
     Raises:
         UserError: ranks do not come, or something would fail; the same line on all ranks.
     """
     if world.local_size >= world.size:
         return None
-    meeting = Meeting(world, config.parallel.timeout)
-    comparison = compare(meeting, config, thorough=False)
+    exchange = Exchange(world, open_store(world, config.parallel.timeout), config.parallel.timeout)
+    comparison = compare(exchange, config, thorough=False)
     for finding in comparison.findings:
         if finding.level == "warning":
             say(f"warning   {finding.line}")
     if refusals := comparison.refusals:
         more = f" (and {len(refusals) - 1} more: launch/preflight.py tells all)" if len(refusals) > 1 else ""
         raise UserError(f"{refusals[0].line}{more}")
-    return meeting
+    return exchange
 
 
-def compare(meeting: Meeting, config: Config, *, thorough: bool) -> Comparison:
+def compare(exchange: Exchange, config: Config, *, thorough: bool) -> Comparison:
     """Collect what every rank knows, and find what is wrong; every rank calls it.
 
     Args:
-        meeting: of all ranks.
+        exchange: of all ranks.
         config: of the run.
         thorough: look at the kernels and the caches of libraries as well.
 
     Raises:
         UserError: a rank did not come.
     """
-    world = meeting.world
+    world = exchange.world
     facts = rank_facts(config, world, thorough=thorough)
-    places: list[str] = meeting.from_first(meeting.to_first(facts.machine))
+    places: list[str] = exchange.from_first(exchange.to_first(facts.machine))
     machines = {place: [rank for rank, one in enumerate(places) if one == place] for place in dict.fromkeys(places)}
     if len(machines) > 1:
-        facts = facts.model_copy(update={"unreached": _unreached(meeting, facts, machines)})
-    paths = _folders(config, is_first=world.rank == machines[facts.machine][0], thorough=thorough)
-    seen = look(meeting, facts.machine, paths)
+        facts = facts.model_copy(update={"unreached": _unreached(exchange, facts, machines)})
+    paths = {"run.folder": Path(config.run.folder)}
+    if any(source.is_documents for source in facts.data):
+        paths["data.cache"] = Path(config.data.cache)
+    if thorough and world.rank == machines[facts.machine][0]:
+        paths |= cache_folders()
+    seen = look(exchange, facts.machine, paths)
     others = [ranks[0] for ranks in machines.values() if ranks[0] != 0]
-    offset = meeting.clock_offset(others)
-    everyone = meeting.to_first([facts.model_dump(), offset])
+    offset = exchange.clock_offset(others)
+    everyone = exchange.to_first([facts.model_dump(), offset])
     comparison = _conclude(config, machines, everyone or [], seen, paths) if everyone else None
-    findings = meeting.from_first(comparison and [finding.model_dump() for finding in comparison.findings])
-    meeting.to_first(None)  # rank 0, which has the store, is the last to leave
+    findings = exchange.from_first(comparison and [finding.model_dump() for finding in comparison.findings])
+    exchange.to_first(None)  # rank 0, which has the store, is the last to leave
     if comparison is not None:
         return comparison
     return Comparison([Finding(**finding) for finding in findings], machines, [], [], [], None)
@@ -124,7 +128,7 @@ def _conclude(
         *checks.check_facts(ranks),
         *checks.check_clocks(clocks),
         *checks.check_folder(seen["run.folder"]),
-        *checks.check_cache(ranks, seen["data.cache"]),
+        *checks.check_cache(ranks, seen.get("data.cache", [])),
         *checks.check_disk(ranks, size),
         *(_describe(folder) for folder in folders if folder.name.startswith("cache of ") and len(machines) > 1),
     ]
@@ -136,19 +140,13 @@ def _describe(folder: Folder) -> Finding:
     return Finding(level="ok", subject=folder.name, line=f"{folder.path}: {kind}")
 
 
-def _folders(config: Config, *, is_first: bool, thorough: bool) -> dict[str, Path]:
-    """The folders to look at: those of libraries by one rank of each machine."""
-    paths = {"run.folder": Path(config.run.folder), "data.cache": Path(config.data.cache)}
-    return paths | (cache_folders() if thorough and is_first else {})
-
-
-def _unreached(meeting: Meeting, facts: RankFacts, machines: dict[str, list[int]]) -> dict[str, str]:
+def _unreached(exchange: Exchange, facts: RankFacts, machines: dict[str, list[int]]) -> dict[str, str]:
     """Machines that this rank's one cannot connect to, of rank 0's and the next one; found out by their first ranks."""
     listener = None
-    if meeting.world.rank == machines[facts.machine][0] and facts.address is not None:
+    if exchange.world.rank == machines[facts.machine][0] and facts.address is not None:
         listener = network.Listener(facts.address)
     door = [facts.address, listener.port, listener.token] if listener else None
-    doors = meeting.from_first(meeting.to_first(door))
+    doors = exchange.from_first(exchange.to_first(door))
     names = list(machines)
     place = names.index(facts.machine)
     found: dict[str, str] = {}
@@ -157,8 +155,8 @@ def _unreached(meeting: Meeting, facts: RankFacts, machines: dict[str, list[int]
         # An address that no other machine reaches is told by itself.
         if door is not None and not network.is_loopback(door[0]) and (why := network.connect(*door)) is not None:
             found[name] = why
-    meeting.to_first(None)
-    meeting.from_first()  # all have connected
+    exchange.to_first(None)
+    exchange.from_first()  # all have connected
     if listener is not None:
         listener.close()
     return found

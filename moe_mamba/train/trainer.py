@@ -62,10 +62,10 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with folder.locked() if world.is_first else nullcontext(), Watch(config, screen, world) as watch:
-        meeting = check_machines(config, world, screen.say)
+        exchange = check_machines(config, world, screen.say)
         start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
         start_world(world)
-        del meeting  # its port was the process group's
+        del exchange  # whose port the process group was made over
         with stopping(folder, world):
             watch.join()
             start = from_first(start)

@@ -49,8 +49,8 @@ def _start(tiny: str, shared: str, own: tuple[str, ...] = (), interface: str = "
         patch.setattr("moe_mamba.preflight.checks.is_loopback", lambda address: False)
         folders = {name: Path(shared) / (f"{name}-{rank}" if name in own else name) for name in ("run", "cache")}
         try:
-            meeting = check_machines(_config(tiny, *folders.values()), Ranks.from_environment(), said.append)
-            assert meeting is not None
+            exchange = check_machines(_config(tiny, *folders.values()), Ranks.from_environment(), said.append)
+            assert exchange is not None
         except UserError as error:
             said.append(f"refused: {error}")
         leftovers = list(Path(shared).rglob(".preflight-*"))

@@ -21,23 +21,19 @@ SAMPLES = 8  # round trips of which the quickest is taken
 SAID = 8  # ranks that a line names
 
 
-class Meeting:
-    """A room in which every rank makes the same calls in the same order.
+class Exchange:
+    """Every rank makes the same calls in the same order, and each call waits for who has to say something.
 
     Args:
-        world: who meets.
+        world: whose ranks they are.
+        store: that all of them reach, as ``open_store`` gives.
         timeout: seconds that a rank waits for the others in each call.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
-        """Open the door.
-
-        Raises:
-            UserError: rank 0 cannot be reached, or its port is taken.
-        """
+    def __init__(self, world: World, store: dist.Store, timeout: float) -> None:
         self.world, self.timeout = world, timeout
+        self._store = store
         self._calls = 0
-        self._store: dist.Store = dist.HashStore() if world.size == 1 else self._connect()
 
     def to_first(self, value: Any) -> list[Any] | None:
         """Every rank's value, as JSON, in the order of ranks, on rank 0; None on the others.
@@ -97,32 +93,6 @@ class Meeting:
         delay, offset = min(trips)
         return offset, delay
 
-    def _connect(self) -> dist.Store:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # An elastic agent has the store already, for every rank.
-        is_host = self.world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        try:
-            store = dist.TCPStore(
-                address,
-                port,
-                is_master=is_host,
-                timeout=timedelta(seconds=self.timeout),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except dist.DistError as error:
-            if "EADDRINUSE" in str(error):
-                raise UserError(
-                    f"port {port} of rank 0's machine is in use: end the process that has it, or give another one "
-                    "(deepspeed --master_port, torchrun --master-port, or MASTER_PORT)"
-                ) from None
-            raise UserError(
-                f"rank {self.world.rank} cannot reach rank 0 at {address}, port {port}, within {self.timeout:.0f} s: "
-                "see whether rank 0 has started, and whether a firewall or the address is in the way"
-            ) from None
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"moe_mamba/meeting/{restart}", store)
-
     def _next(self) -> str:
         self._calls += 1
         return str(self._calls)
@@ -155,3 +125,38 @@ class Meeting:
                     return False
             except dist.DistError:
                 raise UserError("rank 0 has ended, and said why where it runs: see there") from None
+
+
+def open_store(world: World, timeout: float) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 opens, or an elastic agent has for all ranks.
+
+    The process group that is made later opens it once more: rank 0 must keep this one until then.
+
+    Raises:
+        UserError: rank 0 cannot be reached within `timeout` seconds, or its port is taken.
+    """
+    if world.size == 1:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=is_host,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} of rank 0's machine is in use: end the process that has it, or give another one "
+                "(deepspeed --master_port, torchrun --master-port, or MASTER_PORT)"
+            ) from None
+        raise UserError(
+            f"rank {world.rank} cannot reach rank 0 at {address}, port {port}, within {timeout:.0f} s: "
+            "see whether rank 0 has started, and whether a firewall or the address is in the way"
+        ) from None
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"moe_mamba/preflight/{restart}", store)
