@@ -205,9 +205,7 @@ def check_cache(facts: Facts, seen: Sequence[Seen]) -> Iterator[Finding]:
     first = seen[0]
     apart = list(dict.fromkeys(one.machine for one in seen if 0 not in one.ranks))
     documents = [source.source for source in facts[0].data if source.is_documents]
-    if (
-        not documents or first.fault is not None
-    ):  # nothing is to be written there, or nothing can be: it is used as it is
+    if not documents or first.fault is not None:  # nothing will be written there, or nothing can be: it stays as it is
         return
     if not apart:
         if len({one.machine for one in seen}) > 1:

@@ -136,7 +136,7 @@ def _plan(config: Config, topology: Topology) -> RunPlan:
 
 
 def speed_findings(measures: Measures, machines: dict[str, list[int]]) -> list[Finding]:
-    """Slow machines, or slow ranks where there is one machine; one line that all are alike where none is.
+    """Slow machines, or slow ranks where there is one machine; one line where none is.
 
     Args:
         measures: of all ranks.
@@ -170,7 +170,7 @@ def speed_findings(measures: Measures, machines: dict[str, list[int]]) -> list[F
     inside = [link for link in measures.links if link.machines[0] == link.machines[1]]
     findings += check_speed("the link to other machines", "bytes/s", _best_rates(between), SLOW_DISK_OR_LINK)
     findings += check_speed("the link inside", "bytes/s", _best_rates(inside), SLOW_DISK_OR_LINK)
-    if not findings:
+    if not findings and len(measures.compute) > 1:
         kind = f"{len(machines)} machines" if len(machines) > 1 else f"{len(measures.compute)} ranks"
         findings = [Finding(level="ok", subject="speed", line=f"no slow one among {kind}")]
     return findings
