@@ -159,4 +159,4 @@ def open_store(world: World, timeout: float) -> dist.Store:
             "see whether rank 0 has started, and whether a firewall or the address is in the way"
         ) from None
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"moe_mamba/preflight/{restart}", store)
+    return dist.PrefixStore(f"moe_mamba/preflight/{restart}/{world.size}", store)
