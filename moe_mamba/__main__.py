@@ -8,6 +8,7 @@ from moe_mamba.command_line import run_command
 COMMANDS = {
     "train": "train a model, or go on with a run where it stopped",
     "status": "say how a run stands: how far it is, and what happened to it",
+    "preflight": "say what is wrong with the machines before a run, and measure them",
     "plan": "parameters, FLOPs and memory of a configuration, before anything starts",
     "preprocess_c4": "shard C4, or any other documents",
     "generate": "write text with a trained model",

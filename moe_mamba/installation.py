@@ -18,5 +18,5 @@ def find_config(path: Path) -> Path:
 
 def command(name: str) -> str:
     """How a line begins that runs a command: ``python tools/plan.py`` in a checkout, else ``moe-mamba plan``."""
-    script = "launch/train.py" if name == "train" else f"tools/{name}.py"
+    script = f"launch/{name}.py" if name in ("train", "preflight") else f"tools/{name}.py"
     return f"python {script}" if (CHECKOUT / script).is_file() else f"moe-mamba {name}"

@@ -64,6 +64,8 @@ ELSEWHERE = {
     "kubectl apply -f launch/kubernetes/job.yaml": "tests/launch/test_kubernetes.py",
     'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=10 -o ServerAliveCountMax=3 -o ConnectTimeout=15'
     ' -o BatchMode=yes"': "not run: it is for a machine that is lost",
+    "deepspeed launch/preflight.py --config configs/demo.yaml": "tests/preflight/test_preflight.py",
+    "python launch/preflight.py --help": "tests/preflight/test_preflight.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",

@@ -26,6 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
     "planning": {"parallel", "model", "config"},
+    "preflight": {
+        *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
+        *("config", "installation"),
+    },
     "run": {"atomic_file", "parallel", "checkpoint", "model", "data", "config", "config_file", "installation"},
     "convert": {
         *("safetensors_header", "hf", "run", "checkpoint", "model", "data"),
@@ -34,11 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"parallel", "run", "model", "kernels", "data", "config"},
     "faults": {"parallel", "run", "config"},
     "train": {
-        *("evaluation", "faults", "planning", "run", "checkpoint", "parallel"),
+        *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "installation"),
     },
     "commands": {
-        *("train", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
+        *("train", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
         *("model", "data", "config", "config_file", "command_line", "installation"),
     },
     "__main__": {"command_line"},

@@ -7,6 +7,7 @@ and gets the checks that are possible. The parts are read as one row of tokens.
 import hashlib
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from moe_mamba.data.manifest import MANIFEST, REJECTS, TOKENIZER_FOLDER, Manifes
 from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.source import Windows
 from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.data.verification import ContentCheck
 from moe_mamba.errors import UserError
 
 BLOCK = 1 << 22  # tokens looked at together when all are counted
@@ -72,8 +74,11 @@ class Shards:
         if tokenizer:
             _check_tokenizer(manifest, tokenizer, path)
         for part in manifest.parts:
-            for name, expected in part.checksums.items():
-                _check_file(folder / name, expected if verify == "checksums" else None)
+            for name in part.checksums:
+                _check_present(folder / name)
+        for check in _checksums(folder, manifest) if verify == "checksums" else ():
+            check.run()
+        for part in manifest.parts:
             _check_pair(folder / part.name)
         return cls(str(path), [folder / part.name for part in manifest.parts], manifest)
 
@@ -86,9 +91,21 @@ class Shards:
         _check_pair(prefix)
         shards = cls(str(path), [prefix], None)
         if tokenizer:
-            for block in shards.blocks(None if thorough else SAMPLED_BLOCKS):
-                _check_ids(int(block.min()), int(block.max()), tokenizer, path)
+            shards._check_all_ids(tokenizer, None if thorough else SAMPLED_BLOCKS)
         return shards
+
+    def content_checks(self, tokenizer: Tokenizer | None = None) -> list[ContentCheck]:
+        """What is found out by reading every file whole: its checksum, or without a manifest every token's id."""
+        if self.manifest is None:
+            if tokenizer is None:
+                return []
+            path = Path(f"{_prefix(self.name)}.bin")
+            return [ContentCheck(path, f"ids of {tokenizer.fingerprint}", lambda: self._check_all_ids(tokenizer))]
+        return _checksums(Path(self.name), self.manifest)
+
+    def _check_all_ids(self, tokenizer: Tokenizer, sampled: int | None = None) -> None:
+        for block in self.blocks(sampled):
+            _check_ids(int(block.min()), int(block.max()), tokenizer, self.name)
 
     @property
     def rejects(self) -> int:
@@ -212,12 +229,20 @@ def _check_ids(smallest: int, largest: int, tokenizer: Tokenizer, path: str | Pa
         )
 
 
-def _check_file(path: Path, expected: str | None) -> None:
+def _check_present(path: Path) -> None:
     if not path.is_file():
         raise UserError(
             f"{path}: a file of these shards is missing: restore it, or delete the folder and preprocess again"
         )
-    if expected and checksum(path) != expected:
+
+
+def _checksums(folder: Path, manifest: Manifest) -> list[ContentCheck]:
+    named = {folder / name: digest for part in manifest.parts for name, digest in part.checksums.items()}
+    return [ContentCheck(path, digest, partial(_check_sum, path, digest)) for path, digest in named.items()]
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    if checksum(path) != expected:
         raise UserError(f"{path}: its checksum differs from the manifest's: delete the folder and preprocess again")
 
 

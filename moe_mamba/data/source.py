@@ -6,6 +6,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.data.verification import ContentCheck
+
 
 class Windows(NamedTuple):
     """Tokens and the targets that follow them, int64 of one shape; UNCOUNTED marks filling, and what is no target."""
@@ -44,6 +47,9 @@ class Source(Protocol):
     @property
     def rejects_file(self) -> Path | None:
         """Where they are kept, with their places and bytes; None where there are none."""
+
+    def content_checks(self, tokenizer: Tokenizer | None = None) -> list[ContentCheck]:
+        """What is found out by reading all its files whole; nothing where there are none."""
 
     def unigram_entropy(self) -> float | None:
         """Entropy of the tokens' frequencies in nats: the loss of a model that knows no context. None: of no text."""

@@ -25,6 +25,8 @@ import numpy as np
 
 from moe_mamba.data.batch import UNCOUNTED
 from moe_mamba.data.source import Windows
+from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.data.verification import ContentCheck
 from moe_mamba.errors import UserError
 
 PREFIX = "synthetic:"
@@ -120,6 +122,10 @@ class SyntheticTask:
     @property
     def rejects_file(self) -> None:
         """See Source."""
+
+    def content_checks(self, tokenizer: Tokenizer | None = None) -> list[ContentCheck]:
+        """See Source: there are no files."""
+        return []
 
     def unigram_entropy(self) -> None:
         """See Source: only answers are targets."""

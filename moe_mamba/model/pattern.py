@@ -40,6 +40,16 @@ def kinds(config: ModelConfig) -> list[type[Mixer]]:
     return list(dict.fromkeys(mixer for spec in layer_specs(config) for mixer in spec.mixers))
 
 
+def kernel_operations(config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
+    """Operations of our kernels that a training step does -> the size that a back end may limit, 0 where none does."""
+    used: dict[str, int] = {}
+    for mixer in kinds(config):
+        used |= mixer.kernel_operations(config, moe)
+    if config.norm == "rmsnorm":
+        used["rms_norm"] = 0
+    return used | {"cross_entropy": 0}
+
+
 def has(config: ModelConfig, mixer: type[Mixer]) -> bool:
     """Whether some layer of the model is of this kind."""
     return mixer in kinds(config)

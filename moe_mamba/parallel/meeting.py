@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from moe_mamba.errors import LocalError, RunStopped, UserError
 from moe_mamba.parallel.network import (
@@ -76,6 +77,18 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
                 raise LocalError(str(error)) from None
             raise
         return self
+
+    @property
+    def store(self) -> dist.Store:
+        """What the ranks tell each other before the start; of the process group where there is one already."""
+        store: dist.Store
+        if self._store is not None:
+            store = self._store
+        elif self.world.size > 1:
+            store = distributed_c10d._get_default_store()
+        else:
+            store = dist.HashStore()
+        return dist.PrefixStore("before the start", store)
 
     def start(self) -> None:
         """Let the run begin, on rank 0; wait for that, on the others.

@@ -6,6 +6,7 @@ Arithmetic on the meta device: nothing is allocated and no process group is made
 import math
 
 from moe_mamba.config import Config
+from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import has_experts
 from moe_mamba.parallel.placement import ParameterShard, check_shards
 from moe_mamba.parallel.run_plan import RunPlan
@@ -80,6 +81,11 @@ def per_device(run_plan: RunPlan) -> dict[str, int]:
         "optimizer_bytes": 0 if on_host else math.ceil(optimizer),
         "host_bytes": math.ceil(optimizer) if on_host else 0,
     }
+
+
+def checkpoint_bytes(model: LanguageModel) -> int:
+    """What a checkpoint takes on the disk: fp32 weights and AdamW's two moments, each once, whatever the layout."""
+    return 3 * FP32 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def _sharing(shard: ParameterShard, topology: Topology) -> int:

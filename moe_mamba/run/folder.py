@@ -30,6 +30,8 @@ class RunFolder:
         self.plots = self.path / "plots"
         self.profile = self.path / "profile"
         self.log = self.path / "log.txt"
+        self.checksums = self.path / "checksums.json"
+        self.preflight = self.path / "preflight.json"
 
     def open(self, config: Config) -> None:
         """Make the folder, or check that `config` may go on in it.

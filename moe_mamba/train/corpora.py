@@ -9,6 +9,7 @@ from moe_mamba.data.loader import Loader
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
 from moe_mamba.data.source import Source
 from moe_mamba.data.tokenizer import Tokenizer
+from moe_mamba.data.verification import ContentCheck
 from moe_mamba.errors import UserError
 from moe_mamba.run.folder import RunFolder
 
@@ -32,6 +33,11 @@ class Corpora:
         """Hash of the tokens of each source that is trained on; the order of windows follows from it."""
         return {name: source.identity for name, source in self.train.items()}
 
+    @property
+    def content_checks(self) -> list[ContentCheck]:
+        """What is found out by reading the whole corpus, file by file, in the same order on every rank."""
+        return [check for source in self.sources.values() for check in source.content_checks(self.tokenizer)]
+
     def check_unchanged(self, description: dict[str, Any], folder: RunFolder) -> None:
         """Refuse to go on with other text than the checkpoint was trained on.
 
@@ -46,11 +52,12 @@ class Corpora:
                 )
 
 
-def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None], *, verify: bool = False) -> Corpora:
+def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Corpora:
     """Train or open the tokenizer, shard the sources that are documents, and open everything.
 
     The first call does the work and keeps it (tokenizer in the run's folder, shards in `data.cache`); later calls,
-    other ranks' among them, find it done. `say` is told what takes long; `verify` compares every checksum.
+    other ranks' among them, find it done. `say` is told what takes long. Of shards only names and sizes are looked at:
+    `train/verification.py` reads them whole.
 
     Raises:
         UserError: a source, the tokenizer or the shards are missing, damaged or do not fit one another.
@@ -61,7 +68,7 @@ def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None], 
     )
 
     def open_source(source: str) -> Source:
-        return prepare_corpus(source, tokenizer, data.cache, data.max_documents, verify=verify, say=say)
+        return prepare_corpus(source, tokenizer, data.cache, data.max_documents, say=say)
 
     train = {source: open_source(source) for source in data.train_weights}
     loader = Loader(

@@ -15,7 +15,7 @@ from moe_mamba.installation import command
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.pattern import has_experts, kinds, looks_ahead
+from moe_mamba.model.pattern import has_experts, kernel_operations, looks_ahead
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
@@ -78,21 +78,11 @@ def describe_kernels(config: Config, world: World) -> tuple[str, list[str]]:
     serves = defaultdict(list)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for operation, size in _operations(config).items():
+        for operation, size in kernel_operations(config.model, config.moe).items():
             serves[choose(operation, world.device.type, dtype, config.run.kernels, size)[0]].append(operation)
     line = "; ".join(f"{name}: {', '.join(served)}" for name, served in serves.items())
     said = (str(warning.message) for warning in caught if warning.category is UserWarning)  # by choose
     return line, list(dict.fromkeys(said))
-
-
-def _operations(config: Config) -> dict[str, int]:
-    """Operations of our kernels that a training step does -> the size that a back end may limit, 0 where none does."""
-    used: dict[str, int] = {}
-    for mixer in kinds(config.model):
-        used |= mixer.kernel_operations(config.model, config.moe)
-    if config.model.norm == "rmsnorm":
-        used["rms_norm"] = 0
-    return used | {"cross_entropy": 0}
 
 
 def figures(scores: Scores, source: Source) -> dict[str, float | None]:

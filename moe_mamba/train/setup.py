@@ -17,6 +17,7 @@ from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.restore import find_weights
 from moe_mamba.train.corpora import Corpora, open_corpora
+from moe_mamba.train.verification import verify_at_once
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StartState:
         done: steps that it has made.
         warm: the checkpoint whose weights a fresh run takes.
         micro_batch: sequences that a device works on at once.
+        is_verified: the corpora were read whole, or need not be.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class StartState:
     done: int
     warm: Path | None
     micro_batch: int
+    is_verified: bool
 
     @property
     def description(self) -> dict[str, Any]:
@@ -77,10 +80,11 @@ def prepare_run(
     warm = find_weights(plan.model, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()
-    corpora = open_corpora(config, folder, screen.say, verify=config.data.verify) if done < config.steps else None
+    corpora = open_corpora(config, folder, screen.say) if done < config.steps else None
     if newest and corpora:
         corpora.check_unchanged(store.read_description(newest), folder)
-    return StartState(config, newest, done, warm, choose_micro_batch(plan)), plan, corpora
+    is_verified = not (config.data.verify and corpora) or verify_at_once(corpora, folder, screen.say)
+    return StartState(config, newest, done, warm, choose_micro_batch(plan), is_verified), plan, corpora
 
 
 def _with_vocabulary(config: Config, newest: Path | None) -> Config:

@@ -42,6 +42,7 @@ from moe_mamba.parallel.meeting import Meeting
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import World
+from moe_mamba.preflight.short_form import check_machines
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events
 from moe_mamba.run.folder import RunFolder
@@ -56,6 +57,7 @@ from moe_mamba.train.recovery import Recovery
 from moe_mamba.train.restarts import note_start
 from moe_mamba.train.schedule import learning_rate
 from moe_mamba.train.setup import StartState, accumulation_changes, check, prepare_run
+from moe_mamba.train.verification import Verification
 from moe_mamba.train.ways_on import newest_kept, way_on_line
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
         torch.use_deterministic_algorithms(True)
     alone = folder.locked() if world.is_first else nullcontext()
     with Meeting(world, screen.shout) as meeting, alone, Watch(config, screen, world) as watch:
+        check_machines(config, world, meeting.store, screen.say)
         start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
         meeting.start()
         start_world(world)
@@ -150,6 +153,7 @@ class Trainer:
         if world.is_first:
             folder.save_config(config)
         self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
+        self.verification = None if start.is_verified else Verification(corpora, folder, world)
         self.metrics = self._open_metrics()
 
     def _open_metrics(self) -> MetricsWriter:
@@ -194,6 +198,8 @@ class Trainer:
                     scores = self._validate()
                 every = self.config.checkpoint.every
                 if is_last or (every and self.step % every == 0):
+                    if self.verification:
+                        self.verification.finish()
                     self._save(scores)
                 scores = scores if is_last else {}
         self.screen.stop_bar()

@@ -1,0 +1,111 @@
+"""Whether ranks see the same folder: each writes a file, and looks for those of all others."""
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_mamba.preflight.exchange import Exchange
+from moe_mamba.preflight.report import Folder
+
+PREFIX = ".preflight-"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw in one folder.
+
+    Attributes:
+        rank: whose eyes.
+        machine: its host name.
+        ranks: those whose files it saw.
+        fault: why it could not write or look.
+    """
+
+    rank: int
+    machine: str
+    ranks: frozenset[int]
+    fault: str | None = None
+
+
+def look(exchange: Exchange, machine: str, folders: dict[str, Path]) -> dict[str, list[Seen]]:
+    """Have every rank write a file into each folder, list those that are there, and read rank 0's and its neighbour's.
+
+    The files lie in a folder of this exchange's own name, which no file system's cache has an answer about, and are
+    gone after it. A rank may leave out a folder that it does not have.
+
+    Returns:
+        On rank 0: name of a folder -> what each rank saw; nothing on the others.
+    """
+    world = exchange.world
+    nonce: str = exchange.from_first(secrets.token_hex(8))
+    places = {name: path / f"{PREFIX}{nonce}" for name, path in folders.items()}
+    faults = {name: _write(place, world.rank, nonce) for name, place in places.items()}
+    exchange.to_first(None)
+    exchange.from_first()  # all have written
+    neighbour = (world.rank + 1) % world.size
+    reports = {name: _list(place, (0, neighbour), nonce) for name, place in places.items() if not faults[name]}
+    reports |= {name: {"ranks": [], "fault": fault} for name, fault in faults.items() if fault}
+    everyone = exchange.to_first({"machine": machine, "folders": reports})
+    exchange.from_first()  # all have looked
+    for place in places.values():
+        shutil.rmtree(place, ignore_errors=True)
+    seen: dict[str, list[Seen]] = {}
+    for rank, one in enumerate(everyone or ()):
+        for name, report in one["folders"].items():
+            seen.setdefault(name, []).append(Seen(rank, one["machine"], frozenset(report["ranks"]), report["fault"]))
+    return seen
+
+
+def grouped(name: str, path: Path, seen: list[Seen]) -> Folder:
+    """Which machines see the same folder: those whose ranks saw the same files."""
+    groups: dict[frozenset[int], list[str]] = {}
+    placed: set[str] = set()
+    for one in seen:
+        if one.machine not in placed:  # its first rank speaks for it
+            groups.setdefault(one.ranks, []).append(one.machine)
+            placed.add(one.machine)
+    everyone = frozenset(one.rank for one in seen)
+    return Folder(
+        name=name,
+        path=str(path),
+        groups=list(groups.values()),
+        is_seen_by_all=all(one.ranks == everyone and one.fault is None for one in seen),
+    )
+
+
+def cache_folders() -> dict[str, Path]:
+    """The caches of libraries, and of our kernels, that exist on this machine."""
+    home = Path(os.path.expanduser("~"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    places = {
+        "cache of Hugging Face": Path(os.environ.get("HF_HOME") or cache / "huggingface"),
+        "cache of Triton": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        "cache of our kernels": cache / "moe_mamba" / "kernels",
+    }
+    return {name: path for name, path in places.items() if path.is_dir()}
+
+
+def _write(folder: Path, rank: int, nonce: str) -> str | None:
+    """Write this rank's file; why that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / str(rank)).open("x") as file:
+            file.write(nonce)
+            file.flush()
+            os.fsync(file.fileno())  # another machine is to see it
+    except OSError as error:
+        return f"it cannot be written ({error.strerror})"
+    return None
+
+
+def _list(folder: Path, read: tuple[int, ...], nonce: str) -> dict[str, Any]:
+    """The ranks whose files are there; those of `read` only if they hold the nonce."""
+    try:
+        found = {int(path.name) for path in folder.iterdir()}
+        found -= {rank for rank in found.intersection(read) if (folder / str(rank)).read_text() != nonce}
+    except OSError as error:
+        return {"ranks": [], "fault": f"it cannot be read ({error.strerror})"}
+    return {"ranks": sorted(found), "fault": None}

@@ -1,0 +1,206 @@
+"""What ``preflight.json`` holds: pydantic models whose descriptions are its documentation.
+
+Bytes, seconds and operations are plain numbers in base units; a rate is per second. ``null`` is what was not, or could
+not be, measured.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+Level = Literal["ok", "warning", "refused"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Finding(_Record):
+    """One line of what was found."""
+
+    level: Level = Field(description="ok; warning: it trains, but see to it; refused: it would fail")
+    subject: str = Field(description="what was looked at: versions, kernels, clocks, network, folders, data, ...")
+    machines: list[str] = Field([], description="host names that it is about; none: all")
+    line: str = Field(description="what is, or what is wrong, where, and how to fix it")
+
+
+class Interface(_Record):
+    """An address of a machine."""
+
+    name: str = Field(description="of the interface, as GLOO_SOCKET_IFNAME takes it")
+    address: str = Field(description="IPv4 or IPv6")
+
+
+class SourceFacts(_Record):
+    """What a rank sees of a source of data."""
+
+    source: str = Field(description="as data.train or data.validation has it")
+    files: int = Field(0, description="how many")
+    size: int = Field(0, description="bytes, all files together")
+    content: str = Field("", description="hash of names, sizes and manifests")
+    times: str = Field("", description="hash of the times of change")
+    is_documents: bool = Field(False, description="text that is tokenized into data.cache first")
+    fault: str | None = Field(None, description="why it cannot be read")
+
+
+class DiskFacts(_Record):
+    """The disk that the run's folder lies on."""
+
+    free_bytes: int | None = Field(None, description="free for this user")
+    checkpoints: int = Field(0, description="how many lie there already")
+    fault: str | None = Field(None, description="why the folder cannot be written")
+
+
+class RankFacts(_Record):
+    """What one rank knows of itself and its machine."""
+
+    rank: int
+    local_rank: int = Field(description="among the ranks of its machine")
+    machine: str = Field(description="host name")
+    device: str = Field(description="cpu, or the GPU's name")
+    versions: dict[str, str] = Field(description="Python and libraries -> version")
+    revision: str = Field(description="commit of the checkout, marked dirty where files differ; or the wheel's version")
+    sources: str = Field(description="hash of the package's source files")
+    kernels: dict[str, str] | None = Field(None, description="operation -> back end; null in the short form")
+    kernels_build: str | None = Field(None, description="key of the built C++ kernels; null: not used")
+    host_addresses: list[str] = Field([], description="what the host name resolves to on this machine")
+    interfaces: list[Interface] = Field([], description="addresses of the interfaces that are up, loopback too")
+    asked_interfaces: dict[str, str] = Field({}, description="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set")
+    address: str | None = Field(None, description="at which gloo will listen for others; null: it finds none")
+    route_interface: str | None = Field(None, description="the interface that leads to rank 0's machine")
+    unreached: dict[str, str] = Field({}, description="machine whose address this one could not connect to -> why")
+    data: list[SourceFacts] = Field([], description="each source, training and validation")
+    disk: DiskFacts = DiskFacts()
+    shared_memory_bytes: int | None = Field(None, description="size of /dev/shm; null: there is none")
+    open_files: int | None = Field(None, description="RLIMIT_NOFILE, soft; null: no limit")
+    most_open_files: int | None = Field(None, description="RLIMIT_NOFILE, hard; null: no limit")
+    keepalive: Literal["unused", "set", "missing", "unseen"] = Field(
+        "unused", description="ssh keep-alives of deepspeed --hostfile; unseen: the launcher is on another machine"
+    )
+
+
+class Clock(_Record):
+    """A machine's clock against rank 0's."""
+
+    machine: str
+    offset_seconds: float = Field(description="its time minus rank 0's")
+    delay_seconds: float = Field(description="round trip of the sample: the offset is right to half of it")
+
+
+class Folder(_Record):
+    """Who sees the same folder."""
+
+    name: str = Field(description="run.folder, data.cache, or a cache of a library")
+    path: str = Field(description="on rank 0")
+    groups: list[list[str]] = Field(description="machines that see the same one, group by group; rank 0's first")
+    is_seen_by_all: bool = Field(description="every rank read what rank 0 wrote, and saw every other rank's file")
+
+
+class Sizes(_Record):
+    """The sizes that were measured with, of this configuration where they fit the time."""
+
+    tokens: int = Field(description="of a micro-step on a device")
+    dtype: str
+    matmul: list[int] = Field(description="rows, in, out")
+    copy_bytes: int
+    scan: list[int] | None = Field(description="batch, length, channels, states; null: the model has no scan")
+    grouped: list[int] | None = Field(description="groups, rows in all, in, out; null: the model has no experts")
+    is_whole: bool = Field(description="false: the configuration's sizes were reduced to fit the time")
+
+
+class Compute(_Record):
+    """What one rank computes while all do."""
+
+    rank: int
+    machine: str
+    matmul_flops: float = Field(description="floating-point operations per second of the matrix product")
+    copy_bytes: float = Field(description="bytes read and written per second")
+    scan_tokens: float | None = Field(description="tokens per second of the selective scan, forward and backward")
+    grouped_flops: float | None = Field(description="operations per second of the experts' grouped product")
+
+
+class Storage(_Record):
+    """The run's folder as a machine writes and reads it, all machines at once."""
+
+    machine: str
+    bytes: int = Field(description="written, to the disk itself (fsync), and read")
+    write_bytes: float = Field(description="per second")
+    read_bytes: float = Field(description="per second, the machine's own page cache dropped where that is possible")
+
+
+class Link(_Record):
+    """Two ranks that talk, while no other pair uses their machines' links."""
+
+    ranks: tuple[int, int]
+    machines: tuple[str, str]
+    latency_seconds: float = Field(description="one way: half of the smallest round trip of 8 bytes")
+    bytes_per_second: float = Field(description="in one direction")
+    message_bytes: int
+
+
+class Collective(_Record):
+    """A collective over ranks, as training calls it."""
+
+    operation: Literal["all_reduce", "all_to_all"]
+    group: int = Field(description="ranks in a group; all groups run at once")
+    bytes: int = Field(description="that a rank gives")
+    config_bytes: int = Field(description="that a rank gives in training; more than bytes where the time did not do")
+    seconds: float = Field(description="of the slowest rank, the median of several calls")
+
+
+class Measures(_Record):
+    """The numbers; how fast each rank, disk and link is."""
+
+    sizes: Sizes
+    compute: list[Compute]
+    storage: list[Storage]
+    links: list[Link]
+    collectives: list[Collective]
+
+
+class Report(_Record):
+    """A whole preflight."""
+
+    format_version: int = FORMAT_VERSION
+    made: str = Field(description="when, ISO 8601, UTC")
+    seconds: float = Field(description="how long it took")
+    world_size: int = Field(description="ranks")
+    machines: dict[str, list[int]] = Field(description="host name -> its ranks")
+    checkpoint_bytes: int | None = Field(description="of one checkpoint of this configuration; null: not known")
+    findings: list[Finding]
+    ranks: list[RankFacts]
+    clocks: list[Clock]
+    folders: list[Folder]
+    measures: Measures | None = Field(description="null where the ranks cannot be joined")
+
+    @property
+    def refusals(self) -> list[Finding]:
+        """What a run would fail of."""
+        return [finding for finding in self.findings if finding.level == "refused"]
+
+
+def schema() -> str:
+    """The models for people: one line for each field, nested ones indented."""
+    return "\n".join(_describe(Report, 1))
+
+
+def _describe(model: type[BaseModel], depth: int) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        kind = str(field.annotation).replace("moe_mamba.preflight.report.", "").replace("typing.", "")
+        if isinstance(field.annotation, type) and not get_args(field.annotation):
+            kind = field.annotation.__name__
+        yield f"{'  ' * depth}{name}: {kind}" + (f"  {field.description}" if field.description else "")
+        for nested in _models(field.annotation):
+            yield from _describe(nested, depth + 1)
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """The records that a type is made of."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _models(part)
