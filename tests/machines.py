@@ -27,7 +27,11 @@ PROGRAMS = ("ip", "ss", "nsenter", "unshare", "setpriv", "ssh", "ssh-keygen", "s
 # An anchor holds a namespace: a process that does nothing. The first one of a process namespace inherits orphans, and
 # leaves no zombies by ignoring their ends.
 ANCHOR = 'trap "" CHLD; {}; echo ready; exec sleep infinity'
-SITE = 'mount -t tmpfs none /run; mkdir /run/sshd; mount --bind "$1/ssh_config" /etc/ssh/ssh_config'
+SITE = """
+mount -t tmpfs none /run; mkdir /run/sshd
+mount --bind "$1/ssh_config" /etc/ssh/ssh_config
+mount -t tmpfs -o size=64m none "$1/disk"
+"""
 MACHINE = 'hostname "$2"; mount --bind "$1/hosts-$2" /etc/hosts; mount -t tmpfs none /dev/shm; ip link set lo up'
 SWITCH = "ip link add bridge type bridge; ip link set bridge up"
 SSH = """
@@ -102,11 +106,13 @@ class Machine:
     Attributes:
         name: its host name.
         address: on the one network of all machines.
+        disk: a small disk that all machines share, 64 MB.
         inner: the number of a process in it, for ``nsenter`` on another machine.
     """
 
     def __init__(self, site: "Site", number: int, name: str) -> None:
         self.name, self.address = name, f"10.77.0.{number}"
+        self.disk = site.disk
         self._site, self._port = site, f"port{number}"
         self.hosts = site.folder / f"hosts-{name}"
         self.hosts.write_text(site.hosts)
@@ -151,6 +157,10 @@ class Machine:
         """Give it an empty folder of its own in this place."""
         self.run("mount", "-t", "tmpfs", "none", folder)
 
+    def seen(self, path: Path) -> Path:
+        """What it has at `path`, for a process outside."""
+        return Path(f"/proc/{self._anchor.process}/root{path}")
+
     def listens(self, port: int) -> bool:
         """Whether a process listens at a port."""
         return bool(self.run("ss", "-Hltn", f"sport = :{port}"))
@@ -160,7 +170,8 @@ class Site(contextlib.AbstractContextManager["Site"]):
     """The machines, the switch between them, and keys with which each may log in to all."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.disk = folder, folder / "disk"
+        self.disk.mkdir()
         addresses = [f"10.77.0.{number} {name}\n" for number, name in enumerate(NAMES, 1)]
         self.hosts = "".join(["127.0.0.1 localhost\n", *addresses])
         (folder / "ssh_config").write_text(SSH.format(folder=folder))
