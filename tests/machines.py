@@ -26,14 +26,28 @@ NAMES = ("node1", "node2", "node3")
 PROGRAMS = ("ip", "ss", "nsenter", "unshare", "setpriv", "ssh", "ssh-keygen", "sshd", "pdsh")
 # An anchor holds a namespace: a process that does nothing. The first one of a process namespace inherits orphans, and
 # leaves no zombies by ignoring their ends.
-ANCHOR = 'trap "" CHLD; {}; echo ready; exec sleep infinity'
+ANCHOR = """
+trap "" CHLD
+{}
+echo ready
+exec sleep infinity
+"""
 SITE = """
-mount -t tmpfs none /run; mkdir /run/sshd
+mount -t tmpfs none /run
+mkdir /run/sshd
 mount --bind "$1/ssh_config" /etc/ssh/ssh_config
 mount -t tmpfs -o size=64m none "$1/disk"
 """
-MACHINE = 'hostname "$2"; mount --bind "$1/hosts-$2" /etc/hosts; mount -t tmpfs none /dev/shm; ip link set lo up'
-SWITCH = "ip link add bridge type bridge; ip link set bridge up"
+MACHINE = """
+hostname "$2"
+mount --bind "$1/hosts-$2" /etc/hosts
+mount -t tmpfs none /dev/shm
+ip link set lo up
+"""
+SWITCH = """
+ip link add bridge type bridge
+ip link set bridge up
+"""
 SSH = """
 IdentityFile {folder}/key
 StrictHostKeyChecking no

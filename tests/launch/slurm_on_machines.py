@@ -1,93 +1,72 @@
-#!/usr/bin/env python3
-"""Slurm's srun and scontrol, for a batch script on a machine of tests/machines.py; which one, its own name says.
+"""Stand-ins for Slurm's srun and scontrol, for a batch script on one of the machines of tests/machines.py.
 
 MACHINES holds the allocation, as name:process pairs with a process in each machine; REQUEUED is a file that gets a line
-for each ``scontrol requeue``. What it does not know it refuses, as Slurm does.
+for each ``scontrol requeue``. What they do not know they refuse, as Slurm does.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-VALUES = {"-N": "--nodes", "-n": "--ntasks", "-c": "--cpus-per-task", "-w": "--nodelist", "-W": "--wait"}
-VALUES |= {name: name for name in (*VALUES.values(), "--ntasks-per-node", "--export", "--cpu-bind", "--gpus-per-task")}
-FLAGS = {"-K", "--kill-on-bad-exit", "-l", "--label", "-u", "--unbuffered"}
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-SECONDS_TO_END = 30  # KillWait
+import psutil
+
+OPTIONS = {"--nodes", "--ntasks", "--ntasks-per-node", "--cpus-per-task", "--kill-on-bad-exit", "--wait"}
+OPTIONS |= {"--unbuffered", "--no-kill"}
+
+
+def install(folder: Path) -> None:
+    """Put both into `folder`, which is made."""
+    folder.mkdir()
+    for name in ("srun", "scontrol"):
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" {name} "$@"\n')
+        (folder / name).chmod(0o755)
 
 
 def srun(words: list[str]) -> int:
-    """Run a command once per task, each on its machine; the largest exit code."""
-    options, command = parsed(words)
-    allocation = dict(pair.split(":") for pair in os.environ["MACHINES"].split(","))
-    names = options.get("--nodelist", ",".join(allocation)).split(",")
-    names = names[: int(options.get("--nodes", len(names)))]
-    each = int(options.get("--ntasks-per-node", int(options.get("--ntasks", len(names))) // len(names)))
-    tasks = []
-    for rank in range(each * len(names)):
-        node, local = divmod(rank, each)
-        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node, "SLURM_NTASKS": each * len(names)}
-        place |= {"SLURM_STEP_ID": 0, "SLURM_STEP_NODELIST": ",".join(names), "SLURMD_NODENAME": names[node]}
-        place |= {"SLURM_NNODES": len(names), "SLURM_TASKS_PER_NODE": f"{each}(x{len(names)})"}
-        enter = ["nsenter", f"--target={allocation[names[node]]}", "--net", "--uts", "--mount"]
-        enter += ["--", "env", "-C", os.getcwd()]
-        environment = os.environ | {name: str(value) for name, value in place.items()}
-        tasks.append(subprocess.Popen([*enter, *command], env=environment, start_new_session=True))
-
-    def forward(number: int, frame: object) -> None:
-        for task in tasks:
-            if task.poll() is None:
-                os.killpg(task.pid, number)
-
-    for number in FORWARDED:
-        signal.signal(number, forward)
-    kills = "--kill-on-bad-exit" in options or "-K" in options
-    return wait(tasks, kills)
-
-
-def wait(tasks: list[subprocess.Popen[bytes]], kills: bool) -> int:
-    """Wait for all tasks; with `kills`, the first one that fails ends the others."""
-    killed_at = None
-    while any(task.poll() is None for task in tasks):
-        time.sleep(0.1)
-        if kills and killed_at is None and any(task.returncode for task in tasks):
-            killed_at = time.monotonic()
-            signal.raise_signal(signal.SIGTERM)
-        if killed_at is not None and time.monotonic() - killed_at > SECONDS_TO_END:
-            for task in tasks:
-                if task.poll() is None:
-                    os.killpg(task.pid, signal.SIGKILL)
-    return max(128 - task.returncode if task.returncode < 0 else task.returncode for task in tasks)
-
-
-def parsed(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The options before the command, by their long names, and the command."""
-    options, words = {}, list(words)
+    """Run a command once on each machine, and pass signals on to all processes of it; the largest exit code."""
+    options = {}
     while words and words[0].startswith("-"):
         name, _, value = words.pop(0).partition("=")
-        if name in FLAGS:
-            options[name] = value
-        elif name in VALUES:
-            options[VALUES[name]] = value or words.pop(0)
-        else:
+        if name not in OPTIONS:
             sys.exit(f"srun: unrecognized option '{name}'")
-    return options, words
+        options[name] = value
+    allocation = dict(pair.split(":") for pair in os.environ["MACHINES"].split(","))
+    assert {options["--nodes"], options.get("--ntasks", "")} <= {str(len(allocation)), ""}
+    tasks = []
+    for number, (name, process) in enumerate(allocation.items()):
+        enter = ["nsenter", f"--target={process}", "--net", "--uts", "--mount", "--", "env", "-C", os.getcwd()]
+        place = {"SLURM_PROCID": str(number), "SLURM_NODEID": str(number), "SLURM_LOCALID": "0"}
+        place |= {"SLURM_NTASKS": str(len(allocation)), "SLURMD_NODENAME": name}
+        tasks.append(subprocess.Popen([*enter, *words], env=os.environ | place))
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    codes = [task.wait() for task in tasks]
+    return max(128 - code if code < 0 else code for code in codes)
 
 
 def scontrol(words: list[str]) -> int:
-    """``show hostnames [LIST]``, and ``requeue JOB``."""
-    if words[:2] == ["show", "hostnames"]:
-        print("\n".join((words[2] if len(words) > 2 else os.environ["SLURM_JOB_NODELIST"]).split(",")))
-    elif words[0] == "requeue" and len(words) == 2:
-        with Path(os.environ["REQUEUED"]).open("a") as file:
-            print(words[1], file=file)
-    else:
-        sys.exit(f"scontrol: invalid entity: {' '.join(words)}")
+    """`show hostnames`, `show job`, `requeue`."""
+    match words:
+        case ["show", "hostnames", names]:
+            print("\n".join(names.split(",")))
+        case ["show", "job", "-o", job]:
+            print(f"JobId={job} JobState=RUNNING")
+        case ["requeue", job]:
+            with Path(os.environ["REQUEUED"]).open("a") as file:
+                print(job, file=file)
+        case _:
+            sys.exit(f"scontrol: invalid request: {words}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit({"srun": srun, "scontrol": scontrol}[Path(sys.argv[0]).name](sys.argv[1:]))
+    sys.exit({"srun": srun, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))

@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moe_mamba.errors import UserError
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
+from tests.launch import slurm_on_machines
 from tests.machines import Machine, wait
 from tests.train.runs import curve, run
 from tests.world import World
@@ -75,7 +77,7 @@ class Job:
     @property
     def losses(self) -> list[float]:
         """The curve so far."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(UserError):  # there is none yet
             return curve(read_metrics(self.folder))
         return []
 
@@ -199,29 +201,26 @@ def test_slurm_trains_saves_when_warned_and_goes_on(
     machines: list[Machine], job: Job, undisturbed: list[float]
 ) -> None:
     folder = job.folder.parent
-    programs = folder / "bin"
-    programs.mkdir()
-    for name in ("srun", "scontrol"):
-        (programs / name).symlink_to(ROOT / "tests" / "launch" / "slurm_on_machines.py")
+    slurm_on_machines.install(folder / "bin")
+    (folder / "launch").symlink_to(ROOT / "launch")  # so that what the script leaves in the checkout lies here
     names = ",".join(machine.name for machine in machines)
     slurm = {
         "MACHINES": ",".join(f"{machine.name}:{machine.inner}" for machine in machines),
-        "REQUEUED": str(folder / "requeued.txt"), "PATH": f"{programs}:{BIN}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": names,
-        "SLURM_NODELIST": names, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "moe",
+        "REQUEUED": str(folder / "requeued.txt"), "PATH": f"{folder / 'bin'}:{BIN}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": names, "SLURM_CPUS_ON_NODE": "1",
     }  # fmt: skip
-    batch = (ROOT / "launch" / "slurm.sbatch", *job.line[1:])
+    batch = ("launch/slurm.sbatch", *job.line[1:])
     job.start(machines[0], "bash", line=batch, **slurm)
     job.wait_for_steps(12)
     (script,) = psutil.Process(job.processes["node1"].pid).children()
     script.send_signal(signal.SIGUSR1)  # the batch script alone
     job.wait_for_end("node1", 60)
     saved = len(job.losses)
-    assert 12 <= saved < STEPS
+    assert 12 <= saved < STEPS, job.screens
     assert (job.folder / "checkpoints" / f"step-{saved:08d}").is_dir()
     assert (folder / "requeued.txt").read_text() == "7\n"
     job.start(machines[0], "bash", line=batch, **slurm | {"SLURM_RESTART_COUNT": "1"})
-    assert job.wait_for_end("node1", SECONDS_TO_START) == 0
+    assert job.wait_for_end("node1", SECONDS_TO_START) == 0, job.screens
     assert (folder / "requeued.txt").read_text() == "7\n"
     assert len(job.losses) == STEPS
     same_beginning(job.losses, undisturbed)
