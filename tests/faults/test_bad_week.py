@@ -33,7 +33,7 @@ KEYS = {
 LINES = {
     "kill": {1: "", 2: r"error: rank \d \(node\d, process \d+\) died without an error message"},
     "link": {2: r"error: rank 1 \(node2, process \d+\) died without an error message"},
-    "disk": dict.fromkeys((1, 2), r"error: .*no space left in .*: free some, then the same command resumes the run"),
+    "disk": dict.fromkeys((1, 2), r"error: (rank \d .*)?no space left .*: free some"),
     "SIGTERM": dict.fromkeys((1, 2), r"stopped by SIGTERM at step \d"),
     "SIGUSR1": dict.fromkeys((1, 2), ""),
 }
@@ -199,6 +199,7 @@ def fill(file: Path) -> None:
                 return
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_bad_week_changes_no_bit(
     machines: list[Machine], tiny: Path, tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
