@@ -112,9 +112,10 @@ class Week:
 
     @property
     def logged(self) -> int:
-        """Steps in the metrics."""
+        """The last step in the metrics."""
         with contextlib.suppress(FileNotFoundError):
-            return (self.seen / "metrics.jsonl").read_bytes().count(b"\n")
+            *lines, _ = (self.seen / "metrics.jsonl").read_bytes().split(b"\n")
+            return json.loads(lines[-1])["step"] if lines else 0
         return 0
 
     @property
