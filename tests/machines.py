@@ -75,6 +75,12 @@ def missing() -> str | None:
     return None if subprocess.run(try_it, capture_output=True).returncode == 0 else "the right to make namespaces"
 
 
+def skip_where_impossible() -> None:
+    """Skip a test of several machines, all of them with one line."""
+    if lacking := missing():
+        pytest.skip(f"three machines on one need {lacking}")
+
+
 def program(name: str) -> str | None:
     """Path of a program, some of which are only for root's eyes."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
@@ -220,7 +226,6 @@ class Site(contextlib.AbstractContextManager["Site"]):
 @pytest.fixture
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
     """Three machines, fresh for each test."""
-    if lacking := missing():
-        pytest.skip(f"three machines on one need {lacking}")
+    skip_where_impossible()
     with Site(tmp_path_factory.mktemp("site")) as site:
         yield site.machines

@@ -15,7 +15,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
 from tests.launch import slurm_on_machines
-from tests.machines import Machine, wait
+from tests.machines import Machine, skip_where_impossible, wait
 from tests.train.runs import curve, run
 from tests.world import World
 
@@ -224,3 +224,17 @@ def test_slurm_trains_saves_when_warned_and_goes_on(
     assert (folder / "requeued.txt").read_text() == "7\n"
     assert len(job.losses) == STEPS
     same_beginning(job.losses, undisturbed)
+
+
+def test_the_machines_end_with_the_process_that_made_them(tmp_path: Path) -> None:
+    skip_where_impossible()
+    program = "import pathlib, time; from tests.machines import Site; Site(pathlib.Path('.').resolve()); print('made')"
+    words = [sys.executable, "-uc", f"{program}; time.sleep(600)"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "made\n"
+        processes = psutil.Process(owner.pid).children(recursive=True)
+        assert len(processes) > 8
+        owner.kill()
+    wait(lambda: not any(process.is_running() for process in processes), 20, "the end of all")
