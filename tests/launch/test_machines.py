@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
@@ -15,7 +17,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
 from tests.launch import slurm_on_machines
-from tests.machines import Machine, skip_where_impossible, wait
+from tests.machines import Machine, program, skip_where_impossible, wait
 from tests.train.runs import curve, run
 from tests.world import World
 
@@ -31,6 +33,7 @@ KEYS = {
 # The line of docs/clusters.md.
 KEEP_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 SECONDS_TO_START = 120
+EMPTY: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 pytestmark = pytest.mark.slow
 
 
@@ -58,12 +61,14 @@ class Job:
             *words, screen=folder / f"{machine.name}.txt", folder=folder, **environment
         )
 
-    def start_ranks(self, machines: list[Machine], *prefix: object, line: tuple[object, ...] = ()) -> None:
-        """Start one rank on each machine, as a launcher does."""
+    def start_ranks(
+        self, machines: list[Machine], line: tuple[object, ...] = (), prefixes: Mapping[str, tuple[str, ...]] = EMPTY
+    ) -> None:
+        """Start one rank on each machine, as a launcher does; `prefixes` stand before a machine's command."""
         for rank, machine in enumerate(machines):
             where = {"MASTER_ADDR": machines[0].name, "MASTER_PORT": "29500", "WORLD_SIZE": str(len(machines))}
             where |= {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            self.start(machine, *prefix, sys.executable, line=line, **where)
+            self.start(machine, *prefixes.get(machine.name, ()), sys.executable, line=line, **where)
 
     def screen(self, name: str) -> str:
         """What a machine's process wrote."""
@@ -184,16 +189,16 @@ def test_a_port_that_is_taken_is_refused(machines: list[Machine], job: Job, tmp_
 
 
 @pytest.mark.skip(reason="part B: launch/preflight.py")
-def test_a_clock_an_hour_off_is_a_warning_with_machine_and_offset(
-    machines: list[Machine], job: Job, tmp_path: Path
-) -> None:
-    if not Path("/usr/bin/faketime").exists():
-        pytest.skip("faketime is not installed")
+def test_a_clock_an_hour_off_is_a_warning_with_machine_and_offset(machines: list[Machine], job: Job) -> None:
+    if program("faketime") is None:
+        pytest.skip("a clock an hour off needs faketime")
+    late = "env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", "-1h"
     line = (ROOT / "launch" / "preflight.py", *job.line[1:])
-    job.start_ranks(machines[:1], line=line)
-    job.start_ranks(machines[:2], line=line)
-    (warning,) = [line for line in job.screens.splitlines() if "clock" in line]
-    assert "node2" in warning
+    job.start_ranks(machines[:2], line, {"node2": late})
+    for name in job.processes:
+        assert job.wait_for_end(name, SECONDS_TO_START) == 0, job.screens
+    (warning,) = [line for line in job.screens.splitlines() if "the clock of " in line]
+    assert re.search(r"node2 is 3,(599|600)\.\d s behind", warning)
 
 
 @pytest.mark.skip(reason="part D: launch/slurm.sbatch")
@@ -228,8 +233,8 @@ def test_slurm_trains_saves_when_warned_and_goes_on(
 
 def test_the_machines_end_with_the_process_that_made_them(tmp_path: Path) -> None:
     skip_where_impossible()
-    program = "import pathlib, time; from tests.machines import Site; Site(pathlib.Path('.').resolve()); print('made')"
-    words = [sys.executable, "-uc", f"{program}; time.sleep(600)"]
+    words = "import pathlib, time; from tests.machines import Site; Site(pathlib.Path('.').resolve()); print('made')"
+    words = [sys.executable, "-uc", f"{words}; time.sleep(600)"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
