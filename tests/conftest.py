@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 pytest_plugins = [
     "tests.world",
     "tests.fixtures_of_runs",
-]  # a few gloo processes, shared by the session; small runs to look at
+    "tests.machines",
+]  # a few gloo processes, shared by the session; small runs to look at; three machines
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from moe_mamba.errors import UserError
+from moe_mamba.parallel.agent_store import agent_store
 from moe_mamba.parallel.topology import Topology, World
 
 T = TypeVar("T")
@@ -40,8 +41,11 @@ def start_world(world: World) -> None:
 
     # Its shared-memory op is compiled at first start (20 s) and dies without a C++ compiler; gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if (store := agent_store(world, JOIN_TIMEOUT)) is not None:
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=JOIN_TIMEOUT)
     deepspeed.init_distributed(
-        dist_backend="nccl" if world.device.type == "cuda" else "gloo",
+        dist_backend=backend,
         auto_mpi_discovery=False,
         timeout=JOIN_TIMEOUT,
         verbose=False,
