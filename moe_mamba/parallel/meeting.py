@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from moe_mamba.errors import LocalError, RunStopped, UserError
+from moe_mamba.parallel.agent_store import name_of_world
 from moe_mamba.parallel.network import (
     Patience,
     Say,
@@ -153,8 +154,8 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
             named = host if host == self._address else f"{host} ({self._address})"
             raise UserError(f"MASTER_ADDR={named} {problem}") from None
         prefix = "meeting"
-        if self._is_agents:  # its store outlives a restart, and holds what the ranks said before
-            prefix += f"/{self.environment.get('TORCHELASTIC_RESTART_COUNT')}/{self.world.size}"
+        if self._is_agents:  # whose store outlives a restart, and holds what the ranks said before
+            prefix += f"/{name_of_world(store, self.world, timedelta(seconds=self.patience.arrival))}"
         self._store = dist.PrefixStore(prefix, store)
 
     def _connect(self, host: str, port: int, serves: bool) -> dist.Store:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_mamba.errors import UserError
+from moe_mamba.errors import LocalError, UserError
 from moe_mamba.run.folder import InUse
 
 FILE, STOPPED_CODE = "MOE_MAMBA_OUTCOME", "MOE_MAMBA_STOPPED_CODE"
@@ -42,7 +42,8 @@ def outcome_left() -> Iterator[Outcome]:
     try:
         yield outcome
     except BaseException as error:
-        is_mistake = isinstance(error, UserError) and not isinstance(error, InUse)  # to wait may help there
+        # To wait may help where a folder is in use, or a machine is not there yet.
+        is_mistake = isinstance(error, UserError) and not isinstance(error, InUse | LocalError)
         _write(f"{'mistake' if is_mistake else 'failed'}: {error}")
         raise
     _write("finished" if outcome.is_finished else "stopped")

@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -38,8 +39,8 @@ def import_libraries() -> None:
     import moe_mamba.train.trainer  # noqa: F401
 
 
-def become_rank(environment: dict[str, str], arguments: list[str], screen: str) -> None:
-    """Be the process that a launcher would start."""
+def become_rank(environment: dict[str, str], arguments: list[str], screen: str, nan_batches: list[int]) -> None:
+    """Be the process that a launcher would start; the gradient of the batches with these numbers is NaN."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     output = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -47,7 +48,25 @@ def become_rank(environment: dict[str, str], arguments: list[str], screen: str) 
         os.dup2(opened, descriptor)
     script = Path(__file__).resolve().parents[2] / "launch" / "train.py"
     sys.argv = [str(script), *arguments]
+    spoil(set(nan_batches))
     runpy.run_path(str(script), run_name="__main__")
+
+
+def spoil(batches: set[int]) -> None:
+    """Let the gradient of these batches be NaN, in this process."""
+    from moe_mamba.train import trainer as loop
+
+    step, objective = loop.Trainer._train_step, loop.Objective.__call__
+    current = [0]
+
+    def note(trainer: loop.Trainer, number: int, *rest: Any) -> bool:
+        current[0] = number
+        return step(trainer, number, *rest)
+
+    def spoiled(*parts: Any) -> Any:
+        return objective(*parts) * (float("nan") if current[0] in batches else 1.0)
+
+    loop.Trainer._train_step, loop.Objective.__call__ = note, spoiled  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

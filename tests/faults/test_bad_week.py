@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +23,8 @@ from moe_mamba.run.metrics import read_metrics
 from tests.machines import Machine, wait
 from tests.train.runs import curve, same_weights
 
-FAILURES = 60
+FAILURES = 60  # that end the run
+NAN_BATCHES = 10  # besides
 STEPS = 2400
 STEPS_TO_FAILURE = 50  # at most, counted from a start
 SECONDS_TO_START, SECONDS_TO_END = 60, 90
@@ -35,7 +37,7 @@ LINES = {
     "link": {2: r"error: rank 1 \(node2, process \d+\) died without an error message"},
     "disk": dict.fromkeys((1, 2), r"error: (rank \d .*)?no space left .*: free some"),
     "SIGTERM": dict.fromkeys((1, 2), r"stopped by SIGTERM at step \d"),
-    "SIGUSR1": dict.fromkeys((1, 2), ""),
+    "SIGUSR1": dict.fromkeys((1, 2), r"stopped by SIGUSR1 at step \d"),
 }
 
 
@@ -54,10 +56,11 @@ class Forked:
         assert self._server.stdout is not None
         return self._server.stdout.readline().strip()
 
-    def start(self, arguments: list[str], **environment: str) -> None:
-        """Start a rank."""
+    def start(self, arguments: list[str], nan_batches: list[int], **environment: str) -> None:
+        """Start a rank; the gradient of the batches with these numbers is NaN on it."""
         assert self._server.stdin is not None
         request = {"environment": environment, "arguments": arguments, "screen": str(self.screen)}
+        request["nan_batches"] = nan_batches
         print(json.dumps(request), file=self._server.stdin, flush=True)
         self.code = None
 
@@ -84,6 +87,9 @@ class Week:
         ranks: the first one is rank 0.
         folder: of the run, as the machines see it.
         config: of the run.
+        chance: when things fail.
+        keys: of the run, besides those that all weeks have.
+        nan_batches: numbers of batches whose gradient is NaN on the last rank.
         seconds: wall time by what it was spent on.
         steps: by what became of them.
     """
@@ -92,6 +98,8 @@ class Week:
     folder: Path
     config: Path
     chance: random.Random
+    keys: dict[str, Any] = field(default_factory=dict)
+    nan_batches: list[int] = field(default_factory=list)
     seconds: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
 
@@ -157,12 +165,13 @@ class Week:
         """Start all ranks, and wait until one step is made."""
         before = time.monotonic()
         arguments = [f"--config={self.config}", f"--run.folder={self.folder}"]
-        arguments += [f"--{key}={value}" for key, value in KEYS.items()]
+        arguments += [f"--{key}={value}" for key, value in (KEYS | self.keys).items()]
         world = {"MASTER_ADDR": self.ranks[0].machine.name, "MASTER_PORT": str(self.chance.randint(20000, 30000))}
         world |= {"WORLD_SIZE": str(len(self.ranks)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         before_it = self._written
         for number, rank in enumerate(self.ranks):
-            rank.start(arguments, **world, RANK=str(number))
+            is_last = rank is self.ranks[-1]
+            rank.start(arguments, self.nan_batches if is_last else [], **world, RANK=str(number))
         # A start first drops the lines that lie past its checkpoint.
         begins = lambda: (self._written != before_it and self.logged > begun) or self.has_ended  # noqa: E731
         wait(begins, SECONDS_TO_START, f"step {begun + 1}")
@@ -211,10 +220,15 @@ def test_a_bad_week_changes_no_bit(
     chance.shuffle(failures)
     ranks = [Forked(machine, tmp_path / f"{machine.name}.txt") for machine in machines[:size]]
     assert [rank.answer() for rank in ranks] == ["ready"] * size
-    quiet = Week(ranks, machines[0].disk / "quiet" / "run", tiny, chance)
-    quiet.run([])
-    bad = Week(ranks, machines[0].disk / "bad" / "run", tiny, chance)
+    nan_batches = sorted(chance.sample(range(1, STEPS + 1), NAN_BATCHES))
+    bad = Week(ranks, machines[0].disk / "bad" / "run", tiny, chance, {"train.on_nan": "skip"}, nan_batches)
     bad.run(failures)
+    newest = store.newest(bad.seen / "checkpoints")
+    assert newest is not None
+    skipped = store.read_description(newest)["recovery"]["skipped_batches"]
+    assert skipped == nan_batches
+    quiet = Week(ranks, machines[0].disk / "quiet" / "run", tiny, chance, {"train.skip_batches": skipped})
+    quiet.run([])
     assert bad.saved == STEPS
     assert curve(read_metrics(bad.seen)) == curve(read_metrics(quiet.seen))
     assert len(curve(read_metrics(bad.seen))) == STEPS

@@ -163,7 +163,6 @@ def test_torchrun_goes_on_with_the_machines_that_are_left(
     assert "error: rank 0 (node1, process " in job.screen("node3")
 
 
-@pytest.mark.skip(reason="part B: the check that all ranks see one run folder")
 def test_a_run_folder_that_is_not_shared_is_refused(machines: list[Machine], job: Job) -> None:
     job.folder.mkdir()
     machines[1].own(job.folder)
@@ -173,7 +172,6 @@ def test_a_run_folder_that_is_not_shared_is_refused(machines: list[Machine], job
     assert "node2" in line
 
 
-@pytest.mark.skip(reason="part A: the check that host names can be reached by others")
 def test_a_host_name_bound_to_the_machine_itself_is_refused(machines: list[Machine], job: Job) -> None:
     machines[1].hosts.write_text("127.0.0.1 localhost node2\n10.77.0.1 node1\n")
     job.start_ranks(machines[:2])
@@ -182,7 +180,6 @@ def test_a_host_name_bound_to_the_machine_itself_is_refused(machines: list[Machi
     assert "127.0.0.1" in line
 
 
-@pytest.mark.skip(reason="part A: the line about a port that is taken")
 def test_a_port_that_is_taken_is_refused(machines: list[Machine], job: Job, tmp_path: Path) -> None:
     machines[0].start(sys.executable, "-m", "http.server", "29500", screen=tmp_path / "server.txt")
     wait(lambda: machines[0].listens(29500), 30, "the server")
@@ -190,7 +187,6 @@ def test_a_port_that_is_taken_is_refused(machines: list[Machine], job: Job, tmp_
     assert "29500" in job.refusal()
 
 
-@pytest.mark.skip(reason="part B: launch/preflight.py")
 def test_a_clock_an_hour_off_is_a_warning_with_machine_and_offset(machines: list[Machine], job: Job) -> None:
     if program("faketime") is None:
         pytest.skip("a clock an hour off needs faketime")
@@ -203,7 +199,6 @@ def test_a_clock_an_hour_off_is_a_warning_with_machine_and_offset(machines: list
     assert re.search(r"node2 is 3,(599|600)\.\d s behind", warning)
 
 
-@pytest.mark.skip(reason="part D: launch/slurm.sbatch")
 def test_slurm_trains_saves_when_warned_and_goes_on(
     machines: list[Machine], job: Job, undisturbed: list[float]
 ) -> None:
