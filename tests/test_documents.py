@@ -16,7 +16,7 @@ import pytest
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import keys
-from moe_mamba.train import trainer
+from moe_mamba.train import run as training
 from tests import ROOT
 from tests.hf.checkpoints import make_run
 from tests.test_walls import ALLOWED
@@ -162,7 +162,7 @@ def _run(line: str, folder: Path) -> None:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(sys, "argv", words[words.index(script) :])
-        patch.setattr(trainer, "train", lambda config, *_: begun.append(config))
+        patch.setattr(training, "train", lambda config, *_: begun.append(config))
         runpy.run_path(str(ROOT / script), run_name="__main__")
     if script == "launch/train.py" and "--help" not in words:
         assert len(begun) == 1

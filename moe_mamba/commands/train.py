@@ -45,7 +45,7 @@ def main(
         folder.open(settings)
         with Screen(folder.log) as screen:
             # Imported with the screen in place: these libraries chatter as soon as they are loaded.
-            from moe_mamba.train.trainer import train
+            from moe_mamba.train.run import train
 
             outcome.is_finished = train(settings, folder, screen)
 

@@ -1,13 +1,11 @@
-"""A training run, from top to bottom: corpora, world, model, engine, checkpoint, loop, report."""
+"""The loop over the steps of a run, with what it needs: model, engine, checkpoint, validation, report."""
 
 import logging
 import math
-import os
 import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +16,10 @@ from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep
 from moe_mamba.checkpoint.saver import Saver
 from moe_mamba.checkpoint.shards import Shard
-from moe_mamba.config import Config
 from moe_mamba.data.loader import Batch, evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.evaluation.scores import Scores, evaluate
 from moe_mamba.faults.signals import REASONS
-from moe_mamba.faults.stopping import stopping
 from moe_mamba.faults.watchdog import Watch
 from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
@@ -31,24 +27,19 @@ from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.distributed import (
     from_all,
-    from_first,
     limit_collectives,
     number_from_first,
     reduce_over_data,
-    start_world,
 )
 from moe_mamba.parallel.groups import start_groups
-from moe_mamba.parallel.meeting import Meeting
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
-from moe_mamba.parallel.topology import World
-from moe_mamba.preflight.short_form import check_machines
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import MetricsWriter
 from moe_mamba.train import report
-from moe_mamba.train.corpora import Corpora, open_corpora
+from moe_mamba.train.corpora import Corpora
 from moe_mamba.train.diagnosis import first_bad_place
 from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.pace import Pace
@@ -56,48 +47,11 @@ from moe_mamba.train.profile import profiler
 from moe_mamba.train.recovery import Recovery
 from moe_mamba.train.restarts import note_start
 from moe_mamba.train.schedule import learning_rate
-from moe_mamba.train.setup import StartState, accumulation_changes, check, prepare_run
+from moe_mamba.train.setup import StartState, accumulation_changes
 from moe_mamba.train.verification import Verification
 from moe_mamba.train.ways_on import newest_kept, way_on_line
 
 log = logging.getLogger(__name__)
-
-
-def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
-    """Train as `config` says, in `folder`, going on from its newest checkpoint if there is one.
-
-    Returns:
-        Whether all steps are made; where not, the run was stopped, and is saved.
-
-    Raises:
-        UserError: the input is wrong; raised before any process group is made.
-        RunStopped: the run has diverged, or the disk or a GPU's memory is full.
-    """
-    world = World.from_environment()
-    topology = check(config, world)
-    if config.train.deterministic:
-        # cuBLAS varies from run to run unless its workspace is fixed before the first call.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    alone = folder.locked() if world.is_first else nullcontext()
-    with Meeting(world, screen.shout) as meeting, alone, Watch(config, screen, world) as watch:
-        check_machines(config, world, meeting.store, screen.say)
-        start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
-        meeting.start()
-        start_world(world)
-        with stopping(folder, world):
-            watch.join()
-            start = from_first(start)
-            assert start is not None
-            config = start.config
-            if start.done >= config.steps:
-                watch.is_done = True
-                report.finished(config, folder, screen, start.done, world)
-                return True
-            corpora = corpora or open_corpora(config, folder, screen.say)
-            plan = plan or RunPlan.of(config, topology)
-            Trainer(plan, folder, screen, corpora, start, watch).run()
-        return watch.step == config.steps
 
 
 class Trainer:

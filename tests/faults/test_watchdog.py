@@ -214,22 +214,22 @@ def test_a_signal_during_preparation_ends_at_once(world: World, tiny: Path, tmp_
 
 
 def prepare_and_break(**arguments: Any) -> None:
-    from moe_mamba.train import trainer
+    from moe_mamba.train import run as training
 
-    whole = trainer.prepare_run
+    whole = training.prepare_run
 
     def broken(*rest: Any) -> Any:
         terminate()
         return whole(*rest)
 
-    trainer.prepare_run = broken  # type: ignore[assignment]
+    training.prepare_run = broken  # type: ignore[assignment]
     try:
         train(**arguments)
     except RunStopped as error:
         assert error.code == 143
         raise
     finally:
-        trainer.prepare_run = whole
+        training.prepare_run = whole
 
 
 def terminate_and_dawdle() -> None:
