@@ -36,7 +36,7 @@ def import_libraries() -> None:
     import matplotlib.pyplot  # noqa: F401
     import torch.distributed.checkpoint  # noqa: F401
 
-    import moe_mamba.train.trainer  # noqa: F401
+    import moe_mamba.train.run  # noqa: F401
 
 
 def become_rank(environment: dict[str, str], arguments: list[str], screen: str, nan_batches: list[int]) -> None:

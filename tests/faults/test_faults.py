@@ -29,7 +29,7 @@ def kill_self() -> None:
 
 def train_until_killed(aim: str, victim: int, instant: float, **arguments: Any) -> None:
     """Train, and be killed as rank `victim`: after `instant` seconds, or inside a save."""
-    import moe_mamba.train.trainer  # noqa: F401  (so that the time is the run's, not the libraries')
+    import moe_mamba.train.run  # noqa: F401  (so that the time is the run's, not the libraries')
 
     if int(os.environ["RANK"]) != victim:
         train(**arguments)
