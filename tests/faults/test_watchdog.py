@@ -237,6 +237,7 @@ def terminate_and_dawdle() -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_saved_in_the_grace_time_ends_without(world: World, tiny: Path, tmp_path: Path) -> None:
     keys = {"run.folder": str(tmp_path / "run"), "checkpoint.grace": 1}
     with pytest.raises(WorkerError, match="exit code 1"):

@@ -69,7 +69,8 @@ def single(config: Config) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [
-        *((kind, QUICK) for kind in MODELS),
+        ("everything", QUICK),
+        *(pytest.param(kind, QUICK, marks=pytest.mark.slow) for kind in MODELS if kind != "everything"),
         pytest.param("everything", OTHERS, marks=pytest.mark.slow, id="everything, the other layouts"),
     ],
 )

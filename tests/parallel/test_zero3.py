@@ -68,7 +68,7 @@ def test_same_curve_as_one_process(world: World, pattern: str, ranks: tuple[int,
     check_same_curve(world, pattern, [Layout(count, zero=3) for count in ranks])
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)])
 def test_tensor_ranks(world: World, ranks: int) -> None:
     check_same_curve(world, "M-", [Layout(ranks, 2, zero=3)])
 
