@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from moe_mamba.errors import LocalError, RunStopped, UserError
 from moe_mamba.parallel.agent_store import name_of_world
@@ -81,15 +80,8 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
 
     @property
     def store(self) -> dist.Store:
-        """What the ranks tell each other before the start; of the process group where there is one already."""
-        store: dist.Store
-        if self._store is not None:
-            store = self._store
-        elif self.world.size > 1:
-            store = distributed_c10d._get_default_store()
-        else:
-            store = dist.HashStore()
-        return dist.PrefixStore("before the start", store)
+        """What the ranks tell each other before the start; of a world of one, its own."""
+        return dist.PrefixStore("before the start", self._store or dist.HashStore())
 
     def start(self) -> None:
         """Let the run begin, on rank 0; wait for that, on the others.

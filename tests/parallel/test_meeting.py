@@ -22,7 +22,7 @@ from tests.world import free_port
 
 SHORT = Patience(name=0.2, arrival=0.2, answer=0.5, silence=0.0, pause=0.01)
 TIMEOUT = 60  # of what a test waits for, where it fails
-LONG = Patience(answer=2.0, silence=0.0, pause=0.01)
+LONG = Patience(answer=10.0, silence=0.0, pause=0.01)
 
 
 def at(port: int, host: str = "127.0.0.1") -> dict[str, str]:

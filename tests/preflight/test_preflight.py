@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from moe_mamba.command_line import run_command
 from moe_mamba.commands.preflight import main
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import UserError
-from moe_mamba.parallel.meeting import Meeting
 from moe_mamba.parallel.topology import World as Ranks
 from moe_mamba.preflight import compute, facts, links
 from moe_mamba.preflight.full_form import preflight
@@ -36,6 +36,11 @@ def _as_machine(patch: pytest.MonkeyPatch, clock: float = 0.0) -> int:
     return rank
 
 
+def _store(ranks: Ranks) -> dist.Store:
+    """As the meeting's; these machines have nothing but one machine's loopback, which a meeting would refuse."""
+    return dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=ranks.is_first, wait_for_workers=False)
+
+
 def _config(tiny: str, folder: Path, cache: Path) -> Config:
     return load_config(tiny, {"run.folder": str(folder), "data.cache": str(cache)})
 
@@ -52,7 +57,7 @@ def _start(tiny: str, shared: str, own: tuple[str, ...] = (), interface: str = "
         folders = {name: Path(shared) / (f"{name}-{rank}" if name in own else name) for name in ("run", "cache")}
         try:
             ranks = Ranks.from_environment()
-            check_machines(_config(tiny, *folders.values()), ranks, Meeting(ranks, said.append).store, said.append)
+            check_machines(_config(tiny, *folders.values()), ranks, _store(ranks), said.append)
         except UserError as error:
             said.append(f"refused: {error}")
         leftovers = list(Path(shared).rglob(".preflight-*"))
@@ -89,7 +94,7 @@ def _start_without_the_last(tiny: str, shared: str) -> str:
         config = load_config(tiny, {"run.folder": shared, "parallel.timeout": "2"})
         ranks = Ranks.from_environment()
         with pytest.raises(UserError) as refusal:
-            check_machines(config, ranks, Meeting(ranks, print).store, print)
+            check_machines(config, ranks, _store(ranks), print)
         assert rank < 2
         return str(refusal.value)
 
@@ -102,6 +107,7 @@ def test_a_rank_that_does_not_come_is_named_to_all(world: World, tiny: Path, tmp
 
 def _preflight(tiny: str, folder: str, output: str) -> tuple[list[str], int]:
     """On a rank: the lines of a preflight whose measures are short, and how much is refused."""
+    dist.destroy_process_group()  # a preflight makes its own
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
             (compute, "SECONDS", 0.01),
