@@ -7,6 +7,7 @@ torch.distributed (rank 0's, or the agent's of torchrun) beside the one that the
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -31,10 +32,10 @@ from moe_mamba.parallel.network import (
     wait_for_name,
     wait_for_port,
 )
+from moe_mamba.parallel.store import wait_for_keys
 from moe_mamba.parallel.topology import World, name_ranks
 
 PATIENCE = Patience()
-SLICE = timedelta(seconds=1)  # of a wait, between which Python hears signals
 SECONDS_TO_HEAR = 3.0
 
 
@@ -206,7 +207,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
             if waited >= self.patience.silence and not is_said:
                 self.say(f"waiting   for {names} to start")
                 is_said = True
-            self._wait(f"rank/{missing[0]}", self.patience.pause)
+            time.sleep(self.patience.pause)
         self._arrived = self.world.size
         here = [json.loads(self._store.get(f"rank/{rank}")) for rank in range(self.world.size)]
         is_one = len({each["machine"] for each in here}) == 1
@@ -224,8 +225,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
         """
         assert self._store is not None
         try:
-            while not self._wait("start", SLICE.total_seconds()):
-                pass
+            self._wait("start", math.inf)
             code = int(json.loads(self._store.get("start"))["code"])
             self._store.add("heard", 1)
             return code
@@ -242,13 +242,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
     def _wait(self, key: str, seconds: float) -> bool:
         """Whether a key is there within some time."""
         assert self._store is not None
-        deadline = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait([key], min(SLICE, timedelta(seconds=seconds)))
-                return True
-            if time.monotonic() > deadline:
-                return False
+        return wait_for_keys(self._store, [key], seconds)
 
     def _until_heard(self) -> None:
         """Keep the store open until all that came have read how rank 0 ends."""

@@ -5,7 +5,7 @@ import errno
 import ipaddress
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ Say = Callable[[str], None]
 Resolve = Callable[..., list[Any]]  # as socket.getaddrinfo
 # No machine's (RFC 5737): the way there is the default route.
 ELSEWHERE = "198.51.100.1"
+# Of bridges and tunnels on one machine: others of that name elsewhere have the same addresses.
+VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "podman", "tun")
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,14 @@ def check_port(port: int) -> None:
         ) from None
 
 
+def family_of(address: str) -> socket.AddressFamily:
+    """IPv4's or IPv6's, of an address in numbers."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def is_own_address(address: str) -> bool:
     """Whether an address is one of this machine's."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as asked:
+    with contextlib.suppress(OSError), socket.socket(family_of(address), socket.SOCK_STREAM) as asked:
         asked.bind((address, 0))
         return True
     return False
@@ -159,9 +165,6 @@ def loopback_fault(
 ) -> str | None:
     """Why other machines could not reach what gloo will listen on here; None: they can, as far as this machine knows.
 
-    Gloo takes the interface that GLOO_SOCKET_IFNAME names, else the first own address that the machine's name resolves
-    to, else loopback (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp).
-
     Args:
         environment: such as ``os.environ``.
         master: rank 0's address, towards which the interface leads that is proposed.
@@ -176,28 +179,48 @@ def loopback_fault(
         if set(names.split(",")) <= interfaces.keys():
             return None
         return f"GLOO_SOCKET_IFNAME={names} of {host} is down or loopback, where no other machine reaches it: {way}"
-    try:
-        addresses = [str(found[4][0]) for found in resolve(host, None, type=socket.SOCK_STREAM)]
-    except OSError:
-        addresses = []
-    address = next(filter(is_own_address, addresses), None)
+    addresses = host_addresses(host, resolve)
+    address = gloo_address(environment, addresses)
     if address is not None and not is_loopback(address):
         return None
     what = f"resolves to {address or addresses[0]}" if addresses else "does not resolve"
     return f"the host name {host} {what} on its own machine, where no other machine reaches it: {way}"
 
 
+def host_addresses(host: str | None = None, resolve: Resolve = socket.getaddrinfo) -> list[str]:
+    """What a host name, by default this machine's, resolves to here, in the order in which gloo tries it."""
+    try:
+        found = resolve(host or socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return list(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
+
+
+def gloo_address(environment: Mapping[str, str], addresses: Sequence[str]) -> str | None:
+    """Where gloo will listen: at the interface that it is told, or at the first own address of the host name.
+
+    None: there is no such interface, or the name leads elsewhere, so that it takes loopback
+    (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp). Gloo makes groups on GPUs as well: checkpoints use one.
+
+    Args:
+        environment: such as ``os.environ``.
+        addresses: of the host name, as `host_addresses` gives them.
+    """
+    if name := environment.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]:
+        return next(iter(_addresses(name)), None)
+    return next(filter(is_own_address, addresses), None)
+
+
 def usable_interfaces(towards: str) -> dict[str, str]:
     """Name -> address of the interfaces that are up and more than loopback; first the one that leads `towards`."""
     found: dict[str, str] = {}
     states = psutil.net_if_stats()
-    for name, addresses in psutil.net_if_addrs().items():
-        own = [each.address for each in addresses if each.family in (socket.AF_INET, socket.AF_INET6)]
-        own = [address for address in own if not is_loopback(address)]
+    for name in psutil.net_if_addrs():
+        own = [address for address in _addresses(name) if not is_loopback(address)]
         if own and name in states and states[name].isup:
             found[name] = own[0]
     source = _source_address(ELSEWHERE if is_loopback(towards) else towards)
-    return dict(sorted(found.items(), key=lambda item: item[1] != source))
+    return dict(sorted(found.items(), key=lambda item: (item[1] != source, item[0].startswith(VIRTUAL))))
 
 
 def reason(error: Exception) -> str:
@@ -205,10 +228,16 @@ def reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def _addresses(interface: str) -> list[str]:
+    """Of an interface, IPv4 before IPv6; none where there is no such interface."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    own = [each for each in psutil.net_if_addrs().get(interface, ()) if each.family in families]
+    return [each.address.partition("%")[0] for each in sorted(own, key=lambda each: each.family)]
+
+
 def _source_address(towards: str) -> str | None:
     """The address from which this machine would send to another; nothing is sent."""
-    family = socket.AF_INET6 if ":" in towards else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
+    with contextlib.suppress(OSError), socket.socket(family_of(towards), socket.SOCK_DGRAM) as asked:
         asked.connect((towards, 9))
         return str(asked.getsockname()[0])
     return None

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from moe_mamba.parallel.network import is_loopback
 from moe_mamba.preflight.folders import Seen
-from moe_mamba.preflight.network import is_loopback
 from moe_mamba.preflight.report import Clock, Finding, Level, RankFacts
 
 Facts = Sequence[RankFacts]
@@ -13,7 +13,7 @@ SECONDS_OF_OFFSET = 1.0  # past it, times in logs and files of two machines cann
 # What a process opens beside its data: libraries and logs; sockets to each other rank, of up to four groups.
 OPEN_FILES, GROUPS = 128, 4
 GPU_SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that NCCL's ranks of a machine do with
-KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=3"'
+KEEPALIVE = 'export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=10 -o ServerAliveCountMax=3"'
 SAID = 4  # places that a line names
 
 

@@ -6,15 +6,14 @@ some ranks and the others wait for hours. The store needs one port on rank 0's m
 
 import json
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from moe_mamba.errors import UserError
+from moe_mamba.parallel.store import wait_for_keys
 from moe_mamba.parallel.topology import World
 
-SLICE = timedelta(seconds=1)  # waits return as often, so that a signal is heard
 SAMPLES = 8  # round trips of which the quickest is taken
 SAID = 8  # ranks that a line names
 
@@ -113,13 +112,7 @@ class Exchange:
 
     def _wait(self, keys: list[str], timeout: float) -> bool:
         """Whether all of `keys` came in time."""
-        end = time.monotonic() + timeout
-        while True:
-            try:
-                self._store.wait(keys, SLICE)
-                return True
-            except dist.DistStoreError:
-                if time.monotonic() > end:
-                    return False
-            except dist.DistError:
-                raise UserError("rank 0 has ended, and said why where it runs: see there") from None
+        try:
+            return wait_for_keys(self._store, keys, timeout)
+        except dist.DistError:
+            raise UserError("rank 0 has ended, and said why where it runs: see there") from None

@@ -20,6 +20,7 @@ from moe_mamba.config import Config
 from moe_mamba.installation import CHECKOUT, PACKAGE
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.pattern import kernel_operations
+from moe_mamba.parallel.network import gloo_address, host_addresses
 from moe_mamba.parallel.topology import World
 from moe_mamba.preflight import network
 from moe_mamba.preflight.report import DiskFacts, RankFacts
@@ -31,7 +32,7 @@ SECONDS_FOR_GIT = 20
 
 def rank_facts(config: Config, world: World, *, thorough: bool) -> RankFacts:
     """Collect them; `thorough`: builds and loads the kernels as well, which takes seconds."""
-    known, asked, addresses = network.interfaces(), network.asked_interfaces(), network.host_addresses()
+    addresses = host_addresses()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     kernels = chosen_kernels(config, world) if thorough else None
     return RankFacts(
@@ -45,10 +46,10 @@ def rank_facts(config: Config, world: World, *, thorough: bool) -> RankFacts:
         kernels=kernels,
         kernels_build=build_key() if kernels and "cpu" in kernels.values() else None,
         host_addresses=addresses,
-        interfaces=known,
-        asked_interfaces=asked,
-        address=network.gloo_address(addresses, known, asked),
-        route_interface=network.route_interface(known),
+        interfaces=network.interfaces(),
+        asked_interfaces=network.asked_interfaces(),
+        address=gloo_address(os.environ, addresses),
+        route_interface=network.route_interface(),
         data=source_facts(config.data),
         disk=disk_facts(Path(config.run.folder)),
         shared_memory_bytes=shared_memory(),

@@ -1,6 +1,5 @@
-"""Host names, interfaces, and whether others reach an address: found out by connecting."""
+"""The interfaces of a machine, and whether others reach an address: found out by connecting."""
 
-import ipaddress
 import os
 import secrets
 import socket
@@ -8,11 +7,10 @@ import threading
 
 import psutil
 
+from moe_mamba.parallel.network import ELSEWHERE, family_of, usable_interfaces
 from moe_mamba.preflight.report import Interface
 
 SECONDS_TO_CONNECT = 5.0
-# Of bridges and tunnels on one machine: others of that name elsewhere have the same addresses.
-VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "podman", "tun")
 ASKED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -28,45 +26,14 @@ def interfaces() -> list[Interface]:
     return [interface for _, interface in sorted(found, key=lambda pair: pair[0])]
 
 
-def host_addresses() -> list[str]:
-    """What this machine's host name resolves to here, in the order in which gloo tries it."""
-    try:
-        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    return list(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether nobody but the same machine reaches it."""
-    return ipaddress.ip_address(address).is_loopback
-
-
 def asked_interfaces() -> dict[str, str]:
     """What the environment says of interfaces."""
     return {name: os.environ[name] for name in ASKED if os.environ.get(name)}
 
 
-def gloo_address(addresses: list[str], known: list[Interface], asked: dict[str, str]) -> str | None:
-    """Where gloo will listen: at the interface that it is told, or at the first address of the host name that is ours.
-
-    None: there is no such interface, or the name leads elsewhere, so that it takes the loopback. Gloo makes groups on
-    GPUs as well: checkpoints use one.
-    """
-    if "GLOO_SOCKET_IFNAME" in asked:
-        name = asked["GLOO_SOCKET_IFNAME"].partition(",")[0]
-        return next((interface.address for interface in known if interface.name == name), None)
-    return next((address for address in addresses if _can_listen(address)), None)
-
-
-def route_interface(known: list[Interface]) -> str | None:
+def route_interface() -> str | None:
     """The interface over which this machine reaches rank 0's, or would be reached: what to give to gloo and NCCL."""
-    usable = [one for one in known if not is_loopback(one.address) and not one.name.startswith(VIRTUAL)]
-    try:
-        own = _address_towards(os.environ["MASTER_ADDR"])
-    except (OSError, KeyError):
-        own = ""
-    return next((one.name for one in [*(one for one in usable if one.address == own), *usable]), None)
+    return next(iter(usable_interfaces(os.environ.get("MASTER_ADDR", ELSEWHERE))), None)
 
 
 class Listener:
@@ -75,7 +42,7 @@ class Listener:
     def __init__(self, address: str) -> None:
         """Listen; raises OSError where the address is not this machine's."""
         self.token = secrets.token_hex(8)
-        self._server = socket.create_server((address, 0), family=_family(address))
+        self._server = socket.create_server((address, 0), family=family_of(address))
         self.port: int = self._server.getsockname()[1]
         threading.Thread(target=self._answer, name="preflight", daemon=True).start()
 
@@ -102,24 +69,3 @@ def connect(address: str, port: int, token: str) -> str | None:
     except OSError as error:
         return error.strerror or str(error) or "no answer"
     return None if answer == token else "another process answers at this address"
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def _can_listen(address: str) -> bool:
-    try:
-        with socket.socket(_family(address)) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
-
-
-def _address_towards(host: str) -> str:
-    """The own address from which packets to `host` go; nothing is sent."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)
-        return probe.getsockname()[0]

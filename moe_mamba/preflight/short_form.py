@@ -14,6 +14,7 @@ from moe_mamba.config import Config
 from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel.network import is_loopback
 from moe_mamba.parallel.topology import World
 from moe_mamba.planning.memory import checkpoint_bytes
 from moe_mamba.preflight import checks, network
@@ -151,7 +152,7 @@ def _unreached(exchange: Exchange, facts: RankFacts, machines: dict[str, list[in
     for name in {names[0], names[(place + 1) % len(names)]} - {facts.machine} if listener else ():
         door = doors[machines[name][0]]
         # An address that no other machine reaches is told by itself.
-        if door is not None and not network.is_loopback(door[0]) and (why := network.connect(*door)) is not None:
+        if door is not None and not is_loopback(door[0]) and (why := network.connect(*door)) is not None:
             found[name] = why
     exchange.to_first(None)
     exchange.from_first()  # all have connected

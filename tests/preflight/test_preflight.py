@@ -30,6 +30,7 @@ def _as_machine(patch: pytest.MonkeyPatch, clock: float = 0.0) -> int:
     """Let this worker be on a machine of its own, whose clock is off by so many seconds; its rank."""
     rank, now = int(os.environ["RANK"]), time.time
     patch.setenv("LOCAL_WORLD_SIZE", "1")
+    patch.setenv("LOCAL_RANK", "0")
     patch.setattr(socket, "gethostname", lambda: f"node{rank + 1}")
     if rank > 0 and clock:
         patch.setattr(time, "time", lambda: now() + clock)
@@ -52,7 +53,7 @@ def _start(tiny: str, shared: str, own: tuple[str, ...] = (), interface: str = "
         rank = _as_machine(patch, clock)
         patch.setenv("GLOO_SOCKET_IFNAME", interface)
         # one machine's loopback is all that the workers have
-        patch.setattr("moe_mamba.preflight.network.is_loopback", lambda address: False)
+        patch.setattr("moe_mamba.preflight.short_form.is_loopback", lambda address: False)
         patch.setattr("moe_mamba.preflight.checks.is_loopback", lambda address: False)
         folders = {name: Path(shared) / (f"{name}-{rank}" if name in own else name) for name in ("run", "cache")}
         try:
@@ -108,6 +109,7 @@ def test_a_rank_that_does_not_come_is_named_to_all(world: World, tiny: Path, tmp
 def _preflight(tiny: str, folder: str, output: str) -> tuple[list[str], int]:
     """On a rank: the lines of a preflight whose measures are short, and how much is refused."""
     dist.destroy_process_group()  # a preflight makes its own
+    Path(folder).mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
             (compute, "SECONDS", 0.01),
