@@ -230,6 +230,7 @@ class LoggingConfig(Section):
     every: Positive = Field(1, description="steps between lines of metrics")
     wandb: OptionalText = Field(None, description="Weights & Biases project to log to (offline without a network)")
     tensorboard: bool = Field(False, description="write TensorBoard events into the run's folder")
+    plots: bool = Field(True, description="draw the curves when the run is finished")
 
 
 class Config(Section):

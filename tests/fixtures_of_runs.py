@@ -45,6 +45,7 @@ def tiny(corpus: Path) -> Path:
             "sample_tokens": 4,
         },
         "checkpoint": {"every": 2, "keep": 3},
+        "logging": {"plots": False},  # they take longer than the run
     }
     path = corpus / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -55,5 +56,5 @@ def tiny(corpus: Path) -> Path:
 def plain(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    run(world, tiny, folder)
+    run(world, tiny, folder, logging__plots=True)
     return folder

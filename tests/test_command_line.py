@@ -1,9 +1,11 @@
+import subprocess
 import sys
 
 import pytest
 
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import RunStopped, UserError
+from tests import ROOT
 
 calls: list[tuple] = []
 
@@ -83,3 +85,11 @@ def test_help_is_the_docstring(monkeypatch, capsys) -> None:
         run(monkeypatch, "--help", function=strict)
     assert stop.value.code == 0
     assert "Take only one flag" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_one_line_and_exit_code_2() -> None:
+    line = [sys.executable, "-m", "moe_mamba", "trian"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: moe-mamba has no command 'trian': choose among train, ")
+    assert done.stderr.count("\n") == 1

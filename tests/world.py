@@ -21,6 +21,10 @@ from typing import Any
 import pytest
 
 PROCESSES = 8
+PRELOADED = [
+    *("moe_mamba.train.trainer", "deepspeed", "megatron.core.tensor_parallel", "torch.distributed.checkpoint"),
+    *("datasets", "matplotlib.pyplot"),
+]
 
 
 def free_port() -> int:
@@ -40,9 +44,7 @@ class World:
     def __init__(self) -> None:
         # the fork server imports these once, so that a new process costs milliseconds
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["torch.distributed.checkpoint", "deepspeed", "datasets", "matplotlib.pyplot"]
-        )
+        self.context.set_forkserver_preload(PRELOADED)
         self.workers: list[tuple[BaseProcess, Connection]] = []
         self.folder = tempfile.TemporaryDirectory(prefix="world-")
         self.calls = 0
@@ -142,6 +144,7 @@ def _work(connection: Connection) -> None:
                 answer = (True, pickle.dumps(function(*arguments, **options)))
         except BaseException:
             answer = (False, traceback.format_exc())
+        gc.freeze()  # what is left now stays: `_destroy_engines` need not look through it after each call
         connection.send_bytes(pickle.dumps(answer))
 
 
@@ -155,6 +158,7 @@ def _group(rank: int, ranks: int, store: str, port: int, timeout: float) -> Iter
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
     )
+    dist.barrier()  # a function that is quicker than others are to connect would leave them before they have
     try:
         yield
     finally:

@@ -161,7 +161,8 @@ def finish(
         screen.say(f"result    {validation_line(name, score, source)}")
         if (entropy := source.unigram_entropy()) is not None:
             screen.say(f"          {against_unigram(score, entropy)}")
-    screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
+    if config.logging.plots:
+        screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
     if config.train.sample_tokens and not topology.is_sharded and config.parallel.zero < 3:  # else no single device can
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     source = next(iter(corpora.validation.values()))
@@ -175,7 +176,7 @@ def finish(
 def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, world: World) -> None:
     """What a run that is done already says; draws the pictures, if a kill came before they were drawn."""
     screen.say(f"{folder.path} is finished: {steps:,} steps are done. Raise train.steps to continue.")
-    if world.is_first and not all(picture.exists() for picture in _pictures(config, folder)):
+    if world.is_first and config.logging.plots and not all(picture.exists() for picture in _pictures(config, folder)):
         draw_pictures(config, folder)
 
 

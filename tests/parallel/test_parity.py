@@ -169,13 +169,14 @@ def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
         (Layout(4, 2, 2), {"moe__router": "expert_choice", "moe__capacity_factor": 1.0, "moe__balance": "none"}),
         (Layout(4, 2, 2, expert_tensor=True), {"moe__top_k": 2, "moe__router": "top_k", "moe__shared_experts": 2}),
         pytest.param(
-            *(Layout(4, 4, 1, expert_tensor=True), {"model__activation": "relu", "model__norm": "layernorm"}),
+            Layout(4, 4, 1, expert_tensor=True),
+            {"model__activation": "relu", "model__norm": "layernorm"},
             marks=pytest.mark.slow,
         ),
         (Layout(4, 4, 2), {"model__kv_heads": 1, "model__mamba_norms": False, "train__recompute": True}),
-        pytest.param(*(Layout(4, 4, 2), {"moe__shared_experts": 1, **IMPORTED}), marks=pytest.mark.slow),
+        pytest.param(Layout(4, 4, 2), {"moe__shared_experts": 1, **IMPORTED}, marks=pytest.mark.slow),
         pytest.param(
-            *(Layout(4, 2, 2), {"model__kv_heads": 1, "model__activation": "gelu", **IMPORTED}), marks=pytest.mark.slow
+            Layout(4, 2, 2), {"model__kv_heads": 1, "model__activation": "gelu", **IMPORTED}, marks=pytest.mark.slow
         ),
     ],
     ids=[

@@ -260,12 +260,10 @@ def test_damaged_lines_are_said_and_kept(world: World, tiny: Path, corpus: Path,
     assert re.search(r"warning +1 damaged lines of .*damaged\.jsonl .*rejects\.jsonl", log)
 
 
-@pytest.mark.slow
 def test_pictures_that_a_kill_prevented_are_drawn(world: World, tiny: Path, tmp_path: Path) -> None:
-    run(world, tiny, tmp_path / "run")
-    for picture in (tmp_path / "run" / "plots").iterdir():
-        picture.unlink()
-    run(world, tiny, tmp_path / "run")
+    for plots in (False, True):
+        run(world, tiny, tmp_path / "run", train__steps=1, logging__plots=plots)
+        assert (tmp_path / "run" / "plots").exists() == plots
     assert len(list((tmp_path / "run" / "plots").iterdir())) == 2
 
 
