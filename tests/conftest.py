@@ -2,13 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_mamba.command_line import run_command
+from moe_mamba.parallel.launcher import TORCH
 from tests import ROOT
 
 if not torch.cuda.is_available():
@@ -18,6 +19,7 @@ pytest_plugins = [
     "tests.fixtures_of_runs",
     "tests.machines",
 ]  # a few gloo processes, shared by the session; small runs to look at; three machines
+LAUNCH_VARIABLES = (*TORCH.values(), "MASTER_ADDR", "MASTER_PORT")
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -27,6 +29,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no shared/data folder beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _launch_forgotten() -> Iterator[None]:
+    """Without the variables of a launcher that a command in this process fills in: libraries would believe them."""
+    yield
+    for name in LAUNCH_VARIABLES:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ class Anchor:
 
 
 class Machine:
-    """One machine: commands run in it, and its link is cut and mended from outside.
+    """One machine: commands run in it, and its link is cut and restored from outside.
 
     Attributes:
         name: its host name.
@@ -169,8 +169,8 @@ class Machine:
         """Cut its link: what was sent to it, and by it, is lost."""
         self._site.switch("link", "set", self._port, "down")
 
-    def mend(self) -> None:
-        """Mend its link."""
+    def reconnect(self) -> None:
+        """Restore its link."""
         self._site.switch("link", "set", self._port, "up")
 
     def own(self, folder: Path) -> None:

@@ -4,13 +4,16 @@ Reads requests, a line of JSON each: the environment, the arguments of launch/tr
 with a line when it is ready, and with one for each rank that has ended: its exit code, negative for a signal.
 """
 
+import importlib
 import json
 import os
 import runpy
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+
+from tests.train.poison import poisoned
+from tests.world import PRELOADED
 
 
 def main() -> None:
@@ -31,16 +34,12 @@ def main() -> None:
 
 def import_libraries() -> None:
     """What a run imports, once."""
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import torch.distributed.checkpoint  # noqa: F401
-
-    import moe_mamba.train.run  # noqa: F401
+    for name in (*PRELOADED, "moe_mamba.train.run"):
+        importlib.import_module(name)
 
 
 def become_rank(environment: dict[str, str], arguments: list[str], screen: str, nan_batches: list[int]) -> None:
-    """Be the process that a launcher would start; the gradient of the batches with these numbers is NaN."""
+    """Be the process that a launcher would start; the loss of the batches with these numbers is NaN."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     output = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -48,25 +47,8 @@ def become_rank(environment: dict[str, str], arguments: list[str], screen: str, 
         os.dup2(opened, descriptor)
     script = Path(__file__).resolve().parents[2] / "launch" / "train.py"
     sys.argv = [str(script), *arguments]
-    spoil(set(nan_batches))
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def spoil(batches: set[int]) -> None:
-    """Let the gradient of these batches be NaN, in this process."""
-    from moe_mamba.train import trainer as loop
-
-    step, objective = loop.Trainer._train_step, loop.Objective.__call__
-    current = [0]
-
-    def note(trainer: loop.Trainer, number: int, *rest: Any) -> bool:
-        current[0] = number
-        return step(trainer, number, *rest)
-
-    def spoiled(*parts: Any) -> Any:
-        return objective(*parts) * (float("nan") if current[0] in batches else 1.0)
-
-    loop.Trainer._train_step, loop.Objective.__call__ = note, spoiled  # type: ignore[method-assign]
+    with poisoned(dict.fromkeys(nan_batches, float("nan")), int(environment["RANK"])):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

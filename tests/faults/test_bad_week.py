@@ -46,7 +46,7 @@ class Forked:
 
     def __init__(self, machine: Machine, screen: Path) -> None:
         self.machine, self.screen = machine, screen
-        words = machine.command(sys.executable, Path(__file__).with_name("fork_ranks.py"))
+        words = machine.command(sys.executable, "-m", "tests.faults.fork_ranks")
         pipe = subprocess.PIPE
         self._server = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         self.code: int | None = None
@@ -57,7 +57,7 @@ class Forked:
         return self._server.stdout.readline().strip()
 
     def start(self, arguments: list[str], nan_batches: list[int], **environment: str) -> None:
-        """Start a rank; the gradient of the batches with these numbers is NaN on it."""
+        """Start a rank; the loss of the batches with these numbers is NaN on it."""
         assert self._server.stdin is not None
         request = {"environment": environment, "arguments": arguments, "screen": str(self.screen)}
         request["nan_batches"] = nan_batches
@@ -89,7 +89,7 @@ class Week:
         config: of the run.
         chance: when things fail.
         keys: of the run, besides those that all weeks have.
-        nan_batches: numbers of batches whose gradient is NaN on the last rank.
+        nan_batches: numbers of batches whose loss is NaN on the last rank.
         seconds: wall time by what it was spent on.
         steps: by what became of them.
     """
@@ -195,7 +195,7 @@ class Week:
         assert "Traceback" not in screens, f"{failure}: {screens}"
         ballast.unlink(missing_ok=True)
         for rank in self.ranks:
-            rank.machine.mend()
+            rank.machine.reconnect()
 
 
 def fill(file: Path) -> None:

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,19 +12,16 @@ from launch.train import train
 from tests.train.seams import stepping_in
 
 
-def train_poisoned(
-    factors: Mapping[int, float] | Callable[[int], float],
-    rank: int = 0,
-    stop_at: int | None = None,
-    **arguments: Any,
-) -> None:
-    """Train; where `rank` takes a batch, its cross entropy is multiplied by what `factors` says of its number.
+@contextmanager
+def poisoned(
+    factors: Mapping[int, float] | Callable[[int], float], rank: int = 0, stop_at: int | None = None
+) -> Iterator[None]:
+    """Where `rank` takes a batch, its cross entropy is multiplied by what `factors` says of its number.
 
     Args:
         factors: number of the batch -> factor; those that are left out are as they are.
         rank: whose part of the batch it is.
         stop_at: ask to stop where the step after so many steps begins.
-        arguments: of the run.
     """
     from moe_mamba.train import trainer as loop
 
@@ -47,6 +45,17 @@ def train_poisoned(
 
     with pytest.MonkeyPatch.context() as patch, stepping_in("step", note):
         patch.setattr(loop, "Objective", Poisoned)
+        yield
+
+
+def train_poisoned(
+    factors: Mapping[int, float] | Callable[[int], float],
+    rank: int = 0,
+    stop_at: int | None = None,
+    **arguments: Any,
+) -> None:
+    """Train with batches that are `poisoned`; `arguments` are those of the run."""
+    with poisoned(factors, rank, stop_at):
         train(**arguments)
 
 
