@@ -66,6 +66,10 @@ ELSEWHERE = {
     ' -o BatchMode=yes"': "not run: it is for a machine that is lost",
     "deepspeed launch/preflight.py --config configs/demo.yaml": "tests/preflight/test_preflight.py",
     "python launch/preflight.py --help": "tests/preflight/test_preflight.py",
+    "deepspeed --hostfile launch/hostfile.example launch/preflight.py --config configs/paper/moe_mamba_100m.yaml": (
+        "tests/preflight/test_preflight.py"
+    ),
+    "python tools/status.py runs/site": "tests/run/test_status.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",

@@ -94,8 +94,10 @@ def _start_without_the_last(tiny: str, shared: str) -> str:
         patch.setenv("WORLD_SIZE", "3")
         config = load_config(tiny, {"run.folder": shared, "parallel.timeout": "2"})
         ranks = Ranks.from_environment()
+        store = _store(ranks)
         with pytest.raises(UserError) as refusal:
-            check_machines(config, ranks, _store(ranks), print)
+            check_machines(config, ranks, store, print)
+        dist.barrier()  # rank 0 has the store
         assert rank < 2
         return str(refusal.value)
 
