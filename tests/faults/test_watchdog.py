@@ -105,7 +105,6 @@ def start_two(start: Callable[..., Job], arguments: tuple[str, ...] = LONG) -> l
     ]
 
 
-@pytest.mark.slow
 def test_a_rank_killed_under_a_launcher_is_named_in_one_line(start: Callable[..., Job]) -> None:
     job = start(*DEEPSPEED)
     job.wait_for_steps(3)
@@ -187,7 +186,7 @@ def interrupt() -> None:
     ("place", "step", "saved", "action"),
     [
         ("step", 2, 3, terminate),
-        pytest.param("validation", 3, 3, interrupt, marks=pytest.mark.slow),
+        ("validation", 3, 3, interrupt),
         ("save", 2, 2, terminate),
     ],
 )
@@ -234,7 +233,6 @@ def terminate_and_dawdle() -> None:
     time.sleep(60)
 
 
-@pytest.mark.slow
 def test_what_cannot_be_saved_in_the_grace_time_ends_without(world: World, tiny: Path, tmp_path: Path) -> None:
     keys = {"run.folder": str(tmp_path / "run"), "checkpoint.grace": 1}
     with pytest.raises(WorkerError, match="exit code 1"):
@@ -258,7 +256,6 @@ def test_an_exception_on_one_rank_is_the_line_of_all(world: World, tiny: Path, t
     assert len(curve(run(world, tiny, tmp_path / "run", ranks=2))) == STEPS
 
 
-@pytest.mark.slow
 def test_more_processes_go_on_and_say_what_changes(world: World, tiny: Path, tmp_path: Path) -> None:
     constant = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0, "train__micro_batch": 4}
     log = tmp_path / "run" / "log.txt"
