@@ -22,7 +22,7 @@ from moe_mamba.run.metrics import read_metrics
 from moe_mamba.run.restore import restore
 from moe_mamba.train.corpora import open_corpora
 from tests import ROOT
-from tests.train.runs import curve, learned, run, same_weights
+from tests.train.runs import curve, run, same_weights
 from tests.world import World
 
 STEPS = 20
@@ -94,7 +94,7 @@ def test_layouts_agree(world: World, small: Path, done: Path, tmp_path: Path, ra
     metrics = run(world, small, tmp_path / "run", ranks=ranks, parallel__tensor=tensor)
     expected = read_metrics(done)
     assert curve(metrics) == pytest.approx(curve(expected), rel=1e-5)
-    for line, other in zip(learned(metrics), expected, strict=True):
+    for line, other in zip(metrics, expected, strict=True):
         for name, scores in line.get("validation", {}).items():
             assert scores["accuracy"] == other["validation"][name]["accuracy"]
             assert scores["loss"] == pytest.approx(other["validation"][name]["loss"], rel=1e-5)

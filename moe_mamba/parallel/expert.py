@@ -9,9 +9,9 @@ from typing import Any
 
 import deepspeed.moe.layer
 import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
@@ -156,12 +156,12 @@ class _FixedTravel:
 
     def there(self, rows: Tensor) -> Tensor:
         """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
-        rows = all_to_all_single_autograd(rows, None, None, self.group)  # (source, expert, capacity) x d_model
+        rows = all_to_all(self.group, rows)  # (source, expert, capacity) x d_model
         return self._swap(rows, self.ranks, len(self.counts))
 
     def back(self, rows: Tensor) -> Tensor:
         """Undo ``there``."""
-        return all_to_all_single_autograd(self._swap(rows, len(self.counts), self.ranks), None, None, self.group)
+        return all_to_all(self.group, self._swap(rows, len(self.counts), self.ranks))
 
     def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
         return rows.view(outer, inner, self.capacity, -1).transpose(0, 1).reshape(rows.shape)
@@ -190,7 +190,7 @@ class _VariableTravel:
     @classmethod
     def plan(cls, group: ProcessGroup, ranks: int, counts: Tensor) -> "_VariableTravel":
         """Exchange ``counts`` (experts,); reads sizes from the device, once."""
-        received = all_to_all_single_autograd(counts, None, None, group).view(ranks, -1)
+        received = all_to_all(group, counts).view(ranks, -1)
         sent_splits, received_splits = torch.stack([counts.view(ranks, -1).sum(1), received.sum(1)]).tolist()
         rows, experts = sum(received_splits), received.shape[1]
         expert = torch.arange(experts, device=counts.device).repeat(ranks)
@@ -201,13 +201,13 @@ class _VariableTravel:
 
     def there(self, rows: Tensor) -> Tensor:
         """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
-        rows = all_to_all_single_autograd(rows, self.received_splits, self.sent_splits, self.group)
+        rows = all_to_all(self.group, rows, self.received_splits, self.sent_splits)
         return _Permutation.apply(rows, self.order, self.place)
 
     def back(self, rows: Tensor) -> Tensor:
         """Undo ``there``."""
         rows = _Permutation.apply(rows, self.place, self.order)
-        return all_to_all_single_autograd(rows, self.sent_splits, self.received_splits, self.group)
+        return all_to_all(self.group, rows, self.sent_splits, self.received_splits)
 
 
 class _Permutation(torch.autograd.Function):

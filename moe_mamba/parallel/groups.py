@@ -33,13 +33,13 @@ class Groups:
 def start_groups(plan: RunPlan) -> Groups:
     """Make the groups of a layout; every rank calls it, after ``start_world``."""
     topology = plan.topology
+    if topology.is_sharded and not torch.cuda.is_available():
+        _allocate_on_cpu()
     if topology.tensor == 1:
         groups = Groups(topology, None, None, {}, None)
     else:
         from megatron.core import parallel_state
 
-        if not torch.cuda.is_available():
-            _allocate_on_cpu()
         parallel_state.initialize_model_parallel(topology.tensor, create_gloo_process_groups=False)
         tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
         # Neighbours that hold the same shard of a parameter sum its gradient.

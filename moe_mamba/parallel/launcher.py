@@ -188,8 +188,9 @@ def _numbers(environment: Mapping[str, str], names: Mapping[Key, str]) -> Settin
 def _torch_settings(environment: Mapping[str, str], flag: int | None) -> Settings:
     """What the variables of torch.distributed say, or the flag of a launcher."""
     own = _numbers(environment, TORCH)
-    if size := _number(environment, "LOCAL_SIZE"):  # deepspeed's name
-        own.setdefault("local_size", size)
+    size = _number(environment, "LOCAL_SIZE")  # deepspeed's name, beside which an older shell's may stand
+    if size is not None and (environment.get(MARKS["deepspeed"]) or "local_size" not in own):
+        own["local_size"] = size
     if flag is not None:
         given = Setting("--local_rank", flag)
         if own.setdefault("local_rank", given).value != flag:

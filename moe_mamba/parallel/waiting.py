@@ -7,21 +7,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import ProcessGroup, Work
 
-# Those that a step is made of; each is looked up in torch.distributed when it is called, by DeepSpeed and Megatron too.
-COLLECTIVES = (
-    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor"),
-    *("reduce_scatter_tensor", "all_to_all", "all_to_all_single"),
+# What every collective comes down to, whoever calls it and by whatever name: a method that begins it, and the wait.
+BEGIN = (
+    *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier"),
+    *("allgather", "_allgather_base", "all_gather_single", "allgather_into_tensor_coalesced"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_tensor_coalesced"),
+    *("alltoall", "alltoall_base", "all_to_all_single"),
 )
 
 
 class Waiting:
-    """Seconds that this rank is in blocking collectives, which are mostly seconds of waiting for the slowest rank.
+    """Seconds that this rank is in collectives, which are mostly seconds of waiting for the slowest rank.
 
-    On a CPU the time of the call; on a GPU the time between two events of the current stream, read only later, so that
-    nothing is synchronised. Not seen: a collective that is waited for later (``async_op``, as ZeRO-3's gathers), and
-    DeepSpeed's gather of updated weights, which follows on the reduction of gradients, where ranks have met already.
+    On a CPU the time of the calls; on a GPU the time between events of the current stream, read only later, so that
+    nothing is synchronised: of a collective that runs beside the computing, what the stream waits for it at its end.
 
     Args:
         device: of this rank.
@@ -34,33 +35,34 @@ class Waiting:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Measure while the block lasts, from 0. torch has no hook before a collective: its functions are wrapped."""
+        """Measure while the block lasts, from 0. torch has no hook at a collective: its methods are wrapped."""
         self._seconds, self._events = 0.0, []
-        whole = {name: getattr(dist, name) for name in COLLECTIVES}
-        for name, function in whole.items():
-            setattr(dist, name, self._wrapped(function))
+        methods = [(ProcessGroup, name) for name in BEGIN if name in vars(ProcessGroup)] + [(Work, "wait")]
+        whole = [vars(owner)[name] for owner, name in methods]  # as they lie there, to be put back
+        for owner, name in methods:
+            setattr(owner, name, self._wrapped(getattr(owner, name)))
         try:
             yield
         finally:
-            for name, function in whole.items():
-                setattr(dist, name, function)
+            for (owner, name), method in zip(methods, whole, strict=True):
+                setattr(owner, name, method)
 
     def seconds(self) -> float:
         """The sum; on a GPU once the step's end was waited for."""
         return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
 
-    def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
+    def _wrapped(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
         def timed(*arguments: Any, **options: Any) -> Any:
             if self._on_gpu:
                 pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 pair[0].record()  # type: ignore[no-untyped-call]
-                result = function(*arguments, **options)
+                result = method(*arguments, **options)
                 pair[1].record()  # type: ignore[no-untyped-call]
                 self._events.append(pair)
                 return result
             begin = time.perf_counter()
-            result = function(*arguments, **options)
+            result = method(*arguments, **options)
             self._seconds += time.perf_counter() - begin
             return result
 

@@ -26,10 +26,13 @@ class Pace:
 
     Args:
         topology: the ranks.
-        every: steps between measurements.
+        every: steps between measurements, each of the step before one that is logged.
         hosts: rank -> name of its machine.
         screen: where a line is said.
         events: where it is noted.
+
+    Attributes:
+        slowest: of the step before this one, for the metrics; None where it was not measured, or there is one rank.
     """
 
     FIGURES = 3  # compute seconds, seconds in which the step waited for its data, seconds of the whole step
@@ -44,6 +47,7 @@ class Pace:
         self._stalls: deque[tuple[float, int]] = deque(maxlen=MEASUREMENTS)
         self._slow: set[int] = set()
         self._is_stalled = False
+        self.slowest: dict[str, float] | None = None
 
     def waited_for_data(self, seconds: float) -> None:
         """Note how long the coming step waited for its batches."""
@@ -52,7 +56,7 @@ class Pace:
     @contextmanager
     def measured(self, step: int) -> Iterator[None]:
         """Measure step number `step` while the block lasts, if it is one of those that are."""
-        if step % self.every:
+        if (step + 1) % self.every:
             yield
             return
         begin = time.perf_counter()
@@ -70,23 +74,26 @@ class Pace:
         own, world = [figure * self._topology.tensor for figure in self._own], self._topology.world
         return [0.0] * len(own) * world.rank + own + [0.0] * len(own) * (world.size - world.rank - 1)
 
-    def judge(self, step: int, figures: Sequence[float]) -> dict[str, float] | None:
-        """Take in the figures of all ranks, one rank's after the other's; the slowest rank, for the metrics.
+    def judge(self, step: int, figures: Sequence[float]) -> None:
+        """Take in the figures of all ranks, one rank's after the other's, and find the slowest.
 
         Args:
             step: steps made.
             figures: `FIGURES` for each rank, the same on all; none: nothing was measured.
         """
-        self._own = []
+        self._own, self.slowest = [], None
         if not figures:
-            return None
+            return
         compute, data, whole = (list(figures[number :: self.FIGURES]) for number in range(self.FIGURES))
         self._judge_ranks(step, compute)
         self._judge_data(step, [waited / seconds for waited, seconds in zip(data, whole, strict=True)])
-        if len(compute) == 1:
-            return None
-        slowest = max(range(len(compute)), key=compute.__getitem__)
-        return {"slowest_rank": slowest, "slowest_seconds": compute[slowest], "median_seconds": median(compute)}
+        if len(compute) > 1:
+            rank = max(range(len(compute)), key=compute.__getitem__)
+            self.slowest = {
+                "slowest_rank": rank,
+                "slowest_seconds": compute[rank],
+                "median_seconds": median(compute),
+            }
 
     def _judge_ranks(self, step: int, compute: list[float]) -> None:
         usual = median_low(compute)

@@ -185,8 +185,7 @@ class Trainer:
         values = torch.tensor([counted, *self.watch.stop.asked, *figures], dtype=torch.float64)
         total, *rest = reduce_over_data(values.to(self.world.device), self.topology).tolist()
         reason = next((reason for reason, share in zip(REASONS, rest, strict=False) if share), None)
-        if (slowest := self.pace.judge(self.step, rest[len(REASONS) :])) is not None:
-            self.metrics.write({"step": self.step, "pace": slowest})
+        self.pace.judge(self.step, rest[len(REASONS) :])
         return round(total), reason
 
     def _train_step(self, number: int, batches: list[Batch], targets: int, begin: float) -> bool:
@@ -322,6 +321,8 @@ class Trainer:
         }
         if sums.statistics:
             line |= report.routing_metrics(self.config, sums, self.micro_steps)
+        if self.pace.slowest is not None:
+            line["pace"] = self.pace.slowest  # of the step before
         self.metrics.write(line)
 
     def _validate(self) -> dict[str, Scores]:

@@ -76,7 +76,12 @@ def json_lines(output: str) -> list[dict[str, Any]]:
 
 def start(size: int, *flags: str) -> list[subprocess.Popen[str]]:
     """Processes with a launcher's variables, but no launcher that would end the others when one ends."""
-    variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-u", "tools/generate.py", *flags],

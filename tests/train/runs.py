@@ -28,11 +28,6 @@ def curve(metrics: list[dict]) -> list[float]:
     return [line["loss"] for line in metrics if "loss" in line]
 
 
-def learned(metrics: list[dict]) -> list[dict]:
-    """The lines of steps and validations, without those of how fast ranks were."""
-    return [line for line in metrics if "pace" not in line]
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     step = store.resolve(folder)
     return {name: store.read_tensor(step, name) for name in store.logical_tensors(step)}
