@@ -80,6 +80,11 @@ ELSEWHERE = {
     "python tools/preprocess_c4.py --input 'c4/en/*.json.gz' --tokenizer gpt2 --output data/c4": (
         "tests/test_preprocess_c4.py"
     ),
+    "python tools/preprocess_c4.py --input 'c4/en/c4-train.*.json.gz' --tokenizer gpt2 --output data/c4": (
+        "tests/test_preprocess_c4.py"
+    ),
+    "python tools/preprocess_c4.py --input 'c4/en/c4-validation.*.json.gz' --tokenizer gpt2 --output "
+    "data/c4_validation": "tests/test_preprocess_c4.py",
     "python tools/evaluate.py --checkpoint runs/demo --input held_out.txt": "tests/test_launch.py",
     "deepspeed tools/generate.py runs/demo --prompt='The ' --parallel.tensor=2 --parallel.expert=2": (
         "tests/parallel/test_inference_launch.py"

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         *("model", "kernels", "data", "config", "installation"),
     },
     "commands": {
-        *("train", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
+        *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
         *("model", "data", "config", "config_file", "command_line", "installation"),
     },
     "__main__": {"command_line"},

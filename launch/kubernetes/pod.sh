@@ -29,14 +29,21 @@ wait_for_name() {
   local seconds=0
   until getent hosts "$1" >/dev/null; do
     ((seconds % 30)) || say "waiting for the name $1 to resolve ($seconds s)"
-    ((seconds < 600)) || { say "$1 does not resolve after $seconds s: is the headless Service there?"; exit 1; }
+    ((seconds < 600)) || { say "$1 does not resolve after $seconds s: is the headless Service there?"; exit 138; }
     sleep 2
     seconds=$((seconds + 2))
   done
 }
 
+# End the agent when rank 0 has found a mistake in what the user gave: it would start the processes again.
+watch_for_mistakes() {
+  while sleep 0.5; do
+    [[ $(cat "$MOE_MAMBA_OUTCOME" 2>/dev/null) != mistake:* ]] || { touch "$MOE_MAMBA_OUTCOME.mistake"; kill -TERM "$1"; return; }
+  done
+}
+
 main() {
-  local pods index host port gpus=${GPUS:-} agent code=0
+  local pods index host port gpus=${GPUS:-} agent watch code=0
   pods=$(need PODS PET_NNODES) && index=$(need POD_INDEX PET_NODE_RANK) || exit 2
   host=$(need MASTER_ADDR PET_MASTER_ADDR) && port=$(need MASTER_PORT PET_MASTER_PORT) || exit 2
   [[ -n ${RUN_FOLDER:-} ]] || need RUN_FOLDER
@@ -54,14 +61,17 @@ main() {
     --rdzv-conf="is_host=$((index == 0)),join_timeout=1800,read_timeout=300" \
     "${PROGRAM:-launch/train.py}" --run.folder="$RUN_FOLDER" "$@" &
   agent=$!
+  watch_for_mistakes "$agent" &
+  watch=$!
   trap 'kill -TERM "$agent" 2>/dev/null' TERM INT
   while :; do # a signal ends `wait` as well
     wait "$agent" && code=0 || code=$?
     kill -0 "$agent" 2>/dev/null || break
   done
+  kill "$watch" 2>/dev/null
   ((code == 0)) || code=138
-  [[ $(cat "$MOE_MAMBA_OUTCOME" 2>/dev/null) != mistake:* ]] || code=2
-  rm -f "$MOE_MAMBA_OUTCOME"
+  [[ $(cat "$MOE_MAMBA_OUTCOME" 2>/dev/null) != mistake:* && ! -e $MOE_MAMBA_OUTCOME.mistake ]] || code=2
+  rm -f "$MOE_MAMBA_OUTCOME" "$MOE_MAMBA_OUTCOME.mistake"
   exit "$code"
 }
 

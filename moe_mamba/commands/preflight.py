@@ -25,7 +25,7 @@ def main(
     config: str | Path | None = None,
     output: str | None = None,
     help: bool = False,
-    local_rank: int = 0,
+    local_rank: int | None = None,
     **overrides: Any,
 ) -> None:
     """Look at the world that this launcher starts, and measure it.
@@ -57,10 +57,19 @@ def main(
     with Screen(log) as screen:
         from moe_mamba.preflight.full_form import preflight
 
-        refused = preflight(settings, Path(output) if output else folder.preflight, screen)
+        report = Path(output) if output else folder.preflight
+        if output:
+            _check_writable(report)
+        refused = preflight(settings, report, screen)
     if refused:
         number = f"{len(refused)} findings are" if len(refused) > 1 else "a finding is"
         raise UserError(f"{number} refused, see above; first: {refused[0].line}")
+
+
+def _check_writable(report: Path) -> None:
+    """Refuse, before two minutes are spent, a report that rank 0 cannot write."""
+    if int(os.environ["RANK"]) == 0 and not os.access(report.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{report} cannot be written: make the folder {report.parent}, or give another --output")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
+from moe_mamba.faults.signals import end_before_the_run
 from moe_mamba.installation import CONFIGS
 from moe_mamba.parallel.launcher import fill_environment
 from moe_mamba.run.outcome import outcome_left
@@ -34,6 +35,7 @@ def main(
     if help:
         print(f"{USAGE}\n{reference()}")
         return
+    end_before_the_run()
     fill_environment(local_rank)
     with outcome_left() as outcome:
         settings = load_config(config or CONFIGS / "demo.yaml", overrides)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 from types import FrameType
 from typing import Any
@@ -18,6 +19,18 @@ ALWAYS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"}
 # One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on.
 SECONDS_BETWEEN_INTERRUPTS = 1.0
+
+
+def end_before_the_run() -> None:
+    """Let a signal that asks to stop end this process with its line, until a run hears signals itself (`Stop`)."""
+    for number in ALWAYS:
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    print(f"error: stopped by {name} before the run began: nothing is lost", file=sys.stderr)
+    sys.exit(143)  # passes through libraries that are being imported, and catch every Exception
 
 
 class Stop:

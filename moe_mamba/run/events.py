@@ -64,6 +64,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], 0
+    except OSError:  # another user's, or no file
+        return [], 1
     for text in content.split(b"\n"):
         if not text.strip():
             continue

@@ -35,18 +35,15 @@ def write_heartbeat(folder: Path, host: str, step: int) -> None:
 
 
 def read_heartbeats(folder: Path) -> dict[str, dict[str, Any]]:
-    """Host name -> its last sign of life; `time` is a datetime, `step` is absent where the file is damaged."""
+    """Host name -> its last sign of life; `time` is a datetime. A damaged file is none."""
     found = {}
     for path in sorted((Path(folder) / FOLDER).glob("[!.]*")):
         try:
-            changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             content = json.loads(path.read_text())
-        except OSError:
+        except (OSError, ValueError):
             continue
-        except ValueError:
-            content = {}
-        content = content if isinstance(content, dict) else {}
-        found[path.name] = content | {"time": time_of(content) or changed}
+        if isinstance(content, dict) and (time := time_of(content)) is not None:
+            found[path.name] = content | {"time": time}
     return found
 
 

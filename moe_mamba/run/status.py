@@ -1,5 +1,6 @@
 """How a run stands, read from its folder alone: of a run that works, has ended, was killed, or has only begun."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -8,6 +9,7 @@ from statistics import mean, median
 from typing import Any
 
 from moe_mamba.checkpoint.divergence import has_diverged
+from moe_mamba.checkpoint.manifest import MANIFEST
 from moe_mamba.checkpoint.retention import step_of, steps_in
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import UserError
@@ -85,7 +87,7 @@ def read_status(path: Path, now: datetime | None = None) -> Status:
     events, lost = read_events(folder.path)
     lines, lost_lines = read_lines(folder.path / metrics_file.FILE)
     counts = {"events.jsonl": lost, metrics_file.FILE: lost_lines}
-    damaged = [f"{count:,} lines of {name} are not JSON" for name, count in counts.items() if count]
+    damaged = [f"{count:,} lines of {name} cannot be read" for name, count in counts.items() if count]
     beats = read_heartbeats(folder.path)
     ages = {host: (now - beat["time"]).total_seconds() for host, beat in beats.items()}
     status = _state(folder, events, ages, now)
@@ -93,7 +95,7 @@ def read_status(path: Path, now: datetime | None = None) -> Status:
     status.steps = _steps(folder, events, damaged)
     _read_metrics(status, lines)
     _read_events(status, events)
-    saved = [step for step in steps_in(folder.checkpoints) if not has_diverged(step)]
+    saved = [step for step in steps_in(folder.checkpoints) if (step / MANIFEST).is_file() and not has_diverged(step)]
     status.checkpoint = saved[-1] if saved else None
     if status.state not in ("runs", "silent"):  # what was not saved is lost
         lines = [line for line in lines if line["step"] <= (step_of(saved[-1]) if saved else 0)]
@@ -153,7 +155,7 @@ def _read_metrics(status: Status, lines: Sequence[dict[str, Any]]) -> None:
     if losses:
         status.step, status.loss = losses[-1]
         recent = [loss for _, loss in losses[-RECENT:]]
-        if len(recent) >= 4:
+        if len(recent) >= 4 and all(map(math.isfinite, recent)):
             status.trend = mean(recent[: len(recent) // 2]), mean(recent[len(recent) // 2 :])
     for line in reversed(lines):
         if isinstance(sets := line.get("validation"), dict):

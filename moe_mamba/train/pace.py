@@ -13,6 +13,7 @@ from moe_mamba.run.events import Events
 
 MEASUREMENTS = 10  # that must agree before anything is said
 SLOWER = 1.25  # a rank is slow where it computes so many times as long as the usual one
+SLOWER_STILL = 1.1  # and remains so until it is below this: what varies around one limit would be said again and again
 STALLED = 0.2  # the data is slow where a step spends this share of its time waiting for it
 
 
@@ -99,7 +100,8 @@ class Pace:
         usual = median_low(compute)
         for rank, (ratios, seconds) in enumerate(zip(self._ratios, compute, strict=True)):
             ratios.append(seconds / usual if usual else 1.0)
-            is_slow = len(ratios) == MEASUREMENTS and median_low(ratios) >= SLOWER
+            limit = SLOWER_STILL if rank in self._slow else SLOWER
+            is_slow = len(ratios) == MEASUREMENTS and median_low(ratios) >= limit
             if is_slow and rank not in self._slow:
                 ratio, host = median_low(ratios), self.hosts[rank]
                 self.events.write("slow_rank", step, rank=rank, host=host, times=round(ratio, 2))

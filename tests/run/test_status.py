@@ -68,7 +68,10 @@ def test_a_machine_that_is_silent_is_named(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_has_lost_what_was_not_saved(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", START, beats={"a": 395, "b": 390}, losses=30)
-    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    for step, files in ((20, ["manifest.json"]), (25, [])):  # the second lacks what is written last
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        for file in files:
+            (run / "checkpoints" / f"step-{step:08d}" / file).write_text("{}")
     status = read_status(run, BEGIN + timedelta(days=1))
     assert (status.state, status.seconds_left) == ("died", None)
     assert "without a word" in status.why
@@ -122,8 +125,8 @@ def test_a_damaged_folder_is_told_as_far_as_it_goes(
     (run / "heartbeats" / "a").write_text('{"time"')
     (run / "config.yaml").write_text("train: [")
     text = said(run, capsys)
-    assert "2 lines of events.jsonl are not JSON" in text
-    assert "lines of metrics.jsonl are not JSON" in text
+    assert "2 lines of events.jsonl cannot be read" in text
+    assert "lines of metrics.jsonl cannot be read" in text
     assert "6 of 6" in text  # as its start said
 
 
