@@ -56,8 +56,8 @@ class Store:
             AssertionError: it failed, with the end of what it said.
         """
         command = ["buildah", *self.options, *words]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout[-3000:]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
         return done.stdout.strip()
 
     def make_base(self) -> None:
