@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,11 +74,11 @@ class Store:
         self.buildah("rm", container)
         shutil.rmtree(tree)
 
-    def build(self, *words: str) -> None:
-        """``docker build WORDS``, upon ``BASE``."""
+    def build(self, words: Sequence[str], *options: str) -> None:
+        """``docker build WORDS``, upon ``BASE``, with more options; buildah wants all of them before the folder."""
         mounts = [f"--volume={path}:{path}:ro" for path in _of_this_machine()]
         kind = ["--isolation=chroot", "--format=docker"]  # the other format knows no HEALTHCHECK
-        self.buildah("bud", *kind, f"--build-arg=BASE={BASE}", *mounts, *words)
+        self.buildah("bud", *kind, f"--build-arg=BASE={BASE}", *mounts, *options, *words)
 
     def inspect(self) -> dict:
         """The image's configuration, as Docker would show it."""

@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         begin = time.monotonic()
         made.make_base()
         based = time.monotonic()
-        made.build(*BUILD, "--build-arg=TORCH_INDEX=", "--build-arg=REVISION=0123abc")
+        made.build(BUILD, "--build-arg=TORCH_INDEX=", "--build-arg=REVISION=0123abc")
         print(f"\nbase in {based - begin:.0f} s, image in {time.monotonic() - based:.0f} s")
         yield made
     finally:
