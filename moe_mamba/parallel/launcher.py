@@ -165,7 +165,9 @@ def _read(environment: Mapping[str, str], flag: int | None) -> Launch:
         raise UserError(f"{port}: a port is a number from 1 to 65535")
     if size == 1:
         return Launch(launcher, rank, size, local_rank, local_size, "127.0.0.1", 0)
-    address = environment.get("MASTER_ADDR") or _master_address(environment, launcher, size, local_size)
+    address = environment.get("MASTER_ADDR", "").strip() or _master_address(environment, launcher, size, local_size)
+    if not re.fullmatch(r"\S+", address):
+        raise UserError(f"MASTER_ADDR={address} is no host name: set it to that of rank 0's machine")
     number = port.value if port is not None else _master_port(environment, launcher)
     return Launch(launcher, rank, size, local_rank, local_size, address, number)
 

@@ -63,6 +63,7 @@ ALONE = ("plain", 0, 1, 0, 1, "127.0.0.1", 0)
         (BATCH | {"SLURM_STEP_ID": str(0xFFFFFFFB)}, ALONE),
         (BATCH | {"SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NODELIST": "node1"}, ALONE),
         (BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ALONE),
+        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "1"}, ("deepspeed", 3, 4, 1, 2, "10.0.0.1", 29500)),  # an outer shell's
         (BATCH | DEEPSPEED, ("deepspeed", 3, 4, 1, 2, "10.0.0.1", 29500)),
         (OPEN_MPI, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500)),
         (OPEN_MPI | {"PMIX_NAMESPACE": "354549761"}, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 21608)),
@@ -91,6 +92,8 @@ def test_any_launcher_is_understood(environment: dict[str, str], expected: tuple
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        (BY_HAND | {"MASTER_ADDR": "node1 node2"}, "MASTER_ADDR=node1 node2"),
+        (BY_HAND | {"MASTER_ADDR": " "}, "2 processes without MASTER_ADDR"),
         (BY_HAND | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
         (BY_HAND | {"MASTER_PORT": "0"}, "MASTER_PORT=0"),
         (BY_HAND | {"LOCAL_RANK": "1"}, "LOCAL_RANK=1 without LOCAL_WORLD_SIZE"),
