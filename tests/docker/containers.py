@@ -100,7 +100,7 @@ class Store:
             "podman",
             *self.options,
             "run",
-            "--network=none",
+            *(() if "--network" in words else ("--network=none",)),  # podman takes it once
             "--shm-size=64m",
             "--passwd=false",
             *LIMITS,
