@@ -9,7 +9,7 @@ from typing import Any
 
 import deepspeed.moe.layer
 import torch
-from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
@@ -77,8 +77,6 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         if not self.enable_expert_tensor_parallelism:
             # Only expert choice looks at sequences, and its ranks hold whole ones.
             return super().routed(x, Sequences(sequences.batch // self._tensor, sequences.length))
-        from megatron.core.tensor_parallel import mappings
-
         x = mappings.gather_from_sequence_parallel_region(x, group=self._tensor_group)  # (tokens, d_model)
         y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
         y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=self._tensor_group)
@@ -88,8 +86,6 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
 
     def _routed_whole(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
         """As ``routed``, of a stream (tokens, d_model) that every tensor-parallel rank has whole."""
-        from megatron.core.tensor_parallel import mappings
-
         if self.enable_expert_tensor_parallelism:
             y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
             return mappings.reduce_from_tensor_model_parallel_region(y, group=self._tensor_group), statistics
@@ -156,12 +152,12 @@ class _FixedTravel:
 
     def there(self, rows: Tensor) -> Tensor:
         """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
-        rows = all_to_all(self.group, rows)  # (source, expert, capacity) x d_model
+        rows = mappings.all_to_all(self.group, rows)  # (source, expert, capacity) x d_model
         return self._swap(rows, self.ranks, len(self.counts))
 
     def back(self, rows: Tensor) -> Tensor:
         """Undo ``there``."""
-        return all_to_all(self.group, self._swap(rows, len(self.counts), self.ranks))
+        return mappings.all_to_all(self.group, self._swap(rows, len(self.counts), self.ranks))
 
     def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
         return rows.view(outer, inner, self.capacity, -1).transpose(0, 1).reshape(rows.shape)
@@ -190,7 +186,7 @@ class _VariableTravel:
     @classmethod
     def plan(cls, group: ProcessGroup, ranks: int, counts: Tensor) -> "_VariableTravel":
         """Exchange ``counts`` (experts,); reads sizes from the device, once."""
-        received = all_to_all(group, counts).view(ranks, -1)
+        received = mappings.all_to_all(group, counts).view(ranks, -1)
         sent_splits, received_splits = torch.stack([counts.view(ranks, -1).sum(1), received.sum(1)]).tolist()
         rows, experts = sum(received_splits), received.shape[1]
         expert = torch.arange(experts, device=counts.device).repeat(ranks)
@@ -201,13 +197,13 @@ class _VariableTravel:
 
     def there(self, rows: Tensor) -> Tensor:
         """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
-        rows = all_to_all(self.group, rows, self.received_splits, self.sent_splits)
+        rows = mappings.all_to_all(self.group, rows, self.received_splits, self.sent_splits)
         return _Permutation.apply(rows, self.order, self.place)
 
     def back(self, rows: Tensor) -> Tensor:
         """Undo ``there``."""
         rows = _Permutation.apply(rows, self.place, self.order)
-        return all_to_all(self.group, rows, self.sent_splits, self.received_splits)
+        return mappings.all_to_all(self.group, rows, self.sent_splits, self.received_splits)
 
 
 class _Permutation(torch.autograd.Function):

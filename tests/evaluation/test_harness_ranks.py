@@ -14,16 +14,10 @@ from moe_mamba.evaluation.harness import HarnessModel
 from moe_mamba.evaluation.harness_ranks import ShardedHarnessModel, harness_model
 from moe_mamba.run.inference import joined, restore_in_layout
 from moe_mamba.run.restore import Restored, restore
+from tests.evaluation.test_harness import PAIRS
 from tests.hf.checkpoints import make_run
 from tests.parallel.output import printed
 
-PAIRS = [
-    ("one two three", " four"),
-    ("a", "b"),
-    ("one two three", " four and then many more"),
-    ("a longer context of many words", " end"),
-    ("one two three", " f"),
-]
 SETTINGS = {"until": ["e"], "max_gen_toks": 5, "do_sample": False}
 
 

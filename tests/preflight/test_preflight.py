@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,14 @@ def test_help_documents_every_field_of_the_report(
     assert schema() in shown
     for name in ("format_version", "offset_seconds", "latency_seconds", "matmul_flops", "is_documents", "run.folder="):
         assert name in shown
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    refusal: Callable[..., str], tiny: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "nowhere" / "report.json"
+    line = refusal(main, f"--config={tiny}", f"--run.folder={tmp_path / 'run'}", f"--output={output}")
+    assert f"{output} cannot be written: make the folder {output.parent}" in line
 
 
 def test_sources_are_told_apart_without_git(tmp_path: Path) -> None:

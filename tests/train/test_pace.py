@@ -55,6 +55,8 @@ def test_a_rank_that_stays_slow_is_said_once_with_its_machine(
     assert slowest == {"slowest_rank": 2, "slowest_seconds": 1.8, "median_seconds": 1.05}
     assert events_of(tmp_path) == [("slow_rank", "b")]
     assert capsys.readouterr().out == "slow      rank 2 on b computes 1.80 times as long as the usual rank\n"
+    feed(pace, [1.0, 1.1, 1.2, 1.0], times=2 * MEASUREMENTS)
+    assert events_of(tmp_path) == [("slow_rank", "b")]  # around the limit nothing is said again and again
     feed(pace, usual)
     feed(pace, slow)
     assert events_of(tmp_path) == [("slow_rank", "b"), ("slow_rank_over", "b"), ("slow_rank", "b")]
