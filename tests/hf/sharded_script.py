@@ -55,4 +55,5 @@ def check(folder: Path) -> None:
 if __name__ == "__main__":
     for path in sorted(Path(sys.argv[1]).iterdir()):
         check(path)
-        print(path.name, flush=True)
+        sys.stdout.write(f"{path.name}\n")  # at once, which print is not: two ranks share the screen
+        sys.stdout.flush()
