@@ -270,6 +270,12 @@ class Config(Section):
                 f"model.vocab_size=null with data.tokenizer={self.data.tokenizer}, which has as many tokens as "
                 "model.vocab_size says: give it a number"
             )
+        skipped = sorted(set(self.train.skip_batches))
+        if skipped and skipped[-1] > (last := self.steps + len(skipped)):
+            raise ValueError(
+                f"train.skip_batches names batch {skipped[-1]}, but a run of {self.steps} steps that leaves out "
+                f"{len(skipped)} ends with batch {last} at the latest: correct the number, or leave it out"
+            )
         if self.train.precision == "bf16" and parallel.zero == 0:
             raise ValueError(
                 "train.precision=bf16 with parallel.zero=0 keeps no fp32 masters and trains worse: set parallel.zero=1"

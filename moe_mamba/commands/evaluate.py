@@ -28,7 +28,7 @@ def main(
     limit: Positive | None = None,
     output: str | None = None,
     json: bool = False,
-    local_rank: int = 0,
+    local_rank: int | None = None,
     **overrides: Any,
 ) -> None:
     """Score a model on shards or documents (--input), or on tasks of EleutherAI's harness (--tasks).
@@ -63,7 +63,7 @@ def main(
         if value is not None:
             raise UserError(f"--{flag} only works with {other}: leave it out")
     layout = layout_from(overrides)
-    with joined() as world:
+    with joined(local_rank) as world:
         restored = restore_in_layout(checkpoint, layout, world)
         length = sequence_length or restored.config.data.sequence_length
         if tasks is not None:

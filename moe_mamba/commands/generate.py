@@ -28,7 +28,7 @@ def main(
     batch: Positive = 16,
     json: bool = False,
     timing: bool = False,
-    local_rank: int = 0,
+    local_rank: int | None = None,
     **overrides: Any,
 ) -> None:
     """Continue a prompt, or many; the text appears as it is written.
@@ -56,7 +56,7 @@ def main(
             --parallel.expert_tensor=true; --parallel.timeout.
     """
     stops, sampling, layout = _stops(stop), Sampling(temperature, top_k, top_p), layout_from(overrides)
-    with joined() as world:
+    with joined(local_rank) as world:
         prompts = on_first(lambda: _prompts(prompt, prompts_file))
         restored = restore_in_layout(checkpoint, layout, world)
         limit_collectives(restored.config.parallel.timeout)

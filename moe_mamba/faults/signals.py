@@ -72,9 +72,10 @@ class Stop:
                 self._before[number] = signal.signal(number, self._handle)
 
     def finish(self) -> None:
-        """Give the signals back."""
+        """Give the signals back; after a Ctrl-C that the run heard, one more would only disturb the process's end."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            is_heard = number == signal.SIGINT and self.reason == "SIGINT"
+            signal.signal(number, signal.SIG_IGN if is_heard else handler)
         self.close()
 
     def ignore(self) -> None:

@@ -26,13 +26,16 @@ class World:
     local_size: int
 
     @classmethod
-    def from_environment(cls) -> "World":
+    def from_environment(cls, local_rank: int | None = None) -> "World":
         """Read what the launcher set, whichever it was, and fill in the variables that it left out.
+
+        Args:
+            local_rank: what a launcher's flag `--local_rank` says, if there is one.
 
         Raises:
             LocalError: the environment is impossible, or contradicts itself.
         """
-        launch = fill_environment()
+        launch = fill_environment(local_rank)
         return cls(launch.rank, launch.size, launch.local_rank, launch.local_size)
 
     @property

@@ -12,9 +12,7 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.kernels import grouped_matmul, selective_scan
-from moe_mamba.model.mixers.mamba import Mamba
-from moe_mamba.model.mixers.moe import MoE
-from moe_mamba.model.pattern import has
+from moe_mamba.model.pattern import kernel_operations
 from moe_mamba.parallel.topology import Topology
 from moe_mamba.preflight.report import Compute, Sizes, Storage
 
@@ -33,17 +31,18 @@ def sizes(config: Config, topology: Topology, micro_batch: int) -> Sizes:
     model, moe, kind = config.model, config.moe, topology.world.device.type
     length, tokens = config.data.sequence_length, micro_batch * config.data.sequence_length
     is_half = config.train.precision == "bf16"
-    width = 2 * model.d_inner if has(model, Mamba) else model.resolved_d_ff
+    operations = kernel_operations(model, moe)
+    width = 2 * model.d_inner if "selective_scan" in operations else model.resolved_d_ff
     matmul = [tokens, model.d_model, -(-width // topology.tensor)]
     wanted: list[list[int] | None] = [list(matmul), None, None]
     matmul[0] = _fewer(tokens, MOST_OPERATIONS[kind] / (2 * math.prod(matmul[1:])))
     scan = grouped = None
-    if has(model, Mamba):
+    if "selective_scan" in operations:
         scan = [micro_batch, length, -(-model.d_inner // topology.tensor), model.d_state]
         wanted[1] = list(scan)
         scan[0] = _fewer(micro_batch, MOST_UPDATES[kind] / math.prod(scan[1:]))
         scan[1] = _fewer(length, MOST_UPDATES[kind] / (scan[0] * math.prod(scan[2:])))
-    if has(model, MoE):
+    if "grouped_matmul" in operations:
         hidden = (moe.d_expert or model.resolved_d_ff) // (topology.tensor if topology.expert_tensor else 1)
         grouped = [max(1, moe.experts // topology.expert), tokens * moe.top_k, model.d_model, max(1, hidden)]
         wanted[2] = list(grouped)

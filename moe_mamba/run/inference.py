@@ -34,16 +34,20 @@ LAYOUT = ("tensor", "expert", "expert_tensor", "timeout")  # keys of the section
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
+def joined(local_rank: int | None = None) -> Iterator[World]:
     """The processes that a launcher started, as a world; without a launcher this one, and no process group.
 
     What is called in it raises a ``UserError`` on every rank or on none, so that no rank waits for another. Rank 0 may
     prepare things for long; what comes after that calls ``limit_collectives``.
 
+    Args:
+        local_rank: what a launcher's flag `--local_rank` says, if there is one.
+
     Raises:
+        LocalError: the launcher's variables are impossible, or contradict one another.
         RunStopped: a rank is gone, or a GPU's memory is full.
     """
-    world = World.from_environment()
+    world = World.from_environment(local_rank)
     if world.size == 1:
         yield world
         return

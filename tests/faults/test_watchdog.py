@@ -319,6 +319,8 @@ def test_a_second_interrupt_is_urgent_and_an_echo_of_the_first_is_not(monkeypatc
         assert stop.is_urgent
     finally:
         stop.finish()
+    interrupt()  # is ignored: it would fill the screen with tracebacks of a process that ends anyway
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_sites_warning_is_heard_where_the_launcher_was_protected_from_it() -> None:

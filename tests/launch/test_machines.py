@@ -188,7 +188,8 @@ def test_a_port_that_is_taken_is_refused(machines: list[Machine], job: Job, tmp_
 
 
 def test_a_clock_an_hour_off_is_a_warning_with_machine_and_offset(machines: list[Machine], job: Job) -> None:
-    # Machines of one kernel have one clock; Python imports this module before it runs anything.
+    # Machines of one kernel have one clock, and under faketime, which makes another, time.sleep fails with EINVAL.
+    # Python imports this module before it runs anything.
     (job.folder.parent / "sitecustomize.py").write_text(
         "import time\n\nnow = time.time\ntime.time = lambda: now() - 3600\n"
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.train import train
+from moe_mamba.commands.evaluate import main as evaluate
+from moe_mamba.commands.generate import main as generate
 from moe_mamba.errors import LocalError, UserError
 from moe_mamba.parallel.launcher import first_host, is_first_process, read_launch, tasks_per_node
 from moe_mamba.run.metrics import read_metrics
@@ -169,9 +171,15 @@ def clean_environment() -> dict[str, str]:
         ({}, ["--local_rank=x"], "--local_rank=x"),
     ],
 )  # fmt: skip
-def test_the_command_refuses_in_one_line(
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(train, []), (generate, ["--checkpoint=x", "--prompt=x"]), (evaluate, ["--checkpoint=x", "--input=x"])],
+)
+def test_the_commands_refuse_in_one_line(
     refusal: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., None],
+    arguments: list[str],
     environment: dict[str, str],
     flags: list[str],
     named: str,
@@ -180,7 +188,7 @@ def test_the_command_refuses_in_one_line(
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert named in refusal(train, *flags)
+    assert named in refusal(command, *arguments, *flags)
 
 
 def job_with_a_free_port() -> int:

@@ -220,6 +220,10 @@ def test_the_next_batch_is_the_first_that_is_not_to_be_left_out() -> None:
         ("--train.spike_window=4", "train.spike_window='4'"),
         ("--train.spike_threshold=0", "train.spike_threshold='0'"),
         ("--train.skip_batches=0,3", "train.skip_batches='0'"),
+        (
+            "--train.skip_batches=4,1000000",
+            "names batch 1000000, but a run of 420 steps",
+        ),
         ("--train.skip_limit=0", "train.skip_limit='0'"),
     ],
 )
