@@ -19,7 +19,10 @@ from moe_mamba.config_types import (
 class ModelConfig(Section):
     """The residual stack. A letter per layer, as Megatron-LM and Nemotron-H write patterns."""
 
-    pattern: Text = Field("ME", description="one letter per layer: M Mamba, * attention, - feed-forward, E experts")
+    pattern: Text = Field(
+        "ME",
+        description="one letter per layer: M Mamba, * attention, - feed-forward, E experts; (ME): they read one input",
+    )
     repeat: Positive = Field(8, description="how often the pattern is repeated")
     d_model: Positive = Field(512, description="width of the residual stream")
     vocab_size: VocabularySize = Field(
@@ -67,9 +70,24 @@ class ModelConfig(Section):
     )
 
     @property
-    def layers(self) -> str:
-        """One letter per layer, for the whole model."""
-        return self.pattern * self.repeat
+    def layers(self) -> list[str]:
+        """The letters of each layer, for the whole model: more than one where several mixers read one input."""
+        layers: list[str] = []
+        is_inside = False
+        for letter in self.pattern:
+            if letter in "()":
+                is_inside = letter == "("
+                layers += [""] * is_inside
+            elif is_inside:
+                layers[-1] += letter
+            else:
+                layers.append(letter)
+        return layers * self.repeat
+
+    @property
+    def updates(self) -> int:
+        """Outputs of mixers that are added to the residual stream, one after the other or together."""
+        return sum(map(len, self.layers))
 
     @property
     def d_inner(self) -> int:

@@ -103,7 +103,7 @@ def upcycled_config(dense: Config, moe: MoEConfig, every: int = 1) -> Config:
     Raises:
         UserError: there is nothing to upcycle.
     """
-    layers = dense.model.layers
+    layers = dense.model.pattern * dense.model.repeat
     if has_experts(dense.model):
         raise UserError(f"model.pattern={dense.model.pattern} has experts (E) already: give a dense checkpoint")
     if layers.count(FeedForward.letter) < every:

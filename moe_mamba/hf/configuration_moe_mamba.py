@@ -99,7 +99,7 @@ class StackConfig:
     """The residual stack, a letter per layer, and its sizes: what ``MoEMambaConfig`` holds of it, and derives.
 
     Args:
-        pattern: one letter per layer: M Mamba, * attention, - feed-forward, E experts.
+        pattern: one letter per layer: M Mamba, * attention, - feed-forward, E experts; (ME): they read one input.
         repeat: how often the pattern is repeated.
         d_model: width of the residual stream.
         vocab_size: tokens the embedding and the head know; null in a run's config: the tokenizer's size.
@@ -163,9 +163,24 @@ class StackConfig:
     initialization: Literal["default", "authors"] = "default"
 
     @property
-    def layers(self) -> str:
-        """One letter per layer, for the whole model."""
-        return self.pattern * self.repeat
+    def layers(self) -> list[str]:
+        """The letters of each layer, for the whole model: more than one where several mixers read one input."""
+        layers: list[str] = []
+        is_inside = False
+        for letter in self.pattern:
+            if letter in "()":
+                is_inside = letter == "("
+                layers += [""] * is_inside
+            elif is_inside:
+                layers[-1] += letter
+            else:
+                layers.append(letter)
+        return layers * self.repeat
+
+    @property
+    def updates(self) -> int:
+        """Outputs of mixers that are added to the residual stream, one after the other or together."""
+        return sum(map(len, self.layers))
 
     @property
     def d_inner(self) -> int:
@@ -272,26 +287,29 @@ class MoEMambaConfig(PretrainedConfig):
         gated = self.activation == "swiglu"
         columns, last_axis = ("packed_colwise", "packed_rowwise") if gated else ("colwise", "rowwise")
         plan = {"embedding": "embedding_rowwise"}
-        if "*" in self.layers:
-            inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise")
-            plan |= {f"layers.*.mixer.{name}": style for name, style in (inputs | {"o_proj": "rowwise"}).items()}
-        if "-" in self.layers and "M" not in self.layers and not (gated and self.mlp_bias):
-            plan |= {"layers.*.mixer.in_proj": columns, "layers.*.mixer.out_proj": "rowwise"}
-        if "E" in self.layers:  # (experts, in, out): the axis before the last is Transformers' first of a matrix
-            plan |= {"layers.*.mixer.experts.in_proj": last_axis, "layers.*.mixer.experts.out_proj": "colwise"}
-            plan |= {"layers.*.mixer.experts": "moe_tp_experts"}
-            if self.moe["shared_experts"]:
-                plan |= {"layers.*.mixer.shared.in_proj": columns, "layers.*.mixer.shared.out_proj": "rowwise"}
+        alone = "".join(letters for letters in self.layers if len(letters) == 1)
+        beside = "".join(letters for letters in self.layers if len(letters) > 1)
+        for mixer, letters in (("layers.*.mixer", alone), ("layers.*.mixer.*", beside)):
+            if "*" in letters:
+                plan |= {f"{mixer}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+                plan |= {f"{mixer}.o_proj": "rowwise"}
+            if "-" in letters and "M" not in letters and not (gated and self.mlp_bias):
+                plan |= {f"{mixer}.in_proj": columns, f"{mixer}.out_proj": "rowwise"}
+            if "E" in letters:  # (experts, in, out): the axis before the last is Transformers' first of a matrix
+                plan |= {f"{mixer}.experts.in_proj": last_axis, f"{mixer}.experts.out_proj": "colwise"}
+                plan |= {f"{mixer}.experts": "moe_tp_experts"}
+                if self.moe["shared_experts"]:
+                    plan |= {f"{mixer}.shared.in_proj": columns, f"{mixer}.shared.out_proj": "rowwise"}
         return plan
 
     @property
-    def layers(self) -> str:
-        """One letter per layer, for the whole model."""
-        return self.pattern * self.repeat
+    def layers(self) -> list[str]:
+        """The letters of each layer, for the whole model."""
+        return self.stack.layers  # type: ignore[attr-defined]  # assembled
 
     @property
     def num_hidden_layers(self) -> int:
-        """Letters of the whole pattern."""
+        """Layers of the whole pattern."""
         return len(self.layers)
 
     @property
@@ -320,7 +338,7 @@ class MoEMambaConfig(PretrainedConfig):
 
     def _of_experts(self, key: str) -> Any:
         """A value of ``moe``; a model without experts has none, as ``hasattr`` shall say."""
-        if "E" not in self.layers:
+        if "E" not in self.pattern:
             raise AttributeError(f"a model of pattern {self.pattern} has no experts")
         return self.moe[key]
 

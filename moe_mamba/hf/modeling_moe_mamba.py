@@ -6,12 +6,14 @@ names one of its modules, more stands there; nothing of it is needed.
 """
 
 import difflib
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -595,12 +597,12 @@ def matrix(config: ModelConfig, fan_in: int, residual: bool = False) -> Initiali
     Args:
         config: says which initialisation; ``authors`` is the truncated normal of the paper's code for all.
         fan_in: inputs of the matrix.
-        residual: it writes to the residual stream; by default it then starts smaller by sqrt(layers), so that
+        residual: it writes to the residual stream; by default it then starts smaller by sqrt(model.updates), so that
             the stream's variance does not grow with depth (GPT-2, section 2.3).
     """
     if config.initialization == "authors":
         return truncated_normal(fan_in)
-    return uniform(fan_in, 1.0 / math.sqrt(len(config.layers)) if residual else 1.0)
+    return uniform(fan_in, 1.0 / math.sqrt(config.updates) if residual else 1.0)
 
 
 def embedding_weight(config: ModelConfig) -> Initializer:
@@ -1010,6 +1012,13 @@ class Mixer(nn.Module):
         """Map ``x`` (tokens, d_model); returns (y (tokens, d_model), statistics of its routers, new state)."""
         raise NotImplementedError
 
+    def start(self, x: Tensor, sequences: Sequences, state: Any = None) -> Callable[[], tuple[Any, ...]]:
+        """Begin a pass, and return what ends it with what ``forward`` returns.
+
+        In a layer of several mixers all begin before any ends: what travels between devices is on its way meanwhile.
+        """
+        return partial(self, x, sequences, state)
+
 
 # From moe_mamba/model/mixers/mamba.py:
 # The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3.4), with Jamba's norms on request (arXiv 2403.19887).
@@ -1128,7 +1137,7 @@ class Mamba(Mixer):
         MoE-Mamba took the bare mixer, without.
         """
         config = self.config
-        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(len(config.layers))
+        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
         return {
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
@@ -1575,10 +1584,13 @@ class Dispatcher(Protocol):
     """Brings rows to the experts of this device, and their outputs back."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs).
+        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what the others need).
 
-        Where the routing has a capacity, all experts have as many rows.
+        Where the routing has a capacity, all experts have as many rows. The rows may be on their way.
         """
+
+    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
+        """The rows of ``dispatch``, as they are once they are here."""
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
@@ -1593,6 +1605,10 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """Gather the tokens in the order of the experts."""
         return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
+
+    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
+        """They never were elsewhere."""
+        return rows
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
@@ -1661,17 +1677,33 @@ class MoE(Mixer):
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, Statistics, None]:
         """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
-        y, statistics = self.routed(x, sequences)
-        if self.shared is not None:
-            y = y + self.shared(x, sequences)[0]
-        return y, {"router": statistics}, None
+        return self.start(x, sequences)()
 
-    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
-        """Give the routed experts' part of the output, (tokens, d_model)."""
+    def start(
+        self, x: Tensor, sequences: Sequences, state: None = None
+    ) -> Callable[[], tuple[Tensor, Statistics, None]]:
+        """See ``Mixer``: what begins is the tokens' way to their experts."""
+        finish_routed = self.start_routed(x, sequences)
+
+        def finish() -> tuple[Tensor, Statistics, None]:
+            y, statistics = finish_routed()
+            if self.shared is not None:
+                y = y + self.shared(x, sequences)[0]
+            return y, {"router": statistics}, None
+
+        return finish
+
+    def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
+        """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
         capacity = None if routing.capacity is None else len(rows) // len(counts)
-        return self.dispatcher.combine(self.experts(rows, counts, capacity=capacity), handle), statistics
+
+        def finish() -> tuple[Tensor, RouterStatistics]:
+            arrived = self.dispatcher.arrive(rows, handle)
+            return self.dispatcher.combine(self.experts(arrived, counts, capacity=capacity), handle), statistics
+
+        return finish
 
 
 # From moe_mamba/model/mixers/__init__.py:
@@ -1700,17 +1732,20 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
     """Every layer of the model, in order.
 
     Raises:
-        ValueError: the pattern is empty, or has a letter that stands for nothing.
+        ValueError: the pattern is empty, has a letter that stands for nothing, or parentheses that make no layer.
     """
     if not config.pattern:
         raise ValueError("model.pattern is empty: give one letter per layer, such as ME")
-    period = []
     for letter in config.pattern:
-        if letter not in MIXERS:
+        if letter not in MIXERS and letter not in "()":
             known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
             raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}")
-        period.append(LayerSpec((MIXERS[letter],)))
-    return period * config.repeat
+    if not re.fullmatch(r"([^()]|\([^()]{2,}\))*", config.pattern):
+        raise ValueError(
+            f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
+            "write (ME), or no parentheses"
+        )
+    return [LayerSpec(tuple(MIXERS[letter] for letter in letters)) for letters in config.layers]
 
 
 def kinds(config: ModelConfig) -> list[type[Mixer]]:
@@ -1765,27 +1800,70 @@ def cross_entropy_sum(
 # A layer of the residual stack, and the pass through all of them.
 
 
+class ParallelMixers(nn.ModuleList):
+    """Mixers that read one input; their outputs are added.
+
+    Attributes:
+        gather: gives those mixers that need all ranks' tokens their input.
+        reduce: turns the sum of these mixers' outputs into the output of this rank's tokens. A layout that shards
+            layers puts other functions in the place of these two, so that what is common to the mixers travels once.
+    """
+
+    def __init__(self, mixers: Iterable[Mixer]) -> None:
+        super().__init__(mixers)
+        self.gather: Callable[[Tensor], Tensor] = _unchanged
+        self.reduce: Callable[[Tensor], Tensor] = _unchanged
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, states: Sequence[State | None]
+    ) -> tuple[Tensor, Statistics, list[State | None]]:
+        """Map ``x`` (tokens, d_model); returns (y, statistics, new states), the latter one a mixer."""
+        mixers: list[Mixer] = list(self)  # type: ignore[arg-type]
+        whole = self.gather(x) if any(mixer.gathers_tokens for mixer in mixers) else x
+        started = [
+            mixer.start(whole if mixer.gathers_tokens else x, sequences, state)
+            for mixer, state in zip(mixers, states, strict=True)
+        ]
+        # Those with tokens on their way end last.
+        order = sorted(range(len(mixers)), key=lambda place: mixers[place].routes)
+        ended = {place: started[place]() for place in order}
+        done = [ended[place] for place in range(len(mixers))]
+        together = [y for mixer, (y, _, _) in zip(mixers, done, strict=True) if mixer.gathers_tokens]
+        outputs = [y for mixer, (y, _, _) in zip(mixers, done, strict=True) if not mixer.gathers_tokens]
+        if together:
+            outputs.append(self.reduce(_total(together)))
+        statistics = {f"{place}.{name}": router for place, one in enumerate(done) for name, router in one[1].items()}
+        return _total(outputs), statistics, [state for _, _, state in done]
+
+
 class Layer(nn.Module):
     """Norm and mixer. What the mixer adds to the residual stream is added by the next norm, in one pass with it."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
-        (mixer,) = spec.mixers
+        built = [mixer.build(config, moe, kernels) for mixer in spec.mixers]
         self.norm = build_norm(config, kernels)
-        self.mixer = mixer.build(config, moe, kernels)
+        self.mixer = built[0] if len(built) == 1 else ParallelMixers(built)
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:
         """What reads the layer's normalised input."""
-        return (self.mixer,)
+        return tuple(self.mixer) if isinstance(self.mixer, ParallelMixers) else (self.mixer,)  # type: ignore[arg-type]
 
     def forward(
-        self, stream: Tensor, update: Tensor | None, sequences: Sequences, state: State | None = None
-    ) -> tuple[Tensor, Tensor, Statistics, State | None]:
-        """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new state)."""
+        self, stream: Tensor, update: Tensor | None, sequences: Sequences, states: Sequence[State | None]
+    ) -> tuple[Tensor, Tensor, Statistics, list[State | None]]:
+        """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new states).
+
+        States, before and after, are one a mixer.
+        """
         normalised, stream = self.norm(stream, update)
-        update, statistics, state = self.mixer(normalised, sequences, state)
-        return stream, update, {f"mixer.{name}": measured for name, measured in statistics.items()}, state
+        if isinstance(self.mixer, ParallelMixers):
+            update, statistics, new_states = self.mixer(normalised, sequences, states)
+        else:
+            update, statistics, new_state = self.mixer(normalised, sequences, states[0])
+            new_states = [new_state]
+        return stream, update, {f"mixer.{name}": measured for name, measured in statistics.items()}, new_states
 
 
 def run_layers(
@@ -1802,7 +1880,7 @@ def run_layers(
         layers: ``Layer`` modules.
         stream: (tokens, d_model).
         sequences: how the tokens are divided into sequences, and what of the pass is recorded.
-        states: of each layer, from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
+        states: of each mixer, from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
         recompute: keep only each layer's input, and compute the rest again in the backward pass; without states.
         merge: hand one tensor from layer to layer in the place of a stream and its update, as who keeps it wants.
 
@@ -1813,8 +1891,9 @@ def run_layers(
     update: Tensor | None = None  # of the last layer, not yet in the stream
     statistics: Statistics = {}
     new_states: list[State | None] = []
-    streams = sequences.recording.streams
+    streams, left = sequences.recording.streams, iter(states or ())
     for index, layer in enumerate(layers):
+        count = len(layer.mixers)  # type: ignore[attr-defined]
         if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept per layer
             stream, update = _sum(stream, update), None
         if streams is not None:
@@ -1822,12 +1901,12 @@ def run_layers(
             stream = streams[-1].flatten(0, 1)  # so that what is recorded takes part in the graph
         if recompute:  # nothing in a layer is random, so no random state is kept
             stream, update, measured, _ = checkpoint(
-                layer, stream, None, sequences, use_reentrant=False, preserve_rng_state=False
+                layer, stream, None, sequences, [None] * count, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            state = states[index] if states is not None else None
-            stream, update, measured, state = layer(stream, update, sequences, state)
-            new_states.append(state)
+            own = [None] * count if states is None else list(islice(left, count))
+            stream, update, measured, own = layer(stream, update, sequences, own)
+            new_states += own
         statistics.update({f"layers.{index}.{name}": router for name, router in measured.items()})
     return _sum(stream, update), statistics, new_states if states is not None else None
 
@@ -1835,7 +1914,7 @@ def run_layers(
 def initial_states(
     layers: Iterable[nn.Module], batch: int, dtype: torch.dtype, device: torch.device, room: int | None = None
 ) -> list[State | None]:
-    """Each layer's state before any token.
+    """Each mixer's state before any token, layer by layer.
 
     Args:
         layers: ``Layer`` modules.
@@ -1844,7 +1923,8 @@ def initial_states(
         device: of the states.
         room: tokens that may come; None: any number, and attention's states grow.
     """
-    return [layer.mixer.initial_state(batch, dtype, device, room) for layer in layers]  # type: ignore[union-attr,operator]
+    mixers = (mixer for layer in layers for mixer in layer.mixers)  # type: ignore[union-attr]
+    return [mixer.initial_state(batch, dtype, device, room) for mixer in mixers]  # type: ignore[union-attr]
 
 
 def fp32_parameter_names(model: nn.Module) -> set[str]:
@@ -1854,6 +1934,14 @@ def fp32_parameter_names(model: nn.Module) -> set[str]:
         for prefix, module in model.named_modules()
         for name in getattr(module, "fp32_names", ())
     }
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
+def _unchanged(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 def _sum(stream: Tensor, update: Tensor | None) -> Tensor:

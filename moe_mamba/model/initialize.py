@@ -64,12 +64,12 @@ def matrix(config: ModelConfig, fan_in: int, residual: bool = False) -> Initiali
     Args:
         config: says which initialisation; ``authors`` is the truncated normal of the paper's code for all.
         fan_in: inputs of the matrix.
-        residual: it writes to the residual stream; by default it then starts smaller by sqrt(layers), so that
+        residual: it writes to the residual stream; by default it then starts smaller by sqrt(model.updates), so that
             the stream's variance does not grow with depth (GPT-2, section 2.3).
     """
     if config.initialization == "authors":
         return truncated_normal(fan_in)
-    return uniform(fan_in, 1.0 / math.sqrt(len(config.layers)) if residual else 1.0)
+    return uniform(fan_in, 1.0 / math.sqrt(config.updates) if residual else 1.0)
 
 
 def embedding_weight(config: ModelConfig) -> Initializer:

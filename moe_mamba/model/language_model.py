@@ -28,7 +28,7 @@ class Output:
     Attributes:
         logits: (batch, length, vocab).
         statistics: of each router, by its full name, in order.
-        states: one for each layer, where states were passed in; else None.
+        states: one for each mixer, where states were passed in; else None.
     """
 
     logits: Tensor
@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
         return fill if self.head is None else fill | {"head.weight": head_weight(self.config)}
 
     def initial_states(self, batch: int) -> list[State | None]:
-        """Return each layer's state before any token, for ``batch`` sequences."""
+        """Return each mixer's state before any token, for ``batch`` sequences."""
         weight = self.embedding.weight
         return initial_states(self.layers, batch, weight.dtype, weight.device)
 
@@ -173,8 +173,9 @@ def shard_specs(config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
     )
     specs: ShardSpecs = {"embedding.weight": (vocabulary,), "head.weight": (vocabulary,)}
     for index, spec in enumerate(layer_specs(config)):
-        (mixer,) = spec.mixers
-        specs |= prefixed(f"layers.{index}.mixer", mixer.shard_specs(config, moe))
+        for place, mixer in enumerate(spec.mixers):
+            name = f"layers.{index}.mixer" + f".{place}" * (len(spec.mixers) > 1)
+            specs |= prefixed(name, mixer.shard_specs(config, moe))
     return specs
 
 

@@ -1,6 +1,8 @@
 """A layer of the residual stack, and the pass through all of them."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +15,70 @@ from moe_mamba.model.pattern import LayerSpec, layer_specs
 from moe_mamba.model.sequences import Sequences
 
 
+class ParallelMixers(nn.ModuleList):
+    """Mixers that read one input; their outputs are added.
+
+    Attributes:
+        gather: gives those mixers that need all ranks' tokens their input.
+        reduce: turns the sum of these mixers' outputs into the output of this rank's tokens. A layout that shards
+            layers puts other functions in the place of these two, so that what is common to the mixers travels once.
+    """
+
+    def __init__(self, mixers: Iterable[Mixer]) -> None:
+        super().__init__(mixers)
+        self.gather: Callable[[Tensor], Tensor] = _unchanged
+        self.reduce: Callable[[Tensor], Tensor] = _unchanged
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, states: Sequence[State | None]
+    ) -> tuple[Tensor, Statistics, list[State | None]]:
+        """Map ``x`` (tokens, d_model); returns (y, statistics, new states), the latter one a mixer."""
+        mixers: list[Mixer] = list(self)  # type: ignore[arg-type]
+        whole = self.gather(x) if any(mixer.gathers_tokens for mixer in mixers) else x
+        started = [
+            mixer.start(whole if mixer.gathers_tokens else x, sequences, state)
+            for mixer, state in zip(mixers, states, strict=True)
+        ]
+        # Those with tokens on their way end last.
+        order = sorted(range(len(mixers)), key=lambda place: mixers[place].routes)
+        ended = {place: started[place]() for place in order}
+        done = [ended[place] for place in range(len(mixers))]
+        together = [y for mixer, (y, _, _) in zip(mixers, done, strict=True) if mixer.gathers_tokens]
+        outputs = [y for mixer, (y, _, _) in zip(mixers, done, strict=True) if not mixer.gathers_tokens]
+        if together:
+            outputs.append(self.reduce(_total(together)))
+        statistics = {f"{place}.{name}": router for place, one in enumerate(done) for name, router in one[1].items()}
+        return _total(outputs), statistics, [state for _, _, state in done]
+
+
 class Layer(nn.Module):
     """Norm and mixer. What the mixer adds to the residual stream is added by the next norm, in one pass with it."""
 
     def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
-        (mixer,) = spec.mixers
+        built = [mixer.build(config, moe, kernels) for mixer in spec.mixers]
         self.norm = build_norm(config, kernels)
-        self.mixer = mixer.build(config, moe, kernels)
+        self.mixer = built[0] if len(built) == 1 else ParallelMixers(built)
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:
         """What reads the layer's normalised input."""
-        return (self.mixer,)
+        return tuple(self.mixer) if isinstance(self.mixer, ParallelMixers) else (self.mixer,)  # type: ignore[arg-type]
 
     def forward(
-        self, stream: Tensor, update: Tensor | None, sequences: Sequences, state: State | None = None
-    ) -> tuple[Tensor, Tensor, Statistics, State | None]:
-        """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new state)."""
+        self, stream: Tensor, update: Tensor | None, sequences: Sequences, states: Sequence[State | None]
+    ) -> tuple[Tensor, Tensor, Statistics, list[State | None]]:
+        """Mix ``stream`` + ``update``, both (tokens, d_model); returns (that sum, update, statistics, new states).
+
+        States, before and after, are one a mixer.
+        """
         normalised, stream = self.norm(stream, update)
-        update, statistics, state = self.mixer(normalised, sequences, state)
-        return stream, update, {f"mixer.{name}": measured for name, measured in statistics.items()}, state
+        if isinstance(self.mixer, ParallelMixers):
+            update, statistics, new_states = self.mixer(normalised, sequences, states)
+        else:
+            update, statistics, new_state = self.mixer(normalised, sequences, states[0])
+            new_states = [new_state]
+        return stream, update, {f"mixer.{name}": measured for name, measured in statistics.items()}, new_states
 
 
 def build_layers(config: ModelConfig, moe: MoEConfig, kernels: str) -> nn.ModuleList:
@@ -55,7 +100,7 @@ def run_layers(
         layers: ``Layer`` modules.
         stream: (tokens, d_model).
         sequences: how the tokens are divided into sequences, and what of the pass is recorded.
-        states: of each layer, from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
+        states: of each mixer, from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
         recompute: keep only each layer's input, and compute the rest again in the backward pass; without states.
         merge: hand one tensor from layer to layer in the place of a stream and its update, as who keeps it wants.
 
@@ -66,8 +111,9 @@ def run_layers(
     update: Tensor | None = None  # of the last layer, not yet in the stream
     statistics: Statistics = {}
     new_states: list[State | None] = []
-    streams = sequences.recording.streams
+    streams, left = sequences.recording.streams, iter(states or ())
     for index, layer in enumerate(layers):
+        count = len(layer.mixers)  # type: ignore[attr-defined]
         if streams is not None or recompute or merge:  # the sum: recorded, or the one tensor that is kept per layer
             stream, update = _sum(stream, update), None
         if streams is not None:
@@ -75,12 +121,12 @@ def run_layers(
             stream = streams[-1].flatten(0, 1)  # so that what is recorded takes part in the graph
         if recompute:  # nothing in a layer is random, so no random state is kept
             stream, update, measured, _ = checkpoint(
-                layer, stream, None, sequences, use_reentrant=False, preserve_rng_state=False
+                layer, stream, None, sequences, [None] * count, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            state = states[index] if states is not None else None
-            stream, update, measured, state = layer(stream, update, sequences, state)
-            new_states.append(state)
+            own = [None] * count if states is None else list(islice(left, count))
+            stream, update, measured, own = layer(stream, update, sequences, own)
+            new_states += own
         statistics.update({f"layers.{index}.{name}": router for name, router in measured.items()})
     return _sum(stream, update), statistics, new_states if states is not None else None
 
@@ -88,7 +134,7 @@ def run_layers(
 def initial_states(
     layers: Iterable[nn.Module], batch: int, dtype: torch.dtype, device: torch.device, room: int | None = None
 ) -> list[State | None]:
-    """Each layer's state before any token.
+    """Each mixer's state before any token, layer by layer.
 
     Args:
         layers: ``Layer`` modules.
@@ -97,7 +143,8 @@ def initial_states(
         device: of the states.
         room: tokens that may come; None: any number, and attention's states grow.
     """
-    return [layer.mixer.initial_state(batch, dtype, device, room) for layer in layers]  # type: ignore[union-attr,operator]
+    mixers = (mixer for layer in layers for mixer in layer.mixers)  # type: ignore[union-attr]
+    return [mixer.initial_state(batch, dtype, device, room) for mixer in mixers]  # type: ignore[union-attr]
 
 
 def fp32_parameter_names(model: nn.Module) -> set[str]:
@@ -107,6 +154,14 @@ def fp32_parameter_names(model: nn.Module) -> set[str]:
         for prefix, module in model.named_modules()
         for name in getattr(module, "fp32_names", ())
     }
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
+def _unchanged(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 def _sum(stream: Tensor, update: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The pattern, parsed: what ``model.pattern`` and ``model.repeat`` say, as a list of layers."""
 
+import re
 from dataclasses import dataclass
 
 from moe_mamba.config import ModelConfig, MoEConfig
@@ -22,17 +23,20 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
     """Every layer of the model, in order.
 
     Raises:
-        ValueError: the pattern is empty, or has a letter that stands for nothing.
+        ValueError: the pattern is empty, has a letter that stands for nothing, or parentheses that make no layer.
     """
     if not config.pattern:
         raise ValueError("model.pattern is empty: give one letter per layer, such as ME")
-    period = []
     for letter in config.pattern:
-        if letter not in MIXERS:
+        if letter not in MIXERS and letter not in "()":
             known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
             raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}")
-        period.append(LayerSpec((MIXERS[letter],)))
-    return period * config.repeat
+    if not re.fullmatch(r"([^()]|\([^()]{2,}\))*", config.pattern):
+        raise ValueError(
+            f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
+            "write (ME), or no parentheses"
+        )
+    return [LayerSpec(tuple(MIXERS[letter] for letter in letters)) for letters in config.layers]
 
 
 def kinds(config: ModelConfig) -> list[type[Mixer]]:

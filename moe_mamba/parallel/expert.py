@@ -2,19 +2,25 @@
 
 The layer is the model's own; another dispatcher is all that changes. It is DeepSpeed's MoE by class, so that the engine
 knows its experts: their gradients are summed over the ranks that hold the same ones, and ZeRO shards them there.
+
+Rows are sent without waiting for them, and are waited for where the experts need them: what a layer's other mixers
+compute in between, forward and backward, takes the time of the journey.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import deepspeed.moe.layer
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.mixers.moe import Experts, LocalDispatcher, MoE
 from moe_mamba.model.mixers.routing import RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
@@ -31,7 +37,9 @@ def spread_experts(model: LanguageModel, groups: Groups, sequence_parallel: bool
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, MoE):
-            model.set_submodule(name, ExpertParallelMoE(module, groups, sequence_parallel))
+            parent = model.get_submodule(name.rpartition(".")[0])
+            joins = isinstance(parent, ParallelMixers) and groups.topology.expert_tensor
+            model.set_submodule(name, ExpertParallelMoE(module, groups, sequence_parallel, joins))
 
 
 class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
@@ -40,9 +48,12 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
     With tensor-parallel ranks the stream's tokens are sharded among them, and each rank sends its own; where experts
     are sharded by tensor, every rank works on the tokens of all ranks with its part of each expert's width instead.
     Without sequence parallelism each rank has all tokens: it sends a share of them, and gets the others' outputs.
+
+    Where it joins other mixers, whose input is gathered and whose outputs are reduced together (``ParallelMixers``), it
+    gets the tokens of all ranks, and gives its part of the sums.
     """
 
-    def __init__(self, whole: MoE, groups: Groups, sequence_parallel: bool = True) -> None:
+    def __init__(self, whole: MoE, groups: Groups, sequence_parallel: bool = True, joins: bool = False) -> None:
         nn.Module.__init__(self)  # DeepSpeed's would build its gate and its loop of experts
         topology = groups.topology
         # What DeepSpeed's engine reads.
@@ -62,41 +73,61 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         self._tensor = topology.tensor
         self._tensor_group = groups.tensor
         self._sequence_parallel = sequence_parallel
+        self.gathers_tokens = joins  # type: ignore[misc]  # of this one, not of the class
         self.set_deepspeed_parallelism()  # type: ignore[operator]
 
-    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
-        """Give the routed experts' part of the output for this rank's tokens, (tokens / tensor, d_model).
+    def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
+        """Begin the routed experts' part of the output for this rank's tokens, (tokens / tensor, d_model).
 
         Args:
-            x: (tokens / tensor, d_model), this rank's part of the stream; all of it without sequence parallelism, as
-                is the output then.
+            x: (tokens / tensor, d_model), this rank's part of the stream; all of it without sequence parallelism and
+                where the layer joins others, as is the output then.
             sequences: of the whole stream.
         """
-        if self._tensor > 1 and not self._sequence_parallel:
-            return self._routed_whole(x, sequences)
-        if not self.enable_expert_tensor_parallelism:
-            # Only expert choice looks at sequences, and its ranks hold whole ones.
-            return super().routed(x, Sequences(sequences.batch // self._tensor, sequences.length))
-        x = mappings.gather_from_sequence_parallel_region(x, group=self._tensor_group)  # (tokens, d_model)
-        y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
-        y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=self._tensor_group)
-        # All ranks counted all tokens: each answers for its share, so that the sum over ranks counts once.
-        shares = {field.name: getattr(statistics, field.name) / self._tensor for field in fields(statistics)}
-        return y, RouterStatistics(**shares)
-
-    def _routed_whole(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
-        """As ``routed``, of a stream (tokens, d_model) that every tensor-parallel rank has whole."""
         if self.enable_expert_tensor_parallelism:
-            y, statistics = super().routed(x, sequences)  # a part of each sum over an expert's width
-            return mappings.reduce_from_tensor_model_parallel_region(y, group=self._tensor_group), statistics
+            return self._start_by_width(x, sequences)
+        if self._tensor > 1 and not self._sequence_parallel:
+            return self._start_whole(x, sequences)
+        # Only expert choice looks at sequences, and its ranks hold whole ones.
+        return super().start_routed(x, Sequences(sequences.batch // self._tensor, sequences.length))
+
+    def _start_by_width(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
+        """As ``start_routed``, where each tensor-parallel rank has a part of each expert's width."""
+        group, enters = self._tensor_group, self._sequence_parallel and not self.gathers_tokens
+        if enters:
+            x = mappings.gather_from_sequence_parallel_region(x, group=group)  # (tokens, d_model)
+        finish = super().start_routed(x, sequences)
+
+        def finish_sums() -> tuple[Tensor, RouterStatistics]:
+            y, statistics = finish()  # a part of each sum over an expert's width
+            if enters:
+                y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=group)
+            elif not self.gathers_tokens:
+                y = mappings.reduce_from_tensor_model_parallel_region(y, group=group)
+            return y, self._share_of(statistics) if self._sequence_parallel else statistics
+
+        return finish_sums
+
+    def _share_of(self, statistics: RouterStatistics) -> RouterStatistics:
+        """All ranks counted all tokens: each answers for its share, so that the sum over ranks counts once."""
+        shares = {field.name: getattr(statistics, field.name) / self._tensor for field in fields(statistics)}
+        return RouterStatistics(**shares)
+
+    def _start_whole(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
+        """As ``start_routed``, of a stream (tokens, d_model) that every tensor-parallel rank has whole."""
         config, moe = self.experts.config, self.router.config
         if self.looks_ahead(config, moe) or self.depends_on_batch(config, moe):
-            return super().routed(x, sequences)  # a token's experts depend on others, so all are routed together
+            return super().start_routed(x, sequences)  # a token's experts depend on others: all are routed together
         assert self._tensor_group is not None
-        share = -(-len(x) // self._tensor)
+        share, group = -(-len(x) // self._tensor), self._tensor_group
         padded = functional.pad(x, (0, 0, 0, share * self._tensor - len(x)))
-        y, statistics = super().routed(padded.split(share)[self._tensor_group.rank()], Sequences(share, 1))
-        return mappings.gather_from_sequence_parallel_region(y, group=self._tensor_group)[: len(x)], statistics
+        finish = super().start_routed(padded.split(share)[group.rank()], Sequences(share, 1))
+
+        def finish_for_all() -> tuple[Tensor, RouterStatistics]:
+            y, statistics = finish()
+            return mappings.gather_from_sequence_parallel_region(y, group=group)[: len(x)], statistics
+
+        return finish_for_all
 
 
 class ExpertDispatcher(LocalDispatcher):
@@ -115,7 +146,7 @@ class ExpertDispatcher(LocalDispatcher):
         self._group = group
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Gather the tokens in the order of the experts, and exchange them."""
+        """Gather the tokens in the order of the experts, and send them."""
         rows, counts, _ = super().dispatch(x, routing)
         if self._ranks == 1:
             return rows, counts, (routing, None)
@@ -123,15 +154,87 @@ class ExpertDispatcher(LocalDispatcher):
         travel: _FixedTravel | _VariableTravel
         if routing.capacity is not None:
             here = self._ranks * counts[: len(counts) // self._ranks]
-            travel = _FixedTravel(self._group, here, self._ranks, routing.capacity)
+            travel = _FixedTravel(self._group, here, self._ranks, routing.capacity, _Exchange(self._group))
         else:
             travel = _VariableTravel.plan(self._group, self._ranks, counts)
-        return travel.there(rows), travel.counts, (routing, travel)
+        return travel.leave(rows), travel.counts, (routing, travel)
+
+    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
+        """Wait for the rows of this rank's experts."""
+        _, travel = handle
+        return rows if travel is None else travel.arrive(rows)
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Bring the outputs back, and sum a token's weighted ones."""
         routing, travel = handle
         return super().combine(rows if travel is None else travel.back(rows), routing)
+
+
+@dataclass
+class _Exchange:
+    """An all-to-all of rows that is begun at one place of a pass and waited for at another.
+
+    The gradients go the other way between the same two places: begun where the rows were waited for, waited for where
+    they were begun. Autograd does what was computed between the two places in between as well.
+
+    Attributes:
+        group: the ranks.
+        sent_splits: rows to each rank; None: as many to each.
+        received_splits: rows from each rank; None: as many from each.
+        work: what is to be waited for.
+        arriving: memory in which the rows are then.
+    """
+
+    group: ProcessGroup
+    sent_splits: list[int] | None = None
+    received_splits: list[int] | None = None
+    work: dist.Work | None = None
+    arriving: Tensor | None = None
+
+    def begin(self, rows: Tensor, is_back: bool = False) -> None:
+        """Send ``rows``; the gradients of rows are on their way back."""
+        sent, received = self.sent_splits, self.received_splits
+        if is_back:
+            sent, received = received, sent
+        self.arriving = rows.new_empty((len(rows) if received is None else sum(received), *rows.shape[1:]))
+        self.work = dist.all_to_all_single(self.arriving, rows.contiguous(), received, sent, self.group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The rows, when they are there."""
+        work, arrived = self.work, self.arriving
+        assert work is not None
+        assert arrived is not None
+        work.wait()
+        self.work = self.arriving = None
+        return arrived
+
+
+class _Leave(torch.autograd.Function):
+    """Begin an exchange; gives the rows that are sent, which stand for those that come (autograd wants their shape)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.begin(rows)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Wait for an exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange, ctx.sent = exchange, sent.shape
+        return exchange.wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.begin(gradient, is_back=True)
+        return gradient.new_empty(1).expand(ctx.sent), None  # nobody reads it: the gradient is still on its way
 
 
 @dataclass(frozen=True)
@@ -143,20 +246,26 @@ class _FixedTravel:
         counts: (local experts,) rows of each expert here.
         ranks: in the group.
         capacity: rows of an expert from each rank.
+        exchange: of the rows on their way to the experts.
     """
 
     group: ProcessGroup
     counts: Tensor
     ranks: int
     capacity: int
+    exchange: _Exchange
 
-    def there(self, rows: Tensor) -> Tensor:
-        """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
-        rows = mappings.all_to_all(self.group, rows)  # (source, expert, capacity) x d_model
+    def leave(self, rows: Tensor) -> Tensor:
+        """Send rows sorted by (expert)."""
+        return _Leave.apply(rows, self.exchange)
+
+    def arrive(self, rows: Tensor) -> Tensor:
+        """The rows of this rank's experts, sorted by (expert, source)."""
+        rows = _Arrive.apply(rows, self.exchange)  # (source, expert, capacity) x d_model
         return self._swap(rows, self.ranks, len(self.counts))
 
     def back(self, rows: Tensor) -> Tensor:
-        """Undo ``there``."""
+        """Undo both."""
         return mappings.all_to_all(self.group, self._swap(rows, len(self.counts), self.ranks))
 
     def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -170,16 +279,14 @@ class _VariableTravel:
     Attributes:
         group: expert-parallel ranks.
         counts: (local experts,) rows of each expert here.
-        sent_splits: rows to each rank.
-        received_splits: rows from each rank.
+        exchange: of the rows on their way to the experts.
         order: where, among the rows as they come, each row of the order by expert lies.
         place: the inverse of ``order``.
     """
 
     group: ProcessGroup
     counts: Tensor
-    sent_splits: list[int]
-    received_splits: list[int]
+    exchange: _Exchange
     order: Tensor
     place: Tensor
 
@@ -193,17 +300,20 @@ class _VariableTravel:
         expert = expert.repeat_interleave(received.reshape(-1), output_size=rows)  # (rows,) sorted by source
         order = expert.argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
-        return cls(group, received.sum(0), sent_splits, received_splits, order, place)
+        return cls(group, received.sum(0), _Exchange(group, sent_splits, received_splits), order, place)
 
-    def there(self, rows: Tensor) -> Tensor:
-        """Turn rows sorted by (expert) into the rows of this rank's experts, sorted by (expert, source)."""
-        rows = mappings.all_to_all(self.group, rows, self.received_splits, self.sent_splits)
-        return _Permutation.apply(rows, self.order, self.place)
+    def leave(self, rows: Tensor) -> Tensor:
+        """Send rows sorted by (expert)."""
+        return _Leave.apply(rows, self.exchange)
+
+    def arrive(self, rows: Tensor) -> Tensor:
+        """The rows of this rank's experts, sorted by (expert, source)."""
+        return _Permutation.apply(_Arrive.apply(rows, self.exchange), self.order, self.place)
 
     def back(self, rows: Tensor) -> Tensor:
-        """Undo ``there``."""
+        """Undo both."""
         rows = _Permutation.apply(rows, self.place, self.order)
-        return mappings.all_to_all(self.group, rows, self.sent_splits, self.received_splits)
+        return mappings.all_to_all(self.group, rows, self.exchange.sent_splits, self.exchange.received_splits)
 
 
 class _Permutation(torch.autograd.Function):

@@ -31,6 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.parallel.groups import Groups
@@ -51,33 +52,63 @@ def shard_layers(
     """
     assert groups.tensor is not None
     _shard_vocabulary(model, groups.tensor, shards, sequence_parallel)
+    joined = _join_mixers(model, groups.tensor, groups.topology.expert_tensor, sequence_parallel)
     for name, module in list(model.named_modules()):
         if isinstance(module, Mixer) and module.gathers_tokens:
-            _shard_mixer(module, name, groups.tensor, shards, sequence_parallel)
+            _shard_mixer(module, name, groups.tensor, shards, sequence_parallel, module in joined)
+
+
+def _join_mixers(model: LanguageModel, group: ProcessGroup, expert_tensor: bool, sequence_parallel: bool) -> set[Mixer]:
+    """Gather the tokens once, and reduce once, for all mixers of a layer whose ranks have parts of their sums.
+
+    Returns:
+        Those mixers, and what stands in them.
+    """
+    joined: set[Mixer] = set()
+    for layer in model.layers:
+        if isinstance(layer.mixer, ParallelMixers):
+            if sequence_parallel:
+                layer.mixer.gather = partial(gather_from_sequence_parallel_region, group=group)
+                layer.mixer.reduce = partial(reduce_scatter_to_sequence_parallel_region, group=group)
+            else:
+                layer.mixer.reduce = partial(reduce_from_tensor_model_parallel_region, group=group)
+            for mixer in layer.mixers:  # type: ignore[union-attr]
+                if mixer.gathers_tokens or (mixer.routes and expert_tensor):
+                    joined.update(module for module in mixer.modules() if isinstance(module, Mixer))
+    return joined
 
 
 def _shard_mixer(
-    mixer: nn.Module, prefix: str, group: ProcessGroup, shards: dict[str, ParameterShard], sequence_parallel: bool
+    mixer: nn.Module,
+    prefix: str,
+    group: ProcessGroup,
+    shards: dict[str, ParameterShard],
+    sequence_parallel: bool,
+    joins: bool,
 ) -> None:
-    """Shard all that a mixer owns, and gather the tokens of the ranks at its entry."""
+    """Shard all that a mixer owns, and gather the tokens of the ranks at its entry unless it joins others."""
     for name, linear in list(mixer.named_modules()):
         if isinstance(linear, nn.Linear):
             shard = shards[f"{prefix}.{name}.weight"]
-            mixer.set_submodule(name, _shard_linear(linear, shard, group, sequence_parallel))
+            mixer.set_submodule(name, _shard_linear(linear, shard, group, sequence_parallel, joins))
     for name, parameter in list(mixer.named_parameters()):
         shape = shards[f"{prefix}.{name}"].local_shape
         if parameter.shape != shape:
             owner, _, local = name.rpartition(".")
             setattr(mixer.get_submodule(owner), local, nn.Parameter(parameter.new_empty(shape)))
-    if sequence_parallel:
+    if sequence_parallel and not joins:
         mixer.register_forward_pre_hook(partial(_gather_tokens, group))
 
 
-def _shard_linear(linear: nn.Linear, shard: ParameterShard, group: ProcessGroup, sequence_parallel: bool) -> nn.Module:
+def _shard_linear(
+    linear: nn.Linear, shard: ParameterShard, group: ProcessGroup, sequence_parallel: bool, joins: bool
+) -> nn.Module:
     if shard.tensor_axis is None:
         return linear
     if shard.tensor_axis == 0:
         return _column_linear(linear, shard)
+    if joins and not shard.is_reduced:
+        return PartialLinear(linear, shard, group)
     return (ReducedLinear if shard.is_reduced or not sequence_parallel else RowLinear)(linear, shard, group)
 
 
@@ -113,6 +144,17 @@ class RowLinear(nn.Linear):
 
     def _reduce(self, partial_sums: Tensor) -> Tensor:
         return reduce_scatter_to_sequence_parallel_region(partial_sums, group=self.group)
+
+
+class PartialLinear(RowLinear):
+    """Each rank has some inputs, and gives its part of the sums; the first rank's has the bias, which counts once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map this rank's ``x`` (tokens, in / tensor) to a summand of (tokens, out)."""
+        y = self.product(x, self.weight)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype) * float(self.group.rank() == 0)  # the others' gradients are zeros, not None
 
 
 class ReducedLinear(RowLinear):

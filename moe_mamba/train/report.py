@@ -26,6 +26,7 @@ from moe_mamba.train.objective import StepSums
 
 PROMPT = "The"
 ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}
+ARCHITECTURES |= {"(ME)": "parallel MoE-Mamba", "(*E)": "parallel Transformer-MoE"}
 
 
 def header(plan: RunPlan, corpora: Corpora, micro_batch: int) -> list[str]:

@@ -8,7 +8,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.loss import cross_entropy_sum
 
 Tiny = Callable[..., LanguageModel]
-PATTERNS = ["M", "*", "-", "E", "ME", "*-", "*E", "M-", "M*-E", "ME*E"]
+PATTERNS = ["M", "*", "-", "E", "ME", "*-", "*E", "M-", "M*-E", "ME*E", "(ME)", "(*E)-", "(M*-)"]
 
 
 def _tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -37,9 +37,10 @@ from tests.world import World
 
 MEASUREMENTS = ROOT / "docs" / "measurements" / "parity.json"
 STEPS = 20
-PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E")
-# The last holds every kind of layer; the others, by themselves, are slow.
-ALL_AND_EACH = [*(pytest.param(pattern, marks=pytest.mark.slow) for pattern in PATTERNS[:-1]), PATTERNS[-1]]
+PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E", "(ME)", "(*E)-")
+# One holds every kind of layer; the others, by themselves, are slow.
+ALL = "MEM-*E"
+ALL_AND_EACH = [pattern if pattern == ALL else pytest.param(pattern, marks=pytest.mark.slow) for pattern in PATTERNS]
 # What imported models of attention have beside the plain ones' layers.
 IMPORTED: dict[str, Any] = {
     "model__head_dim": 6,
@@ -152,6 +153,21 @@ def test_outputs_and_gradients_without_selection(world: World) -> None:
         assert error <= 1e-10, f"{layout}: {name}"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layout", "keys"),
+    [
+        ("(ME)(*E)-", Layout(4, 2, 4), {}),
+        ("(ME)(M*-)", Layout(4, 2, 2, expert_tensor=True), {"moe__shared_experts": 1, **IMPORTED}),
+        pytest.param("(*E)-(M-)", Layout(4, 4, 2), {"moe__shared_experts": 1, **IMPORTED}, marks=pytest.mark.slow),
+        pytest.param("(EE)", Layout(4, 2, 2), {"train__recompute": True}, marks=pytest.mark.slow),
+        pytest.param("(ME)", Layout(4, 1, 4), {"moe__router": "top_k", "moe__top_k": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_parallel_layers_in_float64(world: World, pattern: str, layout: Layout, keys: dict[str, Any]) -> None:
+    for cell, (error, name) in float64_error(world, pattern, [layout], **keys).items():
+        assert error <= 1e-10, f"{cell}: {name}"
+
+
 @pytest.mark.parametrize("pattern", ALL_AND_EACH)
 def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
     layouts = [Layout(2, 2), Layout(4, 4)]
@@ -235,6 +251,7 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks
         pytest.param("*E", [Layout(4, 4, 4, zero=0)], marks=pytest.mark.slow),
         pytest.param("M-", [Layout(3, zero=2)], marks=pytest.mark.slow),
         pytest.param("MEM-*E", [Layout(4, 1, 4, zero=0)], marks=pytest.mark.slow),
+        pytest.param("(ME)(*E)-", [Layout(4, 2, 2, zero=2)], marks=pytest.mark.slow),
     ],
 )
 def test_training_under_the_engine(world: World, pattern: str, layouts: list[Layout]) -> None:

@@ -150,8 +150,8 @@ def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
 
 def describe_layer(model: ModelConfig, index: int) -> str:
     """A layer in a message: ``layer 3 is attention (*)``."""
-    (mixer,) = layer_specs(model)[index].mixers
-    return f"layer {index} is {mixer.title} ({mixer.letter})"
+    mixers = layer_specs(model)[index].mixers
+    return f"layer {index} is " + " and ".join(f"{mixer.title} ({mixer.letter})" for mixer in mixers)
 
 
 def stack_refusal(model: ModelConfig, architecture: str) -> str | None:

@@ -1,6 +1,6 @@
 """JambaForCausalLM: Mamba with norms or attention without positions, then a SwiGLU feed-forward layer or experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_mamba.config import ModelConfig, MoEConfig
@@ -62,7 +62,7 @@ class Jamba:
 
     def _pairs_refusal(self, model: ModelConfig) -> str | None:
         for index, letter in enumerate(model.layers):
-            if letter not in HALVES[index % 2]:
+            if letter not in set(HALVES[index % 2]):
                 wanted = " or ".join(HALVES[index % 2])
                 return f"{describe_layer(model, index)}, where {self.architecture} has {wanted}"
         if len(model.layers) % 2:
@@ -212,7 +212,7 @@ class Jamba:
         yield from last
 
 
-def _places(letters: str, letter: str) -> list[int]:
+def _places(letters: Sequence[str], letter: str) -> list[int]:
     return [index for index, found in enumerate(letters) if found == letter]
 
 

@@ -77,7 +77,7 @@ def transformer_refusal(model: ModelConfig, architecture: str, pair: str, holds:
         holds: see ``attention_refusal``.
     """
     for index, letter in enumerate(model.layers):
-        if letter not in pair:
+        if letter not in set(pair):
             return f"{describe_layer(model, index)}, which {architecture} lacks"
         if letter != pair[index % 2]:
             return f"{describe_layer(model, index)}: {architecture} has {pair[0]} and {pair[1]} in turn"

@@ -5,6 +5,7 @@ A new kind is one file with one subclass, and its line in the registry (``model/
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -112,6 +113,13 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences, state: Any = None) -> tuple[Tensor, Statistics, State | None]:
         """Map ``x`` (tokens, d_model); returns (y (tokens, d_model), statistics of its routers, new state)."""
         raise NotImplementedError
+
+    def start(self, x: Tensor, sequences: Sequences, state: Any = None) -> Callable[[], tuple[Any, ...]]:
+        """Begin a pass, and return what ends it with what ``forward`` returns.
+
+        In a layer of several mixers all begin before any ends: what travels between devices is on its way meanwhile.
+        """
+        return partial(self, x, sequences, state)
 
     @classmethod
     def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:

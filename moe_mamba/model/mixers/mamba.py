@@ -129,7 +129,7 @@ class Mamba(Mixer):
         MoE-Mamba took the bare mixer, without.
         """
         config = self.config
-        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(len(config.layers))
+        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
         return {
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),

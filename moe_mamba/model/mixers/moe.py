@@ -3,6 +3,7 @@
 The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +23,13 @@ class Dispatcher(Protocol):
     """Brings rows to the experts of this device, and their outputs back."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what combine needs).
+        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what the others need).
 
-        Where the routing has a capacity, all experts have as many rows.
+        Where the routing has a capacity, all experts have as many rows. The rows may be on their way.
         """
+
+    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
+        """The rows of ``dispatch``, as they are once they are here."""
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
@@ -40,6 +44,10 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """Gather the tokens in the order of the experts."""
         return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
+
+    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
+        """They never were elsewhere."""
+        return rows
 
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
@@ -113,17 +121,33 @@ class MoE(Mixer):
 
     def forward(self, x: Tensor, sequences: Sequences, state: None = None) -> tuple[Tensor, Statistics, None]:
         """Map ``x`` (tokens, d_model); a token that every expert dropped gets zero, so it rides the residual."""
-        y, statistics = self.routed(x, sequences)
-        if self.shared is not None:
-            y = y + self.shared(x, sequences)[0]
-        return y, {"router": statistics}, None
+        return self.start(x, sequences)()
 
-    def routed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, RouterStatistics]:
-        """Give the routed experts' part of the output, (tokens, d_model)."""
+    def start(
+        self, x: Tensor, sequences: Sequences, state: None = None
+    ) -> Callable[[], tuple[Tensor, Statistics, None]]:
+        """See ``Mixer``: what begins is the tokens' way to their experts."""
+        finish_routed = self.start_routed(x, sequences)
+
+        def finish() -> tuple[Tensor, Statistics, None]:
+            y, statistics = finish_routed()
+            if self.shared is not None:
+                y = y + self.shared(x, sequences)[0]
+            return y, {"router": statistics}, None
+
+        return finish
+
+    def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
+        """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
         rows, counts, handle = self.dispatcher.dispatch(x, routing)
         capacity = None if routing.capacity is None else len(rows) // len(counts)
-        return self.dispatcher.combine(self.experts(rows, counts, capacity=capacity), handle), statistics
+
+        def finish() -> tuple[Tensor, RouterStatistics]:
+            arrived = self.dispatcher.arrive(rows, handle)
+            return self.dispatcher.combine(self.experts(arrived, counts, capacity=capacity), handle), statistics
+
+        return finish
 
     def idle_parameters(self) -> int:
         """Those of the routed experts that did not get the token."""

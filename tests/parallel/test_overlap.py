@@ -1,0 +1,29 @@
+"""In a layer of several mixers, tokens travel to their experts while the others compute."""
+
+import pytest
+import torch
+
+from moe_mamba.config import Config
+from moe_mamba.train.objective import Objective
+from tests.parallel.layouts import Layout, batch_of, build, config_of, share_of
+from tests.world import World
+
+
+def events(config: Config) -> list[str]:
+    """In a worker: what happens in a step, forward and backward, by name in the order in which it begins."""
+    built = build(config)
+    mine = [share_of(values, built.topology, 0, config.train.micro_batch) for values in batch_of(0, config)]
+    objective = Objective(config.moe, built.model.cross_entropy, 1, 1, built.topology)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output = built.model.train()(mine[0], mine[2])
+        objective(output.logits, mine[1], output.statistics).backward()
+    return [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("pattern", ["(ME)", "(EM)"])
+def test_mamba_computes_while_tokens_travel(world: World, pattern: str, capacity_factor: float | None) -> None:
+    config = config_of(pattern, Layout(2, 1, 2), moe__capacity_factor=capacity_factor)
+    for names in world.run(events, config, ranks=2):
+        assert names.index("_Leave") < names.index("_SelectiveScan") < names.index("_Arrive")
+        assert names.index("_ArriveBackward") < names.index("_SelectiveScanBackward") < names.index("_LeaveBackward")
