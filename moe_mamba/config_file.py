@@ -1,6 +1,7 @@
 """Configurations read from YAML and command lines, written, explained, and compared on a resume."""
 
 import difflib
+import functools
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import Config
+from moe_mamba.config_types import Section
 from moe_mamba.errors import UserError
 from moe_mamba.installation import find_config
 from moe_mamba.model.pattern import check_pattern, has_experts
@@ -33,10 +35,16 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """
     tree = _read_yaml(find_config(Path(path))) if path is not None else {}
     for key, value in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        if not name:
+        *sections, name = key.split(".")
+        if not sections:
             raise UserError(f"unknown key {key}: keys are written --section.key=value{_nearest(key)}")
-        tree[section] = {**(tree.get(section) or {}), name: value}
+        place = tree
+        for section in sections:
+            if not isinstance(inner := place.get(section) or {}, Mapping):
+                raise UserError(f"unknown key {key}{_nearest(key)}")
+            place[section] = {**inner}
+            place = place[section]
+        place[name] = value
     for old, new in MOVED.items():
         section, _, name = old.partition(".")
         if name in (tree.get(section) or {}):
@@ -64,12 +72,12 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 def _check_experts(config: Config) -> None:
     """Refuse a layout for experts where there are none, or one that cannot hold them."""
     parallel, pattern = config.parallel, config.model.pattern
-    if parallel.zero == 3 and has_experts(config.model):
+    if parallel.zero == 3 and has_experts(config.model, config.moe):
         raise ValueError(
             f"parallel.zero=3 with model.pattern={pattern}: DeepSpeed cannot shard the weights of experts by ZeRO-3: "
             "set parallel.zero=2, and parallel.expert to spread the experts"
         )
-    if parallel.expert > 1 and not has_experts(config.model):
+    if parallel.expert > 1 and not has_experts(config.model, config.moe):
         raise ValueError(
             f"parallel.expert={parallel.expert} with model.pattern={pattern}, which has no experts: "
             "set parallel.expert=1"
@@ -99,12 +107,14 @@ def save_config(config: Config, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
-def keys() -> Iterator[tuple[str, str, str]]:
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Every key as (dotted name, default as text, meaning)."""
-    for section, field in Config.model_fields.items():
-        for name, key in field.annotation.model_fields.items():  # type: ignore[union-attr]
+    for name, key in section.model_fields.items():
+        if isinstance(key.annotation, type) and issubclass(key.annotation, Section):
+            yield from keys(key.annotation, f"{prefix}{name}.")
+        else:
             default = key.default if isinstance(key.default, str) else json.dumps(key.default)
-            yield f"{section}.{name}", default, f"{key.description}{_choices(key.annotation)}"
+            yield f"{prefix}{name}", default, f"{key.description}{_choices(key.annotation)}"
 
 
 def reference() -> str:
@@ -123,14 +133,19 @@ def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]
     free = {"train", "parallel", "checkpoint", "logging"}
     fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
     free_in_fixed = {"run.folder", "run.kernels", "data.cache", "data.verify"}
-    before, after = saved.model_dump(), asked.model_dump()
+    before, after = (dict(_flat(config)) for config in (saved, asked))
     return [
-        (key, before[section][name], after[section][name])
-        for section in before
-        for name in before[section]
-        if before[section][name] != after[section][name]
-        and ((key := f"{section}.{name}") in fixed_in_free or (section not in free and key not in free_in_fixed))
+        (key, before[key], after[key])
+        for key in before
+        if before[key] != after[key]
+        and (key in fixed_in_free or (key.partition(".")[0] not in free and key not in free_in_fixed))
     ]
+
+
+def _flat(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every key and its value, in the order of ``keys``."""
+    for key, _, _ in keys():
+        yield key, functools.reduce(getattr, key.split("."), config)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -153,7 +168,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:2])
+    key = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(key)}"
     if first["type"] == "value_error":

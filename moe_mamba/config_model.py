@@ -7,9 +7,11 @@ from pydantic import Field, model_validator
 from moe_mamba.config_types import (
     NonNegative,
     NonNegativeFloat,
+    OptionalBalance,
     OptionalFactor,
     OptionalPositive,
     Positive,
+    Projections,
     Section,
     Text,
     VocabularySize,
@@ -115,6 +117,40 @@ class ModelConfig(Section):
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
 
 
+class InnerConfig(Section):
+    """Mixtures inside Mamba mixers: projections that are routed, each token's by its experts; none by default.
+
+    What is null is as in the section around it, but for the capacity.
+    """
+
+    projections: Projections = Field([], description="Mamba: projections with experts: conv, gate, out; none")
+    every: Positive = Field(1, description="Mamba layers that have them: 1 all, 2 the second, fourth, ...")
+    router: Literal["own", "shared"] = Field(
+        "own", description="each projection has its router, on its own input; or one for all, on the mixer's input"
+    )
+    expert: Literal["linear", "switch"] = Field(
+        "linear", description="an expert is one matrix; or two with the activation between them, of width d_expert"
+    )
+    experts: OptionalPositive = Field(None, description="experts per projection; null: moe.experts")
+    d_expert: OptionalPositive = Field(None, description="switch: hidden width of an expert; null: as moe.d_expert")
+    top_k: OptionalPositive = Field(None, description="experts per token; null: moe.top_k")
+    capacity_factor: OptionalFactor = Field(
+        None, description="as moe.capacity_factor, where what is dropped gets zero; null: dropless"
+    )
+    balance: OptionalBalance = Field(None, description="how the experts' load is kept even; null: moe.balance")
+
+    @model_validator(mode="after")
+    def _check(self) -> "InnerConfig":
+        if len(set(self.projections)) < len(self.projections):
+            raise ValueError(f"moe.inner.projections={','.join(self.projections)} names one twice: name it once")
+        if self.router == "shared" and self.projections and "out" not in self.projections:
+            raise ValueError(
+                f"moe.inner.router=shared with moe.inner.projections={','.join(self.projections)}: only the output is "
+                "weighted by a shared router, which would not learn without it: add out, or set moe.inner.router=own"
+            )
+        return self
+
+
 class MoEConfig(Section):
     """Routing and experts of the layers written ``E``."""
 
@@ -141,6 +177,27 @@ class MoEConfig(Section):
     bias_rate: NonNegativeFloat = Field(0.001, description="step of the balancing bias, per update (balance=bias)")
     z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's z-loss; 0: none")
     shared_experts: NonNegative = Field(0, description="experts that see every token, beside the routed ones")
+    inner: InnerConfig = Field(InnerConfig(), description="mixtures inside Mamba mixers")
+
+    @property
+    def inner_routing(self) -> "MoEConfig":
+        """How the routers inside Mamba mixers route: by token, whatever ``router`` says of the layers ``E``."""
+        inner = self.inner
+        top_k = inner.top_k or self.top_k
+        return MoEConfig(
+            **vars(self)
+            | {
+                "experts": inner.experts or self.experts,
+                "d_expert": inner.d_expert or self.d_expert,
+                "router": "switch" if top_k == 1 else "top_k",
+                "top_k": top_k,
+                "renormalize": self.renormalize and top_k > 1,
+                "capacity_factor": inner.capacity_factor,
+                "balance": inner.balance or self.balance,
+                "shared_experts": 0,
+                "inner": InnerConfig(),
+            }
+        )
 
     @model_validator(mode="after")
     def _check(self) -> "MoEConfig":
@@ -160,5 +217,11 @@ class MoEConfig(Section):
             if self.balance == "bias":
                 raise ValueError(
                     "moe.balance=bias with moe.router=expert_choice, which is balanced by itself: set moe.balance=none"
+                )
+        if self.inner.projections:
+            experts, top_k = self.inner.experts or self.experts, self.inner.top_k or self.top_k
+            if top_k > experts:
+                raise ValueError(
+                    f"moe.inner.top_k={top_k} exceeds moe.inner.experts={experts}: lower it (null: as in moe)"
                 )
         return self

@@ -1,7 +1,7 @@
 """Types that the configuration is written in: numbers in their ranges, and values as command lines spell them."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 def _none_from_text(value: object) -> object:
     """Read ``null`` and ``none`` from a command line as no value."""
     return None if isinstance(value, str) and value.lower() in ("null", "none", "") else value
+
+
+def _null_from_text(value: object) -> object:
+    """Read ``null`` from a command line as no value, where ``none`` is one."""
+    return None if isinstance(value, str) and value.lower() in ("null", "") else value
 
 
 def _structure_from_text(value: object) -> object:
@@ -47,7 +52,9 @@ VocabularySize = Annotated[Positive, WrapValidator(_null_or_checked), PlainSeria
 Text = Annotated[str, BeforeValidator(lambda value: value if value is None else str(value))]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(_none_from_text)]
 OptionalFactor = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_text)]
+OptionalBalance = Annotated[Literal["loss", "bias", "none"] | None, BeforeValidator(_null_from_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_none_from_text)]
+Projections = Annotated[list[Literal["conv", "gate", "out"]], BeforeValidator(_structure_from_text)]
 Numbers = Annotated[list[Positive], BeforeValidator(_structure_from_text)]
 Sources = Annotated[dict[str, float] | dict[str, str] | list[str], BeforeValidator(_structure_from_text)]
 

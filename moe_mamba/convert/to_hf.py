@@ -18,7 +18,7 @@ from moe_mamba.hf.safetensors_files import write_tensors
 from moe_mamba.model.mixers.attention import Attention
 from moe_mamba.model.mixers.mamba import Mamba
 from moe_mamba.model.mixers.moe import MoE
-from moe_mamba.model.pattern import has, kinds, looks_ahead
+from moe_mamba.model.pattern import has, looks_ahead
 from moe_mamba.run.atomic import check_output, whole_folder
 from moe_mamba.run.metrics import read_metrics
 from moe_mamba.run.restore import Trained, open_trained
@@ -57,7 +57,7 @@ def choose_format(asked: str, model: ModelConfig, moe: MoEConfig) -> tuple[WayOu
 
 def _nearest(model: ModelConfig) -> WayOut:
     """The native class that a pattern is likest to."""
-    if kinds(model) == [Mamba]:
+    if set(model.pattern) == {Mamba.letter}:
         return NATIVE["mamba"]
     if has(model, Mamba) or model.positions == "none":
         return NATIVE["jamba"]

@@ -104,7 +104,7 @@ def upcycled_config(dense: Config, moe: MoEConfig, every: int = 1) -> Config:
         UserError: there is nothing to upcycle.
     """
     layers = dense.model.pattern * dense.model.repeat
-    if has_experts(dense.model):
+    if has_experts(dense.model, dense.moe):
         raise UserError(f"model.pattern={dense.model.pattern} has experts (E) already: give a dense checkpoint")
     if layers.count(FeedForward.letter) < every:
         raise UserError(

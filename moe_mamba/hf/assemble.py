@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from moe_mamba.hf.versions import NEWEST, OLDEST
-from moe_mamba.model.mixers import MIXERS
+from moe_mamba.model.mixers import MIXERS, VARIANTS
 from moe_mamba.model.mixers.base import Mixer
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ DECLARED = (
 
 def _mixer_parts() -> tuple[Part, ...]:
     """The files of the registry's mixers; a file stands behind those that it imports."""
-    modules = {mixer.__module__: mixer for mixer in MIXERS.values()}
+    modules = {mixer.__module__: mixer for mixer in (*MIXERS.values(), *VARIANTS)}
     needs = {name: {other for other in modules if f"from {other} import" in _text_of(name)} for name in modules}
     return tuple(_mixer_part(name, modules[name]) for name in TopologicalSorter(needs).static_order())
 
@@ -102,9 +102,10 @@ PARTS = (
     Part("model/sequences.py"),
     Part("model/norm.py"),
     Part("model/mixers/routing.py", without=("update_balance_bias",)),
+    Part("model/mixers/dispatch.py"),
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
     *_mixer_parts(),
-    Part("model/mixers/__init__.py", only=("MIXERS",)),
+    Part("model/mixers/__init__.py", only=("MIXERS", "VARIANTS", "choose_mixer")),
     Part("model/pattern.py", only=("LayerSpec", "layer_specs", "kinds", "check_pattern", "has_experts", "looks_ahead")),
     Part("model/loss.py"),
     Part("model/layer.py", without=("build_layers",)),
@@ -315,9 +316,14 @@ _TYPES = {
     "Annotated[float, Field(gt=0)]": "Union[float, int]",
     "OptionalPositive": "Optional[int]",
     "OptionalFactor": "Optional[Union[float, int]]",
+    "OptionalBalance": 'Optional[Literal["loss", "bias", "none"]]',
+    "Projections": "list[str]",
+    "InnerConfig": "InnerConfig",
     "bool": "bool",
 }
 """A type of ``config_model.py`` -> what Transformers checks in its place."""
+_MUTABLE = {"[]": "list", "InnerConfig()": "InnerConfig"}
+"""Defaults that a dataclass must make anew -> what makes them."""
 
 
 def _configuration() -> str:
@@ -325,7 +331,7 @@ def _configuration() -> str:
     shell = _Source((PACKAGE / "hf" / "shell" / "configuration.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in source.tree.body if isinstance(node, ast.ClassDef)}
     text = "\n".join(shell.lines[shell.tree.body[0].end_lineno :]).strip() + "\n"
-    for name in ("ModelConfig", "MoEConfig"):
+    for name in ("ModelConfig", "InnerConfig", "MoEConfig"):
         fields, arguments, methods = _section(source, classes[name])
         for mark, lines in (("arguments", arguments), ("fields", fields), ("methods", methods)):
             line = (
@@ -336,6 +342,7 @@ def _configuration() -> str:
             if text.count(line) != 1:
                 raise ValueError(f"hf/shell/configuration.py lacks the line {line.strip()!r}")
             text = text.replace(line, "\n".join(lines) + "\n")
+    text = text.replace("import asdict, dataclass, fields\n", "import asdict, dataclass, field, fields\n", 1)
     versions = "from moe_mamba.hf.versions import NEWEST, OLDEST\n"
     if text.count(versions) != 1:
         raise ValueError(f"hf/shell/configuration.py lacks the one line {versions.strip()!r}")
@@ -356,6 +363,8 @@ def _section(source: _Source, node: ast.ClassDef) -> tuple[list[str], list[str],
             says = next(word.value for word in call.keywords if word.arg == "description")
             default = (ast.get_source_segment(source.text, call.args[0]) or "").strip()
             kind = kind.replace("'", '"')
+            if default in _MUTABLE:
+                default = f"field(default_factory={_MUTABLE[default]})"
             fields.append(f"    {_name(item)}: {kind} = {default}")
             arguments.append(f"        {_name(item)}: {ast.literal_eval(says)}.")
         elif isinstance(item, ast.FunctionDef):

@@ -5,7 +5,7 @@ Assembled from the source of the package moe_mamba by tools/assemble_hf.py: chan
 names one of its modules, more stands there; nothing of it is needed.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Optional, Union
 
 import transformers
@@ -38,6 +38,43 @@ KEPT = {
 
 @strict
 @dataclass(kw_only=True)
+class InnerConfig:
+    """Mixtures inside Mamba mixers: what ``MoEMambaConfig.moe`` holds under ``inner``.
+
+    Args:
+        projections: Mamba: projections with experts: conv, gate, out; none.
+        every: Mamba layers that have them: 1 all, 2 the second, fourth, ....
+        router: each projection has its router, on its own input; or one for all, on the mixer's input.
+        expert: an expert is one matrix; or two with the activation between them, of width d_expert.
+        experts: experts per projection; null: moe.experts.
+        d_expert: switch: hidden width of an expert; null: as moe.d_expert.
+        top_k: experts per token; null: moe.top_k.
+        capacity_factor: as moe.capacity_factor, where what is dropped gets zero; null: dropless.
+        balance: how the experts' load is kept even; null: moe.balance.
+    """
+
+    projections: list[str] = field(default_factory=list)
+    every: int = 1
+    router: Literal["own", "shared"] = "own"
+    expert: Literal["linear", "switch"] = "linear"
+    experts: Optional[int] = None
+    d_expert: Optional[int] = None
+    top_k: Optional[int] = None
+    capacity_factor: Optional[Union[float, int]] = None
+    balance: Optional[Literal["loss", "bias", "none"]] = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.projections)) < len(self.projections):
+            raise ValueError(f"moe.inner.projections={','.join(self.projections)} names one twice: name it once")
+        if self.router == "shared" and self.projections and "out" not in self.projections:
+            raise ValueError(
+                f"moe.inner.router=shared with moe.inner.projections={','.join(self.projections)}: only the output is "
+                "weighted by a shared router, which would not learn without it: add out, or set moe.inner.router=own"
+            )
+
+
+@strict
+@dataclass(kw_only=True)
 class MoEConfig:
     """Routing and experts of the layers written ``E``: what ``MoEMambaConfig.moe`` holds, as a dictionary.
 
@@ -56,6 +93,7 @@ class MoEConfig:
         bias_rate: step of the balancing bias, per update (balance=bias).
         z_loss_weight: weight of the router's z-loss; 0: none.
         shared_experts: experts that see every token, beside the routed ones.
+        inner: mixtures inside Mamba mixers.
     """
 
     experts: int = 32
@@ -72,6 +110,32 @@ class MoEConfig:
     bias_rate: Union[float, int] = 0.001
     z_loss_weight: Union[float, int] = 0.0
     shared_experts: int = 0
+    inner: InnerConfig = field(default_factory=InnerConfig)
+
+    @classmethod
+    def of(cls, moe: dict[str, Any]) -> "MoEConfig":
+        """What a dictionary says, with one under ``inner``."""
+        return cls(**moe | {"inner": InnerConfig(**moe.get("inner", {}))})  # type: ignore[call-arg]  # assembled
+
+    @property
+    def inner_routing(self) -> "MoEConfig":
+        """How the routers inside Mamba mixers route: by token, whatever ``router`` says of the layers ``E``."""
+        inner = self.inner
+        top_k = inner.top_k or self.top_k
+        return MoEConfig(
+            **vars(self)
+            | {
+                "experts": inner.experts or self.experts,
+                "d_expert": inner.d_expert or self.d_expert,
+                "router": "switch" if top_k == 1 else "top_k",
+                "top_k": top_k,
+                "renormalize": self.renormalize and top_k > 1,
+                "capacity_factor": inner.capacity_factor,
+                "balance": inner.balance or self.balance,
+                "shared_experts": 0,
+                "inner": InnerConfig(),
+            }
+        )
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
@@ -90,6 +154,12 @@ class MoEConfig:
             if self.balance == "bias":
                 raise ValueError(
                     "moe.balance=bias with moe.router=expert_choice, which is balanced by itself: set moe.balance=none"
+                )
+        if self.inner.projections:
+            experts, top_k = self.inner.experts or self.experts, self.inner.top_k or self.top_k
+            if top_k > experts:
+                raise ValueError(
+                    f"moe.inner.top_k={top_k} exceeds moe.inner.experts={experts}: lower it (null: as in moe)"
                 )
 
 
@@ -254,12 +324,10 @@ class MoEMambaConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        stack = StackConfig(
-            **{field.name: kwargs.pop(field.name) for field in fields(StackConfig) if field.name in kwargs}
-        )
-        for field in fields(StackConfig):
-            setattr(self, field.name, getattr(stack, field.name))
-        self.moe = asdict(MoEConfig(**(moe or {})))
+        stack = StackConfig(**{key.name: kwargs.pop(key.name) for key in fields(StackConfig) if key.name in kwargs})
+        for key in fields(StackConfig):
+            setattr(self, key.name, getattr(stack, key.name))
+        self.moe = asdict(MoEConfig.of(moe or {}))
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
         own = PretrainedConfig()
@@ -271,9 +339,14 @@ class MoEMambaConfig(PretrainedConfig):
     @property
     def stack(self) -> StackConfig:
         """The keys of the stack as they are now, checked, and what follows from them."""
-        stack = StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+        stack = StackConfig(**{key.name: getattr(self, key.name) for key in fields(StackConfig)})
         vars(stack)["whole"] = self
         return stack
+
+    @property
+    def routing(self) -> Any:
+        """The keys of ``moe`` as they are now, checked, and what follows from them."""
+        return MoEConfig.of(self.moe)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]  # others' are the same for all

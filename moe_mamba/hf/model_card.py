@@ -78,7 +78,7 @@ def write(config: Config, facts: Facts) -> str:
 
 
 def _head(config: Config, facts: Facts) -> Iterator[str]:
-    tags = ["moe_mamba", *(mixer.title.lower().replace(" ", "-") for mixer in kinds(config.model))]
+    tags = ["moe_mamba", *(mixer.title.lower().replace(" ", "-") for mixer in kinds(config.model, config.moe))]
     yield from ("---", "library_name: transformers", "pipeline_tag: text-generation", "tags:")
     yield from (f"- {tag}" for tag in tags + ["custom_code"] * facts.remote_code)
     if hub := [source.split(":")[1] for source in config.data.train_weights if source.startswith("hf:")]:
@@ -90,7 +90,7 @@ def _summary(config: Config, facts: Facts) -> str:
     counts = LanguageModel.on_meta(config.model, config.moe).parameter_counts()
     whole = counts["total"] + counts["norm"] + counts["embedding"]
     active = whole - counts["total"] + counts["active"]
-    titles = [mixer.title for mixer in kinds(config.model)]
+    titles = [mixer.title for mixer in kinds(config.model, config.moe)]
     text = (
         f"A language model of {len(config.model.layers)} layers ({_join(titles)}; pattern "
         f"`{config.model.pattern}` x {config.model.repeat}) with {whole:,} parameters"
@@ -141,11 +141,11 @@ def _architecture(config: Config) -> Iterator[tuple[str, str]]:
     model, moe = config.model, config.moe
     yield "layers", f"{len(model.layers)}: `{model.pattern}` x {model.repeat}"
     shape = dict.fromkeys(SHAPE)
-    for mixer in kinds(model):
+    for mixer in kinds(model, moe):
         shape |= dict.fromkeys(mixer.settings)
     for key in shape:
         yield key.removeprefix("resolved_"), _value(getattr(model, key))
-    if has_experts(model):
+    if has_experts(model, moe):
         yield "d_expert", _value(moe.d_expert or model.resolved_d_ff)
         for key in ROUTING:
             yield key, _value(getattr(moe, key))
@@ -169,7 +169,7 @@ def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "last training loss", f"{losses[-1]:.4f} nats/token"
     for key in HYPERPARAMETERS:
         yield key, _value(getattr(config.train, key))
-    if has_experts(config.model) and config.moe.balance == "loss":
+    if has_experts(config.model, config.moe) and config.moe.balance == "loss":
         yield "balance_weight", _value(config.moe.balance_weight)
     yield "seed", str(config.run.seed)
 

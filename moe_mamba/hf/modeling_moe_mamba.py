@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
@@ -772,6 +773,10 @@ class RouterStatistics:
     entropy: Tensor
     tokens: Tensor
 
+    def divided_by(self, count: int) -> "RouterStatistics":
+        """An even share of all sums."""
+        return RouterStatistics(**{field.name: getattr(self, field.name) / count for field in fields(self)})
+
 
 def balance_loss(statistics: RouterStatistics) -> Tensor:
     """Switch Transformer's load-balancing loss, eq. 4, without its weight: 1 when the load is even."""
@@ -834,15 +839,28 @@ def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> 
 
 
 class Router(nn.Module):
-    """A bias-free linear map to one logit an expert, in its weight's dtype: fp32, whatever the model computes in."""
+    """A bias-free linear map to one logit an expert, in its weight's dtype: fp32, whatever the model computes in.
+
+    Args:
+        width: of its input.
+        moe: how it routes.
+        kernels: back end, as in ``run.kernels``.
+
+    Attributes:
+        reduce: turns this rank's part of the logits' sums into the logits; a layout that shards the router's input puts
+            another function in the place of this one.
+        ranks: how many route the same tokens; each answers for its share of them in the statistics.
+    """
 
     balance_bias: Tensor
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
+    def __init__(self, width: int, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = moe
         self.kernels = kernels
-        self.weight = nn.Parameter(torch.empty(moe.experts, config.d_model))
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.ranks = 1
+        self.weight = nn.Parameter(torch.empty(moe.experts, width))
         if moe.balance == "bias":
             self.register_buffer("balance_bias", torch.zeros(moe.experts))
         self.fp32_names = ("weight", "balance_bias") if moe.balance == "bias" else ("weight",)
@@ -853,7 +871,7 @@ class Router(nn.Module):
         return weight | {"balance_bias": zeros} if self.config.balance == "bias" else weight
 
     def forward(self, x: Tensor, sequences: Sequences) -> tuple[Routing, RouterStatistics]:
-        """Route the stream ``x`` (tokens, d_model)."""
+        """Route ``x`` (tokens, width)."""
         logits = self.logits(x)
         if sequences.recording.router_logits is not None:
             sequences.recording.router_logits.append(logits)
@@ -876,12 +894,12 @@ class Router(nn.Module):
             entropy=torch.special.entr(share.detach()).sum(),
             tokens=torch.full((), len(x), dtype=share.dtype, device=x.device),
         )
-        return routing, statistics
+        return routing, statistics if self.ranks == 1 else statistics.divided_by(self.ranks)
 
     @without_autocast
     def logits(self, x: Tensor) -> Tensor:
-        """One logit an expert for each token of ``x`` (tokens, d_model), (tokens, experts)."""
-        return functional.linear(x.to(self.weight.dtype), self.weight)
+        """One logit an expert for each token of ``x`` (tokens, width), (tokens, experts)."""
+        return self.reduce(functional.linear(x.to(self.weight.dtype), self.weight))
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each token, best first, and their weights, both (tokens, top_k).
@@ -911,6 +929,69 @@ class Router(nn.Module):
         if factor is None:
             return None
         return min(max(math.floor(factor * self.config.top_k * tokens / self.config.experts), 1), tokens)
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """What stands where some layouts put a collective."""
+    return tensor
+
+
+# From moe_mamba/model/mixers/dispatch.py:
+# From a router's decision to rows for the experts of this device, and from their outputs back to tokens.
+#
+# The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A router's decision, and what it means for this device; it serves any number of products.
+
+    Attributes:
+        routing: of this device's tokens.
+        counts: (experts of this device,) int64, rows of each.
+        capacity: rows of every expert of this device, where all have as many; None: only ``counts`` knows.
+        travel: how rows come to other devices; None: none do.
+    """
+
+    routing: Routing
+    counts: Tensor
+    capacity: int | None
+    travel: Any = None
+
+
+class Dispatcher(Protocol):
+    """Brings rows to the experts of this device, and their outputs back."""
+
+    def plan(self, routing: Routing) -> Dispatch:
+        """Find out which rows come to this device."""
+
+    def send(self, x: Tensor, dispatch: Dispatch) -> Callable[[], Tensor]:
+        """Send ``x`` (tokens, width); what is returned waits for this device's rows (rows, width), sorted by expert."""
+
+    def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
+        """Sum the outputs of a token's experts, (tokens, width), by weight or as they are; zero for one without any."""
+
+
+class LocalDispatcher:
+    """All experts are on this device; ``kernels`` names the back end of its gather and its sum."""
+
+    def __init__(self, kernels: str) -> None:
+        self._kernels = kernels
+
+    def plan(self, routing: Routing) -> Dispatch:
+        """All rows stay."""
+        return Dispatch(routing, routing.counts, routing.capacity)
+
+    def send(self, x: Tensor, dispatch: Dispatch) -> Callable[[], Tensor]:
+        """Gather the tokens in the order of the experts."""
+        rows = gather_rows(x, dispatch.routing.token, dispatch.routing.slot, backend=self._kernels)
+        return lambda: rows
+
+    def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
+        """Sum the outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
+        routing = dispatch.routing
+        weight = routing.weight if weighted else torch.ones_like(routing.weight)
+        return combine_rows(rows, weight, routing.token, routing.slot, backend=self._kernels)
 
 
 # From moe_mamba/model/mixers/base.py:
@@ -976,6 +1057,11 @@ class Mixer(nn.Module):
     not_matrices: ClassVar[tuple[str, ...]] = ()
     gathers_tokens: ClassVar[bool] = True
     routes: ClassVar[bool] = False
+
+    @classmethod
+    def serves(cls, moe: MoEConfig, number: int) -> bool:
+        """Whether a variant of a kind of layer takes the place of the ``number``-th such layer, counted from 1."""
+        return False
 
     @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Mixer":
@@ -1097,6 +1183,13 @@ class StepProjection(nn.Module):
         return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
 
 
+class Projected(NamedTuple):
+    """What a mixer's input was projected to: x and z of figure 3, each (tokens, d_inner)."""
+
+    x: Tensor
+    z: Tensor
+
+
 class Mamba(Mixer):
     """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
 
@@ -1158,7 +1251,7 @@ class Mamba(Mixer):
         room: int | None = None,
     ) -> MambaState:
         """Return the state before any token; ``dtype`` is the activations'. Its size is the same for any ``room``."""
-        channels = self.in_proj.out_features // 2  # d_inner, or a shard of it
+        channels = len(self.D)  # d_inner, or a shard of it
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
             torch.zeros(batch, self.config.d_conv - 1, channels, dtype=dtype, device=device),
@@ -1168,15 +1261,27 @@ class Mamba(Mixer):
     def forward(
         self, x: Tensor, sequences: Sequences, state: MambaState | None = None
     ) -> tuple[Tensor, Statistics, MambaState | None]:
-        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, {}, new state)."""
-        projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
+        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, statistics, new state)."""
+        projected = self.project(x, sequences)
+        new_state: MambaState | None
         if state is not None and sequences.length == 1 and sequences.document_starts is None:
-            x, z = projected.chunk(2, dim=-1)
-            y, new_state = self._step(x, z, state)
-            return self.out_proj(y), {}, new_state
-        x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
-        y, passed_state = self._pass(x, z, sequences.document_starts, state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), {}, passed_state
+            y, new_state = self._step(projected.x, projected.z, state)
+        else:
+            shape = sequences.batch, sequences.length, -1
+            y, new_state = self._pass(
+                projected.x.view(shape), projected.z.view(shape), sequences.document_starts, state
+            )
+            y = y.reshape(sequences.tokens, -1)
+        y, statistics = self.project_back(y, projected, sequences)
+        return y, statistics, new_state
+
+    def project(self, u: Tensor, sequences: Sequences) -> Any:
+        """From the mixer's input (tokens, d_model) to x and z, each (tokens, d_inner); see ``Projected``."""
+        return Projected(*self.in_proj(u).chunk(2, dim=-1))
+
+    def project_back(self, y: Tensor, projected: Any, sequences: Sequences) -> tuple[Tensor, Statistics]:
+        """From channels (tokens, d_inner) to (tokens, d_model), with the statistics of the mixer's routers."""
+        return self.out_proj(y), {}
 
     def _pass(
         self, x: Tensor, z: Tensor, document_starts: Tensor | None, state: MambaState | None
@@ -1576,43 +1681,6 @@ class FeedForward(Mixer):
 
 # From moe_mamba/model/mixers/moe.py:
 # Mixture of experts: route -> dispatch -> experts -> combine.
-#
-# The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
-
-
-class Dispatcher(Protocol):
-    """Brings rows to the experts of this device, and their outputs back."""
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what the others need).
-
-        Where the routing has a capacity, all experts have as many rows. The rows may be on their way.
-        """
-
-    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
-        """The rows of ``dispatch``, as they are once they are here."""
-
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
-
-
-class LocalDispatcher:
-    """All experts are on this device; ``kernels`` names the back end of its gather and its sum."""
-
-    def __init__(self, kernels: str) -> None:
-        self._kernels = kernels
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Gather the tokens in the order of the experts."""
-        return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
-
-    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
-        """They never were elsewhere."""
-        return rows
-
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
-        return combine_rows(rows, handle.weight, handle.token, handle.slot, backend=self._kernels)
 
 
 class Experts(nn.Module):
@@ -1659,7 +1727,7 @@ class MoE(Mixer):
     def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         width = moe.d_expert or config.resolved_d_ff
-        self.router = Router(config, moe, kernels)
+        self.router = Router(config.d_model, moe, kernels)
         self.experts = Experts(config, moe.experts, width, kernels)
         shared = moe.shared_experts
         self.shared = FeedForward(config, shared * width, kernels=kernels) if shared else None
@@ -1696,21 +1764,212 @@ class MoE(Mixer):
     def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
         """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
-        rows, counts, handle = self.dispatcher.dispatch(x, routing)
-        capacity = None if routing.capacity is None else len(rows) // len(counts)
+        dispatch = self.dispatcher.plan(routing)
+        receive = self.dispatcher.send(x, dispatch)
 
         def finish() -> tuple[Tensor, RouterStatistics]:
-            arrived = self.dispatcher.arrive(rows, handle)
-            return self.dispatcher.combine(self.experts(arrived, counts, capacity=capacity), handle), statistics
+            rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
+            return self.dispatcher.combine(rows, dispatch), statistics
 
         return finish
 
 
+# From moe_mamba/model/mixers/routed_mamba.py:
+# Mamba with experts inside: projections of the mixer are mixtures, each token's by the experts that a router gave it.
+#
+# Two designs. With a router for each projection it is the inner MoE of MoE-Mamba's second version (arXiv 2401.04081v2).
+# With one router for all of them it is Routing Mamba (Zhan et al., arXiv 2506.18145, where routing is shared): for a
+# token with input u, the router's shares p = softmax(W_r u) and their largest k, the set K,
+#
+#     x = sum over K of W_conv,i u        z = sum over K of W_gate,i u        y = sum over K of p_i W_out,i s
+#
+# where s is what convolution, scan and gate make of x and z. These, x_proj and dt_proj are common to all experts. An
+# expert of Routing Mamba is one matrix (``moe.inner.expert=linear``); the authors of MoE-Mamba have two with an
+# activation between them (``switch``).
+#
+# A mixer has no residual stream inside: a token for which an expert has no room gets zero from that projection.
+
+
+ENTRIES = ("conv", "gate")  # the halves of in_proj, in their order
+PROJECTIONS = (*ENTRIES, "out")
+
+
+class LinearExperts(nn.Module):
+    """Stacked experts of one matrix each: weight (experts, in, out); ``fill`` is how one starts."""
+
+    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
+
+    def __init__(self, experts: int, width: int, out: int, fill: Initializer, kernels: str) -> None:
+        super().__init__()
+        self.fill, self.kernels = fill, kernels
+        self.weight = nn.Parameter(torch.empty(experts, width, out))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert starts."""
+        return {"weight": self.fill}
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
+        return grouped_matmul(rows, self.weight, dispatch.counts, dispatch.capacity, self.kernels)
+
+
+class SwitchExperts(nn.Module):
+    """Stacked experts of two matrices each, with the model's activation between them.
+
+    Attributes:
+        reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
+            layout shards what experts read.
+    """
+
+    is_stacked = True
+
+    def __init__(
+        self, config: ModelConfig, experts: int, sizes: tuple[int, int, int], writes_to_stream: bool, kernels: str
+    ) -> None:
+        super().__init__()
+        width, hidden, out = sizes
+        self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
+        self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
+        self.fan_ins = width, hidden
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert's parameters start: as those of the layers ``E``."""
+        width, hidden = self.fan_ins
+        return {
+            "in_proj": matrix(self.config, width),
+            "out_proj": matrix(self.config, hidden, residual=self.writes_to_stream),
+        }
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
+        counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
+        hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
+        hidden = activation(hidden, self.config.activation, kernels)  # (rows, hidden)
+        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
+
+
+class RoutedProjected(NamedTuple):
+    """As ``Projected``, with what the way out needs: a shared router's decision, and the statistics so far."""
+
+    x: Tensor
+    z: Tensor
+    dispatch: Dispatch | None
+    statistics: Statistics
+
+
+class RoutedMamba(Mamba):
+    """Mamba whose projections named by ``moe.inner.projections`` are mixtures of experts.
+
+    Attributes:
+        reduce: turns this rank's part of the output's sums into the output, where a layout shards the channels and
+            ``out`` is routed; else ``out_proj`` does it.
+    """
+
+    title = "Mamba with experts inside"
+    routes = True
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
+        super().__init__(config, kernels)
+        self.inner, self.routing = moe.inner, moe.inner_routing
+        self.dispatcher: Dispatcher = LocalDispatcher(kernels)
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        plain = [name for name in ENTRIES if name not in self.inner.projections]
+        width = len(plain) * config.d_inner
+        self.in_proj = nn.Linear(config.d_model, width, bias=False) if plain else None  # type: ignore[assignment]
+        if "out" in self.inner.projections:
+            self.out_proj = None  # type: ignore[assignment]
+        if self.inner.router == "shared":
+            self.router = Router(config.d_model, self.routing, kernels)
+        for name in PROJECTIONS:
+            if name in self.inner.projections:
+                width = config.d_inner if name == "out" else config.d_model
+                if self.inner.router == "own":
+                    self.add_module(f"{name}_router", Router(width, self.routing, kernels))
+                self.add_module(f"{name}_experts", self._experts(name, width))
+
+    def _experts(self, name: str, width: int) -> nn.Module:
+        config, moe = self.config, self.routing
+        out = config.d_model if name == "out" else config.d_inner
+        if self.inner.expert == "linear":
+            fill = super().initializers()["out_proj.weight" if name == "out" else "in_proj.weight"]
+            return LinearExperts(moe.experts, width, out, fill, self.kernels)
+        sizes = width, moe.d_expert or config.resolved_d_ff, out
+        return SwitchExperts(config, moe.experts, sizes, name == "out", self.kernels)
+
+    @classmethod
+    def serves(cls, moe: MoEConfig, number: int) -> bool:
+        """See ``Mixer``."""
+        return bool(moe.inner.projections) and number % moe.inner.every == 0
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "RoutedMamba":
+        """See ``Mixer``."""
+        return cls(config, moe, kernels)
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Those of Mamba's parameters that are left."""
+        own = dict(self.named_parameters())
+        return {name: fill for name, fill in super().initializers().items() if name in own}
+
+    def project(self, u: Tensor, sequences: Sequences) -> RoutedProjected:
+        """See ``Mamba``; rows are on their way while what is not routed is computed."""
+        routed = [name for name in ENTRIES if name in self.inner.projections]
+        parts: dict[str, Tensor] = {}
+        statistics: Statistics = {}
+        shared = None
+        if self.inner.router == "shared":
+            routing, statistics["router"] = self.router(u, sequences)
+            shared = self.dispatcher.plan(routing)
+            received = [self.dispatcher.send(u, shared)] if routed else []
+            plans = [shared] * len(received)
+        else:
+            plans, received = [], []
+            for name in routed:
+                routing, statistics[f"{name}_router"] = self.get_submodule(f"{name}_router")(u, sequences)
+                plans.append(self.dispatcher.plan(routing))
+                received.append(self.dispatcher.send(u, plans[-1]))
+        if self.in_proj is not None:
+            plain = [name for name in ENTRIES if name not in routed]
+            parts |= zip(plain, self.in_proj(u).chunk(len(plain), dim=-1), strict=True)
+        if shared is None:
+            for name, plan, receive in zip(routed, plans, received, strict=True):
+                rows = self.get_submodule(f"{name}_experts")(receive(), plan)
+                parts[name] = self.dispatcher.combine(rows, plan)
+        elif routed:
+            rows = received[0]()
+            made = [self.get_submodule(f"{name}_experts")(rows, shared) for name in routed]
+            together = made[0] if len(made) == 1 else torch.cat(made, dim=-1)  # come back in one journey
+            summed = self.dispatcher.combine(together, shared, weighted=False)
+            parts |= zip(routed, summed.chunk(len(routed), dim=-1), strict=True)
+        return RoutedProjected(parts["conv"], parts["gate"], shared, statistics)
+
+    def project_back(self, y: Tensor, projected: Any, sequences: Sequences) -> tuple[Tensor, Statistics]:
+        """See ``Mamba``."""
+        _, _, dispatch, statistics = projected
+        if self.out_proj is not None:
+            return self.out_proj(y), statistics
+        if dispatch is None:
+            routing, measured = self.get_submodule("out_router")(y, sequences)
+            statistics = statistics | {"out_router": measured}
+            dispatch = self.dispatcher.plan(routing)
+        rows = self.get_submodule("out_experts")(self.dispatcher.send(y, dispatch)(), dispatch)
+        return self.reduce(self.dispatcher.combine(rows, dispatch)), statistics
+
+
 # From moe_mamba/model/mixers/__init__.py:
-# The kinds of layers, one file each. The registry: a letter of ``model.pattern`` -> its class.
+# The kinds of layers, one file each. The registry: a letter of ``model.pattern`` -> its class, and its variants.
 
 
 MIXERS: dict[str, type[Mixer]] = {mixer.letter: mixer for mixer in (Mamba, Attention, FeedForward, MoE)}
+VARIANTS: tuple[type[Mixer], ...] = (RoutedMamba,)
+
+
+def choose_mixer(letter: str, moe: MoEConfig, number: int) -> type[Mixer]:
+    """The class of the ``number``-th layer of this letter, counted from 1: the letter's, or a variant of it."""
+    variants = (mixer for mixer in VARIANTS if mixer.letter == letter and mixer.serves(moe, number))
+    return next(variants, MIXERS[letter])
 
 
 # From moe_mamba/model/pattern.py:
@@ -1728,7 +1987,7 @@ class LayerSpec:
     mixers: tuple[type[Mixer], ...]
 
 
-def layer_specs(config: ModelConfig) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
     """Every layer of the model, in order.
 
     Raises:
@@ -1745,12 +2004,18 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
             f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
             "write (ME), or no parentheses"
         )
-    return [LayerSpec(tuple(MIXERS[letter] for letter in letters)) for letters in config.layers]
+    seen: Counter[str] = Counter()
+
+    def mixer(letter: str) -> type[Mixer]:
+        seen[letter] += 1
+        return choose_mixer(letter, moe, seen[letter])
+
+    return [LayerSpec(tuple(map(mixer, letters))) for letters in config.layers]
 
 
-def kinds(config: ModelConfig) -> list[type[Mixer]]:
+def kinds(config: ModelConfig, moe: MoEConfig) -> list[type[Mixer]]:
     """The kinds of mixers that the model has, each once, in order of appearance."""
-    return list(dict.fromkeys(mixer for spec in layer_specs(config) for mixer in spec.mixers))
+    return list(dict.fromkeys(mixer for spec in layer_specs(config, moe) for mixer in spec.mixers))
 
 
 def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
@@ -1759,18 +2024,18 @@ def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
     Raises:
         ValueError: as ``layer_specs``, or as a mixer's ``check``.
     """
-    for mixer in kinds(config):
+    for mixer in kinds(config, moe):
         mixer.check(config, moe)
 
 
-def has_experts(config: ModelConfig) -> bool:
+def has_experts(config: ModelConfig, moe: MoEConfig) -> bool:
     """Whether some layer has routed experts."""
-    return any(mixer.routes for mixer in kinds(config))
+    return any(mixer.routes for mixer in kinds(config, moe))
 
 
 def looks_ahead(config: ModelConfig, moe: MoEConfig) -> bool:
     """Whether some layer looks at later tokens, so that the model cannot generate."""
-    return any(mixer.looks_ahead(config, moe) for mixer in kinds(config))
+    return any(mixer.looks_ahead(config, moe) for mixer in kinds(config, moe))
 
 
 # From moe_mamba/model/loss.py:
@@ -1811,8 +2076,8 @@ class ParallelMixers(nn.ModuleList):
 
     def __init__(self, mixers: Iterable[Mixer]) -> None:
         super().__init__(mixers)
-        self.gather: Callable[[Tensor], Tensor] = _unchanged
-        self.reduce: Callable[[Tensor], Tensor] = _unchanged
+        self.gather: Callable[[Tensor], Tensor] = unchanged
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
 
     def forward(
         self, x: Tensor, sequences: Sequences, states: Sequence[State | None]
@@ -1938,10 +2203,6 @@ def fp32_parameter_names(model: nn.Module) -> set[str]:
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
-
-
-def _unchanged(tokens: Tensor) -> Tensor:
-    return tokens
 
 
 def _sum(stream: Tensor, update: Tensor | None) -> Tensor:
@@ -2532,8 +2793,9 @@ class MoEMambaLayer(GradientCheckpointingLayer, Layer):
     def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__(spec, config, moe)
         for mixer in self.mixers:
-            if mixer.routes:
-                mixer.experts = MoEMambaExperts(mixer.experts)  # type: ignore[arg-type]
+            for name, experts in mixer.named_children():
+                if isinstance(experts, Experts):
+                    setattr(mixer, name, MoEMambaExperts(experts))
 
 
 class MoEMambaPreTrainedModel(PreTrainedModel):
@@ -2602,7 +2864,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         wanted = "eager" if requested_experts is None else requested_experts
         if wanted not in EXPERTS_IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
-        if wanted != "eager" and not has_experts(self.config.stack):
+        if wanted != "eager" and not has_experts(self.config.stack, self.config.routing):
             raise ValueError(
                 f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
             )
@@ -2676,11 +2938,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         stack = config.stack
-        moe: Any = MoEConfig(**config.moe)
+        moe = config.routing
         self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
         check_pattern(stack, moe)
-        self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack)
-        self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack))
+        self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack, moe)
+        self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack, moe))
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:

@@ -13,7 +13,7 @@ from moe_mamba.model.initialize import Initializer, embedding_weight, head_weigh
 from moe_mamba.model.layer import build_layers, fp32_parameter_names, initial_states, run_layers
 from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
-from moe_mamba.model.mixers.routing import Router
+from moe_mamba.model.mixers.routing import Router, unchanged
 from moe_mamba.model.names import logical_names
 from moe_mamba.model.norm import LayerNorm, RMSNorm, build_norm
 from moe_mamba.model.pattern import layer_specs
@@ -61,7 +61,7 @@ class LanguageModel(nn.Module):
             cross_entropy_sum, backend=kernels
         )
         self.argmax: Callable[[Tensor], Tensor] = partial(Tensor.argmax, dim=-1)
-        self.gather_logits: Callable[[Tensor], Tensor] = _unchanged
+        self.gather_logits: Callable[[Tensor], Tensor] = unchanged
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.layers = build_layers(model, moe, kernels)
         self.final_norm = build_norm(model, kernels) if model.final_norm else None
@@ -125,6 +125,10 @@ class LanguageModel(nn.Module):
         """Routers by their full names, as a pass's statistics are."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
 
+    def balanced_routers(self) -> set[str]:
+        """Names of the routers that have a balance loss."""
+        return {name for name, router in self.routers().items() if router.config.balance == "loss"}
+
     def mixers(self) -> list[Mixer]:
         """The mixers of all layers, in order."""
         return [mixer for layer in self.layers for mixer in layer.mixers]  # type: ignore[union-attr]
@@ -172,15 +176,11 @@ def shard_specs(config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
         0, "tensor", (Block(config.vocab_size, units=config.vocab_size),), "model.vocab_size", is_padded=True
     )
     specs: ShardSpecs = {"embedding.weight": (vocabulary,), "head.weight": (vocabulary,)}
-    for index, spec in enumerate(layer_specs(config)):
+    for index, spec in enumerate(layer_specs(config, moe)):
         for place, mixer in enumerate(spec.mixers):
             name = f"layers.{index}.mixer" + f".{place}" * (len(spec.mixers) > 1)
             specs |= prefixed(name, mixer.shard_specs(config, moe))
     return specs
-
-
-def _unchanged(logits: Tensor) -> Tensor:
-    return logits
 
 
 def _numel(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
+from moe_mamba.model.mixers.routing import unchanged
 from moe_mamba.model.norm import build_norm
 from moe_mamba.model.pattern import LayerSpec, layer_specs
 from moe_mamba.model.sequences import Sequences
@@ -26,8 +27,8 @@ class ParallelMixers(nn.ModuleList):
 
     def __init__(self, mixers: Iterable[Mixer]) -> None:
         super().__init__(mixers)
-        self.gather: Callable[[Tensor], Tensor] = _unchanged
-        self.reduce: Callable[[Tensor], Tensor] = _unchanged
+        self.gather: Callable[[Tensor], Tensor] = unchanged
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
 
     def forward(
         self, x: Tensor, sequences: Sequences, states: Sequence[State | None]
@@ -83,7 +84,7 @@ class Layer(nn.Module):
 
 def build_layers(config: ModelConfig, moe: MoEConfig, kernels: str) -> nn.ModuleList:
     """Build the layers that the pattern names."""
-    return nn.ModuleList(Layer(spec, config, moe, kernels) for spec in layer_specs(config))
+    return nn.ModuleList(Layer(spec, config, moe, kernels) for spec in layer_specs(config, moe))
 
 
 def run_layers(
@@ -158,10 +159,6 @@ def fp32_parameter_names(model: nn.Module) -> set[str]:
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
-
-
-def _unchanged(tokens: Tensor) -> Tensor:
-    return tokens
 
 
 def _sum(stream: Tensor, update: Tensor | None) -> Tensor:

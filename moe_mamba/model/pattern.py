@@ -1,10 +1,11 @@
 """The pattern, parsed: what ``model.pattern`` and ``model.repeat`` say, as a list of layers."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.model.mixers import MIXERS
+from moe_mamba.model.mixers import MIXERS, choose_mixer
 from moe_mamba.model.mixers.base import Mixer
 
 
@@ -19,7 +20,7 @@ class LayerSpec:
     mixers: tuple[type[Mixer], ...]
 
 
-def layer_specs(config: ModelConfig) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
     """Every layer of the model, in order.
 
     Raises:
@@ -36,18 +37,24 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
             f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
             "write (ME), or no parentheses"
         )
-    return [LayerSpec(tuple(MIXERS[letter] for letter in letters)) for letters in config.layers]
+    seen: Counter[str] = Counter()
+
+    def mixer(letter: str) -> type[Mixer]:
+        seen[letter] += 1
+        return choose_mixer(letter, moe, seen[letter])
+
+    return [LayerSpec(tuple(map(mixer, letters))) for letters in config.layers]
 
 
-def kinds(config: ModelConfig) -> list[type[Mixer]]:
+def kinds(config: ModelConfig, moe: MoEConfig) -> list[type[Mixer]]:
     """The kinds of mixers that the model has, each once, in order of appearance."""
-    return list(dict.fromkeys(mixer for spec in layer_specs(config) for mixer in spec.mixers))
+    return list(dict.fromkeys(mixer for spec in layer_specs(config, moe) for mixer in spec.mixers))
 
 
 def kernel_operations(config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
     """Operations of our kernels that a training step does -> the size that a back end may limit, 0 where none does."""
     used: dict[str, int] = {}
-    for mixer in kinds(config):
+    for mixer in kinds(config, moe):
         used |= mixer.kernel_operations(config, moe)
     if config.norm == "rmsnorm":
         used["rms_norm"] = 0
@@ -55,8 +62,8 @@ def kernel_operations(config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
 
 
 def has(config: ModelConfig, mixer: type[Mixer]) -> bool:
-    """Whether some layer of the model is of this kind."""
-    return mixer in kinds(config)
+    """Whether some layer of the model has this kind's letter."""
+    return mixer.letter in config.pattern
 
 
 def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
@@ -65,20 +72,20 @@ def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
     Raises:
         ValueError: as ``layer_specs``, or as a mixer's ``check``.
     """
-    for mixer in kinds(config):
+    for mixer in kinds(config, moe):
         mixer.check(config, moe)
 
 
-def has_experts(config: ModelConfig) -> bool:
+def has_experts(config: ModelConfig, moe: MoEConfig) -> bool:
     """Whether some layer has routed experts."""
-    return any(mixer.routes for mixer in kinds(config))
+    return any(mixer.routes for mixer in kinds(config, moe))
 
 
 def looks_ahead(config: ModelConfig, moe: MoEConfig) -> bool:
     """Whether some layer looks at later tokens, so that the model cannot generate."""
-    return any(mixer.looks_ahead(config, moe) for mixer in kinds(config))
+    return any(mixer.looks_ahead(config, moe) for mixer in kinds(config, moe))
 
 
 def depends_on_batch(config: ModelConfig, moe: MoEConfig) -> bool:
     """Whether, in evaluation, a sequence's output depends on what else is in its batch."""
-    return any(mixer.depends_on_batch(config, moe) for mixer in kinds(config))
+    return any(mixer.depends_on_batch(config, moe) for mixer in kinds(config, moe))

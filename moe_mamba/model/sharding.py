@@ -7,8 +7,12 @@ A parameter is sharded along axes; along an axis, each of its blocks by itself, 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Group = Literal["tensor", "expert", "expert_tensor"]
-"""Whose ranks share an axis; ``expert_tensor``: the tensor-parallel group's, where ``parallel.expert_tensor`` is on."""
+Group = Literal["tensor", "expert", "expert_tensor", "inner_expert"]
+"""Whose ranks share an axis.
+
+``expert_tensor``: the tensor-parallel group's, where ``parallel.expert_tensor`` is on. ``inner_expert``: of experts
+inside a mixer whose channels tensor-parallel ranks share, the ranks with the same channels.
+"""
 
 
 class Block(NamedTuple):

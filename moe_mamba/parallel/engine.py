@@ -128,14 +128,16 @@ def _gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
     """Norm of the gradients that lie whole on their ranks (ZeRO 0); each part of a parameter counts once."""
     counted = [p for p in engine.module.parameters() if p.grad is not None and p.tensor_model_parallel]
     everywhere = torch.nn.utils.get_total_norm(p.grad for p in counted if not is_moe_param(p)) ** 2
-    experts = torch.nn.utils.get_total_norm(p.grad for p in counted if is_moe_param(p)) ** 2
     if engine.mpu is not None:
         dist.all_reduce(everywhere, group=engine.mpu.get_model_parallel_group())
+    total = everywhere
     if engine.has_moe_layers:
-        (name,) = engine.expert_parallel_group
-        dist.all_reduce(experts)
-        experts /= dist.get_world_size(engine.expert_data_parallel_group[name])  # as many ranks have the same ones
-    return (everywhere + experts).sqrt()
+        for name, group in engine.expert_data_parallel_group.items():
+            own = (p.grad for p in counted if is_moe_param(p) and p.group_name == name)
+            experts = torch.nn.utils.get_total_norm(own) ** 2
+            dist.all_reduce(experts)
+            total = total + experts / dist.get_world_size(group)  # as many ranks have the same ones
+    return total.sqrt()
 
 
 def state_shards(engine: deepspeed.DeepSpeedEngine, held: dict[str, ParameterShard]) -> list[Shard]:

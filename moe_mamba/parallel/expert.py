@@ -8,7 +8,7 @@ compute in between, forward and backward, takes the time of the journey.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed.moe.layer
@@ -21,25 +21,56 @@ from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
-from moe_mamba.model.mixers.moe import Experts, LocalDispatcher, MoE
+from moe_mamba.model.mixers.dispatch import Dispatch, LocalDispatcher
+from moe_mamba.model.mixers.moe import Experts, MoE
+from moe_mamba.model.mixers.routed_mamba import RoutedMamba
 from moe_mamba.model.mixers.routing import RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
-from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.groups import Groups, expert_group_name
+from moe_mamba.parallel.placement import ParameterShard
 
 
-def spread_experts(model: LanguageModel, groups: Groups, sequence_parallel: bool) -> None:
-    """Replace every mixture of experts by one that holds this rank's part of them, in place.
+def spread_experts(
+    model: LanguageModel, groups: Groups, held: dict[str, ParameterShard], sequence_parallel: bool
+) -> None:
+    """Leave every mixer that routes this rank's part of its experts, in place.
 
     Args:
-        model: a whole one, on the meta device; the caller makes that the default device.
+        model: sharded by tensor, on the meta device; the caller makes that the default device.
         groups: from ``start_groups``.
+        held: what this rank holds of each parameter.
         sequence_parallel: see ``tensor.shard_layers``.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, MoE):
+        if isinstance(module, RoutedMamba) and groups.topology.inner_expert > 1:
+            _spread_inner_experts(module, name, groups, held)
+        elif isinstance(module, MoE):
             parent = model.get_submodule(name.rpartition(".")[0])
             joins = isinstance(parent, ParallelMixers) and groups.topology.expert_tensor
             model.set_submodule(name, ExpertParallelMoE(module, groups, sequence_parallel, joins))
+
+
+def _spread_inner_experts(mixer: RoutedMamba, prefix: str, groups: Groups, held: dict[str, ParameterShard]) -> None:
+    """Leave a mixer its part of the experts inside it; each rank of their group has the same channels."""
+    for name, parameter in list(mixer.named_parameters()):
+        shard = held[f"{prefix}.{name}"]
+        if shard.experts is not None:
+            owner, _, local = name.rpartition(".")
+            setattr(mixer.get_submodule(owner), local, nn.Parameter(parameter.new_empty(shard.local_shape)))
+    mixer.dispatcher = ExpertDispatcher(groups.topology.inner_expert, mixer.kernels)
+    mixer.deepspeed_experts = InnerExperts(mixer.routing.experts, mixer.dispatcher, groups)
+
+
+class InnerExperts(deepspeed.moe.layer.MoE):
+    """What DeepSpeed's engine wants to find of experts inside a mixer: it computes nothing and owns nothing."""
+
+    def __init__(self, experts: int, dispatcher: "ExpertDispatcher", groups: Groups) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.ep_size = experts, groups.topology.inner_expert
+        self.num_local_experts = experts // self.ep_size
+        self.expert_group_name = expert_group_name(groups.topology, "inner_expert")
+        self.deepspeed_moe = dispatcher
+        self.set_deepspeed_parallelism()  # type: ignore[operator]  # finds the group by its name
 
 
 class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
@@ -59,7 +90,7 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         # What DeepSpeed's engine reads.
         self.num_experts = whole.router.config.experts
         self.ep_size = topology.expert
-        self.expert_group_name = f"ep_size_{topology.expert}"
+        self.expert_group_name = expert_group_name(topology, "expert")
         self.num_local_experts = self.num_experts // topology.expert
         self.enable_expert_tensor_parallelism = topology.expert_tensor
 
@@ -67,6 +98,8 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         if topology.expert_tensor:
             width //= topology.tensor
         self.router = whole.router
+        if topology.expert_tensor:
+            self.router.ranks = topology.tensor
         self.experts = Experts(config, self.num_local_experts, width, kernels)
         self.shared = whole.shared
         self.dispatcher = self.deepspeed_moe = ExpertDispatcher(topology.expert, kernels)
@@ -104,14 +137,9 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
                 y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=group)
             elif not self.gathers_tokens:
                 y = mappings.reduce_from_tensor_model_parallel_region(y, group=group)
-            return y, self._share_of(statistics) if self._sequence_parallel else statistics
+            return y, statistics
 
         return finish_sums
-
-    def _share_of(self, statistics: RouterStatistics) -> RouterStatistics:
-        """All ranks counted all tokens: each answers for its share, so that the sum over ranks counts once."""
-        shares = {field.name: getattr(statistics, field.name) / self._tensor for field in fields(statistics)}
-        return RouterStatistics(**shares)
 
     def _start_whole(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
         """As ``start_routed``, of a stream (tokens, d_model) that every tensor-parallel rank has whole."""
@@ -145,29 +173,28 @@ class ExpertDispatcher(LocalDispatcher):
         """Take the expert group; DeepSpeed's MoE calls this."""
         self._group = group
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Gather the tokens in the order of the experts, and send them."""
-        rows, counts, _ = super().dispatch(x, routing)
+    def plan(self, routing: Routing) -> Dispatch:
+        """Find out which rows come from which rank; where there is no capacity, ranks exchange their numbers."""
         if self._ranks == 1:
-            return rows, counts, (routing, None)
+            return super().plan(routing)
         assert self._group is not None
-        travel: _FixedTravel | _VariableTravel
+        counts = routing.counts
         if routing.capacity is not None:
             here = self._ranks * counts[: len(counts) // self._ranks]
-            travel = _FixedTravel(self._group, here, self._ranks, routing.capacity, _Exchange(self._group))
-        else:
-            travel = _VariableTravel.plan(self._group, self._ranks, counts)
-        return travel.leave(rows), travel.counts, (routing, travel)
+            travel = _FixedTravel(self._group, here, self._ranks, routing.capacity)
+            return Dispatch(routing, here, self._ranks * routing.capacity, travel)
+        plan = _VariableTravel.plan(self._group, self._ranks, counts)
+        return Dispatch(routing, plan.counts, None, plan)
 
-    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
-        """Wait for the rows of this rank's experts."""
-        _, travel = handle
-        return rows if travel is None else travel.arrive(rows)
+    def send(self, x: Tensor, dispatch: Dispatch) -> Callable[[], Tensor]:
+        """Gather the tokens in the order of the experts, and send them to these."""
+        receive, travel = super().send(x, dispatch), dispatch.travel
+        return receive if travel is None else travel.there(receive())
 
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Bring the outputs back, and sum a token's weighted ones."""
-        routing, travel = handle
-        return super().combine(rows if travel is None else travel.back(rows), routing)
+    def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
+        """Bring the outputs back, and sum those of a token's experts."""
+        travel = dispatch.travel
+        return super().combine(rows if travel is None else travel.back(rows), dispatch, weighted)
 
 
 @dataclass
@@ -237,6 +264,12 @@ class _Arrive(torch.autograd.Function):
         return gradient.new_empty(1).expand(ctx.sent), None  # nobody reads it: the gradient is still on its way
 
 
+def _exchanged(rows: Tensor, exchange: _Exchange) -> Callable[[], Tensor]:
+    """Begin an exchange; what is returned waits for it."""
+    sent = _Leave.apply(rows, exchange)
+    return lambda: _Arrive.apply(sent, exchange)
+
+
 @dataclass(frozen=True)
 class _FixedTravel:
     """Every expert has ``capacity`` rows from every rank, so no size depends on the data.
@@ -246,26 +279,20 @@ class _FixedTravel:
         counts: (local experts,) rows of each expert here.
         ranks: in the group.
         capacity: rows of an expert from each rank.
-        exchange: of the rows on their way to the experts.
     """
 
     group: ProcessGroup
     counts: Tensor
     ranks: int
     capacity: int
-    exchange: _Exchange
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """Send rows sorted by (expert)."""
-        return _Leave.apply(rows, self.exchange)
-
-    def arrive(self, rows: Tensor) -> Tensor:
-        """The rows of this rank's experts, sorted by (expert, source)."""
-        rows = _Arrive.apply(rows, self.exchange)  # (source, expert, capacity) x d_model
-        return self._swap(rows, self.ranks, len(self.counts))
+    def there(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Send rows sorted by (expert); what is returned waits for those of this rank's, sorted by (expert, source)."""
+        receive = _exchanged(rows, _Exchange(self.group))  # (source, expert, capacity) x width
+        return lambda: self._swap(receive(), self.ranks, len(self.counts))
 
     def back(self, rows: Tensor) -> Tensor:
-        """Undo both."""
+        """Undo ``there``."""
         return mappings.all_to_all(self.group, self._swap(rows, len(self.counts), self.ranks))
 
     def _swap(self, rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -279,14 +306,16 @@ class _VariableTravel:
     Attributes:
         group: expert-parallel ranks.
         counts: (local experts,) rows of each expert here.
-        exchange: of the rows on their way to the experts.
+        sent_splits: rows to each rank.
+        received_splits: rows from each rank.
         order: where, among the rows as they come, each row of the order by expert lies.
         place: the inverse of ``order``.
     """
 
     group: ProcessGroup
     counts: Tensor
-    exchange: _Exchange
+    sent_splits: list[int]
+    received_splits: list[int]
     order: Tensor
     place: Tensor
 
@@ -300,20 +329,17 @@ class _VariableTravel:
         expert = expert.repeat_interleave(received.reshape(-1), output_size=rows)  # (rows,) sorted by source
         order = expert.argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
-        return cls(group, received.sum(0), _Exchange(group, sent_splits, received_splits), order, place)
+        return cls(group, received.sum(0), sent_splits, received_splits, order, place)
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """Send rows sorted by (expert)."""
-        return _Leave.apply(rows, self.exchange)
-
-    def arrive(self, rows: Tensor) -> Tensor:
-        """The rows of this rank's experts, sorted by (expert, source)."""
-        return _Permutation.apply(_Arrive.apply(rows, self.exchange), self.order, self.place)
+    def there(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Send rows sorted by (expert); what is returned waits for those of this rank's, sorted by (expert, source)."""
+        receive = _exchanged(rows, _Exchange(self.group, self.sent_splits, self.received_splits))
+        return lambda: _Permutation.apply(receive(), self.order, self.place)
 
     def back(self, rows: Tensor) -> Tensor:
-        """Undo both."""
+        """Undo ``there``."""
         rows = _Permutation.apply(rows, self.place, self.order)
-        return mappings.all_to_all(self.group, rows, self.exchange.sent_splits, self.exchange.received_splits)
+        return mappings.all_to_all(self.group, rows, self.sent_splits, self.received_splits)
 
 
 class _Permutation(torch.autograd.Function):

@@ -1,7 +1,9 @@
 """The process groups of a layout: tensor-, expert- and data-parallel ranks, by megatron-core and DeepSpeed."""
 
+import itertools
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -49,7 +51,14 @@ def start_groups(plan: RunPlan) -> Groups:
         groups = Groups(topology, tensor, data, replicas, ModelParallelUnit(topology, tensor, data))
     if topology.is_sharded:
         _start_expert_groups(topology, groups.mpu)
+    if any(shard.experts == "inner_expert" for shard in plan.shards.values()):
+        _start_inner_expert_groups(topology)
     return groups
+
+
+def expert_group_name(topology: Topology, experts: Literal["expert", "inner_expert"]) -> str:
+    """What DeepSpeed calls the group of ranks that share experts; from its third part it reads their number."""
+    return f"ep_size_{topology.expert}" if experts == "expert" else f"ep_size_{topology.inner_expert}_inner"
 
 
 def _allocate_on_cpu() -> None:
@@ -85,6 +94,25 @@ def _start_expert_groups(topology: Topology, mpu: "ModelParallelUnit | None") ->
         groups._create_expert_data_and_model_parallel(topology.expert, mpu=mpu)
     else:
         groups._create_expert_and_data_parallel(topology.expert)
+
+
+def _start_inner_expert_groups(topology: Topology) -> None:
+    """The ranks that share the experts inside mixers, neighbours of one tensor_rank, and those with the same ones."""
+    from deepspeed.utils import groups
+
+    name, tensor, size = expert_group_name(topology, "inner_expert"), topology.tensor, topology.inner_expert
+    ranks_of = {
+        "_EXPERT_PARALLEL_GROUP": lambda part, place: range(place * size, (place + 1) * size),
+        "_EXPERT_DATA_PARALLEL_GROUP": lambda part, place: range(place, topology.data, size),
+    }
+    counts = {"_EXPERT_PARALLEL_GROUP": topology.data // size, "_EXPERT_DATA_PARALLEL_GROUP": size}
+    for kind, data_ranks in ranks_of.items():
+        for part, place in itertools.product(range(tensor), range(counts[kind])):
+            ranks = [data_rank * tensor + part for data_rank in data_ranks(part, place)]
+            group = dist.new_group(ranks)
+            if topology.world.rank in ranks:
+                getattr(groups, kind)[name] = group
+                getattr(groups, f"{kind}_RANKS")[name] = ranks
 
 
 class ModelParallelUnit:

@@ -14,7 +14,7 @@ from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import TrainConfig
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.groups import Groups, expert_group_name
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.placement import ParameterShard
 from moe_mamba.parallel.run_plan import RunPlan
@@ -93,7 +93,7 @@ def shard(
     if groups.topology.is_sharded and model.routers():
         from moe_mamba.parallel.expert import spread_experts
 
-        spread_experts(model, groups, sequence_parallel)
+        spread_experts(model, groups, held, sequence_parallel)
 
 
 def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
@@ -106,9 +106,9 @@ def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, Parame
     for name, parameter in model.named_parameters():
         shard = held[name]
         parameter.tensor_model_parallel = shard.is_first_replica  # type: ignore[attr-defined]
-        if shard.is_expert and groups.topology.is_sharded:
+        if shard.experts is not None and groups.topology.is_sharded:
             parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = f"ep_size_{groups.topology.expert}"  # type: ignore[attr-defined]
+            parameter.group_name = expert_group_name(groups.topology, shard.experts)  # type: ignore[attr-defined]
         if shard.replicas > 1:
             parameter.register_hook(partial(_summed, group=groups.replicas[shard.replicas]))
 

@@ -18,6 +18,7 @@ from moe_mamba.model.names import logical_names
 from moe_mamba.model.sharding import Group, ShardSpec
 from moe_mamba.parallel.topology import Topology
 
+EXPERTS = ("expert", "inner_expert")
 VOCABULARY_MULTIPLE = 128  # rows of a rank: matrix products of odd widths are slow
 
 
@@ -68,7 +69,8 @@ class ParameterShard:
         segments: for each axis, the stretches that this rank holds.
         local_shape: of the rank's memory, padding included.
         tensor_axis: the axis that tensor-parallel ranks share; None where each holds the whole.
-        is_expert: its gradient is summed by DeepSpeed over the ranks with the same experts.
+        experts: the group whose ranks share it as experts; DeepSpeed sums its gradient over the ranks with the same
+            ones. None: it is none of experts, or of experts inside mixers that all ranks hold.
         is_reduced: see ``ShardSpec``.
         replicas: tensor-parallel ranks that hold this same shard, whose gradients are summed; they are neighbours.
         is_first_replica: whether this rank is the first of them, which counts in norms.
@@ -79,7 +81,7 @@ class ParameterShard:
     segments: tuple[tuple[Segment, ...], ...]
     local_shape: tuple[int, ...]
     tensor_axis: int | None
-    is_expert: bool
+    experts: Literal["expert", "inner_expert"] | None
     is_reduced: bool
     replicas: int
     is_first_replica: bool
@@ -130,6 +132,8 @@ def _place(group: Group, topology: Topology) -> tuple[int, int]:
     """This rank's place in a group, and the group's size."""
     if group == "expert":
         return topology.expert_rank, topology.expert
+    if group == "inner_expert":
+        return topology.inner_expert_rank, topology.inner_expert
     if group == "tensor" or topology.expert_tensor:
         return topology.tensor_rank, topology.tensor
     return 0, 1
@@ -143,17 +147,19 @@ def _shard(name: str, shape: tuple[int, ...], specs: tuple[ShardSpec, ...], topo
         rank, size = _place(spec.group, topology)
         segments[spec.axis] = segments_of_axis(spec, rank, size)
         local_shape[spec.axis] = local_length(spec, size)
-        if spec.group != "expert" and shards_of_axis(spec, size) > 1:
+        if spec.group not in EXPERTS and shards_of_axis(spec, size) > 1:
             tensor_axis, count = spec.axis, shards_of_axis(spec, size)
-    is_expert = any(spec.group == "expert" for spec in specs)
-    replicas = 1 if is_expert else topology.tensor // count
+    experts = next((spec.group for spec in specs if spec.group in EXPERTS), None)
+    if experts == "inner_expert" and topology.inner_expert == 1:
+        experts = None
+    replicas = 1 if experts == "expert" else topology.tensor // count
     return ParameterShard(
         name,
         shape,
         tuple(segments),
         tuple(local_shape),
         tensor_axis,
-        is_expert,
+        experts,  # type: ignore[arg-type]
         any(spec.is_reduced for spec in specs),
         replicas,
         topology.tensor_rank % replicas == 0,
@@ -167,7 +173,7 @@ def check_shards(config: Config, topology: Topology) -> None:
         UserError: names the parameter's size, the number of ranks, and one that would do.
     """
     for spec in _misfits(config, topology):
-        group: Literal["tensor", "expert"] = "expert" if spec.group == "expert" else "tensor"
+        group: Literal["tensor", "expert"] = "expert" if spec.group in EXPERTS else "tensor"
         key, size = f"parallel.{group}", getattr(topology, group)
         fitting = next((n for n in range(size - 1, 0, -1) if _fits(config, topology.resized(group, n))), None)
         relation = "neither divides nor is a multiple of" if spec.is_replicable else "does not divide"

@@ -34,6 +34,8 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer
+from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
+from moe_mamba.model.mixers.routing import Router
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import ParameterShard
 
@@ -69,9 +71,7 @@ def _join_mixers(model: LanguageModel, group: ProcessGroup, expert_tensor: bool,
         if isinstance(layer.mixer, ParallelMixers):
             if sequence_parallel:
                 layer.mixer.gather = partial(gather_from_sequence_parallel_region, group=group)
-                layer.mixer.reduce = partial(reduce_scatter_to_sequence_parallel_region, group=group)
-            else:
-                layer.mixer.reduce = partial(reduce_from_tensor_model_parallel_region, group=group)
+            layer.mixer.reduce = partial(_leave(sequence_parallel), group=group)
             for mixer in layer.mixers:  # type: ignore[union-attr]
                 if mixer.gathers_tokens or (mixer.routes and expert_tensor):
                     joined.update(module for module in mixer.modules() if isinstance(module, Mixer))
@@ -92,10 +92,19 @@ def _shard_mixer(
             shard = shards[f"{prefix}.{name}.weight"]
             mixer.set_submodule(name, _shard_linear(linear, shard, group, sequence_parallel, joins))
     for name, parameter in list(mixer.named_parameters()):
-        shape = shards[f"{prefix}.{name}"].local_shape
-        if parameter.shape != shape:
-            owner, _, local = name.rpartition(".")
-            setattr(mixer.get_submodule(owner), local, nn.Parameter(parameter.new_empty(shape)))
+        shard = shards[f"{prefix}.{name}"]
+        owner, _, local = name.rpartition(".")
+        module = mixer.get_submodule(owner)
+        if parameter.shape != shard.local_shape:
+            setattr(module, local, nn.Parameter(parameter.new_empty(shard.local_shape)))
+        if isinstance(module, Router):
+            module.ranks = group.size()
+            if shard.is_reduced:  # it reads channels
+                module.reduce = partial(_reduce_for_all, group=group)
+        elif isinstance(module, SwitchExperts) and shard.is_reduced:
+            module.reduce = partial(_reduce_units, units=module.fan_ins[1], group=group)
+    if isinstance(mixer, RoutedMamba) and not joins:  # its sums may leave it without a linear layer
+        mixer.reduce = partial(_leave(sequence_parallel), group=group)
     if sequence_parallel and not joins:
         mixer.register_forward_pre_hook(partial(_gather_tokens, group))
 
@@ -121,6 +130,24 @@ def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]
     """All ranks' tokens for a mixer: (tokens / tensor, d_model) -> (tokens, d_model); backward: a reduce-scatter."""
     stream, *rest = arguments
     return gather_from_sequence_parallel_region(stream, group=group), *rest
+
+
+def _leave(sequence_parallel: bool) -> Callable[..., Tensor]:
+    """How partial sums leave a mixer: each rank gets the sums of its tokens, or all of them."""
+    return reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
+
+
+def _reduce_for_all(partial_sums: Tensor, *, group: ProcessGroup) -> Tensor:
+    """The whole sum on all ranks, and the sum of what each of them does with it."""
+    reduced = reduce_from_tensor_model_parallel_region(partial_sums, group=group)
+    return copy_to_tensor_model_parallel_region(reduced, group=group)
+
+
+def _reduce_units(partial_sums: Tensor, *, units: int, group: ProcessGroup) -> Tensor:
+    """Inputs of this rank's hidden units, (rows, gates x units / tensor), of its part of all, (rows, gates x units)."""
+    by_unit = partial_sums.unflatten(1, (-1, units)).permute(2, 0, 1).contiguous()  # (units, rows, gates)
+    mine = reduce_scatter_to_sequence_parallel_region(by_unit, group=group)
+    return mine.permute(1, 2, 0).flatten(1)
 
 
 class RowLinear(nn.Linear):

@@ -123,6 +123,16 @@ class Topology:
         return (self.data_rank if self.expert_tensor else self.world.rank) % self.expert
 
     @property
+    def inner_expert(self) -> int:
+        """Ranks that share the experts inside mixers, each with the same channels: ``expert`` counts all channels'."""
+        return self.expert if self.expert_tensor else self.expert // math.gcd(self.expert, self.tensor)
+
+    @property
+    def inner_expert_rank(self) -> int:
+        """Which part of the experts inside mixers this process holds."""
+        return self.data_rank % self.inner_expert
+
+    @property
     def is_sharded(self) -> bool:
         """Whether no single process holds a whole model."""
         return self.tensor > 1 or self.expert > 1

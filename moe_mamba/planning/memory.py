@@ -90,8 +90,10 @@ def checkpoint_bytes(model: LanguageModel) -> int:
 
 def _sharing(shard: ParameterShard, topology: Topology) -> int:
     """Devices among which ZeRO shares a parameter's state: those whose gradients of it are averaged."""
-    if not shard.is_expert:
+    if shard.experts is None:
         return topology.data
+    if shard.experts == "inner_expert":
+        return topology.data // topology.inner_expert
     return (topology.data if topology.expert_tensor else topology.world.size) // topology.expert
 
 
@@ -119,7 +121,7 @@ def table(config: Config, gpus: int | None = None) -> str:
 
 def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str]]:
     parallel, devices = config.parallel, numbers["devices"]
-    experts = f", experts over {parallel.expert}" * has_experts(config.model)
+    experts = f", experts over {parallel.expert}" * has_experts(config.model, config.moe)
     among = " and their tensor-parallel ranks" * parallel.expert_tensor
     kinds = {"weights": "weight_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}
     masters = "fp32 masters and moments" if parallel.zero else "moments"

@@ -43,7 +43,7 @@ def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
     """
     model, recompute = config.model, config.train.recompute
     width = 2 if config.train.precision == "bf16" else 4
-    specs = layer_specs(model)
+    specs = layer_specs(model, config.moe)
     mixers = [mixer for spec in specs for mixer in spec.mixers]
     kept = 0 if recompute else sum(mixer.activation_bytes(model, config.moe, width) for mixer in mixers)
     layers = 3 * model.d_model * width * len(specs) + kept

@@ -107,7 +107,7 @@ def _measure(config: Config, topology: Topology, comparison: Comparison) -> tupl
             collectives=measure_collectives(
                 topology,
                 FP32 * per_device(plan)["parameters_per_device"],
-                dispatch if has_experts(config.model) else None,
+                dispatch if has_experts(config.model, config.moe) else None,
             )
             if world.size > 1
             else [],

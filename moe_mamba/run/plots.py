@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,14 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
     lines = [line for line in read_metrics(run) if line.get("expert_load")]
     if not lines:
         raise UserError(f"{Path(run)} logged no expert_load: its model has no experts, or it has not trained yet")
-    layers = sorted(lines[0]["expert_load"], key=int)
+    experts = {layer: len(load) for layer, load in lines[0]["expert_load"].items()}
+    layers = sorted(experts, key=lambda layer: ([int(number) for number in re.findall(r"\d+", layer)], layer))
     columns = min(len(layers), math.ceil(math.sqrt(len(layers))))
     rows = -(-len(layers) // columns)
     figure, _ = _figure(max(10, 3.4 * columns), 1.6 + 2.1 * rows + 2.2, axes=False)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.0 + 2.1 * rows, 2.4])
-    maps = list(top.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    is_alike = len(set(experts.values())) == 1
+    maps = list(top.subplots(rows, columns, squeeze=False, sharex=True, sharey=is_alike).flat)
     tokens = np.array([line["tokens"] for line in lines], dtype=np.float64)
     for layer, axes in zip(layers, maps, strict=False):
         load = np.array([line["expert_load"][layer] for line in lines], dtype=np.float64).T
@@ -92,25 +95,32 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
     bar.outline.set_visible(False)
     top.suptitle(f"Load of the experts of {Path(run).name}", x=0.01, ha="left", fontsize=14, weight="bold", color=INK)
     top.supylabel("expert", fontsize=10, color=FAINT)
-    experts = len(lines[0]["expert_load"][layers[0]])
-    _router_curves(bottom, lines, layers, tokens, experts)
+    _router_curves(bottom, lines, {layer: experts[layer] for layer in layers}, tokens)
     _save(figure, output)
 
 
-def _router_curves(figure: Any, lines: list[dict[str, Any]], layers: list[str], tokens: Floats, experts: int) -> None:
-    """Dropped tokens and entropy of the router, a curve per layer, lighter to darker with depth."""
+def _router_curves(figure: Any, lines: list[dict[str, Any]], layers: dict[str, int], tokens: Floats) -> None:
+    """Dropped tokens and entropy of the router, a curve per layer, lighter to darker with depth.
+
+    Args:
+        figure: where to.
+        lines: of the metrics.
+        layers: name of each router in them -> its experts.
+        tokens: of each line.
+    """
     from matplotlib import colormaps
 
     shades = colormaps["viridis"](np.linspace(0.85, 0.15, len(layers)))
     quantities = (
-        ("dropped", "tokens dropped", 1.0),
-        ("router_entropy", "entropy of the router, of its maximum", math.log(experts)),
+        ("dropped", "tokens dropped", lambda experts: 1.0),
+        ("router_entropy", "entropy of the router, of its maximum", math.log),
     )
     for axes, (key, title, scale) in zip(figure.subplots(1, 2), quantities, strict=True):
         for layer, shade in zip(layers, shades, strict=True):
             values = [line.get("moe", {}).get(key, {}).get(layer) for line in lines]
             curve = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-            axes.plot(tokens, _smooth(curve) / max(scale, 1e-9), color=shade, linewidth=1.6, label=f"layer {layer}")
+            curve = _smooth(curve) / max(scale(layers[layer]), 1e-9)
+            axes.plot(tokens, curve, color=shade, linewidth=1.6, label=f"layer {layer}")
         _style(axes)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axes.set_xlim(0, tokens[-1])

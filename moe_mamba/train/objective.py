@@ -1,6 +1,6 @@
 """What a step minimises: cross entropy by the number of targets, and the routers' losses over all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,6 +33,7 @@ class Objective:
         targets: number of targets in the global batch.
         micro_steps: of the step; the engine divides by them and by the data ranks, and a sum by targets must not be.
         topology: the ranks to take the routers' statistics over.
+        balanced: names of the routers that have a balance loss.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Objective:
         targets: int,
         micro_steps: int,
         topology: Topology,
+        balanced: Collection[str],
     ) -> None:
         self._config = config
+        self._balanced = frozenset(balanced)
         self._cross_entropy = cross_entropy
         self._scale = micro_steps * topology.data / targets
         self._topology = topology
@@ -59,15 +62,17 @@ class Objective:
         """
         cross_entropy, _ = self._cross_entropy(logits, targets)
         shared = over_all_ranks(statistics, self._topology)
-        balance, z = _router_losses(shared, like=cross_entropy)
-        self._add(cross_entropy, balance, z, shared)
+        balance, z = _losses_of_each(shared)
+        self._add(cross_entropy, _mean(balance.values(), cross_entropy), _mean(z.values(), cross_entropy), shared)
+        share = 1.0
         if self._config.balance_over == "device":
             # Tensor-parallel ranks' gradients of the router are summed, and each has a loss of its own here.
-            balance, z = (value / self._topology.tensor for value in _router_losses(statistics, like=cross_entropy))
+            balance, z = _losses_of_each(statistics)
+            share = 1.0 / self._topology.tensor
         loss = cross_entropy * self._scale
-        if self._config.balance == "loss":
-            loss = loss + self._config.balance_weight * balance
-        return loss + self._config.z_loss_weight * z
+        if balanced := [balance[name] for name in balance if name in self._balanced]:
+            loss = loss + self._config.balance_weight * (_mean(balanced, cross_entropy) * share)
+        return loss + self._config.z_loss_weight * (_mean(z.values(), cross_entropy) * share)
 
     def _add(self, cross_entropy: Tensor, balance: Tensor, z: Tensor, statistics: Statistics) -> None:
         statistics = {name: _combine(router) for name, router in statistics.items()}
@@ -123,11 +128,11 @@ def _combine(*parts: RouterStatistics) -> RouterStatistics:
     )
 
 
-def _router_losses(statistics: Statistics, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The balance loss and the z-loss, means over layers."""
-    balance, z = ([loss(layer) for layer in statistics.values()] for loss in (balance_loss, z_loss))
-    return _mean(balance, like), _mean(z, like)
+def _losses_of_each(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The balance loss and the z-loss of each router."""
+    balance, z = ({name: loss(one) for name, one in statistics.items()} for loss in (balance_loss, z_loss))
+    return balance, z
 
 
-def _mean(values: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(values).mean() if values else torch.zeros_like(like)
+def _mean(values: Collection[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(list(values)).mean() if values else torch.zeros_like(like)

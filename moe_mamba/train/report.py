@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from moe_mamba.installation import command
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.pattern import has_experts, kernel_operations, looks_ahead
+from moe_mamba.model.mixers.routing import Router
+from moe_mamba.model.pattern import has_experts, kernel_operations
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
@@ -57,7 +59,7 @@ def describe_layout(config: Config, topology: Topology) -> str:
     if not topology.is_sharded:
         return ""
     sharded_experts = " and their tensor-parallel ranks" * topology.expert_tensor
-    experts = f", experts over {topology.expert}{sharded_experts}" * has_experts(config.model)
+    experts = f", experts over {topology.expert}{sharded_experts}" * has_experts(config.model, config.moe)
     return f"tensor {topology.tensor} x data {topology.data}{experts}, "
 
 
@@ -111,24 +113,27 @@ def against_unigram(scores: Scores, entropy: float) -> str:
     return f"{abs(entropy - scores.loss):.2f} nats/token {side} the unigram entropy of its tokens ({entropy:.4f})"
 
 
-def routing_metrics(config: Config, sums: StepSums, micro_steps: int) -> dict[str, Any]:
-    """What the routers did in a step: their losses, the dropped share, each layer's load and entropy.
+def routing_metrics(routers: Mapping[str, Router], sums: StepSums, micro_steps: int) -> dict[str, Any]:
+    """What the routers did in a step: their losses, the dropped share, each router's load and entropy.
 
     Dropped is a share of the assignments; where experts choose, of the tokens, those that none took.
     """
-    names, routers = [_router_label(name) for name in sums.statistics], list(sums.statistics.values())
-    assigned = torch.stack([router.assigned for router in routers])  # (routers, experts)
-    totals = assigned.sum(1)  # (routers,)
+    names, found = [_router_label(name) for name in sums.statistics], list(sums.statistics.values())
+    totals = torch.stack([router.assigned.sum() for router in found])  # (routers,)
     tokens, dropped, entropy = (
-        torch.stack([getattr(router, name) for router in routers]) for name in ("tokens", "dropped", "entropy")
+        torch.stack([getattr(router, name) for router in found]) for name in ("tokens", "dropped", "entropy")
     )
-    dropped = dropped / (tokens if looks_ahead(config.model, config.moe) else totals)
-    load = (assigned / totals[:, None]).tolist()
+    is_choice = torch.tensor([routers[name].config.router == "expert_choice" for name in sums.statistics])
+    dropped = dropped / torch.where(is_choice.to(tokens.device), tokens, totals)
+    load = torch.cat([router.assigned / router.assigned.sum() for router in found])
+    shares = load.split([len(router.assigned) for router in found])
     return {
         "balance_loss": float(sums.balance) / micro_steps,
         "z_loss": float(sums.z) / micro_steps,
         "dropped": float(dropped.mean()),
-        "expert_load": {name: [round(share, 5) for share in row] for name, row in zip(names, load, strict=True)},
+        "expert_load": {
+            name: [round(share, 5) for share in row.tolist()] for name, row in zip(names, shares, strict=True)
+        },
         "moe": {
             "dropped": dict(zip(names, dropped.tolist(), strict=True)),
             "router_entropy": dict(zip(names, (entropy / tokens).tolist(), strict=True)),
@@ -138,7 +143,7 @@ def routing_metrics(config: Config, sums: StepSums, micro_steps: int) -> dict[st
 
 def _router_label(name: str) -> str:
     """A router's name in metrics: its layer's index, and what of the name says more where a layer has several."""
-    return name.removeprefix("layers.").removesuffix(".mixer.router")
+    return name.removeprefix("layers.").replace(".mixer", "").removesuffix(".router")
 
 
 def validation_metrics(step: int, tokens: int, corpora: Corpora, scores: dict[str, Scores]) -> dict[str, Any]:
@@ -191,7 +196,7 @@ def draw_pictures(config: Config, folder: RunFolder) -> list[Path]:
 
 
 def _pictures(config: Config, folder: RunFolder) -> list[Path]:
-    return [folder.plots / "loss.png"] + [folder.plots / "expert_load.png"] * has_experts(config.model)
+    return [folder.plots / "loss.png"] + [folder.plots / "expert_load.png"] * has_experts(config.model, config.moe)
 
 
 def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:

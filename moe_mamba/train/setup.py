@@ -107,7 +107,7 @@ def accumulation_changes(config: Config, start: StartState, micro_steps: int) ->
         changed.append("the balance loss")
     if config.moe.capacity_factor is not None and was[1] != now[1]:
         changed.append("the capacity of experts")
-    if not has_experts(config.model) or not changed:
+    if not has_experts(config.model, config.moe) or not changed:
         return []
     return [
         f"note      {was[0]} micro-steps of {was[1]:g} sequences per device became {now[0]} of {now[1]:g}: "

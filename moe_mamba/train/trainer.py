@@ -216,7 +216,10 @@ class Trainer:
 
     def _gradient(self, batches: list[Batch], targets: int) -> tuple[StepSums, float]:
         """Forward and backward of all micro-steps; their sums, and the loss over all ranks in nats/token."""
-        objective = Objective(self.config.moe, self.model.cross_entropy, targets, self.micro_steps, self.topology)
+        balanced = self.model.balanced_routers()
+        objective = Objective(
+            self.config.moe, self.model.cross_entropy, targets, self.micro_steps, self.topology, balanced
+        )
         for number, batch in enumerate(batches, 1):
             output = self.engine(batch.tokens, batch.document_starts)
             self.engine.backward(objective(output.logits, batch.targets, output.statistics))
@@ -279,10 +282,10 @@ class Trainer:
         self.events.write("rewind", before, to=self.step, batches=left_out, reason=text)
 
     def _update_balance_biases(self, sums: StepSums) -> None:
-        if self.config.moe.balance == "bias":
-            for name, router in self.model.routers().items():
-                # Experts sharded by tensor count in shares, whose sum may be a rounding away from the whole number.
-                update_balance_bias(router, sums.statistics[name].assigned.round(), self.config.moe.bias_rate)
+        for name, router in self.model.routers().items():
+            if router.config.balance == "bias":
+                # Ranks that count the same tokens answer for shares, whose sum may be a rounding away from a number.
+                update_balance_bias(router, sums.statistics[name].assigned.round(), router.config.bias_rate)
 
     def _state(self) -> list[Shard]:
         """What this rank owns of the run's state."""
@@ -320,7 +323,7 @@ class Trainer:
             "tokens_per_second": round(speed, 1),
         }
         if sums.statistics:
-            line |= report.routing_metrics(self.config, sums, self.micro_steps)
+            line |= report.routing_metrics(self.model.routers(), sums, self.micro_steps)
         if self.pace.slowest is not None:
             line["pace"] = self.pace.slowest  # of the step before
         self.metrics.write(line)

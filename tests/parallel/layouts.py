@@ -215,7 +215,8 @@ def train(config: Config, steps: int) -> Trained:
         for step in range(steps):
             tokens, targets, document_starts = batch_of(step, config)
             counted = int((targets != -100).sum())
-            objective = Objective(config.moe, built.model.cross_entropy, counted, micro_steps, built.topology)
+            balanced = built.model.balanced_routers()
+            objective = Objective(config.moe, built.model.cross_entropy, counted, micro_steps, built.topology, balanced)
             for number in range(micro_steps):
                 mine = [
                     share_of(v, built.topology, number, config.train.micro_batch)

@@ -29,7 +29,7 @@ def micro_step(config: Config) -> list[Collective]:
     tokens, targets, document_starts = (
         share_of(values, built.topology, 0, config.train.micro_batch) for values in batch_of(0, config)
     )
-    objective = Objective(config.moe, built.model.cross_entropy, 100, 1, built.topology)
+    objective = Objective(config.moe, built.model.cross_entropy, 100, 1, built.topology, built.model.balanced_routers())
     with counting() as found:
         output = built.model.train()(tokens, document_starts)
         objective(output.logits, targets, output.statistics).backward()
@@ -217,7 +217,7 @@ def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dic
     with counting() as start:
         engine = engines.build_engine(built.model, config, built.groups, micro_batch)
     for step in range(2):
-        objective = Objective(config.moe, built.model.cross_entropy, 100, 2, topology)
+        objective = Objective(config.moe, built.model.cross_entropy, 100, 2, topology, built.model.balanced_routers())
         with counting() as found:
             for number in range(2):
                 values = (share_of(value, topology, number, micro_batch) for value in batch_of(step, config))

@@ -170,7 +170,8 @@ def _in_bf16(case: str) -> tuple[Tensor, Tensor]:
     layer.router.float()
     x = _text(World.from_environment().rank)[0].bfloat16().requires_grad_()
     y, _, _ = layer(x, Sequences(BATCH, LENGTH))
-    rows, _, _ = layer.dispatcher.dispatch(x, layer.router(x, Sequences(BATCH, LENGTH))[0])
+    dispatch = layer.dispatcher.plan(layer.router(x, Sequences(BATCH, LENGTH))[0])
+    rows = layer.dispatcher.send(x, dispatch)()
     y.float().sum().backward()
     assert rows.dtype == y.dtype == x.grad.dtype == torch.bfloat16
     return y.detach(), layer.experts.in_proj.grad

@@ -61,7 +61,8 @@ def forward_and_backward(config: Config) -> tuple[Chunks, Chunks]:
     micro_batch = config.train.micro_batch
     micro_steps = GLOBAL_BATCH // (micro_batch * built.topology.data)
     counted = int((targets != -100).sum())
-    objective = Objective(config.moe, model.cross_entropy, counted, micro_steps, built.topology)
+    balanced = model.balanced_routers()
+    objective = Objective(config.moe, model.cross_entropy, counted, micro_steps, built.topology, balanced)
     outputs: Chunks = []
     with routing_margins(model) as margins:
         for number in range(micro_steps):
@@ -165,6 +166,31 @@ def test_outputs_and_gradients_without_selection(world: World) -> None:
 )
 def test_parallel_layers_in_float64(world: World, pattern: str, layout: Layout, keys: dict[str, Any]) -> None:
     for cell, (error, name) in float64_error(world, pattern, [layout], **keys).items():
+        assert error <= 1e-10, f"{cell}: {name}"
+
+
+OWN = {"projections": ["conv", "gate"], "router": "own"}
+SHARED = {"projections": ["conv", "gate", "out"], "router": "shared"}
+TOP_2 = {"experts": 4, "top_k": 2}
+SWITCH = {"projections": ["gate", "out"], "router": "own", "expert": "switch", "d_expert": 8}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "inner", "keys"),
+    [
+        ("M", Layout(4, 1, 2), OWN, {}),
+        ("M", Layout(4, 2, 1), OWN | TOP_2, {}),
+        ("ME", Layout(4, 2, 4), SHARED, {"moe__shared_experts": 1}),
+        ("M", Layout(4, 2, 4), SWITCH | TOP_2, {"moe__balance": "bias"}),
+        pytest.param("ME", Layout(4, 1, 4), SHARED | TOP_2, {"accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param("(ME)", Layout(4, 2, 2, expert_tensor=True), SHARED | TOP_2, {}, marks=pytest.mark.slow),
+        pytest.param("MM", Layout(4, 4, 1), SWITCH | {"every": 2}, {"train__recompute": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_inside_mamba_in_float64(
+    world: World, pattern: str, layout: Layout, inner: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    for cell, (error, name) in float64_error(world, pattern, [layout], moe__inner=inner, **keys).items():
         assert error <= 1e-10, f"{cell}: {name}"
 
 

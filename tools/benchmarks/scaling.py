@@ -211,7 +211,7 @@ def training_step(config: Config, world: World) -> Callable[[], None]:
     counted = config.train.global_batch * config.data.sequence_length
 
     def step() -> None:
-        objective = Objective(config.moe, model.cross_entropy, counted, 1, topology)
+        objective = Objective(config.moe, model.cross_entropy, counted, 1, topology, model.balanced_routers())
         output = engine(tokens)
         engine.backward(objective(output.logits, targets, output.statistics))
         engines.step(engine, config.train.gradient_clip)

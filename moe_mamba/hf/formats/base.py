@@ -12,10 +12,11 @@ from torch import Tensor
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats.settings import Configuration, Settings
+from moe_mamba.model.mixers import MIXERS
 from moe_mamba.model.mixers.attention import Attention
 from moe_mamba.model.mixers.feed_forward import FeedForward
 from moe_mamba.model.mixers.mamba import Mamba
-from moe_mamba.model.pattern import check_pattern, has, kinds, layer_specs
+from moe_mamba.model.pattern import check_pattern, has
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
 
 def describe_layer(model: ModelConfig, index: int) -> str:
     """A layer in a message: ``layer 3 is attention (*)``."""
-    mixers = layer_specs(model)[index].mixers
+    mixers = [MIXERS[letter] for letter in model.layers[index]]
     return f"layer {index} is " + " and ".join(f"{mixer.title} ({mixer.letter})" for mixer in mixers)
 
 
@@ -160,7 +161,8 @@ def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
         return f"model.norm={model.norm}: {architecture} has only RMSNorm"
     if not model.final_norm:
         return f"model.final_norm=false: {architecture} has a final norm"
-    if model.activation != "swiglu" and any("activation" in mixer.settings for mixer in kinds(model)):
+    settings = {key for mixer in MIXERS.values() if has(model, mixer) for key in mixer.settings}
+    if model.activation != "swiglu" and "activation" in settings:
         return f"model.activation={model.activation}: {architecture} has only SwiGLU"
     if has(model, Mamba) and not model.selective:
         return f"model.selective=false: {architecture} has only the selective scan"

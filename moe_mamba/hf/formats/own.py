@@ -27,7 +27,7 @@ class Own:
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         """It holds every model of this package's mixers, from which its code is assembled."""
         package = __name__.partition(".")[0]
-        foreign = [mixer for mixer in kinds(model) if mixer.__module__.partition(".")[0] != package]
+        foreign = [mixer for mixer in kinds(model, moe) if mixer.__module__.partition(".")[0] != package]
         if not foreign:
             return None
         return (

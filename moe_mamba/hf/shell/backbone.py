@@ -12,7 +12,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging
 
 from moe_mamba.hf.shell.cache import CACHE, MoEMambaCache, StateCache
-from moe_mamba.hf.shell.configuration import MoEConfig
 from moe_mamba.hf.shell.kernels import Plain, operations
 from moe_mamba.hf.shell.order import reordered, reordered_attention, reordered_rows, run_with_waiting
 from moe_mamba.hf.shell.padding import Reading, packed_document_starts, read
@@ -69,11 +68,11 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         stack = config.stack
-        moe: Any = MoEConfig(**config.moe)
+        moe = config.routing
         self.embedding = nn.Embedding(stack.vocab_size, stack.d_model)
         check_pattern(stack, moe)
-        self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack)
-        self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack))
+        self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack, moe)
+        self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack, moe))
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:

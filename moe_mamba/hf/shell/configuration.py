@@ -33,6 +33,20 @@ KEPT = {
 
 @strict
 @dataclass(kw_only=True)
+class InnerConfig:
+    """Mixtures inside Mamba mixers: what ``MoEMambaConfig.moe`` holds under ``inner``.
+
+    Args:
+        assembled: arguments of InnerConfig
+    """
+
+    # assembled: fields of InnerConfig
+
+    # assembled: methods of InnerConfig
+
+
+@strict
+@dataclass(kw_only=True)
 class MoEConfig:
     """Routing and experts of the layers written ``E``: what ``MoEMambaConfig.moe`` holds, as a dictionary.
 
@@ -41,6 +55,11 @@ class MoEConfig:
     """
 
     # assembled: fields of MoEConfig
+
+    @classmethod
+    def of(cls, moe: dict[str, Any]) -> "MoEConfig":
+        """What a dictionary says, with one under ``inner``."""
+        return cls(**moe | {"inner": InnerConfig(**moe.get("inner", {}))})  # type: ignore[call-arg]  # assembled
 
     # assembled: methods of MoEConfig
 
@@ -105,12 +124,10 @@ class MoEMambaConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        stack = StackConfig(
-            **{field.name: kwargs.pop(field.name) for field in fields(StackConfig) if field.name in kwargs}
-        )
-        for field in fields(StackConfig):
-            setattr(self, field.name, getattr(stack, field.name))
-        self.moe = asdict(MoEConfig(**(moe or {})))
+        stack = StackConfig(**{key.name: kwargs.pop(key.name) for key in fields(StackConfig) if key.name in kwargs})
+        for key in fields(StackConfig):
+            setattr(self, key.name, getattr(stack, key.name))
+        self.moe = asdict(MoEConfig.of(moe or {}))
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
         own = PretrainedConfig()
@@ -122,9 +139,14 @@ class MoEMambaConfig(PretrainedConfig):
     @property
     def stack(self) -> StackConfig:
         """The keys of the stack as they are now, checked, and what follows from them."""
-        stack = StackConfig(**{field.name: getattr(self, field.name) for field in fields(StackConfig)})
+        stack = StackConfig(**{key.name: getattr(self, key.name) for key in fields(StackConfig)})
         vars(stack)["whole"] = self
         return stack
+
+    @property
+    def routing(self) -> Any:
+        """The keys of ``moe`` as they are now, checked, and what follows from them."""
+        return MoEConfig.of(self.moe)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]  # others' are the same for all

@@ -15,6 +15,7 @@ from moe_mamba.hf.shell.configuration import MoEMambaConfig
 from moe_mamba.hf.shell.experts import EXPERTS_IMPLEMENTATIONS, MoEMambaExperts
 from moe_mamba.model.initialize import Initializer
 from moe_mamba.model.layer import Layer, fp32_parameter_names
+from moe_mamba.model.mixers.moe import Experts
 from moe_mamba.model.pattern import LayerSpec, has_experts
 
 
@@ -24,8 +25,9 @@ class MoEMambaLayer(GradientCheckpointingLayer, Layer):
     def __init__(self, spec: LayerSpec, config: ModelConfig, moe: MoEConfig) -> None:
         super().__init__(spec, config, moe)
         for mixer in self.mixers:
-            if mixer.routes:
-                mixer.experts = MoEMambaExperts(mixer.experts)  # type: ignore[arg-type]
+            for name, experts in mixer.named_children():
+                if isinstance(experts, Experts):
+                    setattr(mixer, name, MoEMambaExperts(experts))
 
 
 class MoEMambaPreTrainedModel(PreTrainedModel):
@@ -94,7 +96,7 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         wanted = "eager" if requested_experts is None else requested_experts
         if wanted not in EXPERTS_IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
-        if wanted != "eager" and not has_experts(self.config.stack):
+        if wanted != "eager" and not has_experts(self.config.stack, self.config.routing):
             raise ValueError(
                 f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
             )

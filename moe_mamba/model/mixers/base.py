@@ -75,6 +75,11 @@ class Mixer(nn.Module):
     routes: ClassVar[bool] = False
 
     @classmethod
+    def serves(cls, moe: MoEConfig, number: int) -> bool:
+        """Whether a variant of a kind of layer takes the place of the ``number``-th such layer, counted from 1."""
+        return False
+
+    @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Mixer":
         """The mixer of a layer; ``kernels``: as ``run.kernels``."""
         raise NotImplementedError

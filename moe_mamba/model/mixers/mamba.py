@@ -14,6 +14,7 @@ Parameters have the names of the library mamba-ssm.
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -89,6 +90,13 @@ class StepProjection(nn.Module):
         return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
 
 
+class Projected(NamedTuple):
+    """What a mixer's input was projected to: x and z of figure 3, each (tokens, d_inner)."""
+
+    x: Tensor
+    z: Tensor
+
+
 class Mamba(Mixer):
     """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
 
@@ -150,7 +158,7 @@ class Mamba(Mixer):
         room: int | None = None,
     ) -> MambaState:
         """Return the state before any token; ``dtype`` is the activations'. Its size is the same for any ``room``."""
-        channels = self.in_proj.out_features // 2  # d_inner, or a shard of it
+        channels = len(self.D)  # d_inner, or a shard of it
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
             torch.zeros(batch, self.config.d_conv - 1, channels, dtype=dtype, device=device),
@@ -160,15 +168,27 @@ class Mamba(Mixer):
     def forward(
         self, x: Tensor, sequences: Sequences, state: MambaState | None = None
     ) -> tuple[Tensor, Statistics, MambaState | None]:
-        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, {}, new state)."""
-        projected = self.in_proj(x)  # (tokens, 2 d_inner): x and z of figure 3
+        """Mix each token of ``x`` (tokens, d_model) with its document so far; returns (y, statistics, new state)."""
+        projected = self.project(x, sequences)
+        new_state: MambaState | None
         if state is not None and sequences.length == 1 and sequences.document_starts is None:
-            x, z = projected.chunk(2, dim=-1)
-            y, new_state = self._step(x, z, state)
-            return self.out_proj(y), {}, new_state
-        x, z = projected.view(sequences.batch, sequences.length, -1).chunk(2, dim=-1)
-        y, passed_state = self._pass(x, z, sequences.document_starts, state)
-        return self.out_proj(y.reshape(sequences.tokens, -1)), {}, passed_state
+            y, new_state = self._step(projected.x, projected.z, state)
+        else:
+            shape = sequences.batch, sequences.length, -1
+            y, new_state = self._pass(
+                projected.x.view(shape), projected.z.view(shape), sequences.document_starts, state
+            )
+            y = y.reshape(sequences.tokens, -1)
+        y, statistics = self.project_back(y, projected, sequences)
+        return y, statistics, new_state
+
+    def project(self, u: Tensor, sequences: Sequences) -> Any:
+        """From the mixer's input (tokens, d_model) to x and z, each (tokens, d_inner); see ``Projected``."""
+        return Projected(*self.in_proj(u).chunk(2, dim=-1))
+
+    def project_back(self, y: Tensor, projected: Any, sequences: Sequences) -> tuple[Tensor, Statistics]:
+        """From channels (tokens, d_inner) to (tokens, d_model), with the statistics of the mixer's routers."""
+        return self.out_proj(y), {}
 
     def _pass(
         self, x: Tensor, z: Tensor, document_starts: Tensor | None, state: MambaState | None

@@ -1,57 +1,19 @@
-"""Mixture of experts: route -> dispatch -> experts -> combine.
-
-The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
-"""
+"""Mixture of experts: route -> dispatch -> experts -> combine."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.kernels import activation, combine_rows, gather_rows, grouped_matmul
+from moe_mamba.kernels import activation, grouped_matmul
 from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.mixers.base import Mixer, Statistics
+from moe_mamba.model.mixers.dispatch import Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import FeedForward, input_width
-from moe_mamba.model.mixers.routing import Router, RouterStatistics, Routing
+from moe_mamba.model.mixers.routing import Router, RouterStatistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs, prefixed
-
-
-class Dispatcher(Protocol):
-    """Brings rows to the experts of this device, and their outputs back."""
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Turn ``x`` (tokens, d_model) into (rows sorted by expert, rows of each expert, what the others need).
-
-        Where the routing has a capacity, all experts have as many rows. The rows may be on their way.
-        """
-
-    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
-        """The rows of ``dispatch``, as they are once they are here."""
-
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the weighted outputs of a token's experts, (tokens, d_model); zero for a token without any."""
-
-
-class LocalDispatcher:
-    """All experts are on this device; ``kernels`` names the back end of its gather and its sum."""
-
-    def __init__(self, kernels: str) -> None:
-        self._kernels = kernels
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Gather the tokens in the order of the experts."""
-        return gather_rows(x, routing.token, routing.slot, backend=self._kernels), routing.counts, routing
-
-    def arrive(self, rows: Tensor, handle: Any) -> Tensor:
-        """They never were elsewhere."""
-        return rows
-
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the weighted outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
-        return combine_rows(rows, handle.weight, handle.token, handle.slot, backend=self._kernels)
 
 
 class Experts(nn.Module):
@@ -98,7 +60,7 @@ class MoE(Mixer):
     def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         width = moe.d_expert or config.resolved_d_ff
-        self.router = Router(config, moe, kernels)
+        self.router = Router(config.d_model, moe, kernels)
         self.experts = Experts(config, moe.experts, width, kernels)
         shared = moe.shared_experts
         self.shared = FeedForward(config, shared * width, kernels=kernels) if shared else None
@@ -140,12 +102,12 @@ class MoE(Mixer):
     def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
         """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
-        rows, counts, handle = self.dispatcher.dispatch(x, routing)
-        capacity = None if routing.capacity is None else len(rows) // len(counts)
+        dispatch = self.dispatcher.plan(routing)
+        receive = self.dispatcher.send(x, dispatch)
 
         def finish() -> tuple[Tensor, RouterStatistics]:
-            arrived = self.dispatcher.arrive(rows, handle)
-            return self.dispatcher.combine(self.experts(arrived, counts, capacity=capacity), handle), statistics
+            rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
+            return self.dispatcher.combine(rows, dispatch), statistics
 
         return finish
 

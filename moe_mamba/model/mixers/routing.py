@@ -7,13 +7,14 @@ dispatcher and a grouped matmul want. No shape depends on the data, so a GPU is 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.config import MoEConfig
 from moe_mamba.kernels import Order, sort_by_expert
 from moe_mamba.model.initialize import Initializer, truncated_normal, zeros
 from moe_mamba.model.precision import without_autocast
@@ -63,6 +64,10 @@ class RouterStatistics:
     z: Tensor
     entropy: Tensor
     tokens: Tensor
+
+    def divided_by(self, count: int) -> "RouterStatistics":
+        """An even share of all sums."""
+        return RouterStatistics(**{field.name: getattr(self, field.name) / count for field in fields(self)})
 
 
 def balance_loss(statistics: RouterStatistics) -> Tensor:
@@ -126,15 +131,28 @@ def route_expert_choice(scores: Tensor, sequences: Sequences, capacity: int) -> 
 
 
 class Router(nn.Module):
-    """A bias-free linear map to one logit an expert, in its weight's dtype: fp32, whatever the model computes in."""
+    """A bias-free linear map to one logit an expert, in its weight's dtype: fp32, whatever the model computes in.
+
+    Args:
+        width: of its input.
+        moe: how it routes.
+        kernels: back end, as in ``run.kernels``.
+
+    Attributes:
+        reduce: turns this rank's part of the logits' sums into the logits; a layout that shards the router's input puts
+            another function in the place of this one.
+        ranks: how many route the same tokens; each answers for its share of them in the statistics.
+    """
 
     balance_bias: Tensor
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
+    def __init__(self, width: int, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = moe
         self.kernels = kernels
-        self.weight = nn.Parameter(torch.empty(moe.experts, config.d_model))
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.ranks = 1
+        self.weight = nn.Parameter(torch.empty(moe.experts, width))
         if moe.balance == "bias":
             self.register_buffer("balance_bias", torch.zeros(moe.experts))
         self.fp32_names = ("weight", "balance_bias") if moe.balance == "bias" else ("weight",)
@@ -145,7 +163,7 @@ class Router(nn.Module):
         return weight | {"balance_bias": zeros} if self.config.balance == "bias" else weight
 
     def forward(self, x: Tensor, sequences: Sequences) -> tuple[Routing, RouterStatistics]:
-        """Route the stream ``x`` (tokens, d_model)."""
+        """Route ``x`` (tokens, width)."""
         logits = self.logits(x)
         if sequences.recording.router_logits is not None:
             sequences.recording.router_logits.append(logits)
@@ -168,12 +186,12 @@ class Router(nn.Module):
             entropy=torch.special.entr(share.detach()).sum(),
             tokens=torch.full((), len(x), dtype=share.dtype, device=x.device),
         )
-        return routing, statistics
+        return routing, statistics if self.ranks == 1 else statistics.divided_by(self.ranks)
 
     @without_autocast
     def logits(self, x: Tensor) -> Tensor:
-        """One logit an expert for each token of ``x`` (tokens, d_model), (tokens, experts)."""
-        return functional.linear(x.to(self.weight.dtype), self.weight)
+        """One logit an expert for each token of ``x`` (tokens, width), (tokens, experts)."""
+        return self.reduce(functional.linear(x.to(self.weight.dtype), self.weight))
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each token, best first, and their weights, both (tokens, top_k).
@@ -203,6 +221,11 @@ class Router(nn.Module):
         if factor is None:
             return None
         return min(max(math.floor(factor * self.config.top_k * tokens / self.config.experts), 1), tokens)
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """What stands where some layouts put a collective."""
+    return tensor
 
 
 @torch.no_grad()

@@ -1,0 +1,256 @@
+"""Mamba with experts inside: projections of the mixer are mixtures, each token's by the experts that a router gave it.
+
+Two designs. With a router for each projection it is the inner MoE of MoE-Mamba's second version (arXiv 2401.04081v2).
+With one router for all of them it is Routing Mamba (Zhan et al., arXiv 2506.18145, where routing is shared): for a
+token with input u, the router's shares p = softmax(W_r u) and their largest k, the set K,
+
+    x = sum over K of W_conv,i u        z = sum over K of W_gate,i u        y = sum over K of p_i W_out,i s
+
+where s is what convolution, scan and gate make of x and z. These, x_proj and dt_proj are common to all experts. An
+expert of Routing Mamba is one matrix (``moe.inner.expert=linear``); the authors of MoE-Mamba have two with an
+activation between them (``switch``).
+
+A mixer has no residual stream inside: a token for which an expert has no room gets zero from that projection.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels import activation, grouped_matmul
+from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.mixers.base import Statistics
+from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
+from moe_mamba.model.mixers.feed_forward import input_width
+from moe_mamba.model.mixers.mamba import Mamba
+from moe_mamba.model.mixers.routing import Router, unchanged
+from moe_mamba.model.sequences import Sequences
+from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+
+ENTRIES = ("conv", "gate")  # the halves of in_proj, in their order
+PROJECTIONS = (*ENTRIES, "out")
+
+
+class LinearExperts(nn.Module):
+    """Stacked experts of one matrix each: weight (experts, in, out); ``fill`` is how one starts."""
+
+    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
+
+    def __init__(self, experts: int, width: int, out: int, fill: Initializer, kernels: str) -> None:
+        super().__init__()
+        self.fill, self.kernels = fill, kernels
+        self.weight = nn.Parameter(torch.empty(experts, width, out))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert starts."""
+        return {"weight": self.fill}
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
+        return grouped_matmul(rows, self.weight, dispatch.counts, dispatch.capacity, self.kernels)
+
+
+class SwitchExperts(nn.Module):
+    """Stacked experts of two matrices each, with the model's activation between them.
+
+    Attributes:
+        reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
+            layout shards what experts read.
+    """
+
+    is_stacked = True
+
+    def __init__(
+        self, config: ModelConfig, experts: int, sizes: tuple[int, int, int], writes_to_stream: bool, kernels: str
+    ) -> None:
+        super().__init__()
+        width, hidden, out = sizes
+        self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
+        self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
+        self.fan_ins = width, hidden
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert's parameters start: as those of the layers ``E``."""
+        width, hidden = self.fan_ins
+        return {
+            "in_proj": matrix(self.config, width),
+            "out_proj": matrix(self.config, hidden, residual=self.writes_to_stream),
+        }
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
+        counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
+        hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
+        hidden = activation(hidden, self.config.activation, kernels)  # (rows, hidden)
+        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
+
+
+class RoutedProjected(NamedTuple):
+    """As ``Projected``, with what the way out needs: a shared router's decision, and the statistics so far."""
+
+    x: Tensor
+    z: Tensor
+    dispatch: Dispatch | None
+    statistics: Statistics
+
+
+class RoutedMamba(Mamba):
+    """Mamba whose projections named by ``moe.inner.projections`` are mixtures of experts.
+
+    Attributes:
+        reduce: turns this rank's part of the output's sums into the output, where a layout shards the channels and
+            ``out`` is routed; else ``out_proj`` does it.
+    """
+
+    title = "Mamba with experts inside"
+    routes = True
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
+        super().__init__(config, kernels)
+        self.inner, self.routing = moe.inner, moe.inner_routing
+        self.dispatcher: Dispatcher = LocalDispatcher(kernels)
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        plain = [name for name in ENTRIES if name not in self.inner.projections]
+        width = len(plain) * config.d_inner
+        self.in_proj = nn.Linear(config.d_model, width, bias=False) if plain else None  # type: ignore[assignment]
+        if "out" in self.inner.projections:
+            self.out_proj = None  # type: ignore[assignment]
+        if self.inner.router == "shared":
+            self.router = Router(config.d_model, self.routing, kernels)
+        for name in PROJECTIONS:
+            if name in self.inner.projections:
+                width = config.d_inner if name == "out" else config.d_model
+                if self.inner.router == "own":
+                    self.add_module(f"{name}_router", Router(width, self.routing, kernels))
+                self.add_module(f"{name}_experts", self._experts(name, width))
+
+    def _experts(self, name: str, width: int) -> nn.Module:
+        config, moe = self.config, self.routing
+        out = config.d_model if name == "out" else config.d_inner
+        if self.inner.expert == "linear":
+            fill = super().initializers()["out_proj.weight" if name == "out" else "in_proj.weight"]
+            return LinearExperts(moe.experts, width, out, fill, self.kernels)
+        sizes = width, moe.d_expert or config.resolved_d_ff, out
+        return SwitchExperts(config, moe.experts, sizes, name == "out", self.kernels)
+
+    @classmethod
+    def serves(cls, moe: MoEConfig, number: int) -> bool:
+        """See ``Mixer``."""
+        return bool(moe.inner.projections) and number % moe.inner.every == 0
+
+    @classmethod
+    def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "RoutedMamba":
+        """See ``Mixer``."""
+        return cls(config, moe, kernels)
+
+    @classmethod
+    def depends_on_batch(cls, config: ModelConfig, moe: MoEConfig) -> bool:
+        """With a capacity, the tokens of a batch displace each other."""
+        return moe.inner_routing.evaluation_capacity is not None
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Those of Mamba's parameters that are left."""
+        own = dict(self.named_parameters())
+        return {name: fill for name, fill in super().initializers().items() if name in own}
+
+    def project(self, u: Tensor, sequences: Sequences) -> RoutedProjected:
+        """See ``Mamba``; rows are on their way while what is not routed is computed."""
+        routed = [name for name in ENTRIES if name in self.inner.projections]
+        parts: dict[str, Tensor] = {}
+        statistics: Statistics = {}
+        shared = None
+        if self.inner.router == "shared":
+            routing, statistics["router"] = self.router(u, sequences)
+            shared = self.dispatcher.plan(routing)
+            received = [self.dispatcher.send(u, shared)] if routed else []
+            plans = [shared] * len(received)
+        else:
+            plans, received = [], []
+            for name in routed:
+                routing, statistics[f"{name}_router"] = self.get_submodule(f"{name}_router")(u, sequences)
+                plans.append(self.dispatcher.plan(routing))
+                received.append(self.dispatcher.send(u, plans[-1]))
+        if self.in_proj is not None:
+            plain = [name for name in ENTRIES if name not in routed]
+            parts |= zip(plain, self.in_proj(u).chunk(len(plain), dim=-1), strict=True)
+        if shared is None:
+            for name, plan, receive in zip(routed, plans, received, strict=True):
+                rows = self.get_submodule(f"{name}_experts")(receive(), plan)
+                parts[name] = self.dispatcher.combine(rows, plan)
+        elif routed:
+            rows = received[0]()
+            made = [self.get_submodule(f"{name}_experts")(rows, shared) for name in routed]
+            together = made[0] if len(made) == 1 else torch.cat(made, dim=-1)  # come back in one journey
+            summed = self.dispatcher.combine(together, shared, weighted=False)
+            parts |= zip(routed, summed.chunk(len(routed), dim=-1), strict=True)
+        return RoutedProjected(parts["conv"], parts["gate"], shared, statistics)
+
+    def project_back(self, y: Tensor, projected: Any, sequences: Sequences) -> tuple[Tensor, Statistics]:
+        """See ``Mamba``."""
+        _, _, dispatch, statistics = projected
+        if self.out_proj is not None:
+            return self.out_proj(y), statistics
+        if dispatch is None:
+            routing, measured = self.get_submodule("out_router")(y, sequences)
+            statistics = statistics | {"out_router": measured}
+            dispatch = self.dispatcher.plan(routing)
+        rows = self.get_submodule("out_experts")(self.dispatcher.send(y, dispatch)(), dispatch)
+        return self.reduce(self.dispatcher.combine(rows, dispatch)), statistics
+
+    def idle_parameters(self) -> int:
+        """Those of the experts that did not get the token."""
+        experts = [module for module in self.children() if isinstance(module, LinearExperts | SwitchExperts)]
+        routed = sum(weight.numel() for module in experts for weight in module.parameters())
+        return routed - routed * self.routing.top_k // self.routing.experts
+
+    @classmethod
+    def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
+        """As Mamba; experts are shared among the ranks of one part of the channels, of which each has that part."""
+        inner, routing = moe.inner, moe.inner_routing
+        specs = super().shard_specs(config, moe)
+        channels = Block(config.d_inner, units=config.d_inner)
+        key = "model.expand x model.d_model"
+        plain = [name for name in ENTRIES if name not in inner.projections]
+        if plain:
+            specs["in_proj.weight"] = (ShardSpec(0, "tensor", (channels,) * len(plain), key),)
+        else:
+            del specs["in_proj.weight"]
+        if "out" in inner.projections:
+            del specs["out_proj.weight"]
+        experts = ShardSpec(0, "inner_expert", (Block(routing.experts, units=routing.experts),), "moe.inner.experts")
+        for name in inner.projections:
+            made, read = (ShardSpec(axis, "tensor", (channels,), key) for axis in (2, 1))
+            if inner.expert == "linear":
+                specs[f"{name}_experts.weight"] = (experts, read if name == "out" else made)
+            elif name == "out":
+                width = routing.d_expert or config.resolved_d_ff
+                hidden = ShardSpec(1, "tensor", (Block(width, units=width),), "moe.inner.d_expert")
+                reduced = ShardSpec(1, "tensor", (channels,), key, is_reduced=True)
+                specs |= {"out_experts.in_proj": (experts, reduced), "out_experts.out_proj": (experts, hidden)}
+            else:
+                specs |= {f"{name}_experts.in_proj": (experts,), f"{name}_experts.out_proj": (experts, made)}
+        if inner.router == "own" and "out" in inner.projections:
+            specs["out_router.weight"] = (ShardSpec(1, "tensor", (channels,), key, is_reduced=True),)
+        return specs
+
+    @classmethod
+    def kernel_operations(cls, config: ModelConfig, moe: MoEConfig) -> dict[str, int]:
+        """See ``Mixer``."""
+        used = ["sort_by_expert", "gather_rows", "combine_rows", "grouped_matmul"]
+        used += ["activation"] * (moe.inner.expert == "switch")
+        return super().kernel_operations(config, moe) | dict.fromkeys(used, 0)
+
+    @classmethod
+    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
+        """Mamba's and, for each routed projection, the rows that its experts read and write, and their hidden units."""
+        inner, routing = moe.inner, moe.inner_routing
+        hidden = 0
+        if inner.expert == "switch":
+            hidden = (routing.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
+        rows = len(inner.projections) * (config.d_model + config.d_inner + hidden)
+        return super().activation_bytes(config, moe, width) + routing.top_k * rows * width
