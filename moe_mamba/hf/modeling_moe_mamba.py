@@ -1827,6 +1827,7 @@ class SwitchExperts(nn.Module):
     Attributes:
         reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
             layout shards what experts read.
+        gather: turns this rank's hidden units into those of all, where a layout shards what experts write.
     """
 
     is_stacked = True
@@ -1838,6 +1839,7 @@ class SwitchExperts(nn.Module):
         width, hidden, out = sizes
         self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
         self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.gather: Callable[[Tensor], Tensor] = unchanged
         self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
         self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
         self.fan_ins = width, hidden
@@ -1854,7 +1856,7 @@ class SwitchExperts(nn.Module):
         """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
         counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
         hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
-        hidden = activation(hidden, self.config.activation, kernels)  # (rows, hidden)
+        hidden = self.gather(activation(hidden, self.config.activation, kernels))  # (rows, hidden)
         return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
 
 

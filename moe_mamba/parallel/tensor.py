@@ -101,8 +101,11 @@ def _shard_mixer(
             module.ranks = group.size()
             if shard.is_reduced:  # it reads channels
                 module.reduce = partial(_reduce_for_all, group=group)
-        elif isinstance(module, SwitchExperts) and shard.is_reduced:
-            module.reduce = partial(_reduce_units, units=module.fan_ins[1], group=group)
+        elif isinstance(module, SwitchExperts) and local == "in_proj":
+            if shard.is_reduced:
+                module.reduce = partial(_reduce_units, units=module.fan_ins[1], group=group)
+            else:
+                module.gather = partial(_gather_units, group=group)
     if isinstance(mixer, RoutedMamba) and not joins:  # its sums may leave it without a linear layer
         mixer.reduce = partial(_leave(sequence_parallel), group=group)
     if sequence_parallel and not joins:
@@ -130,6 +133,11 @@ def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]
     """All ranks' tokens for a mixer: (tokens / tensor, d_model) -> (tokens, d_model); backward: a reduce-scatter."""
     stream, *rest = arguments
     return gather_from_sequence_parallel_region(stream, group=group), *rest
+
+
+def _gather_units(hidden: Tensor, *, group: ProcessGroup) -> Tensor:
+    """All hidden units, (rows, units), from this rank's, (rows, units / tensor)."""
+    return gather_from_sequence_parallel_region(hidden.t().contiguous(), group=group).t()
 
 
 def _leave(sequence_parallel: bool) -> Callable[..., Tensor]:

@@ -18,6 +18,7 @@ from moe_mamba.parallel.generation import start_writing
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.inference import joined, layout_from, restore_in_layout
 from moe_mamba.run.restore import Restored, restore
+from tests.designs import INNER
 from tests.hf.checkpoints import SIZES, make_run
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], list(range(20)), [4]]
@@ -95,6 +96,9 @@ BIASED = {"kv_heads": 2, "attention_bias": True, "mlp_bias": True, "mamba_norms"
         # more ranks than key and value heads
         pytest.param("M*-", 4, {"tensor": 4}, {}, marks=pytest.mark.slow),
         pytest.param("M*E", 3, {}, {}, marks=pytest.mark.slow),
+        ("(ME)(*-)", 2, {"tensor": 2, "expert_tensor": True}, {"router": "top_k", "top_k": 2, "shared_experts": 1}),
+        ("MM", 4, {"tensor": 2, "expert": 4}, {"inner": INNER["shared top-2"]}),
+        pytest.param("(ME)M", 2, {"tensor": 2}, {"inner": INNER["switch"]}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -59,6 +59,7 @@ class SwitchExperts(nn.Module):
     Attributes:
         reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
             layout shards what experts read.
+        gather: turns this rank's hidden units into those of all, where a layout shards what experts write.
     """
 
     is_stacked = True
@@ -70,6 +71,7 @@ class SwitchExperts(nn.Module):
         width, hidden, out = sizes
         self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
         self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.gather: Callable[[Tensor], Tensor] = unchanged
         self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
         self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
         self.fan_ins = width, hidden
@@ -86,7 +88,7 @@ class SwitchExperts(nn.Module):
         """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
         counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
         hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
-        hidden = activation(hidden, self.config.activation, kernels)  # (rows, hidden)
+        hidden = self.gather(activation(hidden, self.config.activation, kernels))  # (rows, hidden)
         return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
 
 
@@ -227,13 +229,16 @@ class RoutedMamba(Mamba):
             made, read = (ShardSpec(axis, "tensor", (channels,), key) for axis in (2, 1))
             if inner.expert == "linear":
                 specs[f"{name}_experts.weight"] = (experts, read if name == "out" else made)
-            elif name == "out":
-                width = routing.d_expert or config.resolved_d_ff
-                hidden = ShardSpec(1, "tensor", (Block(width, units=width),), "moe.inner.d_expert")
-                reduced = ShardSpec(1, "tensor", (channels,), key, is_reduced=True)
-                specs |= {"out_experts.in_proj": (experts, reduced), "out_experts.out_proj": (experts, hidden)}
+                continue
+            width = routing.d_expert or config.resolved_d_ff
+            units = (Block(width, units=width),)
+            if name == "out":
+                first = ShardSpec(1, "tensor", (channels,), key, is_reduced=True)
+                second = ShardSpec(1, "tensor", units, "moe.inner.d_expert")
             else:
-                specs |= {f"{name}_experts.in_proj": (experts,), f"{name}_experts.out_proj": (experts, made)}
+                first = ShardSpec(2, "tensor", units * input_width(config.activation, 1), "moe.inner.d_expert")
+                second = made
+            specs |= {f"{name}_experts.in_proj": (experts, first), f"{name}_experts.out_proj": (experts, second)}
         if inner.router == "own" and "out" in inner.projections:
             specs["out_router.weight"] = (ShardSpec(1, "tensor", (channels,), key, is_reduced=True),)
         return specs
