@@ -221,7 +221,7 @@ def found_with_capacity(folder: Path, layout: dict[str, Any]) -> tuple[float, li
 def test_tokens_that_displace_each_other_are_routed_together(world: Any, tmp_path: Path, moe: dict[str, Any]) -> None:
     make_run(tmp_path, {"pattern": "ME"}, moe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "from_environment", lambda: World(0, 1, 0, 1))
+        patch.setattr(World, "from_environment", lambda local_rank=None: World(0, 1, 0, 1))
         expected = found_with_capacity(tmp_path, {})
     for loss, text in world.run(found_with_capacity, tmp_path, {"tensor": 2, "expert": 4}, ranks=4):
         assert loss == pytest.approx(expected[0], abs=1e-5) and text == expected[1]
