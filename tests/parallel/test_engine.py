@@ -38,3 +38,19 @@ def test_bf16_groups_come_first_and_fp32_stays() -> None:
     fp32 = {name for name, (_, dtype) in found.items() if dtype == torch.float32}
     assert {"layers.0.mixer.A_log", "layers.1.mixer.router.weight", "layers.0.norm.weight"} <= fp32
     assert not {"layers.0.mixer.in_proj.weight", "layers.2.mixer.o_proj.bias", "layers.3.mixer.in_proj.bias"} & fp32
+
+
+def test_designs_keep_their_routers_in_fp32_and_their_experts_decay() -> None:
+    inner = {"moe.inner.projections": "conv,gate,out", "moe.inner.every": 2}
+    found = decayed(**{"train.precision": "bf16", "model.pattern": "(ME)M", **inner})
+    fp32 = {name for name, (_, dtype) in found.items() if dtype == torch.float32}
+    routers = {
+        "layers.0.mixer.1.router.weight",
+        "layers.1.mixer.conv_router.weight",
+        "layers.1.mixer.out_router.weight",
+    }
+    assert routers | {"layers.0.mixer.0.A_log", "layers.1.mixer.A_log", "layers.1.mixer.dt_proj.bias"} <= fp32
+    experts = {f"layers.1.mixer.{name}_experts.weight" for name in ("conv", "gate", "out")}
+    assert experts <= found.keys() - fp32
+    assert {found[name][0] for name in experts | routers} == {0.1}
+    assert {found[name][0] for name in ("layers.0.mixer.0.A_log", "layers.1.mixer.A_log", "layers.1.mixer.D")} == {0.0}
