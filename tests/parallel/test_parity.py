@@ -287,12 +287,13 @@ def test_training_with_biases_and_a_window(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_training_in_bf16_is_near_one_process(world: World) -> None:
+@pytest.mark.parametrize("pattern", ["ME", "(ME)M shared"])
+def test_training_in_bf16_is_near_one_process(world: World, pattern: str) -> None:
     """Rounding decides some routings here, so the bound is that of bf16."""
     keys = {"train__precision": "bf16", "train__recompute": True}
-    (single,) = world.run(train, config_of("ME", Layout(1), **keys), STEPS, ranks=1)
+    (single,) = world.run(train, config_of(pattern, Layout(1), **keys), STEPS, ranks=1)
     layout = Layout(4, 2, 4)
-    for rank in world.run(train, config_of("ME", layout, **keys), STEPS, ranks=layout.ranks):
+    for rank in world.run(train, config_of(pattern, layout, **keys), STEPS, ranks=layout.ranks):
         assert rank.losses == pytest.approx(single.losses, rel=1e-2)
         assert rank.norms == pytest.approx(single.norms, rel=0.1)
 
