@@ -2018,6 +2018,11 @@ def kinds(config: ModelConfig, moe: MoEConfig) -> list[type[Mixer]]:
     return list(dict.fromkeys(mixer for spec in layer_specs(config, moe) for mixer in spec.mixers))
 
 
+def has(config: ModelConfig, mixer: type[Mixer]) -> bool:
+    """Whether some layer of the model has this kind's letter."""
+    return mixer.letter in config.pattern
+
+
 def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
     """Refuse a configuration of which no model can be built.
 
@@ -2239,7 +2244,7 @@ class StateCache(Cache):
         self.visible: Tensor | None = None
 
     def __len__(self) -> int:
-        """How many layers it has states of, those that keep nothing included."""
+        """How many mixers it has states of, those that keep nothing included; in most models each is a layer."""
         return len(self.states)
 
     def __repr__(self) -> str:
@@ -2859,14 +2864,16 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """The way that experts are computed: the class's own, unless another is asked for.
 
         Raises:
-            ValueError: a way that the class does not know, or a model without experts.
+            ValueError: a way that the class does not know, or a model without layers ``E``: experts inside Mamba are
+                computed in the class's own way.
         """
         wanted = "eager" if requested_experts is None else requested_experts
         if wanted not in EXPERTS_IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
-        if wanted != "eager" and not has_experts(self.config.stack, self.config.routing):
+        if wanted != "eager" and not has(self.config.stack, MoE):
             raise ValueError(
-                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
+                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts of "
+                "layers E: leave it out"
             )
         return wanted
 
@@ -2902,10 +2909,10 @@ class MoEMambaModelOutput(MoeModelOutputWithPast):
     """What a pass gives.
 
     Args:
-        router_statistics: of each router, beside ``router_logits``.
+        router_statistics: of each router by its name, beside ``router_logits``.
     """
 
-    router_statistics: list[RouterStatistics] | None = None
+    router_statistics: Statistics | None = None
 
 
 DOCUMENTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -2943,6 +2950,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         check_pattern(stack, moe)
         self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack, moe)
         self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack, moe))
+        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        self.balanced = {name for name, router in routers.items() if router.config.balance == "loss"}
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:
@@ -2993,7 +3002,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             use_cache: return a cache; by default in evaluation, if ``config.use_cache`` says so.
             output_attentions: return the weights of each attention layer, (batch, heads, length, past + length).
             output_hidden_states: return the stream before each layer, and after the final norm.
-            output_router_logits: return (batch x length, experts) for each router, in fp32.
+            output_router_logits: return (batch x length, experts) for each router, in fp32, in the order that they
+                route.
             return_dict: False: a tuple.
             past_key_values: see ``cache``.
             documents: what packing collators give: ``seq_idx`` (batch, length), the number of each token's document;
@@ -3042,7 +3052,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             logits = recording.router_logits or []
             recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
-            recorded["router_statistics"] = list(statistics.values())
+            recorded["router_statistics"] = statistics
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -3258,7 +3268,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         if targets is None:
             stream = stream[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else stream[:, logits_to_keep]
         logits = self.lm_head(stream)  # (batch, length, vocab)
-        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or [])
+        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or {})
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,
@@ -3285,9 +3295,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         logits: Tensor,
         targets: Tensor | None,
         items: int | Tensor | None,
-        statistics: list[RouterStatistics],
+        statistics: Statistics,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, and the part of it that is the routers'; None for what was not asked for."""
+        """The loss, and the part of it that is the routers'; None for what was not asked for.
+
+        As in training, the balance loss is the mean over the routers that have one, the z-loss over all.
+        """
         moe, auxiliary, loss = self.config.moe, None, None
         share: float | Tensor = 1.0
         if targets is not None:
@@ -3296,12 +3309,11 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             # Micro-steps are added up: each has its share of the batch in the routers' losses, too.
             loss, share = loss / items, count / items
         if statistics:
-            balance, z = (
-                torch.stack([function(layer).to(logits.device) for layer in statistics]).mean()
-                for function in (balance_loss, z_loss)
-            )
+            z = torch.stack([z_loss(router).to(logits.device) for router in statistics.values()]).mean()
             auxiliary = share * moe["z_loss_weight"] * z
-            if moe["balance"] == "loss":
+            balanced = [router for name, router in statistics.items() if name in self.model.balanced]
+            if balanced:
+                balance = torch.stack([balance_loss(router).to(logits.device) for router in balanced]).mean()
                 auxiliary = auxiliary + share * moe["balance_weight"] * balance
             if loss is not None:
                 loss = loss + auxiliary
