@@ -1751,27 +1751,27 @@ class MoE(Mixer):
         self, x: Tensor, sequences: Sequences, state: None = None
     ) -> Callable[[], tuple[Tensor, Statistics, None]]:
         """See ``Mixer``: what begins is the tokens' way to their experts."""
-        finish_routed = self.start_routed(x, sequences)
+        return partial(self._finish, self.start_routed(x, sequences), x, sequences)
 
-        def finish() -> tuple[Tensor, Statistics, None]:
-            y, statistics = finish_routed()
-            if self.shared is not None:
-                y = y + self.shared(x, sequences)[0]
-            return y, {"router": statistics}, None
-
-        return finish
+    def _finish(
+        self, finish_routed: Callable[[], tuple[Tensor, RouterStatistics]], x: Tensor, sequences: Sequences
+    ) -> tuple[Tensor, Statistics, None]:
+        y, statistics = finish_routed()
+        if self.shared is not None:
+            y = y + self.shared(x, sequences)[0]
+        return y, {"router": statistics}, None
 
     def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
         """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
         dispatch = self.dispatcher.plan(routing)
-        receive = self.dispatcher.send(x, dispatch)
+        return partial(self._finish_routed, self.dispatcher.send(x, dispatch), dispatch, statistics)
 
-        def finish() -> tuple[Tensor, RouterStatistics]:
-            rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
-            return self.dispatcher.combine(rows, dispatch), statistics
-
-        return finish
+    def _finish_routed(
+        self, receive: Callable[[], Tensor], dispatch: Dispatch, statistics: RouterStatistics
+    ) -> tuple[Tensor, RouterStatistics]:
+        rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
+        return self.dispatcher.combine(rows, dispatch), statistics
 
 
 # From moe_mamba/model/mixers/routed_mamba.py:
