@@ -223,8 +223,13 @@ def test_the_output_makes_up_for_small_weights(keys: dict[str, Any], scale: floa
 
 @pytest.mark.parametrize(
     ("keys", "layout"),
-    [({}, {}), ({"top_k": 2}, {}), ({}, {"ranks": 2, "parallel__tensor": 2, "parallel__expert": 2})],
-    ids=["switch", "top 2", "switch, TP 2, EP 2"],
+    [
+        ({}, {}),
+        ({"top_k": 2}, {}),
+        ({}, {"ranks": 2, "parallel__tensor": 2, "parallel__expert": 2}),
+        ({"inner": {"projections": PROJECTIONS, "router": "shared"}}, {"ranks": 2, "parallel__expert": 2}),
+    ],
+    ids=["switch", "top 2", "switch, TP 2, EP 2", "inside Mamba, EP 2"],
 )
 def test_training_starts_where_the_dense_model_stands(
     world: World, trained: Path, tmp_path: Path, keys: dict[str, Any], layout: dict[str, Any]
