@@ -1230,7 +1230,6 @@ class Mamba(Mixer):
         MoE-Mamba took the bare mixer, without.
         """
         config = self.config
-        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
         return {
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
@@ -1240,7 +1239,7 @@ class Mamba(Mixer):
             "dt_proj.bias": _delta_bias,
             "A_log": _A_log,
             "D": ones,
-            "out_proj.weight": uniform(config.d_inner, shrink),
+            "out_proj.weight": uniform(config.d_inner, out_scale(config)),
         }
 
     def initial_state(
@@ -1332,6 +1331,11 @@ class Mamba(Mixer):
         dt.zero_()
         B.fill_(1.0)
         C.normal_(generator=generator)
+
+
+def out_scale(config: ModelConfig) -> float:
+    """How much smaller than others the projection to the stream starts."""
+    return 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
 
 
 def _A_log(weight: Tensor, generator: Generator) -> None:
@@ -1795,18 +1799,18 @@ PROJECTIONS = (*ENTRIES, "out")
 
 
 class LinearExperts(nn.Module):
-    """Stacked experts of one matrix each: weight (experts, in, out); ``fill`` is how one starts."""
+    """Stacked experts of one matrix each, weight (experts, in, out), which starts as the one of Mamba's projection."""
 
     is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
 
-    def __init__(self, experts: int, width: int, out: int, fill: Initializer, kernels: str) -> None:
+    def __init__(self, experts: int, width: int, out: int, scale: float, kernels: str) -> None:
         super().__init__()
-        self.fill, self.kernels = fill, kernels
+        self.fan_in, self.scale, self.kernels = width, scale, kernels
         self.weight = nn.Parameter(torch.empty(experts, width, out))
 
     def initializers(self) -> dict[str, Initializer]:
         """How one expert starts."""
-        return {"weight": self.fill}
+        return {"weight": uniform(self.fan_in, self.scale)}
 
     def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
@@ -1893,8 +1897,8 @@ class RoutedMamba(Mamba):
         config, moe = self.config, self.routing
         out = config.d_model if name == "out" else config.d_inner
         if self.inner.expert == "linear":
-            fill = super().initializers()["out_proj.weight" if name == "out" else "in_proj.weight"]
-            return LinearExperts(moe.experts, width, out, fill, self.kernels)
+            scale = out_scale(config) if name == "out" else 1.0
+            return LinearExperts(moe.experts, width, out, scale, self.kernels)
         sizes = width, moe.d_expert or config.resolved_d_ff, out
         return SwitchExperts(config, moe.experts, sizes, name == "out", self.kernels)
 
