@@ -179,8 +179,8 @@ def _run(line: str, folder: Path) -> None:
 
 def test_every_key_that_is_named_exists() -> None:
     sections = "|".join(sorted({name.split(".")[0] for name in CONFIG_KEYS}))
-    named = set(re.findall(rf"`(?:--)?((?:{sections})\.[a-z_0-9]+)(?:=[^`]*)?`", ALL))
-    named |= set(re.findall(rf"--((?:{sections})\.[a-z_0-9]+)", ALL))
+    named = set(re.findall(rf"`(?:--)?((?:{sections})(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", ALL))
+    named |= set(re.findall(rf"--((?:{sections})(?:\.[a-z_0-9]+)+)", ALL))
     named -= {name for name in named if name.endswith((".py", ".yaml", ".json"))}
     assert len(named) > 10
     assert named <= CONFIG_KEYS

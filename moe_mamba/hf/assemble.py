@@ -106,7 +106,10 @@ PARTS = (
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
     *_mixer_parts(),
     Part("model/mixers/__init__.py", only=("MIXERS", "VARIANTS", "choose_mixer")),
-    Part("model/pattern.py", only=("LayerSpec", "layer_specs", "kinds", "check_pattern", "has_experts", "looks_ahead")),
+    Part(
+        "model/pattern.py",
+        only=("LayerSpec", "layer_specs", "kinds", "has", "check_pattern", "has_experts", "looks_ahead"),
+    ),
     Part("model/loss.py"),
     Part("model/layer.py", without=("build_layers",)),
     Part("hf/shell/cache.py"),
@@ -317,7 +320,7 @@ _TYPES = {
     "OptionalPositive": "Optional[int]",
     "OptionalFactor": "Optional[Union[float, int]]",
     "OptionalBalance": 'Optional[Literal["loss", "bias", "none"]]',
-    "Projections": "list[str]",
+    "Projections": 'list[Literal["conv", "gate", "out"]]',
     "InnerConfig": "InnerConfig",
     "bool": "bool",
 }

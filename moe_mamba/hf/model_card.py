@@ -1,13 +1,15 @@
 """The README.md of a converted model: what it is, what it was trained on, how well it does, how to load it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moe_mamba.config import Config
 from moe_mamba.hf.versions import NEWEST, OLDEST
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.pattern import has_experts, kinds
+from moe_mamba.model.mixers import MIXERS, VARIANTS
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.pattern import has, kinds, layer_specs
 
 HYPERPARAMETERS = (
     "global_batch", "learning_rate", "schedule", "warmup", "minimum_rate", "weight_decay", "beta1", "beta2", "epsilon",
@@ -27,6 +29,8 @@ ROUTING = (
     "balance",
     "shared_experts",
 )
+INNER = ("projections", "every", "router", "expert")
+INNER_ROUTING = ("experts", "top_k", "scores", "renormalize", "capacity_factor", "evaluation_capacity", "balance")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,11 @@ def write(config: Config, facts: Facts) -> str:
 
 
 def _head(config: Config, facts: Facts) -> Iterator[str]:
-    tags = ["moe_mamba", *(mixer.title.lower().replace(" ", "-") for mixer in kinds(config.model, config.moe))]
+    tags = ["moe_mamba"]
+    for mixer in kinds(config.model, config.moe):  # a variant is found as what it is a variant of, too
+        titles = [MIXERS[mixer.letter].title, *([MoE.title] if mixer.routes else []), mixer.title]
+        tags += [title.lower().replace(" ", "-") for title in titles]
+    tags = list(dict.fromkeys(tags))
     yield from ("---", "library_name: transformers", "pipeline_tag: text-generation", "tags:")
     yield from (f"- {tag}" for tag in tags + ["custom_code"] * facts.remote_code)
     if hub := [source.split(":")[1] for source in config.data.train_weights if source.startswith("hf:")]:
@@ -98,6 +106,10 @@ def _summary(config: Config, facts: Facts) -> str:
     if active < whole:
         text += f", of which a token meets {active:,}"
     text += f" ({counts['embedding']:,} in embedding and head). "
+    if parallel := _parallel_layers(config):
+        text += f"In {parallel} of the layers several mixers read one input, and their outputs are added. "
+    if routed := _routed_projections(config):
+        text += f"{routed} "
     if facts.tokens:
         text += f"It was trained on {facts.tokens:,} tokens."
     else:
@@ -108,6 +120,25 @@ def _summary(config: Config, facts: Facts) -> str:
             "later ones for that."
         )
     return text
+
+
+def _parallel_layers(config: Config) -> int:
+    return sum(len(letters) > 1 for letters in config.model.layers)
+
+
+def _routed_projections(config: Config) -> str:
+    """Which projections inside which mixers have experts, in a sentence; empty: none do."""
+    mixers = [mixer for spec in layer_specs(config.model, config.moe) for mixer in spec.mixers]
+    inside = [mixer for mixer in mixers if mixer in VARIANTS]
+    if not inside:
+        return ""
+    alike = sum(mixer.letter == inside[0].letter for mixer in mixers)
+    inner = config.moe.inner
+    routers = "one router for all of a mixer" if inner.router == "shared" else "a router for each"
+    return (
+        f"In {len(inside)} of {alike} {MIXERS[inside[0].letter].title} mixers there are experts in the place of "
+        f"projections ({_join(inner.projections)}), with {routers}."
+    )
 
 
 def _loading(facts: Facts) -> str:
@@ -140,15 +171,27 @@ def _loading(facts: Facts) -> str:
 def _architecture(config: Config) -> Iterator[tuple[str, str]]:
     model, moe = config.model, config.moe
     yield "layers", f"{len(model.layers)}: `{model.pattern}` x {model.repeat}"
+    if parallel := _parallel_layers(config):
+        yield "parallel layers", str(parallel)
     shape = dict.fromkeys(SHAPE)
     for mixer in kinds(model, moe):
         shape |= dict.fromkeys(mixer.settings)
+    if _routed_projections(config) and moe.inner.expert == "switch":
+        shape["activation"] = None
     for key in shape:
         yield key.removeprefix("resolved_"), _value(getattr(model, key))
-    if has_experts(model, moe):
+    if has(model, MoE):
         yield "d_expert", _value(moe.d_expert or model.resolved_d_ff)
         for key in ROUTING:
             yield key, _value(getattr(moe, key))
+    if _routed_projections(config):
+        routing = moe.inner_routing
+        for key in INNER:
+            yield f"inner.{key}", _value(getattr(moe.inner, key))
+        if moe.inner.expert == "switch":
+            yield "inner.d_expert", _value(routing.d_expert or model.resolved_d_ff)
+        for key in INNER_ROUTING:
+            yield f"inner.{key}", _value(getattr(routing, key))
 
 
 def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -169,7 +212,7 @@ def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "last training loss", f"{losses[-1]:.4f} nats/token"
     for key in HYPERPARAMETERS:
         yield key, _value(getattr(config.train, key))
-    if has_experts(config.model, config.moe) and config.moe.balance == "loss":
+    if LanguageModel.on_meta(config.model, config.moe).balanced_routers():
         yield "balance_weight", _value(config.moe.balance_weight)
     yield "seed", str(config.run.seed)
 
@@ -190,11 +233,13 @@ def _figure(value: float | None, digits: int) -> str:
 def _value(value: object) -> str:
     if value is None:
         return "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _join(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+def _join(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + [*words[-1:]])
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:

@@ -1238,7 +1238,6 @@ class Mamba(Mixer):
         MoE-Mamba took the bare mixer, without.
         """
         config = self.config
-        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
         return {
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
@@ -1248,7 +1247,7 @@ class Mamba(Mixer):
             "dt_proj.bias": _delta_bias,
             "A_log": _A_log,
             "D": ones,
-            "out_proj.weight": uniform(config.d_inner, shrink),
+            "out_proj.weight": uniform(config.d_inner, out_scale(config)),
         }
 
     def initial_state(
@@ -1340,6 +1339,11 @@ class Mamba(Mixer):
         dt.zero_()
         B.fill_(1.0)
         C.normal_(generator=generator)
+
+
+def out_scale(config: ModelConfig) -> float:
+    """How much smaller than others the projection to the stream starts."""
+    return 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
 
 
 def _A_log(weight: Tensor, generator: Generator) -> None:
@@ -1759,27 +1763,27 @@ class MoE(Mixer):
         self, x: Tensor, sequences: Sequences, state: None = None
     ) -> Callable[[], tuple[Tensor, Statistics, None]]:
         """See ``Mixer``: what begins is the tokens' way to their experts."""
-        finish_routed = self.start_routed(x, sequences)
+        return partial(self._finish, self.start_routed(x, sequences), x, sequences)
 
-        def finish() -> tuple[Tensor, Statistics, None]:
-            y, statistics = finish_routed()
-            if self.shared is not None:
-                y = y + self.shared(x, sequences)[0]
-            return y, {"router": statistics}, None
-
-        return finish
+    def _finish(
+        self, finish_routed: Callable[[], tuple[Tensor, RouterStatistics]], x: Tensor, sequences: Sequences
+    ) -> tuple[Tensor, Statistics, None]:
+        y, statistics = finish_routed()
+        if self.shared is not None:
+            y = y + self.shared(x, sequences)[0]
+        return y, {"router": statistics}, None
 
     def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
         """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
         dispatch = self.dispatcher.plan(routing)
-        receive = self.dispatcher.send(x, dispatch)
+        return partial(self._finish_routed, self.dispatcher.send(x, dispatch), dispatch, statistics)
 
-        def finish() -> tuple[Tensor, RouterStatistics]:
-            rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
-            return self.dispatcher.combine(rows, dispatch), statistics
-
-        return finish
+    def _finish_routed(
+        self, receive: Callable[[], Tensor], dispatch: Dispatch, statistics: RouterStatistics
+    ) -> tuple[Tensor, RouterStatistics]:
+        rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
+        return self.dispatcher.combine(rows, dispatch), statistics
 
 
 # From moe_mamba/model/mixers/routed_mamba.py:
@@ -1803,18 +1807,18 @@ PROJECTIONS = (*ENTRIES, "out")
 
 
 class LinearExperts(nn.Module):
-    """Stacked experts of one matrix each: weight (experts, in, out); ``fill`` is how one starts."""
+    """Stacked experts of one matrix each, weight (experts, in, out), which starts as the one of Mamba's projection."""
 
     is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
 
-    def __init__(self, experts: int, width: int, out: int, fill: Initializer, kernels: str) -> None:
+    def __init__(self, experts: int, width: int, out: int, scale: float, kernels: str) -> None:
         super().__init__()
-        self.fill, self.kernels = fill, kernels
+        self.fan_in, self.scale, self.kernels = width, scale, kernels
         self.weight = nn.Parameter(torch.empty(experts, width, out))
 
     def initializers(self) -> dict[str, Initializer]:
         """How one expert starts."""
-        return {"weight": self.fill}
+        return {"weight": uniform(self.fan_in, self.scale)}
 
     def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
@@ -1903,8 +1907,8 @@ class RoutedMamba(Mamba):
         config, moe = self.config, self.routing
         out = config.d_model if name == "out" else config.d_inner
         if self.inner.expert == "linear":
-            fill = super().initializers()["out_proj.weight" if name == "out" else "in_proj.weight"]
-            return LinearExperts(moe.experts, width, out, fill, self.kernels)
+            scale = out_scale(config) if name == "out" else 1.0
+            return LinearExperts(moe.experts, width, out, scale, self.kernels)
         sizes = width, moe.d_expert or config.resolved_d_ff, out
         return SwitchExperts(config, moe.experts, sizes, name == "out", self.kernels)
 
@@ -2026,6 +2030,11 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
 def kinds(config: ModelConfig, moe: MoEConfig) -> list[type[Mixer]]:
     """The kinds of mixers that the model has, each once, in order of appearance."""
     return list(dict.fromkeys(mixer for spec in layer_specs(config, moe) for mixer in spec.mixers))
+
+
+def has(config: ModelConfig, mixer: type[Mixer]) -> bool:
+    """Whether some layer of the model has this kind's letter."""
+    return mixer.letter in config.pattern
 
 
 def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
@@ -2258,7 +2267,7 @@ class StateCache(Cache):
         self.visible: Tensor | None = None
 
     def __len__(self) -> int:
-        """How many layers it has states of, those that keep nothing included."""
+        """How many mixers it has states of, those that keep nothing included; in most models each is a layer."""
         return len(self.states)
 
     def __repr__(self) -> str:
@@ -2878,14 +2887,16 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """The way that experts are computed: the class's own, unless another is asked for.
 
         Raises:
-            ValueError: a way that the class does not know, or a model without experts.
+            ValueError: a way that the class does not know, or a model without layers ``E``: experts inside Mamba are
+                computed in the class's own way.
         """
         wanted = "eager" if requested_experts is None else requested_experts
         if wanted not in EXPERTS_IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
-        if wanted != "eager" and not has_experts(self.config.stack, self.config.routing):
+        if wanted != "eager" and not has(self.config.stack, MoE):
             raise ValueError(
-                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
+                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts of "
+                "layers E: leave it out"
             )
         return wanted
 
@@ -2921,10 +2932,10 @@ class MoEMambaModelOutput(MoeModelOutputWithPast):
     """What a pass gives.
 
     Args:
-        router_statistics: of each router, beside ``router_logits``.
+        router_statistics: of each router by its name, beside ``router_logits``.
     """
 
-    router_statistics: list[RouterStatistics] | None = None
+    router_statistics: Statistics | None = None
 
 
 DOCUMENTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -2962,6 +2973,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         check_pattern(stack, moe)
         self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack, moe)
         self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack, moe))
+        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        self.balanced = {name for name, router in routers.items() if router.config.balance == "loss"}
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:
@@ -3012,7 +3025,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             use_cache: return a cache; by default in evaluation, if ``config.use_cache`` says so.
             output_attentions: return the weights of each attention layer, (batch, heads, length, past + length).
             output_hidden_states: return the stream before each layer, and after the final norm.
-            output_router_logits: return (batch x length, experts) for each router, in fp32.
+            output_router_logits: return (batch x length, experts) for each router, in fp32, in the order that they
+                route.
             return_dict: False: a tuple.
             past_key_values: see ``cache``.
             documents: what packing collators give: ``seq_idx`` (batch, length), the number of each token's document;
@@ -3061,7 +3075,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             logits = recording.router_logits or []
             recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
-            recorded["router_statistics"] = list(statistics.values())
+            recorded["router_statistics"] = statistics
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -3277,7 +3291,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         if targets is None:
             stream = stream[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else stream[:, logits_to_keep]
         logits = self.lm_head(stream)  # (batch, length, vocab)
-        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or [])
+        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or {})
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,
@@ -3304,9 +3318,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         logits: Tensor,
         targets: Tensor | None,
         items: int | Tensor | None,
-        statistics: list[RouterStatistics],
+        statistics: Statistics,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, and the part of it that is the routers'; None for what was not asked for."""
+        """The loss, and the part of it that is the routers'; None for what was not asked for.
+
+        As in training, the balance loss is the mean over the routers that have one, the z-loss over all.
+        """
         moe, auxiliary, loss = self.config.moe, None, None
         share: float | Tensor = 1.0
         if targets is not None:
@@ -3315,12 +3332,11 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             # Micro-steps are added up: each has its share of the batch in the routers' losses, too.
             loss, share = loss / items, count / items
         if statistics:
-            balance, z = (
-                torch.stack([function(layer).to(logits.device) for layer in statistics]).mean()
-                for function in (balance_loss, z_loss)
-            )
+            z = torch.stack([z_loss(router).to(logits.device) for router in statistics.values()]).mean()
             auxiliary = share * moe["z_loss_weight"] * z
-            if moe["balance"] == "loss":
+            balanced = [router for name, router in statistics.items() if name in self.model.balanced]
+            if balanced:
+                balance = torch.stack([balance_loss(router).to(logits.device) for router in balanced]).mean()
                 auxiliary = auxiliary + share * moe["balance_weight"] * balance
             if loss is not None:
                 loss = loss + auxiliary

@@ -19,6 +19,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import NATIVE
 from moe_mamba.run.restore import restore
 from tests.hf.checkpoints import make_run
+from tests.hf.conftest import DESIGNS
 from tools import convert_from_hf
 
 transformers = pytest.importorskip("transformers")
@@ -42,6 +43,7 @@ MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe_mamba", {"pattern": "*E", "activation": "gelu"}, TOP_2 | {"scores": "sigmoid", "balance": "bias"}),
     ("moe_mamba", {"pattern": "M-", "final_norm": False, "selective": False}, {}),
     ("moe_mamba", {"pattern": "ME"}, {"router": "expert_choice", "capacity_factor": 1.0}),
+    *(("moe_mamba", {"pattern": pattern, "repeat": 2}, moe) for pattern, moe in DESIGNS.values()),
 ]
 
 
@@ -87,7 +89,7 @@ def test_the_folder_loads_with_the_trainers_logits(
     assert (tmp_path / "out" / "generation_config.json").exists() != expert_choice
 
 
-@pytest.mark.parametrize(("name", "keys", "moe"), MODELS[:5])
+@pytest.mark.parametrize(("name", "keys", "moe"), [*MODELS[:5], *MODELS[-len(DESIGNS) :]])
 def test_out_and_in_again_is_the_same_to_the_bit(name: str, keys: dict, moe: dict, tmp_path: Path) -> None:
     model = make_run(tmp_path / "run", keys, moe)
     export(tmp_path / "run", tmp_path / "out", max_shard_bytes=9000)
@@ -175,6 +177,29 @@ def test_the_card_names_the_weights_that_the_run_started_from(tmp_path: Path) ->
     assert "| starts from | the weights of `runs/first` |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_tells_of_parallel_layers_and_experts_inside(tmp_path: Path) -> None:
+    inner = DESIGNS["shared"][1]["inner"] | {"every": 2, "expert": "switch", "d_expert": 8, "balance": "loss"}
+    model = make_run(tmp_path / "run", {"pattern": "(ME)M", "repeat": 2}, {"balance": "none", "inner": inner})
+    main(str(tmp_path / "run"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    counts = model.parameter_counts()
+    active = counts["active"] + counts["norm"] + counts["embedding"]
+    for fact in (
+        *("- mamba\n", "- mixture-of-experts\n", "- mamba-with-experts-inside\n", "pattern `(ME)M` x 2"),
+        *("| layers | 4: `(ME)M` x 2 |", "| parallel layers | 2 |", f"of which a token meets {active:,} ("),
+        "In 2 of the layers several mixers read one input",
+        "In 2 of 4 Mamba mixers there are experts in the place of projections (conv, gate and out), with one router",
+        *("| experts | 4 |", "| balance | none |", "| inner.experts | 3 |", "| inner.balance | loss |"),
+        *("| inner.projections | conv, gate, out |", "| inner.every | 2 |", "| inner.router | shared |"),
+        *("| inner.expert | switch |", "| inner.d_expert | 8 |", "| inner.top_k | 1 |", "| balance_weight | 0.01 |"),
+    ):
+        assert fact in card, fact
+    assert card.count("| activation |") == 1
+    make_run(tmp_path / "other", {"pattern": "M"}, {"inner": {"projections": ["out"], "every": 2}})  # one layer: none
+    main(str(tmp_path / "other"), str(tmp_path / "plain"))
+    assert "xpert" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_only_a_step_converts_with_the_tokenizer_named(run: Path, tmp_path: Path) -> None:
     step = shutil.copytree(run / "checkpoints" / "step-00000010", tmp_path / "alone" / "step-00000010")
     (tmp_path / "plots").mkdir()
@@ -204,6 +229,8 @@ def test_native_that_does_not_fit_names_the_layer_and_the_format_that_does(tmp_p
         ({"pattern": "*-*M", **SWIGLU}, {}, r"layer 3 is Mamba.*JambaForCausalLM has - or E"),
         ({"pattern": "*E", **SWIGLU}, {}, r"moe.renormalize=false: MixtralForCausalLM"),
         ({"pattern": "*-"}, {}, r"model.activation=relu: LlamaForCausalLM"),
+        ({"pattern": "(M*)-", **JAMBA}, {}, r"layer 0 is Mamba \(M\) and attention \(\*\), where JambaForCausalLM"),
+        ({"pattern": "M"}, DESIGNS["own"][1], r"moe.inner.projections=conv,gate: MambaForCausalLM has no Mamba with"),
     ):
         make_run(tmp_path / "run", keys, moe)
         with pytest.raises(UserError, match=says) as error:

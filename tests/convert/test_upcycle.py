@@ -101,12 +101,94 @@ def test_any_activation_is_equal(dense: Callable[..., Path], tmp_path: Path, act
     torch.testing.assert_close(logits(sparse), logits(restore(source, CPU)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("keys", [{}, {"inner": {"projections": ["out"]}}], ids=["layers", "inside Mamba"])
 def test_a_larger_router_would_not_be_equal(
-    dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("moe_mamba.convert.upcycle.ROUTER_SCALE", 1.0)
-    sparse = upcycled(dense(), tmp_path / "run")
+    sparse = upcycled(dense(), tmp_path / "run", **keys)
     assert (logits(sparse) - logits(restore(dense(), CPU))).abs().max() > 0.01
+
+
+def test_feed_forward_layers_beside_others_become_experts(dense: Callable[..., Path], tmp_path: Path) -> None:
+    for pattern, every, becomes in (("(M-)", 1, ("(ME)", 2)), ("(*-)-", 1, ("(*E)E", 2)), ("(M-)", 2, ("(M-)(ME)", 1))):
+        sparse = upcycled(dense(pattern), tmp_path / f"{pattern}{every}", every=every, top_k=2)
+        assert (sparse.config.model.pattern, sparse.config.model.repeat) == becomes
+        torch.testing.assert_close(logits(sparse), logits(restore(dense(pattern), CPU)), rtol=0, atol=1e-5)
+
+
+PROJECTIONS = ["conv", "gate", "out"]
+INSIDE: dict[str, dict[str, Any]] = {
+    "own": {"inner": {"projections": PROJECTIONS}},
+    "own, sigmoid": {"scores": "sigmoid", "inner": {"projections": ["gate", "out"]}},
+    "own, top 2": {"top_k": 2, "renormalize": False, "inner": {"projections": ["out", "conv"]}},
+    "own, top 2, renormalised": {"top_k": 2, "inner": {"projections": PROJECTIONS}},
+    "shared": {"inner": {"projections": PROJECTIONS, "router": "shared"}},
+    "shared, bias": {"balance": "bias", "inner": {"projections": ["out"], "router": "shared"}},
+    "shared, top 2": {"top_k": 2, "renormalize": False, "inner": {"projections": PROJECTIONS, "router": "shared"}},
+    "shared, top 2, renormalised": {"top_k": 2, "inner": {"projections": ["conv", "out"], "router": "shared"}},
+    "shared, sigmoid": {
+        "top_k": 3,
+        "renormalize": False,
+        "scores": "sigmoid",
+        "inner": {"projections": PROJECTIONS, "router": "shared"},
+    },
+}
+
+
+@pytest.mark.parametrize(("pattern", "every"), [("M-", 1), ("(M*)", 2)])
+@pytest.mark.parametrize("keys", INSIDE.values(), ids=INSIDE)
+def test_projections_inside_mamba_become_experts(
+    dense: Callable[..., Path], tmp_path: Path, pattern: str, every: int, keys: dict[str, Any]
+) -> None:
+    source = dense(pattern)
+    sparse = upcycled(source, tmp_path / "run", every=every, **keys)
+    inner = sparse.config.moe.inner
+    assert (sparse.config.model.pattern, inner.every, inner.expert) == (pattern, every, "linear")
+    expected = logits(restore(source, CPU))
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits(sparse), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        statistics = sparse.model(tokens()).statistics
+    routers = 1 if inner.router == "shared" else len(inner.projections)
+    assert len(statistics) == routers * 2 // every
+    for name, router in statistics.items():
+        assert (router.assigned > 0).sum() > sparse.config.moe.top_k, name
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_routers_of_channels_spread_tokens_whatever_the_channels_size(
+    dense: Callable[..., Path], tmp_path: Path, size: float
+) -> None:
+    """C and D make what the output projection reads larger, which makes up for it: the same function."""
+    source = restore(dense(), CPU)
+    with torch.no_grad():
+        for layer in source.model.layers[::2]:
+            layer.mixer.D *= size
+            layer.mixer.x_proj.weight[-source.config.model.d_state :] *= size
+            layer.mixer.out_proj.weight /= size
+    write_starting_point(tmp_path / "dense", source.config, BytesTokenizer(), weight_shards(source.model))
+    sparse = upcycled(tmp_path / "dense", tmp_path / "run", inner={"projections": ["out"]})
+    expected = logits(restore(dense(), CPU))
+    torch.testing.assert_close(logits(sparse), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        statistics = sparse.model(tokens()).statistics
+    assert all((router.assigned > 0).sum() > 1 for router in statistics.values())
+
+
+def test_noise_tells_experts_inside_mamba_apart(dense: Callable[..., Path], tmp_path: Path) -> None:
+    keys = {"top_k": 2, "inner": {"projections": PROJECTIONS, "router": "shared"}}
+    plain, noisy = (upcycled(dense(), tmp_path / name, noise, **keys) for name, noise in (("a", 0.0), ("b", 0.01)))
+    difference = (logits(noisy) - logits(plain)).abs().max()
+    assert 1e-4 < difference < 0.1 * logits(plain).abs().max()
+    for name, shape in (("conv", (4, 16, 32)), ("gate", (4, 16, 32)), ("out", (4, 32, 16))):
+        copies, experts = (
+            weights(run.path.parents[1])[f"weights/layers.0.mixer.{name}_experts.weight"] for run in (plain, noisy)
+        )
+        assert copies.shape == shape and torch.equal(copies, copies[:1].expand_as(copies))
+        added = (experts - copies) / copies[0].square().mean().sqrt()
+        assert added.std().item() == pytest.approx(0.01, rel=0.1)
+        assert torch.corrcoef(added.flatten(1)).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_noise_tells_experts_apart_and_changes_little(dense: Callable[..., Path], tmp_path: Path) -> None:
@@ -141,8 +223,13 @@ def test_the_output_makes_up_for_small_weights(keys: dict[str, Any], scale: floa
 
 @pytest.mark.parametrize(
     ("keys", "layout"),
-    [({}, {}), ({"top_k": 2}, {}), ({}, {"ranks": 2, "parallel__tensor": 2, "parallel__expert": 2})],
-    ids=["switch", "top 2", "switch, TP 2, EP 2"],
+    [
+        ({}, {}),
+        ({"top_k": 2}, {}),
+        ({}, {"ranks": 2, "parallel__tensor": 2, "parallel__expert": 2}),
+        ({"inner": {"projections": PROJECTIONS, "router": "shared"}}, {"ranks": 2, "parallel__expert": 2}),
+    ],
+    ids=["switch", "top 2", "switch, TP 2, EP 2", "inside Mamba, EP 2"],
 )
 def test_training_starts_where_the_dense_model_stands(
     world: World, trained: Path, tmp_path: Path, keys: dict[str, Any], layout: dict[str, Any]
@@ -186,6 +273,13 @@ def test_the_command_says_how_to_go_on(
     main(str(dense()), output, experts=8, overwrite=True)
     assert restore(output, CPU).config.moe.experts == 8
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    capsys.readouterr()
+    main(str(dense()), output, 4, projections=["conv", "out"], inner_router="shared", every=2, overwrite=True)
+    assert "as M- x 2, 4 experts per projection (conv, out), in" in capsys.readouterr().out
+    inner = restore(output, CPU).config.moe.inner
+    assert (inner.projections, inner.router, inner.every) == (["conv", "out"], "shared", 2)
+    with pytest.raises(UserError, match="--inner_router=own without --projections: name what"):
+        main(str(dense()), output, 4, inner_router="own", overwrite=True)
 
 
 def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path: Path) -> None:
@@ -194,6 +288,18 @@ def test_bad_input_is_one_line(dense: Callable[..., Path], plain: Path, tmp_path
         upcycle(plain, output, routing(experts=4))
     with pytest.raises(UserError, match=r"M- x 2 has 2 feed-forward layers \(-\), and one in 3"):
         upcycle(dense(), output, routing(experts=4), every=3)
+    inside = {"projections": ["out"]}
+    with pytest.raises(UserError, match=r"M- x 2 has 2 Mamba layers \(M\), and one in 3 gets them inside"):
+        upcycle(dense(), output, routing(experts=4, inner=inside), every=3)
+    with pytest.raises(UserError, match=r"\*- x 2 has 0 Mamba layers"):
+        upcycle(dense("*-", "swiglu"), output, routing(experts=4, inner=inside))
+    with pytest.raises(UserError, match=r"model\.pattern=M has experts already"):
+        routed = Config(model={"pattern": "M"}, moe={"inner": inside})
+        upcycled_config(routed, routing(experts=4, inner=inside))
+    with pytest.raises(UserError, match=r"moe\.inner\.expert=switch: .* set linear"):
+        upcycle(dense(), output, routing(experts=4, inner=inside | {"expert": "switch"}))
+    with pytest.raises(UserError, match=r"add out, or set moe\.inner\.router=own"):
+        routing(experts=4, inner={"projections": ["conv"], "router": "shared"})
     with pytest.raises(UserError, match=r"model\.mlp_bias=true: experts have no biases"):
         upcycled_config(Config(model={"pattern": "M-", "mlp_bias": True}), routing(experts=4))
     with pytest.raises(UserError, match=r"moe\.top_k=2 with moe\.router=switch"):

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
-from tests.hf.conftest import make_pair, their_name
+from tests.hf.conftest import SHARED, make_pair, their_name
 
 Check = tuple[str, Callable[[], None]]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ME": {"moe": {"router": "top_k", "top_k": 2, "renormalize": True}},
     "ME*-": {"moe": {"router": "top_k", "top_k": 2, "balance": "bias"}, "mamba_norms": True},
     "*E": {"tied_head": True},
+    "(ME)M": {"moe": {"inner": SHARED | {"top_k": 2, "every": 2, "balance": "none"}}},
 }
 TOKENS = torch.arange(2, 20).view(2, 9)
 STEPS = 6

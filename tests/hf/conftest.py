@@ -11,6 +11,21 @@ from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 
 SIZES = {"repeat": 1, "d_model": 16, "vocab_size": 31, "d_state": 4, "heads": 4, "d_ff": 24}
+TOP_2: dict[str, Any] = {"router": "top_k", "top_k": 2}
+OWN: dict[str, Any] = {"projections": ["conv", "gate"]}
+SHARED: dict[str, Any] = {"projections": ["conv", "gate", "out"], "router": "shared"}
+SWITCH: dict[str, Any] = {"expert": "switch", "d_expert": 8}
+DESIGNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parallel": ("(ME)", {}),
+    "parallel, top 2": ("(ME)", TOP_2),
+    "parallel attention": ("(*E)-", TOP_2 | {"shared_experts": 1}),
+    "own": ("M", {"inner": OWN}),
+    "own, top 2": ("MM", TOP_2 | {"renormalize": True, "inner": OWN | SWITCH | {"every": 2}}),
+    "own, out": ("M", {"inner": {"projections": ["out"], **SWITCH, "experts": 3, "top_k": 2, "balance": "bias"}}),
+    "shared": ("ME", {"inner": SHARED | {"balance": "none", "experts": 3}}),
+    "shared, top 2": ("(ME)", {"balance": "none", "inner": SHARED | {"top_k": 2, "balance": "loss"}}),
+}
+"""The paper's other designs: pattern and routing."""
 
 
 def their_name(name: str) -> str:

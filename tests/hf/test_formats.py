@@ -21,10 +21,14 @@ JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_
 TOP_2: dict[str, Any] = {"router": "top_k", "top_k": 2}
 MIXTRAL = TOP_2 | {"renormalize": True}
 BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+INNER: dict[str, Any] = {"inner": {"projections": ["conv", "out"]}}
 LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("moe_mamba", {"pattern": "MEM-*E", "norm": "layernorm"}, {"shared_experts": 1, "balance": "bias"}),
     ("moe_mamba", {"pattern": "M", "tied_head": True, "final_norm": False, "selective": False}, {}),
+    ("moe_mamba", {"pattern": "(*E)-", "repeat": 2}, {"shared_experts": 1}),
+    ("moe_mamba", {"pattern": "M(ME)"}, {"inner": {"projections": ["gate"], "every": 2, "balance": "bias"}}),
+    ("moe_mamba", {"pattern": "M"}, {"inner": {"projections": ["conv", "gate", "out"], "router": "shared"}}),
     ("mamba", {"pattern": "M", "repeat": 3, "d_conv": 3, "expand": 3, "dt_rank": 5}, {}),
     ("mamba", {"pattern": "M", "repeat": 2, "tied_head": True}, {}),
     ("llama", {"pattern": "*-", "repeat": 2, "rope_base": 100.0, **SWIGLU}, {}),
@@ -106,6 +110,29 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, keys: di
     ("name", "keys", "moe", "says"),
     [
         ("mamba", {"pattern": "ME"}, {}, "layer 1 is mixture of experts (E), which MambaForCausalLM lacks"),
+        ("mamba", {"pattern": "M(MM)"}, {}, "layer 1 is Mamba (M) and Mamba (M), which MambaForCausalLM lacks"),
+        (
+            "mamba",
+            {"pattern": "M"},
+            INNER,
+            "moe.inner.projections=conv,out: MambaForCausalLM has no Mamba with experts",
+        ),
+        ("llama", {"pattern": "(*-)", **SWIGLU}, {}, "layer 0 is attention (*) and feed-forward (-), which Llama"),
+        ("mistral", {"pattern": "*-(*-)-", **SWIGLU}, {}, "layer 2 is attention (*) and feed-forward (-), which"),
+        (
+            "mixtral",
+            {"pattern": "(*E)", **SWIGLU},
+            MIXTRAL,
+            "layer 0 is attention (*) and mixture of experts (E), which",
+        ),
+        (
+            "jamba",
+            {"pattern": "(M*)-*E", **JAMBA},
+            {},
+            "layer 0 is Mamba (M) and attention (*), where JambaForCausalLM",
+        ),
+        ("jamba", {"pattern": "M(-E)*E", **JAMBA}, {}, "layer 1 is feed-forward (-) and mixture of experts (E), where"),
+        ("jamba", {"pattern": "M-*E", **JAMBA}, INNER, "moe.inner.projections=conv,out: JambaForCausalLM has no Mamba"),
         ("mamba", {"pattern": "M", "mamba_norms": True}, {}, "mamba_norms=true"),
         ("mamba", {"pattern": "M", "norm": "layernorm"}, {}, "norm=layernorm"),
         ("mamba", {"pattern": "M", "final_norm": False}, {}, "final_norm=false"),
@@ -215,6 +242,9 @@ SCALED["original_max_position_embeddings"] = 8192
         ("jamba", {"mamba_inner_layernorms": False}, "mamba_inner_layernorms=False"),
         ("moe_mamba", {"moe": 3}, "moe is 3"),
         ("moe_mamba", {"moe": {"expert_bias": True}}, "has the key moe.expert_bias=True"),
+        ("moe_mamba", {"moe": {"inner": {"gates": 2}}}, "has the key moe.inner.gates=2, which is unknown"),
+        ("moe_mamba", {"moe": {"inner": ["conv"]}}, "moe.inner is ['conv'], but must be an object"),
+        ("moe_mamba", {"moe": {"inner": {"projections": ["up"]}}}, "inner.projections.0 Input should be 'conv'"),
         ("moe_mamba", {"tie_word_embeddings": True}, "tie_word_embeddings=True cannot be read: tied_head=False"),
         ("mamba", {"n_layer": 3}, "n_layer=3 cannot be read: the keys of Transformers say otherwise"),
         ("state_spaces", {"ssm_cfg": {"ngroups": 8}}, "has the key ssm_cfg.ngroups=8"),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.hf.conftest import DESIGNS
+
 pytest.importorskip("transformers")
 moe_functions = pytest.importorskip("transformers.integrations.moe")
 TOKENS = torch.arange(2 * 9).view(2, 9) * 7 % 31
@@ -105,6 +107,17 @@ def test_other_ways_are_refused(pair: Any) -> None:
     _, dense = pair("M")
     with pytest.raises(ValueError, match="experts_implementation=grouped_mm: a model of pattern M has no experts"):
         dense.set_experts_implementation("grouped_mm")
+    _, inside = pair(*DESIGNS["own"])
+    with pytest.raises(ValueError, match="of pattern M has no experts of layers E: leave it out"):
+        inside.set_experts_implementation("grouped_mm")
+
+
+def test_experts_inside_mamba_stay_as_they_are(pair: Any, called: list[str]) -> None:
+    _, model = pair(*DESIGNS["shared, top 2"])
+    expected = model(TOKENS).logits
+    model.set_experts_implementation("batched_mm")
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+    assert called == ["batched_mm"]
 
 
 def test_expert_weights_are_read_through_their_module(pair: Any, called: list[str]) -> None:

@@ -8,19 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.hf.conftest import DESIGNS
+
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 MoEMambaCache = modeling.MoEMambaCache
 
 Pair = Callable[..., Any]
-PATTERNS = ["M", "ME", "*E", "MEM-*E"]
 TOP_2 = {"router": "top_k", "top_k": 2, "renormalize": True}
+FAMILIES = {pattern: (pattern, TOP_2) for pattern in ("M", "ME", "*E", "MEM-*E")}
+FAMILIES |= {name: DESIGNS[name] for name in ("parallel attention", "own, top 2", "shared, top 2")}
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
-@pytest.fixture(params=PATTERNS)
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
 def model(request: pytest.FixtureRequest, pair: Pair) -> Any:
     """One of a few families, with its random weights scaled up so that its choices are clear."""
-    _, theirs = pair(request.param, TOP_2)
+    _, theirs = pair(*request.param)
     with torch.no_grad():
         theirs.lm_head.weight *= 4
     return theirs
@@ -179,7 +182,7 @@ def test_rows_that_end_are_filled_with_padding(model: Any) -> None:
 def test_the_cache_repeats_selects_and_forgets(model: Any) -> None:
     tokens = torch.randint(2, 31, (2, 5))
     cache = model(tokens).past_key_values
-    assert (len(cache), cache.batch_size, cache.get_seq_length(1)) == (len(model.model.layers), 2, 5)
+    assert (len(cache), cache.batch_size, cache.get_seq_length(1)) == (model.config.stack.updates, 2, 5)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0, 1]))
     rows = tokens[[1, 0, 0]]

@@ -15,12 +15,14 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.assemble import PACKAGE
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
+from tests.hf.conftest import DESIGNS, OWN
 
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 
 Pair = Callable[..., Any]
 MoEMambaForCausalLM, MoEMambaConfig = modeling.MoEMambaForCausalLM, modeling.MoEMambaConfig
 TOKENS = torch.arange(2, 20).view(2, 9)
+DROPLESS = {"capacity_factor": None}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
 
@@ -41,8 +43,46 @@ def test_what_is_saved_is_what_is_loaded(pair: Pair, tmp_path: Path, keys: dict[
     assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_moe_mamba.py", "modeling_moe_mamba.py"}
 
 
-def test_small_and_sensitive_tensors_stay_fp32(pair: Pair, tmp_path: Path) -> None:
-    ours, model = pair("ME*", {"balance": "bias"}, mamba_norms=True)
+@pytest.mark.parametrize(("pattern", "moe"), DESIGNS.values(), ids=DESIGNS)
+def test_designs_are_saved_and_loaded(pair: Pair, tmp_path: Path, pattern: str, moe: dict[str, Any]) -> None:
+    _, model = pair(pattern, moe)
+    model.save_pretrained(tmp_path)
+    loaded, report = MoEMambaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert (
+        loaded.config.to_dict()["moe"]
+        == model.config.moe
+        == MoEConfig(**{"experts": 4, **moe, **DROPLESS}).model_dump()
+    )
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(loaded.generate(TOKENS, **GREEDY), model.generate(TOKENS, **GREEDY))
+
+
+def test_experts_inside_mamba_are_counted() -> None:
+    for pattern, moe, counted in (
+        ("M", {"inner": OWN}, (8, 1, 0.5)),
+        ("M", {"inner": OWN | {"experts": 3, "top_k": 2, "balance": "none"}}, (3, 2, 0.0)),
+        ("ME", {"balance": "none", "inner": OWN | {"experts": 3, "top_k": 2, "balance": "loss"}}, (8, 1, 0.5)),
+        ("ME", {"balance": "none", "inner": OWN}, (8, 1, 0.0)),
+        ("(ME)", {}, (8, 1, 0.5)),
+    ):
+        config = MoEMambaConfig(pattern=pattern, repeat=1, moe={"experts": 8, "balance_weight": 0.5} | moe)
+        assert (config.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef) == counted
+        if counted[2]:
+            config.router_aux_loss_coef = 0.25
+            assert config.moe["balance_weight"] == 0.25
+        else:
+            with pytest.raises(ValueError, match=r"with moe\.balance=none, which has no loss"):
+                config.router_aux_loss_coef = 0.25
+    for pattern in ("*-", "M"):  # the second Mamba layer would have them
+        assert not hasattr(MoEMambaConfig(pattern=pattern, repeat=1, moe={"inner": OWN | {"every": 2}}), "num_experts")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "moe"), [("ME*", {"balance": "bias"}), ("(ME)*", {"balance": "bias", "inner": OWN})], ids=str
+)
+def test_small_and_sensitive_tensors_stay_fp32(pair: Pair, tmp_path: Path, pattern: str, moe: dict[str, Any]) -> None:
+    ours, model = pair(pattern, moe, mamba_norms=True)
     model.save_pretrained(tmp_path)
     wide = {f"model.{name}" for name in ours.fp32_parameter_names()}
     expected = model.generate(TOKENS, **GREEDY)
@@ -133,6 +173,11 @@ def test_a_configuration_goes_there_and_back(tmp_path: Path) -> None:
         ({"pattern": "*", "d_model": 6, "heads": 4}, "not divisible by model.heads=4"),
         ({"moe": {"top_k": 2}}, "set moe.router=top_k"),
         ({"activation": "silu"}, "activation"),
+        ({"pattern": "M(E)"}, "parentheses stand around the two or more letters"),
+        ({"moe": {"inner": {"gates": 2}}}, "gates"),
+        ({"moe": {"inner": {"projections": ["up"]}}}, "projections"),
+        ({"moe": {"inner": {"projections": ["conv"], "router": "shared"}}}, "add out, or set moe.inner.router=own"),
+        ({"moe": {"inner": {"projections": ["out"], "top_k": 99}}}, "moe.inner.top_k=99 exceeds"),
         ({"d_state": "4"}, "d_state"),
     ],
     ids=str,

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_mamba.model.mixers.routing import balance_loss, z_loss
+from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.train.objective import Objective
+from tests.hf.conftest import DESIGNS, OWN, SHARED, TOP_2
 
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 
@@ -62,9 +64,21 @@ def test_logits_of_every_router(pair: Pair, backend: str, moe: dict[str, Any]) -
     _close(theirs(tokens).logits, ours(tokens).logits)
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "ME", "MEM-*E"])
-def test_one_step_at_a_time_equals_the_parallel_pass(pair: Pair, backend: str, pattern: str) -> None:
-    _, theirs = pair(pattern, {"router": "top_k", "top_k": 2})
+@pytest.mark.parametrize(("pattern", "moe"), DESIGNS.values(), ids=DESIGNS)
+def test_logits_of_every_design(pair: Pair, backend: str, pattern: str, moe: dict[str, Any]) -> None:
+    ours, theirs = pair(pattern, moe)
+    tokens = torch.randint(31, (2, 12))
+    _close(theirs(tokens).logits, ours(tokens).logits)
+
+
+STEPPED = [*((pattern, TOP_2) for pattern in ("M", "*", "ME", "MEM-*E")), *DESIGNS.values()]
+
+
+@pytest.mark.parametrize(("pattern", "moe"), STEPPED, ids=str)
+def test_one_step_at_a_time_equals_the_parallel_pass(
+    pair: Pair, backend: str, pattern: str, moe: dict[str, Any]
+) -> None:
+    _, theirs = pair(pattern, moe)
     tokens = torch.randint(31, (2, 9))
     whole = theirs(tokens).logits
     for grad in (False, True):  # the step's kernels are for generation; with gradients it is a pass
@@ -80,37 +94,40 @@ def test_one_step_at_a_time_equals_the_parallel_pass(pair: Pair, backend: str, p
     assert cache.get_seq_length() == 9
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        {"capacity_factor": 0.5, "z_loss_weight": 0.1},
-        {"router": "top_k", "top_k": 2, "capacity_factor": 1.0, "balance_weight": 0.5},
-        {"router": "expert_choice", "capacity_factor": 1.0, "balance": "none", "z_loss_weight": 0.1},
-        {"router": "top_k", "top_k": 2, "balance": "bias"},
-    ],
-    ids=str,
-)
-def test_the_loss_of_training_is_the_trainers(pair: Pair, backend: str, moe: dict[str, Any]) -> None:
-    ours, theirs = pair("MEE", moe)
+LOSSES: list[tuple[str, dict[str, Any]]] = [
+    ("MEE", {"capacity_factor": 0.5, "z_loss_weight": 0.1}),
+    ("MEE", {"router": "top_k", "top_k": 2, "capacity_factor": 1.0, "balance_weight": 0.5}),
+    ("MEE", {"router": "expert_choice", "capacity_factor": 1.0, "balance": "none", "z_loss_weight": 0.1}),
+    ("MEE", {"router": "top_k", "top_k": 2, "balance": "bias"}),
+    ("(ME)", {"z_loss_weight": 0.1, "balance_weight": 0.5, "inner": SHARED | {"balance": "none"}}),
+    ("(ME)E", {"z_loss_weight": 0.1, "balance_weight": 0.5, "balance": "bias", "inner": OWN | {"balance": "loss"}}),
+    ("MM", {"balance_weight": 0.5, "inner": OWN | {"every": 2, "capacity_factor": 0.5}}),
+    ("ME", {"z_loss_weight": 0.1, "balance": "none", "inner": SHARED | {"balance": "bias", "top_k": 2}}),
+]
+
+
+@pytest.mark.parametrize(("pattern", "moe"), LOSSES, ids=str)
+def test_the_loss_of_training_is_the_trainers(pair: Pair, backend: str, pattern: str, moe: dict[str, Any]) -> None:
+    ours, theirs = pair(pattern, moe)
     ours.train()
     theirs.train()
     tokens = torch.randint(31, (3, 8))
     labels = tokens.masked_fill(torch.rand(3, 8) < 0.3, -100)
     out = ours(tokens)
     total, count = ours.cross_entropy(out.logits[:, :-1], labels[:, 1:])
-    config = ours.moe_config
-    z = torch.stack([z_loss(layer) for layer in out.statistics.values()]).mean()
-    balance = torch.stack([balance_loss(layer) for layer in out.statistics.values()]).mean()
-    routers = config.z_loss_weight * z + (config.balance == "loss") * config.balance_weight * balance
+    one = Topology(World(0, 1, 0, 1))
+    objective = Objective(ours.moe_config, ours.cross_entropy, int(count), 1, one, ours.balanced_routers())
+    expected = objective(out.logits[:, :-1], labels[:, 1:], out.statistics)
+    routers = expected - total / count
     got = theirs(tokens, labels=labels, output_router_logits=True)
     _close(got.aux_loss, routers)
-    _close(got.loss, total / count + routers)
+    _close(got.loss, expected)
     _close(theirs(tokens, labels=labels).loss, total / count)
     assert got.past_key_values is None
-    assert [logits.shape for logits in got.router_logits] == [(24, 4)] * 2
+    assert [logits.shape for logits in got.router_logits] == [(24, 4)] * len(out.statistics)
     shared = theirs(tokens, labels=labels, output_router_logits=True, num_items_in_batch=2 * int(count))
     _close(2 * shared.loss, got.loss)
-    ours_gradient = torch.autograd.grad(total / count + routers, list(ours.parameters()), allow_unused=True)
+    ours_gradient = torch.autograd.grad(expected, list(ours.parameters()), allow_unused=True)
     got.loss.backward()
     for (name, _), gradient in zip(ours.named_parameters(), ours_gradient, strict=True):
         if gradient is not None:
@@ -242,9 +259,9 @@ def test_attentions_are_those_that_are_computed(pair: Pair) -> None:
     _close(step.attentions[0], out.attentions[0][:, :, 5:])
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "MEM-*E"])
-def test_documents_of_one_row_are_read_apart(pair: Pair, pattern: str) -> None:
-    _, theirs = pair(pattern, {"router": "top_k", "top_k": 2})
+@pytest.mark.parametrize(("pattern", "moe"), STEPPED, ids=str)
+def test_documents_of_one_row_are_read_apart(pair: Pair, pattern: str, moe: dict[str, Any]) -> None:
+    _, theirs = pair(pattern, moe)
     tokens = torch.randint(31, (1, 9))
     alone = torch.cat([theirs(part).logits for part in tokens.split([4, 2, 3], 1)], 1)
     bounds = torch.tensor([0, 4, 6, 9], dtype=torch.int32)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.hf.conftest import DESIGNS
+
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 
 Pair = Callable[..., Any]
@@ -149,5 +151,7 @@ def test_texts_that_would_change_each_other_are_not_read_together(pair: Pair, to
             chosen(tokens, use_cache=False, **keywords)
 
 
-def test_a_model_can_be_pickled(model: Any, tokens: Tensor) -> None:
+@pytest.mark.parametrize(("pattern", "moe"), [("MEM-*E", {}), *DESIGNS.values()], ids=["plain", *DESIGNS])
+def test_a_model_can_be_pickled(pair: Pair, tokens: Tensor, pattern: str, moe: dict[str, Any]) -> None:
+    _, model = pair(pattern, moe)
     _close(pickle.loads(pickle.dumps(model))(tokens).logits, model(tokens).logits)

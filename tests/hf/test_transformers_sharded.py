@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 from moe_mamba.hf.configuration_moe_mamba import SHARDS_TENSORS
 from tests import ROOT
-from tests.hf.conftest import make_pair
+from tests.hf.conftest import SHARED, make_pair
 
 if not SHARDS_TENSORS:
     pytest.skip("this Transformers has no plan of ours", allow_module_level=True)
@@ -28,6 +28,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "all": ("*E-", TOP_2, RELU | {"tied_head": True}),
     "hybrid": ("ME*-", {"capacity_factor": 1.0}, SWIGLU),
     "expert-choice": ("ME", {"router": "expert_choice", "capacity_factor": 1.0}, {}),
+    "parallel": ("(*E)-", TOP_2, SWIGLU),
+    "inner": ("(ME)*", {"inner": SHARED | {"expert": "switch", "d_expert": 8}}, {}),
 }
 """Name -> pattern, routing, other keys."""
 SHARDED = {
@@ -39,6 +41,9 @@ SHARDED = {
     "shared.out_proj",
     "hybrid": "q_proj k_proj v_proj o_proj experts.in_proj experts.out_proj experts",
     "expert-choice": "experts.in_proj experts.out_proj experts",
+    "parallel": "in_proj out_proj *.q_proj *.k_proj *.v_proj *.o_proj *.experts.in_proj *.experts.out_proj *.experts "
+    "*.shared.in_proj *.shared.out_proj",
+    "inner": "q_proj k_proj v_proj o_proj *.experts.in_proj *.experts.out_proj *.experts",
 }
 
 

@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.hf.conftest import DESIGNS
+
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 
 Pair = Callable[..., Any]
-PATTERNS = ["ME*-"]
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hybrid": ("ME*-", {"router": "top_k", "top_k": 2}),
+    "own": ("(M-)", DESIGNS["own, top 2"][1] | {"inner": DESIGNS["own"][1]["inner"]}),
+    "shared": DESIGNS["shared, top 2"],
+}
 
 
 @pytest.fixture(autouse=True, params=[pytest.param("kernels", marks=pytest.mark.slow), "plain"])
@@ -25,9 +31,9 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_training_pass_compiles_as_one_graph(pair: Pair, pattern: str) -> None:
-    _, model = pair(pattern, {"router": "top_k", "top_k": 2})
+@pytest.mark.parametrize(("pattern", "moe"), MODELS.values(), ids=MODELS)
+def test_a_training_pass_compiles_as_one_graph(pair: Pair, pattern: str, moe: dict[str, Any]) -> None:
+    _, model = pair(pattern, moe)
     tokens = torch.randint(31, (2, 9))
     model.train()
     expected = model(tokens, labels=tokens, output_router_logits=True)
@@ -43,10 +49,10 @@ def test_a_training_pass_compiles_as_one_graph(pair: Pair, pattern: str) -> None
             _close(parameter.grad, gradients[name])
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "moe"), MODELS.values(), ids=MODELS)
 @torch.no_grad()
-def test_a_step_compiles_once_for_all_tokens(pair: Pair, pattern: str) -> None:
-    _, model = pair(pattern, {"router": "top_k", "top_k": 2})
+def test_a_step_compiles_once_for_all_tokens(pair: Pair, pattern: str, moe: dict[str, Any]) -> None:
+    _, model = pair(pattern, moe)
     tokens = torch.randint(31, (2, 9))
     mask = torch.tensor([[1] * 9, [0, 0] + [1] * 7])
     expected = model(tokens, mask).logits
@@ -59,10 +65,10 @@ def test_a_step_compiles_once_for_all_tokens(pair: Pair, pattern: str) -> None:
     _close(torch.cat(steps, 1), expected[:, 5:])
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "moe"), MODELS.values(), ids=MODELS)
 @torch.no_grad()
-def test_it_is_exported(pair: Pair, pattern: str) -> None:
-    _, model = pair(pattern, {"router": "top_k", "top_k": 2})
+def test_it_is_exported(pair: Pair, pattern: str, moe: dict[str, Any]) -> None:
+    _, model = pair(pattern, moe)
     tokens, mask = torch.randint(31, (2, 9)), torch.tensor([[1] * 9, [0, 0] + [1] * 7])
     keys = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
     program = torch.export.export(model, (), keys).module()

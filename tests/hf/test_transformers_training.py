@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.hf.conftest import DESIGNS
+
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("moe_mamba.hf.modeling_moe_mamba")
 MoEMambaForCausalLM, MoEMambaConfig = modeling.MoEMambaForCausalLM, modeling.MoEMambaConfig
@@ -32,8 +34,11 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by its older name, too
-def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair) -> None:
-    _, model = pair("MEM-*E", {"capacity_factor": 1.0})
+@pytest.mark.parametrize(
+    ("pattern", "moe"), [("MEM-*E", {}), ("(ME)(*E)M-ME", DESIGNS["shared, top 2"][1])], ids=["plain", "designs"]
+)
+def test_gradient_checkpointing_gives_the_same_gradients(pair: Pair, pattern: str, moe: dict[str, Any]) -> None:
+    _, model = pair(pattern, {"capacity_factor": 1.0} | moe)
     model.train()
     expected = _gradients(model)
     model.gradient_checkpointing_enable()

@@ -16,13 +16,14 @@ from moe_mamba.data.tokenizer import BytesTokenizer
 from moe_mamba.hf.versions import NEWEST, OLDEST, TESTED
 from tests import ROOT
 from tests.hf.checkpoints import make_run
+from tests.hf.conftest import OWN
 from tests.hf.other_transformers import COMPANIONS, environment
 
 SWIGLU: dict[str, Any] = {"kv_heads": 2, "activation": "swiglu"}
 JAMBA: dict[str, Any] = SWIGLU | {"positions": "none", "mamba_norms": True, "dt_rank": 2}
 TOP_2: dict[str, Any] = {"router": "top_k", "top_k": 2}
 EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "moe_mamba": ({"pattern": "ME*-", "rope_base": 500.0}, TOP_2),
+    "moe_mamba": ({"pattern": "(ME)M*-", "rope_base": 500.0}, TOP_2 | {"inner": OWN | {"every": 2}}),
     "mamba": ({"pattern": "MM", "tied_head": True}, {}),
     "llama": ({"pattern": "*-*-", "rope_base": 500.0, **SWIGLU}, {}),
     "mixtral": ({"pattern": "*E*E", "rope_base": 500.0, **SWIGLU}, TOP_2 | {"renormalize": True}),

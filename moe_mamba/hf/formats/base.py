@@ -12,11 +12,11 @@ from torch import Tensor
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats.settings import Configuration, Settings
-from moe_mamba.model.mixers import MIXERS
+from moe_mamba.model.mixers import MIXERS, VARIANTS
 from moe_mamba.model.mixers.attention import Attention
 from moe_mamba.model.mixers.feed_forward import FeedForward
 from moe_mamba.model.mixers.mamba import Mamba
-from moe_mamba.model.pattern import check_pattern, has
+from moe_mamba.model.pattern import check_pattern, has, kinds
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,12 @@ def describe_layer(model: ModelConfig, index: int) -> str:
     return f"layer {index} is " + " and ".join(f"{mixer.title} ({mixer.letter})" for mixer in mixers)
 
 
-def stack_refusal(model: ModelConfig, architecture: str) -> str | None:
-    """What no class of Transformers' has that ours are translated to: other norms, other activations."""
+def stack_refusal(model: ModelConfig, moe: MoEConfig, architecture: str) -> str | None:
+    """What no class of Transformers' has that ours are translated to: other norms, activations, experts in Mamba."""
+    variants = [mixer for mixer in kinds(model, moe) if mixer in VARIANTS]
+    if variants:
+        projections = ",".join(moe.inner.projections)
+        return f"moe.inner.projections={projections}: {architecture} has no {variants[0].title}"
     if model.norm != "rmsnorm":
         return f"model.norm={model.norm}: {architecture} has only RMSNorm"
     if not model.final_norm:

@@ -56,7 +56,7 @@ class Jamba:
         return (
             self._pairs_refusal(model)
             or self._mixers_refusal(model)
-            or stack_refusal(model, self.architecture)
+            or stack_refusal(model, moe, self.architecture)
             or self._experts_refusal(model, moe)
         )
 

@@ -38,7 +38,7 @@ class Llama:
 
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         """See WayOut."""
-        refusal = transformer_refusal(model, self.architecture, "*-", ("attention_bias", "mlp_bias"))
+        refusal = transformer_refusal(model, moe, self.architecture, "*-", ("attention_bias", "mlp_bias"))
         if refusal is None and model.d_model % model.heads:
             refusal = f"model.d_model={model.d_model}: {self.architecture} wants a multiple of its {model.heads} heads"
         return refusal
@@ -67,11 +67,14 @@ class Llama:
         return dense_entries(model)
 
 
-def transformer_refusal(model: ModelConfig, architecture: str, pair: str, holds: tuple[str, ...] = ()) -> str | None:
+def transformer_refusal(
+    model: ModelConfig, moe: MoEConfig, architecture: str, pair: str, holds: tuple[str, ...] = ()
+) -> str | None:
     """Why a class of attention and ``pair[1]`` in turn does not hold the model; None where it does.
 
     Args:
         model: ours.
+        moe: ours.
         architecture: the class.
         pair: the letters.
         holds: see ``attention_refusal``.
@@ -85,7 +88,7 @@ def transformer_refusal(model: ModelConfig, architecture: str, pair: str, holds:
         return f"{describe_layer(model, len(model.layers) - 1)}, the last: {architecture} ends with {pair[1]}"
     if model.positions != "rope":
         return f"model.positions={model.positions}: {architecture} has rotary positions"
-    return attention_refusal(model, architecture, holds) or stack_refusal(model, architecture)
+    return attention_refusal(model, architecture, holds) or stack_refusal(model, moe, architecture)
 
 
 def transformer_configuration(model: ModelConfig) -> dict[str, Any]:

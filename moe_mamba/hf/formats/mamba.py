@@ -39,7 +39,7 @@ class Mamba:
                 return f"{describe_layer(model, index)}, which {self.architecture} lacks"
         if model.mamba_norms:
             return f"model.mamba_norms=true: {self.architecture} has no norms inside the mixer"
-        return stack_refusal(model, self.architecture)
+        return stack_refusal(model, moe, self.architecture)
 
     def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         """See WayOut."""

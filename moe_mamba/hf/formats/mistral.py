@@ -17,7 +17,7 @@ class Mistral:
 
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         """See WayOut."""
-        return transformer_refusal(model, self.architecture, "*-", ("sliding_window",))
+        return transformer_refusal(model, moe, self.architecture, "*-", ("sliding_window",))
 
     def configuration(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         """See WayOut."""

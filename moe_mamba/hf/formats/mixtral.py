@@ -32,7 +32,7 @@ class Mixtral:
 
     def refusal(self, model: ModelConfig, moe: MoEConfig) -> str | None:
         """See WayOut."""
-        return transformer_refusal(model, self.architecture, "*E", ("sliding_window",)) or routing_refusal(
+        return transformer_refusal(model, moe, self.architecture, "*E", ("sliding_window",)) or routing_refusal(
             moe, self.architecture, renormalize=True
         )
 

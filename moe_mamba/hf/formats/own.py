@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.config_model import InnerConfig
 from moe_mamba.hf.formats.base import Entry, build, same
 from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.language_model import LanguageModel
@@ -53,7 +54,10 @@ class Own:
         """See Format."""
         with Settings(configuration, self.architecture) as settings:
             model = settings.given(ModelConfig.model_fields.keys())
-            moe = settings.section("moe", inert=MoEConfig.model_fields).given(MoEConfig.model_fields)
+            section = settings.section("moe")
+            moe = section.given(MoEConfig.model_fields)
+            if "inner" in moe:
+                moe["inner"] = section.section("inner").given(InnerConfig.model_fields)
             tied = model.get("tied_head", False)
             settings.require({"tie_word_embeddings": tied}, f"tied_head={tied} says otherwise")
             return build(model, moe)

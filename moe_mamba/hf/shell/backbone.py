@@ -19,7 +19,7 @@ from moe_mamba.hf.shell.pretrained import MoEMambaLayer, MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, embedding_weight
 from moe_mamba.model.layer import initial_states, run_layers
 from moe_mamba.model.mixers.base import State, Statistics
-from moe_mamba.model.mixers.routing import RouterStatistics
+from moe_mamba.model.mixers.routing import Router
 from moe_mamba.model.norm import build_norm
 from moe_mamba.model.pattern import check_pattern, has_experts, layer_specs, looks_ahead
 from moe_mamba.model.sequences import Recording, Sequences
@@ -32,10 +32,10 @@ class MoEMambaModelOutput(MoeModelOutputWithPast):
     """What a pass gives.
 
     Args:
-        router_statistics: of each router, beside ``router_logits``.
+        router_statistics: of each router by its name, beside ``router_logits``.
     """
 
-    router_statistics: list[RouterStatistics] | None = None
+    router_statistics: Statistics | None = None
 
 
 DOCUMENTS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -73,6 +73,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         check_pattern(stack, moe)
         self.looks_ahead, self.has_experts = looks_ahead(stack, moe), has_experts(stack, moe)
         self.layers = nn.ModuleList(MoEMambaLayer(spec, stack, moe) for spec in layer_specs(stack, moe))
+        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        self.balanced = {name for name, router in routers.items() if router.config.balance == "loss"}
         self.final_norm = build_norm(stack) if stack.final_norm else None
         self.gradient_checkpointing = False
         if operations is Plain:
@@ -123,7 +125,8 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
             use_cache: return a cache; by default in evaluation, if ``config.use_cache`` says so.
             output_attentions: return the weights of each attention layer, (batch, heads, length, past + length).
             output_hidden_states: return the stream before each layer, and after the final norm.
-            output_router_logits: return (batch x length, experts) for each router, in fp32.
+            output_router_logits: return (batch x length, experts) for each router, in fp32, in the order that they
+                route.
             return_dict: False: a tuple.
             past_key_values: see ``cache``.
             documents: what packing collators give: ``seq_idx`` (batch, length), the number of each token's document;
@@ -172,7 +175,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel):
         if wants_routers:
             logits = recording.router_logits or []
             recorded["router_logits"] = tuple(reordered_rows(one, reading.places) for one in logits)
-            recorded["router_statistics"] = list(statistics.values())
+            recorded["router_statistics"] = statistics
         output = MoEMambaModelOutput(last_hidden_state=stream, **recorded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

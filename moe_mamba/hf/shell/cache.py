@@ -37,7 +37,7 @@ class StateCache(Cache):
         self.visible: Tensor | None = None
 
     def __len__(self) -> int:
-        """How many layers it has states of, those that keep nothing included."""
+        """How many mixers it has states of, those that keep nothing included; in most models each is a layer."""
         return len(self.states)
 
     def __repr__(self) -> str:

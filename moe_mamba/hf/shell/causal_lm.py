@@ -13,7 +13,8 @@ from moe_mamba.hf.shell.configuration import SHARDS_TENSORS
 from moe_mamba.hf.shell.pretrained import MoEMambaPreTrainedModel
 from moe_mamba.model.initialize import Initializer, head_weight
 from moe_mamba.model.loss import cross_entropy_sum
-from moe_mamba.model.mixers.routing import RouterStatistics, balance_loss, z_loss
+from moe_mamba.model.mixers.base import Statistics
+from moe_mamba.model.mixers.routing import balance_loss, z_loss
 
 OLDER_NAMES = {r"^model\.head\.": "lm_head."}
 """Tensors of folders that were exported before the head had its own place -> their names here."""
@@ -127,7 +128,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         if targets is None:
             stream = stream[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else stream[:, logits_to_keep]
         logits = self.lm_head(stream)  # (batch, length, vocab)
-        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or [])
+        loss, auxiliary = self._loss(logits, targets, num_items_in_batch, read.router_statistics or {})
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=auxiliary,
@@ -154,9 +155,12 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
         logits: Tensor,
         targets: Tensor | None,
         items: int | Tensor | None,
-        statistics: list[RouterStatistics],
+        statistics: Statistics,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, and the part of it that is the routers'; None for what was not asked for."""
+        """The loss, and the part of it that is the routers'; None for what was not asked for.
+
+        As in training, the balance loss is the mean over the routers that have one, the z-loss over all.
+        """
         moe, auxiliary, loss = self.config.moe, None, None
         share: float | Tensor = 1.0
         if targets is not None:
@@ -165,12 +169,11 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):
             # Micro-steps are added up: each has its share of the batch in the routers' losses, too.
             loss, share = loss / items, count / items
         if statistics:
-            balance, z = (
-                torch.stack([function(layer).to(logits.device) for layer in statistics]).mean()
-                for function in (balance_loss, z_loss)
-            )
+            z = torch.stack([z_loss(router).to(logits.device) for router in statistics.values()]).mean()
             auxiliary = share * moe["z_loss_weight"] * z
-            if moe["balance"] == "loss":
+            balanced = [router for name, router in statistics.items() if name in self.model.balanced]
+            if balanced:
+                balance = torch.stack([balance_loss(router).to(logits.device) for router in balanced]).mean()
                 auxiliary = auxiliary + share * moe["balance_weight"] * balance
             if loss is not None:
                 loss = loss + auxiliary

@@ -92,7 +92,7 @@ class MoEMambaConfig(PretrainedConfig):
     """The residual stack, a letter per layer, and its sizes.
 
     Args:
-        moe: routing and experts, keys and defaults as in ``MoEConfig``.
+        moe: routing and experts, keys and defaults as in ``MoEConfig``; under ``inner`` those of ``InnerConfig``.
         use_cache: whether a pass in evaluation returns a cache by default.
         output_router_logits: whether a pass returns them, and the loss has the routers' losses, by default.
         bos_token_id: token that begins a text, if any does.
@@ -152,8 +152,9 @@ class MoEMambaConfig(PretrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]  # others' are the same for all
         """What tensor parallelism shards -> how, in Transformers' words; None for versions before 5.23.
 
-        Mamba layers are replicated. So is a feed-forward layer beside them, since a plan cannot tell its projections
-        from theirs, and one with biases of gates: Transformers gives a rank the biases of other columns.
+        Mamba layers are replicated, their experts among them. So is a feed-forward layer beside them, since a plan
+        cannot tell its projections from theirs, and one with biases of gates: Transformers gives a rank the biases of
+        other columns.
         """
         if not SHARDS_TENSORS:
             return None
@@ -187,33 +188,41 @@ class MoEMambaConfig(PretrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """Routed experts per layer, as Mixtral's users ask for them; ``moe`` holds the value."""
-        return self._of_experts("experts")
+        """Routed experts per layer ``E``, as Mixtral's users ask for them; without one, per projection inside Mamba."""
+        return self._routings[0].experts
 
     @property
     def num_experts_per_tok(self) -> int:
-        """Routed experts per token."""
-        return self._of_experts("top_k")
+        """Routed experts per token, of those that ``num_experts`` counts."""
+        return self._routings[0].top_k
 
     @property
     def router_aux_loss_coef(self) -> float:
-        """Weight of the balance loss; 0 where the load is balanced otherwise. Who trains may set it, as TRL does."""
-        weight = self._of_experts("balance_weight")
-        return weight if self.moe["balance"] == "loss" else 0.0
+        """Weight of the balance loss; 0 where no router has one. Who trains may set it, as TRL does."""
+        return self.moe["balance_weight"] if any(moe.balance == "loss" for moe in self._routings) else 0.0
 
     @router_aux_loss_coef.setter
     def router_aux_loss_coef(self, weight: float) -> None:
         if weight == self.router_aux_loss_coef:
             return
-        if self.moe["balance"] != "loss":
-            raise ValueError(f"router_aux_loss_coef={weight} with moe.balance={self.moe['balance']}, which has no loss")
+        if all(moe.balance != "loss" for moe in self._routings):
+            balance = self._routings[0].balance
+            raise ValueError(f"router_aux_loss_coef={weight} with moe.balance={balance}, which has no loss")
         self.moe["balance_weight"] = weight
 
-    def _of_experts(self, key: str) -> Any:
-        """A value of ``moe``; a model without experts has none, as ``hasattr`` shall say."""
-        if "E" not in self.pattern:
+    @property
+    def _routings(self) -> list[Any]:
+        """How the layers ``E`` route, and how routers inside Mamba do, of those that there are.
+
+        Raises:
+            AttributeError: there are none, as ``hasattr`` shall say.
+        """
+        moe, letters = self.routing, "".join(self.layers)
+        inside = moe.inner.projections and letters.count("M") >= moe.inner.every
+        routings = [moe] * ("E" in letters) + ([moe.inner_routing] if inside else [])
+        if not routings:
             raise AttributeError(f"a model of pattern {self.pattern} has no experts")
-        return self.moe[key]
+        return routings
 
 
 MoEMambaConfig.register_for_auto_class()  # save_pretrained writes this file, too

@@ -15,8 +15,8 @@ from moe_mamba.hf.shell.configuration import MoEMambaConfig
 from moe_mamba.hf.shell.experts import EXPERTS_IMPLEMENTATIONS, MoEMambaExperts
 from moe_mamba.model.initialize import Initializer
 from moe_mamba.model.layer import Layer, fp32_parameter_names
-from moe_mamba.model.mixers.moe import Experts
-from moe_mamba.model.pattern import LayerSpec, has_experts
+from moe_mamba.model.mixers.moe import Experts, MoE
+from moe_mamba.model.pattern import LayerSpec, has
 
 
 class MoEMambaLayer(GradientCheckpointingLayer, Layer):
@@ -91,14 +91,16 @@ class MoEMambaPreTrainedModel(PreTrainedModel):
         """The way that experts are computed: the class's own, unless another is asked for.
 
         Raises:
-            ValueError: a way that the class does not know, or a model without experts.
+            ValueError: a way that the class does not know, or a model without layers ``E``: experts inside Mamba are
+                computed in the class's own way.
         """
         wanted = "eager" if requested_experts is None else requested_experts
         if wanted not in EXPERTS_IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation={wanted}: MoEMamba has {', '.join(EXPERTS_IMPLEMENTATIONS)}")
-        if wanted != "eager" and not has_experts(self.config.stack, self.config.routing):
+        if wanted != "eager" and not has(self.config.stack, MoE):
             raise ValueError(
-                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts"
+                f"experts_implementation={wanted}: a model of pattern {self.config.pattern} has no experts of "
+                "layers E: leave it out"
             )
         return wanted
 

@@ -137,7 +137,6 @@ class Mamba(Mixer):
         MoE-Mamba took the bare mixer, without.
         """
         config = self.config
-        shrink = 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
         return {
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
@@ -147,7 +146,7 @@ class Mamba(Mixer):
             "dt_proj.bias": _delta_bias,
             "A_log": _A_log,
             "D": ones,
-            "out_proj.weight": uniform(config.d_inner, shrink),
+            "out_proj.weight": uniform(config.d_inner, out_scale(config)),
         }
 
     def initial_state(
@@ -275,6 +274,11 @@ class Mamba(Mixer):
     def flops_per_token(self, length: int) -> int:
         """The matrices' and, for the scan, 9 a state forward (Mamba, section 4.5), three times that in all."""
         return super().flops_per_token(length) + 27 * self.config.d_inner * self.config.d_state
+
+
+def out_scale(config: ModelConfig) -> float:
+    """How much smaller than others the projection to the stream starts."""
+    return 1.0 if config.initialization == "authors" else 1 / math.sqrt(config.updates)
 
 
 def _A_log(weight: Tensor, generator: Generator) -> None:

@@ -1,6 +1,7 @@
 """Mixture of experts: route -> dispatch -> experts -> combine."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
 from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.mixers.base import Mixer, Statistics
-from moe_mamba.model.mixers.dispatch import Dispatcher, LocalDispatcher
+from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import FeedForward, input_width
 from moe_mamba.model.mixers.routing import Router, RouterStatistics
 from moe_mamba.model.sequences import Sequences
@@ -89,27 +90,27 @@ class MoE(Mixer):
         self, x: Tensor, sequences: Sequences, state: None = None
     ) -> Callable[[], tuple[Tensor, Statistics, None]]:
         """See ``Mixer``: what begins is the tokens' way to their experts."""
-        finish_routed = self.start_routed(x, sequences)
+        return partial(self._finish, self.start_routed(x, sequences), x, sequences)
 
-        def finish() -> tuple[Tensor, Statistics, None]:
-            y, statistics = finish_routed()
-            if self.shared is not None:
-                y = y + self.shared(x, sequences)[0]
-            return y, {"router": statistics}, None
-
-        return finish
+    def _finish(
+        self, finish_routed: Callable[[], tuple[Tensor, RouterStatistics]], x: Tensor, sequences: Sequences
+    ) -> tuple[Tensor, Statistics, None]:
+        y, statistics = finish_routed()
+        if self.shared is not None:
+            y = y + self.shared(x, sequences)[0]
+        return y, {"router": statistics}, None
 
     def start_routed(self, x: Tensor, sequences: Sequences) -> Callable[[], tuple[Tensor, RouterStatistics]]:
         """Begin the routed experts' part of the output, (tokens, d_model)."""
         routing, statistics = self.router(x, sequences)
         dispatch = self.dispatcher.plan(routing)
-        receive = self.dispatcher.send(x, dispatch)
+        return partial(self._finish_routed, self.dispatcher.send(x, dispatch), dispatch, statistics)
 
-        def finish() -> tuple[Tensor, RouterStatistics]:
-            rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
-            return self.dispatcher.combine(rows, dispatch), statistics
-
-        return finish
+    def _finish_routed(
+        self, receive: Callable[[], Tensor], dispatch: Dispatch, statistics: RouterStatistics
+    ) -> tuple[Tensor, RouterStatistics]:
+        rows = self.experts(receive(), dispatch.counts, capacity=dispatch.capacity)
+        return self.dispatcher.combine(rows, dispatch), statistics
 
     def idle_parameters(self) -> int:
         """Those of the routed experts that did not get the token."""

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
-from moe_mamba.model.initialize import Initializer, matrix
+from moe_mamba.model.initialize import Initializer, matrix, uniform
 from moe_mamba.model.mixers.base import Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import input_width
-from moe_mamba.model.mixers.mamba import Mamba
+from moe_mamba.model.mixers.mamba import Mamba, out_scale
 from moe_mamba.model.mixers.routing import Router, unchanged
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
@@ -35,18 +35,18 @@ PROJECTIONS = (*ENTRIES, "out")
 
 
 class LinearExperts(nn.Module):
-    """Stacked experts of one matrix each: weight (experts, in, out); ``fill`` is how one starts."""
+    """Stacked experts of one matrix each, weight (experts, in, out), which starts as the one of Mamba's projection."""
 
     is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
 
-    def __init__(self, experts: int, width: int, out: int, fill: Initializer, kernels: str) -> None:
+    def __init__(self, experts: int, width: int, out: int, scale: float, kernels: str) -> None:
         super().__init__()
-        self.fill, self.kernels = fill, kernels
+        self.fan_in, self.scale, self.kernels = width, scale, kernels
         self.weight = nn.Parameter(torch.empty(experts, width, out))
 
     def initializers(self) -> dict[str, Initializer]:
         """How one expert starts."""
-        return {"weight": self.fill}
+        return {"weight": uniform(self.fan_in, self.scale)}
 
     def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
@@ -135,8 +135,8 @@ class RoutedMamba(Mamba):
         config, moe = self.config, self.routing
         out = config.d_model if name == "out" else config.d_inner
         if self.inner.expert == "linear":
-            fill = super().initializers()["out_proj.weight" if name == "out" else "in_proj.weight"]
-            return LinearExperts(moe.experts, width, out, fill, self.kernels)
+            scale = out_scale(config) if name == "out" else 1.0
+            return LinearExperts(moe.experts, width, out, scale, self.kernels)
         sizes = width, moe.d_expert or config.resolved_d_ff, out
         return SwitchExperts(config, moe.experts, sizes, name == "out", self.kernels)
 
