@@ -4,11 +4,14 @@ import pytest
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import changed_on_resume, keys, load_config, reference, save_config
+from moe_mamba.config_model import InnerConfig
 from moe_mamba.errors import UserError
 from tests import ROOT
 
+BRACKETS = ["(M)", "()", "M)", "(ME", "((ME))", "M(E"]
 
-@pytest.mark.parametrize("pattern", ["*-", "*E", "M", "M-", "ME", "MEM*-E", "-", "E"])
+
+@pytest.mark.parametrize("pattern", ["*-", "*E", "M", "M-", "ME", "MEM*-E", "-", "E", "(ME)", "(*E)-", "*(M-)"])
 def test_a_pattern_is_text_whatever_yaml_makes_of_it(tmp_path: Path, pattern: str) -> None:
     file = tmp_path / "config.yaml"
     for written in (pattern, f"'{pattern}'", f'"{pattern}"  # with a comment'):
@@ -34,6 +37,8 @@ def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
             "data.train": '{"a.jsonl": 0.7, "b.jsonl": 0.3}',
             "data.validation": '{"c4": "c.jsonl", "wiki": "d.jsonl"}',
             "moe.capacity_factor": "none",
+            "moe.inner.balance": "none",
+            "moe.inner.top_k": "null",
             "train.learning_rate": "3e-4",
             "parallel.zero": "2",
         },
@@ -41,6 +46,7 @@ def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
     assert config.data.train_weights == {"a.jsonl": 0.7, "b.jsonl": 0.3}
     assert config.data.validation_sets == {"c4": "c.jsonl", "wiki": "d.jsonl"}
     assert config.moe.capacity_factor is None
+    assert (config.moe.inner.balance, config.moe.inner.top_k) == ("none", None)
     assert config.steps == 1000000 // (64 * 256)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
@@ -62,6 +68,20 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"model.d_model": -1}, ["model.d_model=-1"]),
         ({"model.pattern": "MX"}, ["model.pattern=MX", "'X'", "M Mamba"]),
         ({"model.pattern": ""}, ["model.pattern is empty"]),
+        *(({"model.pattern": pattern}, [f"model.pattern={pattern}", "write (ME)"]) for pattern in BRACKETS),
+        ({"moe.inner.projections": "gate,gate"}, ["moe.inner.projections=gate,gate", "twice"]),
+        ({"moe.inner.projections": "in"}, ["moe.inner.projections", "'in'", "conv"]),
+        ({"moe.inner.projection": "gate"}, ["moe.inner.projection", "did you mean moe.inner.projections"]),
+        ({"moe.inner": "gate"}, ["moe.inner"]),
+        ({"moe.experts.inner": 4}, ["moe.experts=", "integer"]),
+        ({"moe.inner.router": "shared", "moe.inner.projections": "conv"}, ["moe.inner.router=shared", "add out"]),
+        ({"moe.inner.projections": "gate", "moe.inner.top_k": 3, "moe.inner.experts": 2}, ["moe.inner.top_k=3"]),
+        ({"moe.inner.projections": "gate", "model.pattern": "*E"}, ["moe.inner.projections=gate", "*E"]),
+        ({"moe.inner.projections": "gate", "moe.inner.every": 9}, ["moe.inner.every=9", "8 Mamba layers"]),
+        (
+            {"moe.inner.projections": "gate", "model.pattern": "M", "parallel.zero": 3},
+            ["parallel.zero=3", "model.pattern=M", "parallel.zero=2"],
+        ),
         ({"model.pattern": "*-", "model.d_model": 100, "model.heads": 8}, ["model.d_model=100", "model.heads=8"]),
         ({"model.pattern": "*-", "model.heads": 8, "model.kv_heads": 3}, ["model.kv_heads=3"]),
         ({"model.pattern": "*-", "model.d_model": 24, "model.heads": 8}, ["odd", "model.positions=none"]),
@@ -122,7 +142,9 @@ def test_the_reference_lists_every_key_with_default_and_meaning() -> None:
     text = reference()
     for section, field in Config.model_fields.items():
         for name in field.annotation.model_fields:  # type: ignore[union-attr]
-            assert f"--{section}.{name}=" in text
+            assert f"--{section}.{name}=" in text or (section, name) == ("moe", "inner")
+    for name in InnerConfig.model_fields:
+        assert f"--moe.inner.{name}=" in text
     assert all(meaning and "None" not in meaning for _, _, meaning in keys())
 
 
@@ -131,6 +153,7 @@ def test_the_reference_lists_every_key_with_default_and_meaning() -> None:
     [
         ("model.d_model", 64, True),
         ("moe.experts", 4, True),
+        ("moe.inner.experts", 4, True),
         ("data.tokenizer", "bytes", True),
         ("data.sequence_length", 32, True),
         ("run.seed", 1, True),

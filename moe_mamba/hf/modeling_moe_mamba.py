@@ -752,6 +752,14 @@ class Routing:
     dropped: Tensor
     capacity: int | None = None
 
+    def unweighted(self) -> Tensor:
+        """(rows,): 1 in the place of ``weight``, and 0 in a slot that stayed empty."""
+        if self.capacity is None:
+            return torch.ones_like(self.weight)
+        rows = len(self.token)
+        place = torch.where(self.slot < 0, rows, self.slot).view(-1)
+        return self.weight.new_zeros(rows + 1).index_fill(0, place, 1.0)[:rows]
+
 
 @dataclass(frozen=True)
 class RouterStatistics:
@@ -990,7 +998,7 @@ class LocalDispatcher:
     def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
         """Sum the outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
         routing = dispatch.routing
-        weight = routing.weight if weighted else torch.ones_like(routing.weight)
+        weight = routing.weight if weighted else routing.unweighted()
         return combine_rows(rows, weight, routing.token, routing.slot, backend=self._kernels)
 
 
@@ -2022,10 +2030,19 @@ def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
     """Refuse a configuration of which no model can be built.
 
     Raises:
-        ValueError: as ``layer_specs``, or as a mixer's ``check``.
+        ValueError: as ``layer_specs``, or as a mixer's ``check``, or no layer has what is asked for.
     """
     for mixer in kinds(config, moe):
         mixer.check(config, moe)
+    inner = moe.inner
+    if inner.projections and not set(VARIANTS) & set(kinds(config, moe)):
+        own = {variant.letter for variant in VARIANTS}
+        layers = sum(letter in own for letters in config.layers for letter in letters)
+        raise ValueError(
+            f"moe.inner.projections={','.join(inner.projections)} and moe.inner.every={inner.every} with "
+            f"model.pattern={config.pattern}: none of its {layers} Mamba layers would have experts inside: lower "
+            "moe.inner.every, add M to the pattern, or leave moe.inner.projections out"
+        )
 
 
 def has_experts(config: ModelConfig, moe: MoEConfig) -> bool:

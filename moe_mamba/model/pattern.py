@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.model.mixers import MIXERS, choose_mixer
+from moe_mamba.model.mixers import MIXERS, VARIANTS, choose_mixer
 from moe_mamba.model.mixers.base import Mixer
 
 
@@ -70,10 +70,19 @@ def check_pattern(config: ModelConfig, moe: MoEConfig) -> None:
     """Refuse a configuration of which no model can be built.
 
     Raises:
-        ValueError: as ``layer_specs``, or as a mixer's ``check``.
+        ValueError: as ``layer_specs``, or as a mixer's ``check``, or no layer has what is asked for.
     """
     for mixer in kinds(config, moe):
         mixer.check(config, moe)
+    inner = moe.inner
+    if inner.projections and not set(VARIANTS) & set(kinds(config, moe)):
+        own = {variant.letter for variant in VARIANTS}
+        layers = sum(letter in own for letters in config.layers for letter in letters)
+        raise ValueError(
+            f"moe.inner.projections={','.join(inner.projections)} and moe.inner.every={inner.every} with "
+            f"model.pattern={config.pattern}: none of its {layers} Mamba layers would have experts inside: lower "
+            "moe.inner.every, add M to the pattern, or leave moe.inner.projections out"
+        )
 
 
 def has_experts(config: ModelConfig, moe: MoEConfig) -> bool:

@@ -22,7 +22,10 @@ LAYOUTS = (
     Layout(3, tensor=1, expert=1, zero=2),
 )
 KEYS = {
-    "model__pattern": "MEM-*E",
+    "model__pattern": "(ME)M-*E",
+    "moe__inner__projections": "conv,gate,out",
+    "moe__inner__router": "shared",
+    "moe__inner__every": 2,
     "model__heads": 4,
     "model__kv_heads": 2,
     "model__vocab_size": 301,

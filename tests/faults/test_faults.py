@@ -21,6 +21,11 @@ from tests.world import WorkerError, World
 # Where a kill is aimed: anywhere in time, or inside a save (writing data, the manifest, naming it, pruning).
 AIMS = ("anywhere", "data", "manifest", "name", "removal")
 KILLED = {"checkpoint.every": 1, "train.validate_every": 10, "train.sample_tokens": 0}
+# Layers of every design: mixers that read one input, Mamba with and without experts inside.
+DESIGNS = {
+    "model.pattern": "(ME)M", "model.repeat": 2, "moe.inner.projections": "conv,gate,out", "moe.inner.router": "shared",
+    "moe.inner.every": 2, "moe.inner.top_k": 2,
+}  # fmt: skip
 
 
 def kill_self() -> None:
@@ -71,18 +76,18 @@ def aimed(aim: str, skipped: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("kills", "asynchronous"),
+    ("kills", "keys"),
     [
-        pytest.param(3, False, marks=pytest.mark.slow),
-        pytest.param(100, False, marks=pytest.mark.long),
-        pytest.param(100, True, marks=pytest.mark.long),
+        pytest.param(3, DESIGNS, marks=pytest.mark.slow),
+        pytest.param(100, {}, marks=pytest.mark.long),
+        pytest.param(100, {"checkpoint.asynchronous": True}, marks=pytest.mark.long),
     ],
 )
 def test_kills_at_any_instant_change_no_bit(
-    world: World, tiny: Path, tmp_path: Path, kills: int, asynchronous: bool
+    world: World, tiny: Path, tmp_path: Path, kills: int, keys: dict[str, Any]
 ) -> None:
     steps = 10 * kills
-    keys = KILLED | {"train.steps": steps, "checkpoint.asynchronous": asynchronous}
+    keys = KILLED | {"train.steps": steps} | keys
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     world.run(train, ranks=2, config=str(tiny), timeout=900, **keys | {"run.folder": str(whole)})
     keys["run.folder"] = str(killed)

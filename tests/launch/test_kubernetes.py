@@ -28,6 +28,7 @@ from tests.world import World, free_port
 FOLDER = ROOT / "launch" / "kubernetes"
 MANIFESTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 JOBS = ["job", "pytorchjob", "trainjob"]
+STEPS = 300
 PACKAGES = {"kubernetes_validate": "kubernetes-validate", "kubeflow_trainer_api": "kubeflow-trainer-api"} | {
     "kubeflow": "kubeflow-training"
 }
@@ -186,7 +187,7 @@ class Pods:
 
     def wait_for_lines(self, count: int) -> None:
         metrics = self.folder / "metrics.jsonl"
-        wait(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count, 150)
+        wait(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count, 300)
 
     def lines(self) -> int:
         return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
@@ -201,7 +202,7 @@ class Pods:
 
 @pytest.fixture
 def pods(tiny: Path, tmp_path: Path) -> Iterator[Pods]:
-    keys = ("--train.steps=800", "--train.validate_every=0", "--checkpoint.every=50", "--train.sample_tokens=0")
+    keys = (f"--train.steps={STEPS}", "--train.validate_every=0", "--checkpoint.every=20", "--train.sample_tokens=0")
     pods = Pods(tmp_path / "run", f"--config={tiny}", *keys)
     yield pods
     for process in pods.processes:
@@ -220,13 +221,13 @@ def test_pods_that_come_back_form_one_new_world_and_the_run_is_as_if_nothing_was
     saved = pods.lines()
     assert first.poll() is None
     second = pods.start(1)
-    pods.wait_for_lines(saved + 60)
+    pods.wait_for_lines(saved + 25)
     pods.kill(first)  # the machine that holds the rendezvous is lost
     assert second.wait(200) == 138
     first, second = pods.start(0), pods.start(1)
     assert (first.wait(400), second.wait(60)) == (0, 0)
     whole = tmp_path / "whole"
-    keys = {"train.steps": 800, "train.validate_every": 0, "checkpoint.every": 0, "train.sample_tokens": 0}
+    keys = {"train.steps": STEPS, "train.validate_every": 0, "checkpoint.every": 0, "train.sample_tokens": 0}
     run(world, tiny, whole, ranks=2, **keys)
     assert curve(read_metrics(pods.folder)) == curve(read_metrics(whole))
     same_weights(pods.folder, whole)

@@ -194,7 +194,8 @@ def test_a_clock_an_hour_off_is_a_warning_with_machine_and_offset(machines: list
         "import time\n\nnow = time.time\ntime.time = lambda: now() - 3600\n"
     )
     line = (ROOT / "launch" / "preflight.py", *job.line[1:])
-    job.start_ranks(machines[:2], line, {"node2": ("env", f"PYTHONPATH={job.folder.parent}")})
+    path = os.pathsep.join([str(job.folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    job.start_ranks(machines[:2], line, {"node2": ("env", f"PYTHONPATH={path}")})
     for name in job.processes:
         assert job.wait_for_end(name, SECONDS_TO_START) == 0, job.screens
     (warning,) = [line for line in job.screens.splitlines() if "the clock of " in line]

@@ -227,7 +227,7 @@ def test_a_warning_gives_one_checkpoint_and_one_requeue(
 def test_a_requeued_job_goes_on_and_ends_as_if_never_stopped(
     queue: Queue, world: World, tiny: Path, tmp_path: Path
 ) -> None:
-    steps = 400
+    steps = 250
     whole, folder = tmp_path / "whole", tmp_path / "run"
     keys = {"train.steps": steps, "train.validate_every": 0, "checkpoint.every": 0}
     run(world, tiny, whole, ranks=2, **keys)

@@ -24,6 +24,7 @@ from moe_mamba.parallel.placement import ParameterShard, check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
+from tests.designs import split
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 301, 8, 24
 DECISIVE = 8.0  # routers start with larger weights than in a run, so that fewer of their decisions are near a tie
@@ -52,7 +53,9 @@ class Layout:
 
 def legal_layouts(pattern: str, ranks: int = 8) -> list[Layout]:
     """Every TP 1, 2, 4 x EP 1, 2, 4 x DP x ZeRO 0, 1, 2 that `ranks` processes can be laid out in."""
-    axes = itertools.product(range(1, ranks + 1), (1, 2, 4), (1, 2, 4) if "E" in pattern else (1,), (0, 1, 2))
+    axes = itertools.product(
+        range(1, ranks + 1), (1, 2, 4), (1, 2, 4) if "E" in pattern or " " in pattern else (1,), (0, 1, 2)
+    )
     layouts = [Layout(*axis) for axis in axes]
     return [
         layout
@@ -63,6 +66,7 @@ def legal_layouts(pattern: str, ranks: int = 8) -> list[Layout]:
 
 def config_of(pattern: str, layout: Layout, accumulation: int = 1, **keys: Any) -> Config:
     """A tiny model of `pattern` in `layout`; keys are written section__key."""
+    pattern, inner = split(pattern)
     tree: dict[str, dict[str, Any]] = {
         "model": {
             "pattern": pattern,
@@ -76,7 +80,7 @@ def config_of(pattern: str, layout: Layout, accumulation: int = 1, **keys: Any) 
             "activation": "swiglu",
             "mamba_norms": True,
         },
-        "moe": {"experts": 4, "d_expert": 12, "capacity_factor": None, "z_loss_weight": 1e-3},
+        "moe": {"experts": 4, "d_expert": 12, "capacity_factor": None, "z_loss_weight": 1e-3, "inner": inner},
         "data": {"sequence_length": LENGTH},
         "train": {
             "global_batch": GLOBAL_BATCH,

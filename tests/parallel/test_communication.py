@@ -60,9 +60,12 @@ class Expected:
         """All of it; what comes back from the experts of a dropless layer depends on the data and is left out."""
         if self.topology.tensor > 1:
             self.vocabulary()
-        for letter in self.config.model.layers:
+        for letters in self.config.model.layers:
             self.replica(self.config.model.d_model)  # its norm
-            {"M": self.mamba, "*": self.attention, "-": self.entry_and_exit, "E": self.experts}[letter]()
+            for letter in letters:
+                {"M": self.mamba, "*": self.attention, "-": self.entry_and_exit, "E": self.experts}[letter]()
+            if len(letters) > 1:
+                self.together(letters)
         self.statistics()
         return self.calls
 
@@ -81,6 +84,14 @@ class Expected:
         size = self.tokens * self.config.model.d_model * self.w
         self.add("all-gather", self.tensor_ranks, size, 2)
         self.add("reduce-scatter", self.tensor_ranks, size, 2)
+
+    def together(self, letters: str) -> None:
+        """Mixers that read one input have one entry and one exit, those whose ranks have parts of their sums."""
+        experts = self.topology.expert_tensor * (1 + bool(self.config.moe.shared_experts))
+        joined = sum(experts if letter == "E" else 1 for letter in letters)
+        size = self.tokens * self.config.model.d_model * self.w
+        for kind in ("all-gather", "reduce-scatter") * (joined > 1 and len(self.tensor_ranks) > 1):
+            self.calls[Collective(kind, self.tensor_ranks, size)] -= 2 * (joined - 1)
 
     def vocabulary(self) -> None:
         """Embedding and head as one entry and exit; the maximum, and together the target's logit and the sum: 3 T."""
@@ -129,7 +140,7 @@ class Expected:
 
     def statistics(self) -> None:
         """2 K + 4 numbers of each layer of experts, of all layers in one call, over the world."""
-        if layers := self.config.model.layers.count("E"):
+        if layers := sum(letters.count("E") for letters in self.config.model.layers):
             self.add("all-reduce", self.world, layers * (2 * self.config.moe.experts + 4) * FP32)
 
 
@@ -141,7 +152,7 @@ def compare(ranks: list[list[Collective]], config: Config, layout: Layout) -> No
         wanted, calls = expected.micro_step(), Counter(found)
         returned = calls - wanted
         assert not wanted - calls, f"rank {rank} did not"
-        if config.moe.capacity_factor is None and "E" in config.model.layers and layout.expert > 1:
+        if config.moe.capacity_factor is None and "E" in config.model.pattern and layout.expert > 1:
             assert {(kind, group) for kind, group, _ in returned} == {("all-to-all", expected.expert_peers)}
             assert all(times % 2 == 0 for times in returned.values())  # forward and backward alike
             tokens = expected.tokens // (1 if layout.expert_tensor else layout.tensor)
@@ -154,7 +165,7 @@ def compare(ranks: list[list[Collective]], config: Config, layout: Layout) -> No
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tensor", [2, 4])
-@pytest.mark.parametrize("pattern", ["M", "*", "-"])
+@pytest.mark.parametrize("pattern", ["M", "*", "-", "(M*-)"])
 def test_layers_sharded_by_tensor(world: Processes, pattern: str, tensor: int, precision: str) -> None:
     layout = Layout(tensor, tensor)
     config = config_of(pattern, layout, train__precision=precision)
@@ -193,6 +204,13 @@ KINDS_OF_EXPERTS = {
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
 def test_experts(world: Processes, layout: Layout, kind: str) -> None:
     config = config_of("E", layout, **KINDS_OF_EXPERTS[kind])
+    compare(world.run(micro_step, config, ranks=layout.ranks), config, layout)
+
+
+@pytest.mark.parametrize("kind", ["capacity", "shared"])
+def test_experts_sharded_by_tensor_enter_and_leave_with_the_other_mixers(world: Processes, kind: str) -> None:
+    layout = Layout(4, 2, 2, expert_tensor=True)
+    config = config_of("(ME)", layout, **KINDS_OF_EXPERTS[kind])
     compare(world.run(micro_step, config, ranks=layout.ranks), config, layout)
 
 

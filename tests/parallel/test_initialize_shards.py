@@ -150,7 +150,7 @@ def peak_of(config: Config, layout: Layout, rank: int) -> tuple[int, int, int, i
     gc.collect()
     kept = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     own = sum(torch.Size(shard.local_shape).numel() for shard in plan.shards.values()) * 4  # fp32, until it is cast
-    logical = max(torch.Size(shard.shape[shard.is_expert :]).numel() * 4 for shard in plan.shards.values())
+    logical = max(torch.Size(shard.shape[shard.experts is not None :]).numel() * 4 for shard in plan.shards.values())
     return memory.peak, memory.now, kept, own, logical
 
 

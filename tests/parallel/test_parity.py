@@ -37,7 +37,7 @@ from tests.world import World
 
 MEASUREMENTS = ROOT / "docs" / "measurements" / "parity.json"
 STEPS = 20
-PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E", "(ME)", "(*E)-")
+PATTERNS = ("ME", "*E", "M-", "*-", "MEM-*E", "(ME)", "(*E)-", "M own", "ME shared")
 # One holds every kind of layer; the others, by themselves, are slow.
 ALL = "MEM-*E"
 ALL_AND_EACH = [pattern if pattern == ALL else pytest.param(pattern, marks=pytest.mark.slow) for pattern in PATTERNS]
@@ -169,35 +169,27 @@ def test_parallel_layers_in_float64(world: World, pattern: str, layout: Layout, 
         assert error <= 1e-10, f"{cell}: {name}"
 
 
-OWN = {"projections": ["conv", "gate"], "router": "own"}
-SHARED = {"projections": ["conv", "gate", "out"], "router": "shared"}
-TOP_2 = {"experts": 4, "top_k": 2}
-SWITCH = {"projections": ["gate", "out"], "router": "own", "expert": "switch", "d_expert": 8}
-
-
 @pytest.mark.parametrize(
-    ("pattern", "layout", "inner", "keys"),
+    ("pattern", "layout", "keys"),
     [
-        ("M", Layout(4, 1, 2), OWN, {}),
-        ("M", Layout(4, 2, 1), OWN | TOP_2, {}),
-        ("ME", Layout(4, 2, 4), SHARED, {"moe__shared_experts": 1}),
-        ("M", Layout(4, 2, 4), SWITCH | TOP_2, {"moe__balance": "bias"}),
-        pytest.param("ME", Layout(4, 1, 4), SHARED | TOP_2, {"accumulation": 2}, marks=pytest.mark.slow),
-        pytest.param("(ME)", Layout(4, 2, 2, expert_tensor=True), SHARED | TOP_2, {}, marks=pytest.mark.slow),
-        pytest.param("MM", Layout(4, 4, 1), SWITCH | {"every": 2}, {"train__recompute": True}, marks=pytest.mark.slow),
+        ("M own", Layout(4, 1, 2), {}),
+        ("M own top-2", Layout(4, 2, 1), {}),
+        ("ME shared", Layout(4, 2, 4), {"moe__shared_experts": 1}),
+        ("M switch", Layout(4, 2, 4), {"moe__balance": "bias"}),
+        pytest.param("ME shared top-2", Layout(4, 1, 4), {"accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param("(ME) shared top-2", Layout(4, 2, 2, expert_tensor=True), {}, marks=pytest.mark.slow),
+        pytest.param("MM switch", Layout(4, 4, 1), {"train__recompute": True}, marks=pytest.mark.slow),
     ],
 )
-def test_experts_inside_mamba_in_float64(
-    world: World, pattern: str, layout: Layout, inner: dict[str, Any], keys: dict[str, Any]
-) -> None:
-    for cell, (error, name) in float64_error(world, pattern, [layout], moe__inner=inner, **keys).items():
+def test_experts_inside_mamba_in_float64(world: World, pattern: str, layout: Layout, keys: dict[str, Any]) -> None:
+    for cell, (error, name) in float64_error(world, pattern, [layout], **keys).items():
         assert error <= 1e-10, f"{cell}: {name}"
 
 
 @pytest.mark.parametrize("pattern", ALL_AND_EACH)
 def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
     layouts = [Layout(2, 2), Layout(4, 4)]
-    if "E" in pattern:
+    if "E" in pattern or " " in pattern:
         layouts = [Layout(2, 2, 2), Layout(4, 2, 4), Layout(4, 4, 1)]
     for layout, (error, name) in float64_error(world, pattern, layouts).items():
         assert error <= 1e-10, f"{layout}: {name}"
@@ -278,6 +270,9 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks
         pytest.param("M-", [Layout(3, zero=2)], marks=pytest.mark.slow),
         pytest.param("MEM-*E", [Layout(4, 1, 4, zero=0)], marks=pytest.mark.slow),
         pytest.param("(ME)(*E)-", [Layout(4, 2, 2, zero=2)], marks=pytest.mark.slow),
+        ("ME shared", [Layout(4, 2, 4, zero=2)]),
+        pytest.param("M own", [Layout(4, 1, 2, zero=1), Layout(4, 2, 4, zero=0)], marks=pytest.mark.slow),
+        pytest.param("M shared", [Layout(4, 2, 2, zero=1, expert_tensor=True)], marks=pytest.mark.slow),
     ],
 )
 def test_training_under_the_engine(world: World, pattern: str, layouts: list[Layout]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import random
 
 import pytest
@@ -61,7 +62,7 @@ def elements(shard: ParameterShard) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("pattern", ["M", "*", "-", "E"])
+@pytest.mark.parametrize("pattern", ["M", "*", "-", "E", "(M-)", "M own", "M shared", "M switch"])
 def test_parts_cover_each_tensor_as_often_as_replicas_say(pattern: str, layout: Layout) -> None:
     config, model = meta(pattern)
     ranks = on_every_rank(config, model, layout)
@@ -74,10 +75,12 @@ def test_parts_cover_each_tensor_as_often_as_replicas_say(pattern: str, layout: 
             assert len(mine[mine >= 0].unique()) == (mine >= 0).sum(), f"{name}: twice on a rank"
             assert shard.is_padded == bool((mine < 0).any()), name
             times += torch.bincount(mine + 1, minlength=size + 1)
-        if not held[0].is_expert:
-            expected = layout.data * held[0].replicas
-        else:
+        expected = layout.data * held[0].replicas
+        if held[0].experts == "expert":
             expected = layout.ranks // layout.expert // (layout.tensor if layout.expert_tensor else 1)
+        elif held[0].experts == "inner_expert":  # over the ranks with the same channels
+            size = layout.expert if layout.expert_tensor else layout.expert // math.gcd(layout.expert, layout.tensor)
+            expected = layout.data // size * held[0].replicas
         assert times[1:].unique().tolist() == [expected], name
         assert {shard.replicas for shard in held} == {held[0].replicas}, name
 
@@ -87,7 +90,7 @@ def test_one_rank_of_each_part_is_its_first_replica(layout: Layout) -> None:
     config, model = meta("M*-E")
     ranks = on_every_rank(config, model, layout)
     for name in ranks[0]:
-        if ranks[0][name].is_expert:  # parts of an expert differ, and DeepSpeed knows the ranks with the same ones
+        if ranks[0][name].experts:  # parts of an expert differ, and DeepSpeed knows the ranks with the same ones
             assert all(rank[name].replicas == 1 and rank[name].is_first_replica for rank in ranks)
             continue
         for first in range(0, layout.ranks, layout.tensor):
@@ -128,8 +131,9 @@ def test_an_activation_without_a_gate_is_one_block() -> None:
 
 
 def test_mixers_declare_parameters_that_exist() -> None:
-    for activation in ("swiglu", "relu"):
-        config, model = meta("M*-E", activation)
+    designs = ("M*-E", "(ME)(*-)", "M own", "M shared", "M switch")
+    for pattern, activation in itertools.product(designs, ("swiglu", "relu")):
+        config, model = meta(pattern, activation)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         declared = shard_specs(config.model, config.moe)
         assert {name for name in declared if not name.endswith(".bias")} <= shapes.keys()

@@ -143,10 +143,11 @@ def kept(config: Config) -> tuple[int, int, int]:
         pytest.param(Layout(4, 1, 2, 2), {}, marks=pytest.mark.slow),
         pytest.param(Layout(4, 2, 2, 1, expert_tensor=True), {}, marks=pytest.mark.slow),
         (Layout(4, 4, 4, 2), {"train__precision": "bf16"}),
+        pytest.param(Layout(4, 2, 4, 1), {"pattern": "(ME)M shared"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_engine_keeps_what_is_planned(world: World, layout: Layout, keys: dict[str, Any]) -> None:
-    config = config_of("M*-E", layout, **keys)
+    config = config_of(**{"pattern": "M*-E", "layout": layout} | keys)
     numbers = plan(config, layout.ranks)
     for parameters, weights, optimizer in world.run(kept, config, ranks=layout.ranks):
         assert parameters == numbers["parameters_per_device"]

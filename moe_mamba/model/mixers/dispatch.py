@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from moe_mamba.kernels import combine_rows, gather_rows
@@ -62,5 +61,5 @@ class LocalDispatcher:
     def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
         """Sum the outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
         routing = dispatch.routing
-        weight = routing.weight if weighted else torch.ones_like(routing.weight)
+        weight = routing.weight if weighted else routing.unweighted()
         return combine_rows(rows, weight, routing.token, routing.slot, backend=self._kernels)

@@ -44,6 +44,14 @@ class Routing:
     dropped: Tensor
     capacity: int | None = None
 
+    def unweighted(self) -> Tensor:
+        """(rows,): 1 in the place of ``weight``, and 0 in a slot that stayed empty."""
+        if self.capacity is None:
+            return torch.ones_like(self.weight)
+        rows = len(self.token)
+        place = torch.where(self.slot < 0, rows, self.slot).view(-1)
+        return self.weight.new_zeros(rows + 1).index_fill(0, place, 1.0)[:rows]
+
 
 @dataclass(frozen=True)
 class RouterStatistics:
