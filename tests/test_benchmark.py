@@ -10,8 +10,8 @@ import pytest
 import torch
 from benchmark import main
 
-from benchmarks.gpu_clock import Rates
 from benchmarks.designs import DesignShapes, active, model_of
+from benchmarks.gpu_clock import Rates
 from benchmarks.pairs import Absent, median_interval, pair_row, peer, table
 from moe_mamba.errors import UserError
 from tests import ROOT
