@@ -10,8 +10,9 @@ import pytest
 import torch
 from benchmark import main
 
+from benchmarks.designs import DesignShapes, active, model_of
 from benchmarks.gpu_clock import Rates
-from benchmarks.pairs import Absent, pair_row, peer, table
+from benchmarks.pairs import Absent, median_interval, pair_row, peer, table
 from moe_mamba.errors import UserError
 from tests import ROOT
 
@@ -36,7 +37,8 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
 
 GENERATION = {"reading 32 tokens", "decoding 2 tokens of 1 sequence", "decoding 2 tokens of 2 sequences"}
 GENERATION |= {"8 tokens after 64", "states after 64 tokens"}
-ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | GENERATION
+DESIGNS = {"parallel layers", "Routing Mamba"}
+ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | GENERATION | DESIGNS
 
 
 @pytest.mark.parametrize(
@@ -44,8 +46,8 @@ ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | 
     [
         # Processes that import torch again take most of the time: of the rows that start some, one.
         pytest.param(
-            ("--only=prefill,decode,context,profile,scaling",),
-            {"weak scaling"} | GENERATION,
+            ("--only=prefill,decode,context,profile,designs,scaling",),
+            {"weak scaling"} | GENERATION | DESIGNS,
             marks=pytest.mark.slow,
         ),
         pytest.param((), ALL, marks=pytest.mark.long),
@@ -67,11 +69,12 @@ def test_table_and_json(flags: tuple[str, ...], measured: set[str], tmp_path: Pa
     assert {row["against"] for row in rows if row["skipped"]} <= {"mamba.py's parallel scan"}
     tables = done.stdout.strip().split("\n\n")
     assert tables[0].count("\n") == len(rows) + 1
-    (profile,) = content["profiles"]
+    profile, routed, dense = content["profiles"]
     assert {"scan", "convolution", "matrix products", "experts", "routing", "norms", "optimizer"} <= set(
         profile["operations"]
     )
     assert all(f"| {operation} | " in tables[1] for operation in profile["operations"])
+    assert {"experts", "routing"} <= set(routed["operations"]) - set(dense["operations"])
     single, two = (row for row in rows if row["what"].startswith("weak scaling"))
     assert single["collectives"] == {} and "1 process, " in single["what"]
     assert set(two["collectives"]) == {"all-reduce", "all-gather", "all-to-all"}
@@ -113,6 +116,24 @@ def test_a_peer_that_does_not_fit_is_a_gap() -> None:
     assert pair_row("step", "peer", lambda: None, theirs, 1, 1).skipped == "does not fit into the GPU's memory"
 
 
+def test_interval_of_a_median_is_the_sign_test() -> None:
+    values = [float(value) for value in range(20, 0, -1)]
+    assert median_interval(values) == (6.0, 15.0)  # tabulated: 95.9 %
+    assert median_interval(values[:9]) == (13.0, 19.0)  # 96.1 %
+    assert median_interval(values[:6]) == (15.0, 20.0)  # 96.9 %
+    assert median_interval(values[:5]) is None and median_interval([]) is None
+    row = pair_row("step", "peer", lambda: None, lambda: lambda: None, 6, 1)
+    assert row.interval is not None and row.ratio is not None
+    assert row.interval[0] <= row.ratio <= row.interval[1]
+    assert "| goal | 95 % |" in table([row]) and " to " in table([row])
+
+
+def test_designs_that_are_compared_have_the_same_active_parameters() -> None:
+    for shapes in (DesignShapes(), DesignShapes.choose(tiny=True)):
+        routed, dense = model_of(shapes, "M", 1, inner=True), model_of(shapes, "M", 1, dt_rank=shapes.dense_dt_rank)
+        assert active(routed) == active(dense)
+
+
 def test_floor() -> None:
     rates = Rates(bytes_per_second=2e12, bf16_flops=4e14, fp32_flops=5e13)
     assert rates.floor(4e9, 5e10) == (2.0, "bytes")
@@ -134,7 +155,7 @@ def test_preprocessing_of_the_built_in_corpus() -> None:
 
 
 def test_unknown_row_is_one_line() -> None:
-    known = "scan, step, prefill, decode, context, profile, moe, scaling, preprocess"
+    known = "scan, step, prefill, decode, context, profile, moe, designs, scaling, preprocess"
     with pytest.raises(UserError, match=f"^--only=speed: no row is called 'speed': choose among {known}$"):
         main(only="speed")
 

@@ -20,6 +20,11 @@ V2 = {
     "moe_mamba_100m": ("ME", 16, 768, 2304, 42, 5e-4),
 }
 V1 = {f"{name}_v1": (*row[:4], row[4] and 32, 1e-3) for name, row in V2.items() if name.endswith("25m")}
+DESIGNS = {
+    "paper/moe_mamba_parallel_25m": ("(ME)", 8, 512, 1536, 42, 5e-4),
+    "paper/moe_mamba_inner_25m": ("M", 16, 512, None, None, 5e-4),
+    "kin/routing_mamba_25m": ("M", 16, 512, None, None, 5e-4),
+}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -27,10 +32,10 @@ def test_loads(file: str) -> None:
     load_config(CONFIGS / file)
 
 
-@pytest.mark.parametrize("name", [*V2, *V1])
+@pytest.mark.parametrize("name", [*V2, *V1, *DESIGNS])
 def test_paper_values(name: str) -> None:
-    pattern, repeat, d_model, width, experts, rate = (V2 | V1)[name]
-    config = load_config(CONFIGS / f"paper/{name}.yaml")
+    pattern, repeat, d_model, width, experts, rate = (V2 | V1 | DESIGNS)[name]
+    config = load_config(CONFIGS / (f"{name}.yaml" if name in DESIGNS else f"paper/{name}.yaml"))
     model, moe, train = config.model, config.moe, config.train
     assert (model.pattern, model.repeat, model.d_model, model.vocab_size) == (pattern, repeat, d_model, 50257)
     assert (train.learning_rate, train.warmup, train.gradient_clip, train.weight_decay) == (rate, 0.01, 0.5, 0.1)
@@ -53,3 +58,16 @@ def test_paper_values(name: str) -> None:
     assert (config.data.tokenizer, config.data.reset_at_document, model.tied_head) == ("gpt2", False, False)
     assert list(config.data.train_weights) == ["hf:allenai/c4:en:train"]
     assert list(config.data.validation_sets.values()) == ["hf:allenai/c4:en:validation"]
+
+
+def test_mixtures_inside_mamba() -> None:
+    published = load_config(CONFIGS / "paper/moe_mamba_inner_25m.yaml").moe
+    inner, routing = published.inner, published.inner_routing
+    assert (inner.projections, inner.every, inner.router, inner.expert) == (["gate"], 2, "own", "switch")
+    assert (routing.experts, routing.d_expert, routing.top_k) == (16, 344, 1)
+    assert (routing.router, routing.capacity_factor, routing.balance_weight) == ("switch", 1.0, 0.01)
+    kin = load_config(CONFIGS / "kin/routing_mamba_25m.yaml").moe
+    inner, routing = kin.inner, kin.inner_routing
+    assert (sorted(inner.projections), inner.every) == (["conv", "gate", "out"], 1)
+    assert (inner.router, inner.expert) == ("shared", "linear")
+    assert (routing.experts, routing.top_k, routing.capacity_factor) == (8, 1, None)

@@ -74,6 +74,7 @@ ELSEWHERE = {
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scaling": "tests/test_benchmark.py",
+    "python tools/benchmark.py --only=designs --repeats=20": "tests/test_benchmark.py",
     "python tools/build_kernels.py --output=kernels": "tests/kernels/test_levels.py",
     "python tools/compile_kernels.py --capabilities=80,90": "tests/kernels/test_compiled.py",
     "python tools/compile_kernels.py --output=figures.json": "tests/kernels/test_compiled.py",

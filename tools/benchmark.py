@@ -6,7 +6,7 @@ turns, and the median of the ratios of the pairs is reported. What is measured s
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from benchmarks.profiling import Profile
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import UserError
 
-CPU_ROWS = ("scan", "step", "prefill", "decode", "context", "profile", "moe", "scaling", "preprocess")
+CPU_ROWS = ("scan", "step", "prefill", "decode", "context", "profile", "moe", "designs", "scaling", "preprocess")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
@@ -34,8 +34,9 @@ def main(
     """Compare with the peers found here, and print a table; a peer that is not installed leaves a gap in it.
 
     Args:
-        only: rows to measure, separated by commas: of scan, step, prefill, decode, context, profile, moe, scaling and
-            preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of the device's.
+        only: rows to measure, separated by commas: of scan, step, prefill, decode, context, profile, moe, designs,
+            scaling and preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of the
+            device's.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         device: cuda measures a GPU's kernels and steps.
@@ -67,7 +68,7 @@ def main(
 
 def _measure(
     name: str, repeats: int, device: str, documents: str, tokenizer: str, tiny: bool
-) -> list[Row] | list[Profile]:
+) -> Sequence[Row | Profile]:
     """What ``name`` stands for; imports only what it needs."""
     if name == "scan":
         from benchmarks.scan import ScanShapes, scan_rows
@@ -87,6 +88,10 @@ def _measure(
         from benchmarks.moe import MoEShapes, moe_rows
 
         return moe_rows(MoEShapes.choose(tiny), repeats)
+    if name == "designs":
+        from benchmarks import designs
+
+        return designs.designs(designs.DesignShapes.choose(tiny), repeats)
     if name == "scaling":
         from benchmarks.scaling import ScalingShapes, scaling_rows
 

@@ -7,7 +7,7 @@ Rows are sent without waiting for them, and are waited for where the experts nee
 compute in between, forward and backward, takes the time of the journey.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
-from moe_mamba.model.mixers.dispatch import Dispatch, LocalDispatcher
+from moe_mamba.model.mixers.dispatch import Dispatch, LocalDispatcher, Permutation
 from moe_mamba.model.mixers.moe import Experts, MoE
 from moe_mamba.model.mixers.routed_mamba import RoutedMamba
 from moe_mamba.model.mixers.routing import RouterStatistics, Routing
@@ -191,10 +191,19 @@ class ExpertDispatcher(LocalDispatcher):
         receive, travel = super().send(x, dispatch), dispatch.travel
         return receive if travel is None else travel.there(receive())
 
-    def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
+    def combine(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Bring the outputs back, and sum those of a token's experts."""
         travel = dispatch.travel
-        return super().combine(rows if travel is None else travel.back(rows), dispatch, weighted)
+        return super().combine(rows if travel is None else travel.back(rows), dispatch)
+
+    def combine_unweighted(self, outputs: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
+        """Bring all outputs back in one journey, and sum those of a token's experts."""
+        travel = dispatch.travel
+        if travel is None:
+            return super().combine_unweighted(outputs, dispatch)
+        together = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=-1)
+        (summed,) = super().combine_unweighted([travel.back(together)], dispatch)
+        return list(summed.split([rows.shape[1] for rows in outputs], dim=-1))
 
 
 @dataclass
@@ -334,23 +343,9 @@ class _VariableTravel:
     def there(self, rows: Tensor) -> Callable[[], Tensor]:
         """Send rows sorted by (expert); what is returned waits for those of this rank's, sorted by (expert, source)."""
         receive = _exchanged(rows, _Exchange(self.group, self.sent_splits, self.received_splits))
-        return lambda: _Permutation.apply(receive(), self.order, self.place)
+        return lambda: Permutation.apply(receive(), self.order, self.place)
 
     def back(self, rows: Tensor) -> Tensor:
         """Undo ``there``."""
-        rows = _Permutation.apply(rows, self.place, self.order)
+        rows = Permutation.apply(rows, self.place, self.order)
         return mappings.all_to_all(self.group, rows, self.sent_splits, self.received_splits)
-
-
-class _Permutation(torch.autograd.Function):
-    """Rows in another order; the gradient is gathered by the inverse, where autograd would scatter and add."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(0, inverse), None, None

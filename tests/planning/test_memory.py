@@ -36,6 +36,39 @@ def test_paper_configs_have_the_paper_sizes(config: str, total: float, active: f
     assert found["embedding_parameters"] == 2 * 50257 * (768 if "100m" in config else 512)
 
 
+MAMBA = 1_694_720  # of a layer, d 512
+ROUTED = 121_856  # of it without the three projections that are routed
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [
+        # router, and 42 or 1 experts of 6 d^2
+        (
+            "paper/moe_mamba_parallel_25m",
+            8 * (MAMBA + 21_504 + 42 * 1_572_864),
+            8 * (MAMBA + 21_504 + 1_572_864),
+        ),
+        # in every other layer a router and 16 or 1 experts of 512 x 344 and 344 x 1024, for a gate of 512 x 1024
+        (
+            "paper/moe_mamba_inner_25m",
+            16 * MAMBA + 8 * (8_192 + 16 * 528_384 - 524_288),
+            16 * MAMBA + 8 * (8_192 + 528_384 - 524_288),
+        ),
+        # 8 or 1 experts of three matrices of 512 x 1024, and the router
+        ("kin/routing_mamba_25m", 16 * (ROUTED + 8 * 1_572_864 + 4_096), 16 * (ROUTED + 1_572_864 + 4_096)),
+    ],
+)
+def test_other_designs_have_the_sizes_of_their_formulas(config: str, total: int, active: int) -> None:
+    found = plan(load_config(ROOT / f"configs/{config}.yaml"))
+    assert (found["total_parameters"], found["active_parameters"]) == (total, active)
+    if config.startswith("kin"):
+        assert (total, active) == (203_341_824, 27_181_056)
+    if "parallel" in config:
+        sequential = plan(load_config(ROOT / "configs/paper/moe_mamba_25m.yaml"))
+        assert (total, active) == (sequential["total_parameters"], sequential["active_parameters"])
+
+
 def test_table_names_the_pattern_and_the_work() -> None:
     shown = table(load_config(None, {"model.pattern": "*-"}))
     assert "*- x 8" in shown

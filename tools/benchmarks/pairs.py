@@ -1,5 +1,6 @@
 """Pairs of measurements, taken in turns: what every row of the benchmark is made of."""
 
+import math
 import statistics
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 
 Run = Callable[[], object]
 Clock = Callable[[Run], float]  # milliseconds of one run
+Pair = tuple[float, float | None]  # milliseconds of ours and of theirs
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Row:
         skipped: why there is no figure of the peer.
         floor: the least that this machine could take; None where it was not worked out.
         floor_of: what sets the floor, ``bytes`` or ``operations``.
+        interval: 95 % confidence interval of the ratio; None where there are too few pairs.
     """
 
     what: str
@@ -43,6 +46,7 @@ class Row:
     skipped: str = field(default="", kw_only=True)
     floor: float | None = field(default=None, kw_only=True)
     floor_of: str = field(default="", kw_only=True)
+    interval: tuple[float, float] | None = field(default=None, kw_only=True)
 
 
 class Absent(Exception):
@@ -95,9 +99,10 @@ def _run_prepared() -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown, with a column for the floor where there are any."""
+    """The rows in Markdown, with columns for the floor and for the ratio's interval where there are any."""
     has_floor = any(row.floor is not None for row in rows)
-    names = ["what", "against", "ours", "theirs", "ratio", "goal"] + ["floor"] * has_floor
+    has_interval = any(row.interval is not None for row in rows)
+    names = ["what", "against", "ours", "theirs", "ratio", "goal"] + ["floor"] * has_floor + ["95 %"] * has_interval
     lines = [names, ["---"] * len(names)]
     for row in rows:
         theirs = f"skipped: {row.skipped}" if row.theirs is None else f"{row.theirs:,.1f} {row.unit}"
@@ -105,6 +110,8 @@ def table(rows: Sequence[Row]) -> str:
         cells = [row.what, row.against, f"{row.ours:,.1f} {row.unit}", theirs, ratio, f"{row.goal:g}"]
         if has_floor:
             cells.append("" if row.floor is None else f"{row.floor:,.2f} {row.unit} ({row.floor_of})")
+        if has_interval:
+            cells.append("" if row.interval is None else "{:.3f} to {:.3f}".format(*row.interval))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -140,34 +147,74 @@ def pair_row(
         floor: milliseconds, and what sets them.
     """
     skipped = ""
-    other: Run | None = None
+    pairs: list[Pair] = []
     try:
-        other = theirs()
-        figures = compare(ours, other, repeats, clock)
+        pairs = measure(ours, theirs(), repeats, clock)
     except Absent as reason:
         skipped = str(reason)
     except torch.OutOfMemoryError:
         skipped = "does not fit into the GPU's memory"
     if skipped:
-        other = None
-        figures = compare(ours, None, repeats, clock)
+        pairs = measure(ours, None, repeats, clock)
     least, of = floor or (None, "")
-    return Row(what, against, "ms", *figures, goal=goal, skipped=skipped, floor=least, floor_of=of)
+    return Row(
+        what,
+        against,
+        "ms",
+        *medians(pairs),
+        goal=goal,
+        skipped=skipped,
+        floor=least,
+        floor_of=of,
+        interval=median_interval(ratios(pairs)),
+    )
 
 
 def compare(
     ours: Run, theirs: Run | None, repeats: int, clock: Clock = wall_clock
 ) -> tuple[float, float | None, float | None]:
     """Run both in turns; median milliseconds of ours and of theirs, and the median of theirs / ours of the pairs."""
+    return medians(measure(ours, theirs, repeats, clock))
+
+
+def measure(ours: Run, theirs: Run | None, repeats: int, clock: Clock = wall_clock) -> list[Pair]:
+    """Run both in turns."""
     ours()  # the first pass of ours and of the allocator; theirs only gains by it
     pairs = []
     for number in range(repeats):
         print(f"\r{number + 1}/{repeats}", end="", file=sys.stderr, flush=True)
         pairs.append((clock(ours), clock(theirs) if theirs else None))
     print("\r\033[K", end="", file=sys.stderr)
-    both = [(one, other) for one, other in pairs if other is not None]
+    return pairs
+
+
+def ratios(pairs: Sequence[Pair]) -> list[float]:
+    """Theirs / ours of the pairs that have both."""
+    return [other / one for one, other in pairs if other is not None]
+
+
+def medians(pairs: Sequence[Pair]) -> tuple[float, float | None, float | None]:
+    """Of ours, of theirs, and of the pairs' ratios."""
+    theirs = [other for _, other in pairs if other is not None]
     return (
         statistics.median(one for one, _ in pairs),
-        statistics.median(other for _, other in both) if both else None,
-        statistics.median(other / one for one, other in both) if both else None,
+        statistics.median(theirs) if theirs else None,
+        statistics.median(ratios(pairs)) if theirs else None,
     )
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Between which two of the values the median of what they are drawn from lies, whatever its distribution.
+
+    How many of n independent values lie below that median is binomial with probability 1/2 (the sign test); no value
+    that a neighbour's work spoilt counts more than any other. None: so few values cannot be as confident.
+    """
+    count = len(values)
+    outside, left = 0.0, -1  # values left out on either side
+    while left + 1 < count / 2 and 2 * (outside + math.comb(count, left + 1) / 2**count) <= 1 - confidence:
+        left += 1
+        outside += math.comb(count, left) / 2**count
+    if left < 0:
+        return None
+    ordered = sorted(values)
+    return ordered[left], ordered[count - 1 - left]

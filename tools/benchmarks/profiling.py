@@ -17,6 +17,8 @@ from benchmarks.pairs import Run
 LABEL = "operation: "  # marks the forward passes of modules in the profiler's events
 MODULES = {
     "Experts": "experts",
+    "LinearExperts": "experts",
+    "SwitchExperts": "experts",
     "MoE": "routing",
     "Router": "routing",
     "RMSNorm": "norms",
@@ -24,6 +26,7 @@ MODULES = {
 }
 # Part of the name of an autograd function, in small letters -> operation.
 FUNCTIONS = {"scan": "scan", "conv": "convolution", "crossentropy": "loss", "norm": "norms"}
+FUNCTIONS |= {"gather": "routing", "combine": "routing"}
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::matmul", "aten::baddbmm")
 LOSSES = ("aten::cross_entropy_loss", "NllLoss", "LogSoftmax")
 REST = "rest"

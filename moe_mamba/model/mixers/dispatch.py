@@ -3,10 +3,11 @@
 The dispatcher is an object of its own: another one is all that spreading experts over devices changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from moe_mamba.kernels import combine_rows, gather_rows
@@ -39,8 +40,11 @@ class Dispatcher(Protocol):
     def send(self, x: Tensor, dispatch: Dispatch) -> Callable[[], Tensor]:
         """Send ``x`` (tokens, width); what is returned waits for this device's rows (rows, width), sorted by expert."""
 
-    def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
-        """Sum the outputs of a token's experts, (tokens, width), by weight or as they are; zero for one without any."""
+    def combine(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Sum the outputs of a token's experts by weight, (tokens, width); zero for one without any."""
+
+    def combine_unweighted(self, outputs: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
+        """As ``combine``, but the outputs as they are, of several products of the same rows."""
 
 
 class LocalDispatcher:
@@ -58,8 +62,32 @@ class LocalDispatcher:
         rows = gather_rows(x, dispatch.routing.token, dispatch.routing.slot, backend=self._kernels)
         return lambda: rows
 
-    def combine(self, rows: Tensor, dispatch: Dispatch, weighted: bool = True) -> Tensor:
+    def combine(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
         """Sum the outputs; the sum over a token's experts is in the weights' dtype (fp32)."""
         routing = dispatch.routing
-        weight = routing.weight if weighted else routing.unweighted()
-        return combine_rows(rows, weight, routing.token, routing.slot, backend=self._kernels)
+        return combine_rows(rows, routing.weight, routing.token, routing.slot, backend=self._kernels)
+
+    def combine_unweighted(self, outputs: Sequence[Tensor], dispatch: Dispatch) -> list[Tensor]:
+        """Sum the outputs; where each token has one row, nothing is summed: they are put in the tokens' order."""
+        routing = dispatch.routing
+        token, slot = routing.token, routing.slot
+        if routing.capacity is None and slot.shape[1] == 1:
+            return [Permutation.apply(rows, slot.view(-1), token) for rows in outputs]
+        weight = routing.unweighted()
+        return [combine_rows(rows, weight, token, slot, backend=self._kernels) for rows in outputs]
+
+
+class Permutation(torch.autograd.Function):
+    """Rows in another order; the gradient is gathered by the inverse, where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """Row r is rows[order[r]]."""
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of only the rows."""
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None

@@ -187,9 +187,7 @@ class RoutedMamba(Mamba):
         elif routed:
             rows = received[0]()
             made = [self.get_submodule(f"{name}_experts")(rows, shared) for name in routed]
-            together = made[0] if len(made) == 1 else torch.cat(made, dim=-1)  # come back in one journey
-            summed = self.dispatcher.combine(together, shared, weighted=False)
-            parts |= zip(routed, summed.chunk(len(routed), dim=-1), strict=True)
+            parts |= zip(routed, self.dispatcher.combine_unweighted(made, shared), strict=True)
         return RoutedProjected(parts["conv"], parts["gate"], shared, statistics)
 
     def project_back(self, y: Tensor, projected: Any, sequences: Sequences) -> tuple[Tensor, Statistics]:
