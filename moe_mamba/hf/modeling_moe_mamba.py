@@ -1956,33 +1956,27 @@ class RoutedMamba(Mamba):
 
     def project(self, u: Tensor, sequences: Sequences) -> RoutedProjected:
         """See ``Mamba``; rows are on their way while what is not routed is computed."""
-        routed = [name for name in ENTRIES if name in self.inner.projections]
-        parts: dict[str, Tensor] = {}
+        routed: list[str] = [name for name in ENTRIES if name in self.inner.projections]
+        is_shared = self.inner.router == "shared"
         statistics: Statistics = {}
-        shared = None
-        if self.inner.router == "shared":
-            routing, statistics["router"] = self.router(u, sequences)
-            shared = self.dispatcher.plan(routing)
-            received = [self.dispatcher.send(u, shared)] if routed else []
-            plans = [shared] * len(received)
-        else:
-            plans, received = [], []
-            for name in routed:
-                routing, statistics[f"{name}_router"] = self.get_submodule(f"{name}_router")(u, sequences)
-                plans.append(self.dispatcher.plan(routing))
-                received.append(self.dispatcher.send(u, plans[-1]))
+        dispatches: list[tuple[list[str], Dispatch, Callable[[], Tensor]]] = []
+        for names, router in [(routed, "router")] if is_shared else [([name], f"{name}_router") for name in routed]:
+            routing, statistics[router] = self.get_submodule(router)(u, sequences)
+            dispatch = self.dispatcher.plan(routing)
+            dispatches.append((names, dispatch, self.dispatcher.send(u, dispatch) if names else lambda: u))
+        parts: dict[str, Tensor] = {}
         if self.in_proj is not None:
             plain = [name for name in ENTRIES if name not in routed]
             parts |= zip(plain, self.in_proj(u).chunk(len(plain), dim=-1), strict=True)
-        if shared is None:
-            for name, plan, receive in zip(routed, plans, received, strict=True):
-                rows = self.get_submodule(f"{name}_experts")(receive(), plan)
-                parts[name] = self.dispatcher.combine(rows, plan)
-        elif routed:
-            rows = received[0]()
-            made = [self.get_submodule(f"{name}_experts")(rows, shared) for name in routed]
-            parts |= zip(routed, self.dispatcher.combine_unweighted(made, shared), strict=True)
-        return RoutedProjected(parts["conv"], parts["gate"], shared, statistics)
+        for names, dispatch, receive in dispatches:
+            rows = receive()
+            made = [self.get_submodule(f"{name}_experts")(rows, dispatch) for name in names]
+            if is_shared:
+                made = self.dispatcher.combine_unweighted(made, dispatch)
+            else:
+                made = [self.dispatcher.combine(made[0], dispatch)]
+            parts |= zip(names, made, strict=True)
+        return RoutedProjected(parts["conv"], parts["gate"], dispatches[0][1] if is_shared else None, statistics)
 
     def project_back(self, y: Tensor, projected: Any, sequences: Sequences) -> tuple[Tensor, Statistics]:
         """See ``Mamba``."""
