@@ -35,7 +35,6 @@ __all__ = [
     "ParallelConfig",
     "Projections",
     "RunConfig",
-    "Section",
     "TrainConfig",
 ]
 

@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from moe_mamba.atomic_file import write_atomically
-from moe_mamba.config import Config, Section
+from moe_mamba.config import Config
+from moe_mamba.config_types import Section
 from moe_mamba.errors import UserError
 from moe_mamba.installation import find_config
 from moe_mamba.model.pattern import check_pattern, has_experts

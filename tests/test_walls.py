@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_model": {"config_types"},
     "config": {"config_model", "config_types"},
     "installation": set(),
-    "config_file": {"atomic_file", "model", "config", "installation"},
+    "config_file": {"atomic_file", "model", "config", "config_types", "installation"},
     "command_line": {"parallel"},
     "kernels": {"atomic_file"},
     "checkpoint": {"atomic_file", "safetensors_header"},
