@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moe_mamba.config_model import ModelConfig, MoEConfig
+from moe_mamba.config_model import InnerConfig, ModelConfig, MoEConfig
 from moe_mamba.config_types import (
     Fraction,
     NonNegative,
@@ -18,6 +18,7 @@ from moe_mamba.config_types import (
     OptionalPositive,
     OptionalText,
     Positive,
+    Projections,
     Section,
     Sources,
     Text,
@@ -27,10 +28,12 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "InnerConfig",
     "LoggingConfig",
     "MoEConfig",
     "ModelConfig",
     "ParallelConfig",
+    "Projections",
     "RunConfig",
     "TrainConfig",
 ]

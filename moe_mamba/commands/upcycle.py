@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moe_mamba.config import NonNegative, NonNegativeFloat, Positive
-from moe_mamba.config_types import Projections
+from moe_mamba.config import NonNegative, NonNegativeFloat, Positive, Projections
 from moe_mamba.convert.starting_point import how_to_train
 from moe_mamba.convert.upcycle import routing, upcycle
 from moe_mamba.errors import UserError

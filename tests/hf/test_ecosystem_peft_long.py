@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.hf.conftest import SHARED
 from tests.hf.ecosystem import relative_error, unchanged
 
 transformers = pytest.importorskip("transformers")
@@ -24,8 +25,8 @@ TOKENS = torch.arange(48).view(2, 24)
 SIZES = {"repeat": 2, "d_model": 64, "d_ff": 128, "vocab_size": 64}
 
 
-def _model(pair: Pair, pattern: str) -> Any:
-    return pair(pattern, **SIZES)[1]
+def _model(pair: Pair, pattern: str, moe: dict[str, Any] | None = None) -> Any:
+    return pair(pattern, moe, **SIZES)[1]
 
 
 @torch.no_grad()
@@ -81,10 +82,19 @@ def test_lora_of_all_linear_layers(pair: Pair, tmp_path: Path, pattern: str) -> 
     _check_adapters(model, adapted, tmp_path)
 
 
-def test_lora_of_stacked_experts(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "moe", "targets"),
+    [
+        ("ME", {}, ["experts.in_proj", "experts.out_proj"]),
+        ("M", {"inner": SHARED}, ["conv_experts.weight", "out_experts.weight"]),
+    ],
+    ids=["layers", "inside Mamba"],
+)
+def test_lora_of_stacked_experts(
+    pair: Pair, tmp_path: Path, pattern: str, moe: dict[str, Any], targets: list[str]
+) -> None:
     """Their matrices are parameters (experts, in, out), which is how PEFT reads three dimensions."""
-    model = _model(pair, "ME")
-    targets = ["experts.in_proj", "experts.out_proj"]
+    model = _model(pair, pattern, moe)
     config = peft.LoraConfig(target_modules=[], target_parameters=targets, r=4, lora_alpha=16)
     adapted = peft.get_peft_model(copy.deepcopy(model), config)
     ranks = {tuple(one.shape) for name, one in adapted.named_parameters() if "lora_A" in name}

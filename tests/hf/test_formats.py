@@ -79,6 +79,8 @@ def test_what_is_written_is_read(name: str, keys: dict, moe: dict) -> None:
     assert detect(configuration) is format
     found_model, found_experts = format.read(configuration)
     assert found_model.layers == model.layers
+    if format is OWN:
+        assert (found_model, found_experts) == (model, experts)
     for key in ("d_model", "vocab_size", "norm_epsilon", "tied_head", "activation"):
         if key != "activation" or "-" in model.layers or "E" in model.layers:
             assert getattr(found_model, key) == getattr(model, key), key

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.config_model import InnerConfig
+from moe_mamba.config import InnerConfig, ModelConfig, MoEConfig
 from moe_mamba.hf.formats.base import Entry, build, same
 from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.language_model import LanguageModel
