@@ -168,9 +168,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
     if first["type"] == "extra_forbidden":
+        key = ".".join(map(str, first["loc"]))
         return f"unknown key {key}{_nearest(key)}"
+    key = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())  # not a type's name
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return message if "." in message.partition(" ")[0] else f"{key}: {message}"

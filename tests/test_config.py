@@ -63,6 +63,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     [
         ({"model.d_mode": 64}, ["model.d_mode", "did you mean model.d_model"]),
         ({"modle.d_model": 64}, ["modle"]),
+        ({"model.d-model": 64}, ["unknown key model.d-model"]),
         ({"d_model": 64}, ["d_model", "did you mean model.d_model"]),
         ({"model.d_model": "wide"}, ["model.d_model='wide'", "integer"]),
         ({"model.d_model": -1}, ["model.d_model=-1"]),

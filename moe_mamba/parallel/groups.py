@@ -101,14 +101,13 @@ def _start_inner_expert_groups(topology: Topology) -> None:
     from deepspeed.utils import groups
 
     name, tensor, size = expert_group_name(topology, "inner_expert"), topology.tensor, topology.inner_expert
-    ranks_of = {
-        "_EXPERT_PARALLEL_GROUP": lambda part, place: range(place * size, (place + 1) * size),
-        "_EXPERT_DATA_PARALLEL_GROUP": lambda part, place: range(place, topology.data, size),
+    data_ranks = {
+        "_EXPERT_PARALLEL_GROUP": [range(first, first + size) for first in range(0, topology.data, size)],
+        "_EXPERT_DATA_PARALLEL_GROUP": [range(first, topology.data, size) for first in range(size)],
     }
-    counts = {"_EXPERT_PARALLEL_GROUP": topology.data // size, "_EXPERT_DATA_PARALLEL_GROUP": size}
-    for kind, data_ranks in ranks_of.items():
-        for part, place in itertools.product(range(tensor), range(counts[kind])):
-            ranks = [data_rank * tensor + part for data_rank in data_ranks(part, place)]
+    for kind, members in data_ranks.items():
+        for tensor_rank, several in itertools.product(range(tensor), members):
+            ranks = [data_rank * tensor + tensor_rank for data_rank in several]
             group = dist.new_group(ranks)
             if topology.world.rank in ranks:
                 getattr(groups, kind)[name] = group
