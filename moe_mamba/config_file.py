@@ -21,6 +21,8 @@ from moe_mamba.model.pattern import check_pattern, has_experts
 
 MOVED = {"model.kernels": "run.kernels"}
 """Keys of older versions -> what they are called now."""
+SECTIONS = (("moe", "inner"),)
+"""Sections inside sections."""
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -45,6 +47,10 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
             place[section] = {**inner}
             place = place[section]
         place[name] = value
+    for outer, name in SECTIONS:
+        values = tree.get(outer)
+        if isinstance(values, Mapping) and values.get(name, {}) is None:  # left empty in YAML
+            tree[outer] = {**values, name: {}}
     for old, new in MOVED.items():
         section, _, name = old.partition(".")
         if name in (tree.get(section) or {}):
@@ -71,11 +77,12 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 def _check_experts(config: Config) -> None:
     """Refuse a layout for experts where there are none, or one that cannot hold them."""
-    parallel, pattern = config.parallel, config.model.pattern
+    parallel, pattern, projections = config.parallel, config.model.pattern, config.moe.inner.projections
+    inside = f" and moe.inner.projections={','.join(projections)}" if projections else ""
     if parallel.zero == 3 and has_experts(config.model, config.moe):
         raise ValueError(
-            f"parallel.zero=3 with model.pattern={pattern}: DeepSpeed cannot shard the weights of experts by ZeRO-3: "
-            "set parallel.zero=2, and parallel.expert to spread the experts"
+            f"parallel.zero=3 with model.pattern={pattern}{inside}: DeepSpeed cannot shard the weights of experts by "
+            "ZeRO-3: set parallel.zero=2, and parallel.expert to spread the experts"
         )
     if parallel.expert > 1 and not has_experts(config.model, config.moe):
         raise ValueError(
@@ -175,6 +182,8 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "value_error":
         message = first["msg"].removeprefix("Value error, ")
         return message if "." in message.partition(" ")[0] else f"{key}: {message}"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key}={first['input']!r}: it is a section, with keys of its own; --help lists them"
     meaning = next((f" ({meaning})" for name, _, meaning in keys() if name == key), "")
     return f"{key}={first['input']!r}: {first['msg'].lower()}{meaning}"
 

@@ -120,10 +120,11 @@ class ModelConfig(Section):
 class InnerConfig(Section):
     """Mixtures inside Mamba mixers: projections that are routed, each token's by its experts; none by default.
 
-    What is null is as in the section around it, but for the capacity.
+    What is null is as in the section around it, and so is what has no key here, but for capacities: null is dropless,
+    and evaluation always is.
     """
 
-    projections: Projections = Field([], description="Mamba: projections with experts: conv, gate, out; none")
+    projections: Projections = Field([], description="Mamba: projections with experts, any of conv,gate,out")
     every: Positive = Field(1, description="Mamba layers that have them: 1 all, 2 the second, fourth, ...")
     router: Literal["own", "shared"] = Field(
         "own", description="each projection has its router, on its own input; or one for all, on the mixer's input"
@@ -143,6 +144,19 @@ class InnerConfig(Section):
     def _check(self) -> "InnerConfig":
         if len(set(self.projections)) < len(self.projections):
             raise ValueError(f"moe.inner.projections={','.join(self.projections)} names one twice: name it once")
+        if not self.projections:
+            plain = {"every": 1, "router": "own", "expert": "linear"}
+            for name in ("every", "router", "expert", "experts", "d_expert", "top_k", "capacity_factor", "balance"):
+                if getattr(self, name) != plain.get(name):
+                    raise ValueError(
+                        f"moe.inner.{name}={getattr(self, name)} without moe.inner.projections: name those that have "
+                        "experts, such as conv,gate,out, or leave it out"
+                    )
+        if self.d_expert is not None and self.expert == "linear":
+            raise ValueError(
+                f"moe.inner.d_expert={self.d_expert} with moe.inner.expert=linear, which has no hidden width: set "
+                "moe.inner.expert=switch, or leave it out"
+            )
         if self.router == "shared" and self.projections and "out" not in self.projections:
             raise ValueError(
                 f"moe.inner.router=shared with moe.inner.projections={','.join(self.projections)}: only the output is "
@@ -193,6 +207,7 @@ class MoEConfig(Section):
                 "top_k": top_k,
                 "renormalize": self.renormalize and top_k > 1,
                 "capacity_factor": inner.capacity_factor,
+                "evaluation_capacity": None,
                 "balance": inner.balance or self.balance,
                 "shared_experts": 0,
                 "inner": InnerConfig(),

@@ -46,6 +46,14 @@ def _null_or_checked(value: object, check: ValidatorFunctionWrapHandler) -> obje
     return None if value is None else check(value)
 
 
+def _names_from_text(value: object) -> object:
+    """As ``_structure_from_text``, where blanks around a name, ``none`` and ``null`` mean nothing."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
+        return []
+    names = _structure_from_text(value)
+    return [name.strip() if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
+
+
 # A type checker takes it for an int, which it is for all that builds a model: null stands only in what a user asks for,
 # until a run resolves it (Config.with_vocabulary).
 VocabularySize = Annotated[Positive, WrapValidator(_null_or_checked), PlainSerializer(lambda value: value)]
@@ -54,7 +62,7 @@ OptionalPositive = Annotated[Positive | None, BeforeValidator(_none_from_text)]
 OptionalFactor = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_text)]
 OptionalBalance = Annotated[Literal["loss", "bias", "none"] | None, BeforeValidator(_null_from_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_none_from_text)]
-Projections = Annotated[list[Literal["conv", "gate", "out"]], BeforeValidator(_structure_from_text)]
+Projections = Annotated[list[Literal["conv", "gate", "out"]], BeforeValidator(_names_from_text)]
 Numbers = Annotated[list[Positive], BeforeValidator(_structure_from_text)]
 Sources = Annotated[dict[str, float] | dict[str, str] | list[str], BeforeValidator(_structure_from_text)]
 

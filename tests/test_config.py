@@ -31,12 +31,13 @@ def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
     config = load_config(
         None,
         {
-            "model.pattern": "*-",
+            "model.pattern": "M*-",
             "train.steps": "null",
             "train.tokens": "1000000",
             "data.train": '{"a.jsonl": 0.7, "b.jsonl": 0.3}',
             "data.validation": '{"c4": "c.jsonl", "wiki": "d.jsonl"}',
             "moe.capacity_factor": "none",
+            "moe.inner.projections": "gate, out",
             "moe.inner.balance": "none",
             "moe.inner.top_k": "null",
             "train.learning_rate": "3e-4",
@@ -47,9 +48,16 @@ def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
     assert config.data.validation_sets == {"c4": "c.jsonl", "wiki": "d.jsonl"}
     assert config.moe.capacity_factor is None
     assert (config.moe.inner.balance, config.moe.inner.top_k) == ("none", None)
+    assert config.moe.inner.projections == ["gate", "out"]
     assert config.steps == 1000000 // (64 * 256)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_section_inside_a_section_may_be_empty_and_none_is_no_projection(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("moe:\n  experts: 4\n  inner:\n")
+    assert load_config(tmp_path / "config.yaml").moe.inner == InnerConfig()
+    assert load_config(tmp_path / "config.yaml", {"moe.inner.projections": "none"}).moe.inner == InnerConfig()
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -73,7 +81,10 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"moe.inner.projections": "gate,gate"}, ["moe.inner.projections=gate,gate", "twice"]),
         ({"moe.inner.projections": "in"}, ["moe.inner.projections", "'in'", "conv"]),
         ({"moe.inner.projection": "gate"}, ["moe.inner.projection", "did you mean moe.inner.projections"]),
-        ({"moe.inner": "gate"}, ["moe.inner"]),
+        ({"moe.inner": "gate"}, ["moe.inner='gate'", "section"]),
+        ({"moe.inner.experts": 64}, ["moe.inner.experts=64 without moe.inner.projections"]),
+        ({"moe.inner.router": "shared"}, ["moe.inner.router=shared without moe.inner.projections"]),
+        ({"moe.inner.projections": "gate", "moe.inner.d_expert": 9}, ["moe.inner.d_expert=9", "expert=switch"]),
         ({"moe.experts.inner": 4}, ["moe.experts=", "integer"]),
         ({"moe.inner.router": "shared", "moe.inner.projections": "conv"}, ["moe.inner.router=shared", "add out"]),
         ({"moe.inner.projections": "gate", "moe.inner.top_k": 3, "moe.inner.experts": 2}, ["moe.inner.top_k=3"]),
@@ -81,7 +92,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"moe.inner.projections": "gate", "moe.inner.every": 9}, ["moe.inner.every=9", "8 Mamba layers"]),
         (
             {"moe.inner.projections": "gate", "model.pattern": "M", "parallel.zero": 3},
-            ["parallel.zero=3", "model.pattern=M", "parallel.zero=2"],
+            ["parallel.zero=3", "model.pattern=M and moe.inner.projections=gate", "parallel.zero=2"],
         ),
         ({"model.pattern": "*-", "model.d_model": 100, "model.heads": 8}, ["model.d_model=100", "model.heads=8"]),
         ({"model.pattern": "*-", "model.heads": 8, "model.kv_heads": 3}, ["model.kv_heads=3"]),
@@ -154,7 +165,7 @@ def test_the_reference_lists_every_key_with_default_and_meaning() -> None:
     [
         ("model.d_model", 64, True),
         ("moe.experts", 4, True),
-        ("moe.inner.experts", 4, True),
+        ("moe.inner.projections", "gate", True),
         ("data.tokenizer", "bytes", True),
         ("data.sequence_length", 32, True),
         ("run.seed", 1, True),

@@ -42,7 +42,7 @@ class InnerConfig:
     """Mixtures inside Mamba mixers: what ``MoEMambaConfig.moe`` holds under ``inner``.
 
     Args:
-        projections: Mamba: projections with experts: conv, gate, out; none.
+        projections: Mamba: projections with experts, any of conv,gate,out.
         every: Mamba layers that have them: 1 all, 2 the second, fourth, ....
         router: each projection has its router, on its own input; or one for all, on the mixer's input.
         expert: an expert is one matrix; or two with the activation between them, of width d_expert.
@@ -66,6 +66,19 @@ class InnerConfig:
     def __post_init__(self) -> None:
         if len(set(self.projections)) < len(self.projections):
             raise ValueError(f"moe.inner.projections={','.join(self.projections)} names one twice: name it once")
+        if not self.projections:
+            plain = {"every": 1, "router": "own", "expert": "linear"}
+            for name in ("every", "router", "expert", "experts", "d_expert", "top_k", "capacity_factor", "balance"):
+                if getattr(self, name) != plain.get(name):
+                    raise ValueError(
+                        f"moe.inner.{name}={getattr(self, name)} without moe.inner.projections: name those that have "
+                        "experts, such as conv,gate,out, or leave it out"
+                    )
+        if self.d_expert is not None and self.expert == "linear":
+            raise ValueError(
+                f"moe.inner.d_expert={self.d_expert} with moe.inner.expert=linear, which has no hidden width: set "
+                "moe.inner.expert=switch, or leave it out"
+            )
         if self.router == "shared" and self.projections and "out" not in self.projections:
             raise ValueError(
                 f"moe.inner.router=shared with moe.inner.projections={','.join(self.projections)}: only the output is "
@@ -131,6 +144,7 @@ class MoEConfig:
                 "top_k": top_k,
                 "renormalize": self.renormalize and top_k > 1,
                 "capacity_factor": inner.capacity_factor,
+                "evaluation_capacity": None,
                 "balance": inner.balance or self.balance,
                 "shared_experts": 0,
                 "inner": InnerConfig(),

@@ -1082,6 +1082,7 @@ class Mixer(nn.Module):
         not_matrices: own parameters of two axes that are no matrices: neither decayed nor part of a product.
         gathers_tokens: under tensor parallelism it reads the tokens of all ranks; else each rank's own.
         routes: it has routed experts.
+        begins: ``start`` sends tokens on their way, so that others should compute before it ends.
     """
 
     letter: ClassVar[str]
@@ -1092,6 +1093,7 @@ class Mixer(nn.Module):
     not_matrices: ClassVar[tuple[str, ...]] = ()
     gathers_tokens: ClassVar[bool] = True
     routes: ClassVar[bool] = False
+    begins: ClassVar[bool] = False
 
     @classmethod
     def serves(cls, moe: MoEConfig, number: int) -> bool:
@@ -1762,6 +1764,7 @@ class MoE(Mixer):
     settings = ("activation",)
     gathers_tokens = False  # routers and experts work on each rank's own tokens
     routes = True
+    begins = True
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()
@@ -2031,7 +2034,10 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
     for letter in config.pattern:
         if letter not in MIXERS and letter not in "()":
             known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
-            raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}")
+            raise ValueError(
+                f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}, with parentheses "
+                "around those that read one input"
+            )
     if not re.fullmatch(r"([^()]|\([^()]{2,}\))*", config.pattern):
         raise ValueError(
             f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
@@ -2137,7 +2143,7 @@ class ParallelMixers(nn.ModuleList):
             for mixer, state in zip(mixers, states, strict=True)
         ]
         # Those with tokens on their way end last.
-        order = sorted(range(len(mixers)), key=lambda place: mixers[place].routes)
+        order = sorted(range(len(mixers)), key=lambda place: mixers[place].begins)
         ended = {place: started[place]() for place in order}
         done = [ended[place] for place in range(len(mixers))]
         together = [y for mixer, (y, _, _) in zip(mixers, done, strict=True) if mixer.gathers_tokens]

@@ -41,7 +41,7 @@ class ParallelMixers(nn.ModuleList):
             for mixer, state in zip(mixers, states, strict=True)
         ]
         # Those with tokens on their way end last.
-        order = sorted(range(len(mixers)), key=lambda place: mixers[place].routes)
+        order = sorted(range(len(mixers)), key=lambda place: mixers[place].begins)
         ended = {place: started[place]() for place in order}
         done = [ended[place] for place in range(len(mixers))]
         together = [y for mixer, (y, _, _) in zip(mixers, done, strict=True) if mixer.gathers_tokens]

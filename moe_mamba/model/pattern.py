@@ -31,7 +31,10 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
     for letter in config.pattern:
         if letter not in MIXERS and letter not in "()":
             known = ", ".join(f"{key} {mixer.title}" for key, mixer in MIXERS.items())
-            raise ValueError(f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}")
+            raise ValueError(
+                f"model.pattern={config.pattern}: unknown letter {letter!r}: choose among {known}, with parentheses "
+                "around those that read one input"
+            )
     if not re.fullmatch(r"([^()]|\([^()]{2,}\))*", config.pattern):
         raise ValueError(
             f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
@@ -49,6 +52,17 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
 def kinds(config: ModelConfig, moe: MoEConfig) -> list[type[Mixer]]:
     """The kinds of mixers that the model has, each once, in order of appearance."""
     return list(dict.fromkeys(mixer for spec in layer_specs(config, moe) for mixer in spec.mixers))
+
+
+def describe(config: ModelConfig, moe: MoEConfig) -> str:
+    """The layers, for people: ``M x 16, experts inside Mamba (conv, gate, out; one router)``."""
+    inner = moe.inner
+    text = f"{config.pattern} x {config.repeat}"
+    if not inner.projections:
+        return text
+    which = "" if inner.every == 1 else f" of every {inner.every}th layer M"
+    routers = "one router" if inner.router == "shared" else "a router each"
+    return f"{text}, experts inside Mamba{which} ({', '.join(inner.projections)}; {routers})"
 
 
 def kernel_operations(config: ModelConfig, moe: MoEConfig) -> dict[str, int]:

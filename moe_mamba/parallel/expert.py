@@ -3,8 +3,9 @@
 The layer is the model's own; another dispatcher is all that changes. It is DeepSpeed's MoE by class, so that the engine
 knows its experts: their gradients are summed over the ranks that hold the same ones, and ZeRO shards them there.
 
-Rows are sent without waiting for them, and are waited for where the experts need them: what a layer's other mixers
-compute in between, forward and backward, takes the time of the journey.
+Rows are sent to their experts without waiting for them, and are waited for where the experts need them: what a layer's
+other mixers compute in between takes the time of the journey, as it does of their gradients' way back. The experts'
+outputs are waited for at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -264,13 +265,13 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange, ctx.sent = exchange, sent.shape
+        ctx.exchange, ctx.shape = exchange, sent.shape
         return exchange.wait()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.begin(gradient, is_back=True)
-        return gradient.new_empty(1).expand(ctx.sent), None  # nobody reads it: the gradient is still on its way
+        return gradient.new_zeros(1).expand(ctx.shape), None  # nobody reads it: the gradient is still on its way
 
 
 def _exchanged(rows: Tensor, exchange: _Exchange) -> Callable[[], Tensor]:

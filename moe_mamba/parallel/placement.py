@@ -175,10 +175,12 @@ def check_shards(config: Config, topology: Topology) -> None:
     for spec in _misfits(config, topology):
         group: Literal["tensor", "expert"] = "expert" if spec.group in EXPERTS else "tensor"
         key, size = f"parallel.{group}", getattr(topology, group)
+        over = _place(spec.group, topology)[1]
+        among = f" (over {over} ranks with the same channels)" if spec.group == "inner_expert" and over != size else ""
         fitting = next((n for n in range(size - 1, 0, -1) if _fits(config, topology.resized(group, n))), None)
         relation = "neither divides nor is a multiple of" if spec.is_replicable else "does not divide"
         fix = f"set {key}={fitting}, or change {spec.key}" if fitting else f"change {spec.key}"
-        raise UserError(f"{key}={size} {relation} {spec.key}={spec.units}: {fix}")
+        raise UserError(f"{key}={size}{among} {relation} {spec.key}={spec.units}: {fix}")
 
 
 def _fits(config: Config, topology: Topology) -> bool:

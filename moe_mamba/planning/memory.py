@@ -7,7 +7,7 @@ import math
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.pattern import has_experts
+from moe_mamba.model.pattern import describe, has_experts
 from moe_mamba.parallel.placement import ParameterShard, check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
@@ -102,7 +102,7 @@ def table(config: Config, gpus: int | None = None) -> str:
     numbers = plan(config, gpus)
     tokens = config.steps * config.train.global_batch * config.data.sequence_length
     rows = [
-        ("pattern", f"{config.model.pattern} x {config.model.repeat}"),
+        ("pattern", describe(config.model, config.moe)),
         ("parameters", f"{numbers['total_parameters']:,} without embedding, head and norms"),
         ("  active per token", f"{numbers['active_parameters']:,}"),
         ("  norms", f"{numbers['norm_parameters']:,}"),

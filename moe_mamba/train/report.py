@@ -17,7 +17,7 @@ from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.routing import Router
-from moe_mamba.model.pattern import has_experts, kernel_operations
+from moe_mamba.model.pattern import describe, has_experts, kernel_operations
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.console import Screen
@@ -40,7 +40,7 @@ def header(plan: RunPlan, corpora: Corpora, micro_batch: int) -> list[str]:
     batch, length = config.train.global_batch, config.data.sequence_length
     threads = f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""
     lines = [
-        f"model     {name}, {config.model.pattern} x {config.model.repeat}, d_model {config.model.d_model}: "
+        f"model     {name}, {describe(config.model, config.moe)}, d_model {config.model.d_model}: "
         f"{_short(counts['total'])} parameters, {_short(counts['active'])} active per token "
         f"(+ {_short(counts['embedding'])} in embedding and head)",
         f"data      {', '.join(corpora.train)}: {_training_size(corpora)} to train on; "

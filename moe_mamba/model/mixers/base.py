@@ -63,6 +63,7 @@ class Mixer(nn.Module):
         not_matrices: own parameters of two axes that are no matrices: neither decayed nor part of a product.
         gathers_tokens: under tensor parallelism it reads the tokens of all ranks; else each rank's own.
         routes: it has routed experts.
+        begins: ``start`` sends tokens on their way, so that others should compute before it ends.
     """
 
     letter: ClassVar[str]
@@ -73,6 +74,7 @@ class Mixer(nn.Module):
     not_matrices: ClassVar[tuple[str, ...]] = ()
     gathers_tokens: ClassVar[bool] = True
     routes: ClassVar[bool] = False
+    begins: ClassVar[bool] = False
 
     @classmethod
     def serves(cls, moe: MoEConfig, number: int) -> bool:

@@ -57,6 +57,7 @@ class MoE(Mixer):
     settings = ("activation",)
     gathers_tokens = False  # routers and experts work on each rank's own tokens
     routes = True
+    begins = True
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> None:
         super().__init__()

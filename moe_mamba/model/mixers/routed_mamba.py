@@ -150,11 +150,6 @@ class RoutedMamba(Mamba):
         """See ``Mixer``."""
         return cls(config, moe, kernels)
 
-    @classmethod
-    def depends_on_batch(cls, config: ModelConfig, moe: MoEConfig) -> bool:
-        """With a capacity, the tokens of a batch displace each other."""
-        return moe.inner_routing.evaluation_capacity is not None
-
     def initializers(self) -> dict[str, Initializer]:
         """Those of Mamba's parameters that are left."""
         own = dict(self.named_parameters())

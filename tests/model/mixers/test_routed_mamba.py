@@ -176,7 +176,9 @@ def test_what_is_not_set_is_inherited_and_the_router_of_layers_e_is_not() -> Non
     assert (routing.experts, routing.d_expert, routing.top_k, routing.balance) == (6, 5, 1, "bias")
     assert (routing.bias_rate, routing.capacity_factor, routing.router) == (0.5, None, "switch")
     inner = {"experts": 3, "d_expert": 7, "top_k": 2, "balance": "none", "capacity_factor": 1.5}
-    routing = MoEConfig(experts=6, router="expert_choice", inner=inner).inner_routing
+    inner |= {"projections": ["gate"], "expert": "switch"}
+    routing = MoEConfig(experts=6, router="expert_choice", inner=inner, evaluation_capacity=0.1).inner_routing
+    assert routing.evaluation_capacity is None
     assert (routing.experts, routing.d_expert, routing.top_k, routing.balance) == (3, 7, 2, "none")
     assert (routing.capacity_factor, routing.router) == (1.5, "top_k")
 
