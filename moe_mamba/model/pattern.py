@@ -60,7 +60,7 @@ def describe(config: ModelConfig, moe: MoEConfig) -> str:
     text = f"{config.pattern} x {config.repeat}"
     if not inner.projections:
         return text
-    which = "" if inner.every == 1 else f" of every {inner.every}th layer M"
+    which = "" if inner.every == 1 else f" in one layer M of {inner.every}"
     routers = "one router" if inner.router == "shared" else "a router each"
     return f"{text}, experts inside Mamba{which} ({', '.join(inner.projections)}; {routers})"
 

@@ -12,7 +12,8 @@ import torch
 
 from moe_mamba.config import Config
 from moe_mamba.kernels import grouped_matmul, selective_scan
-from moe_mamba.model.pattern import kernel_operations
+from moe_mamba.model.mixers.moe import MoE
+from moe_mamba.model.pattern import has, kernel_operations
 from moe_mamba.parallel.topology import Topology
 from moe_mamba.preflight.report import Compute, Sizes, Storage
 
@@ -43,8 +44,11 @@ def sizes(config: Config, topology: Topology, micro_batch: int) -> Sizes:
         scan[0] = _fewer(micro_batch, MOST_UPDATES[kind] / math.prod(scan[1:]))
         scan[1] = _fewer(length, MOST_UPDATES[kind] / (scan[0] * math.prod(scan[2:])))
     if "grouped_matmul" in operations:
+        routing, over = moe, topology.expert
         hidden = (moe.d_expert or model.resolved_d_ff) // (topology.tensor if topology.expert_tensor else 1)
-        grouped = [max(1, moe.experts // topology.expert), tokens * moe.top_k, model.d_model, max(1, hidden)]
+        if not has(model, MoE):  # all experts are inside Mamba, each of a projection's channels
+            routing, over, hidden = moe.inner_routing, topology.inner_expert, model.d_inner // topology.tensor
+        grouped = [max(1, routing.experts // over), tokens * routing.top_k, model.d_model, max(1, hidden)]
         wanted[2] = list(grouped)
         grouped[0] = _fewer(grouped[0], MOST_WEIGHTS[kind] / math.prod(grouped[2:]))
         grouped[1] = _fewer(grouped[1], MOST_OPERATIONS[kind] / (2 * math.prod(grouped[2:])))

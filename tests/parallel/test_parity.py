@@ -162,6 +162,7 @@ def test_outputs_and_gradients_without_selection(world: World) -> None:
         pytest.param("(*E)-(M-)", Layout(4, 4, 2), {"moe__shared_experts": 1, **IMPORTED}, marks=pytest.mark.slow),
         pytest.param("(EE)", Layout(4, 2, 2), {"train__recompute": True}, marks=pytest.mark.slow),
         pytest.param("(ME)", Layout(4, 1, 4), {"moe__router": "top_k", "moe__top_k": 2}, marks=pytest.mark.slow),
+        pytest.param("(*E)-", Layout(4, 2, 4), {"moe__router": "top_k", "moe__top_k": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_parallel_layers_in_float64(world: World, pattern: str, layout: Layout, keys: dict[str, Any]) -> None:

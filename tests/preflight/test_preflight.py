@@ -17,6 +17,7 @@ from moe_mamba.commands.preflight import main
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import UserError
+from moe_mamba.parallel.topology import Topology
 from moe_mamba.parallel.topology import World as Ranks
 from moe_mamba.preflight import compute, facts, links
 from moe_mamba.preflight.full_form import preflight
@@ -202,3 +203,33 @@ def test_every_launcher_runs_it_and_a_refusal_is_exit_code_2(tiny: Path, tmp_pat
     assert done.returncode == 2, done.stdout + done.stderr
     assert "refused   data: nowhere.jsonl: no such file" in done.stdout
     assert done.stderr.count("error: a finding is refused, see above") == 1
+
+
+INNER = {"model.pattern": "M", "moe.inner.projections": "gate", "moe.inner.experts": 6}
+
+
+@pytest.mark.parametrize(
+    ("keys", "layout", "expected"),
+    [
+        ({"model.pattern": "ME"}, (1, 2), [4, 2 * 256, 512, 64]),
+        (
+            {"model.pattern": "M", "moe.inner.projections": "gate", "moe.inner.experts": 6},
+            (1, 2),
+            [3, 2 * 256, 512, 1024],
+        ),
+        (
+            {"model.pattern": "M", "moe.inner.projections": "gate", "moe.inner.experts": 6},
+            (2, 2),
+            [6, 2 * 256, 512, 512],
+        ),
+        ({"model.pattern": "M"}, (1, 1), None),
+    ],
+)
+def test_the_grouped_product_has_the_sizes_of_the_experts_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, object], layout: tuple[int, int], expected: list[int] | None
+) -> None:
+    monkeypatch.setitem(compute.MOST_WEIGHTS, "cpu", 1e12)
+    monkeypatch.setitem(compute.MOST_OPERATIONS, "cpu", 1e15)
+    config = load_config(None, {"moe.experts": 8, "moe.d_expert": 64} | keys)
+    topology = Topology(Ranks(0, 4, 0, 4), *layout)
+    assert compute.sizes(config, topology, micro_batch=2).grouped == expected
