@@ -49,9 +49,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_writable()
         except OSError as error:
-            where = error.filename if error.filename != str(self.path) and error.filename else "it"
+            part = Path(error.filename or self.path)
+            where = f"{part.name}: " if part.parent == self.path else ""
             raise UserError(
-                f"run.folder={self.path} cannot be written ({where}: {error.strerror}): choose another, or correct this"
+                f"run.folder={self.path} cannot be written ({where}{error.strerror}): choose another, or correct this"
             ) from None
 
     def _check_writable(self) -> None:
@@ -62,7 +63,7 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints, self.tokenizer, self.plots):
             if folder == self.path or os.path.lexists(folder):
-                tempfile.TemporaryFile(dir=folder).close()
+                _try_to_write(folder)
         for file in (self.log, self.config, self.path / metrics.FILE, self.path / events.FILE):
             if not os.path.lexists(file):
                 continue
@@ -123,6 +124,13 @@ class RunFolder:
                 f"{key} was {before!r} in {self.path} and is now {now!r}, which a resumed run cannot change: "
                 f"start over with --run.folder={self.next_free}"
             )
+
+
+def _try_to_write(folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _lock(descriptor: int, path: Path) -> bool:
