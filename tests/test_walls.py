@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "faults": {"parallel", "run", "config"},
     "train": {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
-        *("model", "kernels", "data", "config", "installation"),
+        *("model", "kernels", "data", "config", "config_file", "installation"),
     },
     "commands": {
         *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),

@@ -37,7 +37,7 @@ class Lines(tqdm):  # type: ignore[type-arg]
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print a line."""
-        print(self if msg is None else msg, file=self.fp, flush=True)
+        self.fp.write(f"{self if msg is None else msg}\n")
 
     def clear(self, nolock: bool = False) -> None:
         """Leave what is printed."""
@@ -104,8 +104,8 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
         if self._bar is not None:
             self._bar.clear()
         elif self._silent and self._terminal.isatty():
-            print(file=self._terminal)  # rank 0's bar may stand in this line
-        print(line, file=self._terminal, flush=True)
+            self._terminal.write("\n")  # rank 0's bar may stand in this line
+        self._terminal.write(f"{line}\n")  # in one piece: other ranks write here as well
 
     def start_bar(self, done: int, steps: int) -> None:
         """Show a bar of `steps`, `done` of which an earlier start has made."""
