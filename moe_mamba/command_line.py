@@ -108,7 +108,9 @@ def _literal(argument: str) -> str:
 
 def _wrong_value(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"--{first['loc'][0]}={shown(first['input'])}: {allowed(first)}; --help lists the flags"
+    value = shown(first["input"])
+    typed = value[1:-1] if isinstance(first["input"], str) else value
+    return f"--{first['loc'][0]}={typed}: {allowed(first)}; --help lists the flags"
 
 
 def _first_line(complaint: str) -> str:

@@ -5,9 +5,9 @@ key and the fix. How a tree is read from files and command lines stands in confi
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from moe_mamba.config_model import InnerConfig, ModelConfig, MoEConfig
 from moe_mamba.config_types import (
@@ -26,6 +26,7 @@ from moe_mamba.config_types import (
     Seed,
     TrainingSources,
     ValidationSources,
+    whole_from_text,
 )
 from moe_mamba.errors import shown
 
@@ -201,7 +202,7 @@ class ParallelConfig(Section):
     expert_tensor: bool = Field(
         False, description="shard each expert among the tensor-parallel ranks, instead of their tokens"
     )
-    zero: Literal[0, 1, 2, 3] = Field(
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole_from_text)] = Field(
         1, description="ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too (without experts)"
     )
     offload_optimizer: bool = Field(False, description="keep optimizer state in the CPU's memory (zero 1 or more)")
@@ -210,13 +211,6 @@ class ParallelConfig(Section):
     timeout: Annotated[int, Range(1, 10**7)] = Field(
         1800, description="seconds for which a rank may stand still, as in a collective that hangs, before the run ends"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _integer_stage(cls, values: Any) -> Any:
-        if isinstance(values, dict) and str(values.get("zero", "")).isdigit():
-            return values | {"zero": int(values["zero"])}
-        return values
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":

@@ -183,14 +183,19 @@ def _one_line(error: ValidationError) -> str:
     value = f"{key}={shown(first['input'])}"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{value}: it is a section, with keys of its own; --help lists them"
-    meaning = next((f" ({meaning})" for name, _, meaning in keys() if name == key), "")
-    return f"{value}: {allowed(first)}{meaning}"
+    meaning = _meanings().get(key)
+    return f"{value}: {allowed(first)}{f' ({meaning})' if meaning else ''}"
+
+
+@functools.cache
+def _meanings() -> dict[str, str]:
+    return {name: meaning for name, _, meaning in keys()}
 
 
 def _nearest(key: str) -> str:
     if len(key) > LONGEST_KEY:
         return ": --help lists the keys"
-    known = [name for name, _, _ in keys()]
+    known = list(_meanings())
     by_last_part = {name.partition(".")[2]: name for name in known}
     near = difflib.get_close_matches(key, known, 1, 0.7) or [
         by_last_part[part] for part in difflib.get_close_matches(key.rpartition(".")[2], by_last_part, 1, 0.7)

@@ -20,7 +20,7 @@ DEVICES = 131_072  # processes of the largest world that is believed
 LONGEST_TEXT = 4096  # characters of a folder, a source, a pattern; Linux takes no longer path
 LONGEST_NUMBER = 100  # characters
 UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line breaks, surrogates
-NUMBER = re.compile(r"[+-]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def refused(allowed: str) -> PydanticCustomError:
@@ -58,18 +58,20 @@ class Range:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Read and check a value before pydantic sees it."""
         kinds = getattr(source, "__args__", (source,))
-        read = self._read_whole if int in kinds else self._read
+        read = self.read_whole if int in kinds else self.read
         if type(None) not in kinds:
             return core_schema.no_info_before_validator_function(read, handler(source))
         return core_schema.no_info_before_validator_function(_null_or(read), handler(source))
 
-    def _read(self, value: object) -> float:
+    def read(self, value: object) -> float:
+        """The number that a value is or spells, in the range."""
         number = _number(value)
         if number is None or not self._holds(number):
             raise refused(f"{_missing(value)}give a number {self}")
         return float(number)
 
-    def _read_whole(self, value: object) -> int:
+    def read_whole(self, value: object) -> int:
+        """The whole number that a value is or spells, in the range; 1e9 and 2.0 are some."""
         number = _number(value)
         if number is None or not self._holds(number) or number != math.floor(number):
             raise refused(f"{_missing(value)}give an integer {self}")
@@ -97,6 +99,16 @@ def _number(value: object) -> float | None:
     return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
+def whole_from_text(value: object) -> object:
+    """Read a choice among whole numbers; what is none stays as it is, for the choice to refuse."""
+    number = _number(value)
+    if isinstance(value, bool):  # it would be taken for 0 or 1
+        raise refused(f"{_missing(value)}give an integer")
+    if number is None:
+        return value
+    return int(number) if abs(number) < DEVICES and number == int(number) else value
+
+
 def _missing(value: object) -> str:
     """What to say first of True, as which a flag arrives that has no value."""
     return "a flag without its value? " if value is True else ""
@@ -112,7 +124,7 @@ def _null_or(read: Callable[[object], Any]) -> Callable[[object], Any]:
 
 def _none_from_text(value: object) -> object:
     """Read ``null`` and ``none`` from a command line as no value."""
-    return None if isinstance(value, str) and value.lower() in ("null", "none", "") else value
+    return None if isinstance(value, str) and value.strip().lower() in ("null", "none", "") else value
 
 
 def _null_from_text(value: object) -> object:
@@ -122,11 +134,13 @@ def _null_from_text(value: object) -> object:
 
 def _text(value: object) -> str:
     """A text that a file can be called and every format can hold; a number is read as its digits."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or len(text := str(value)) > LONGEST_TEXT:
+    if isinstance(value, int | float) and not isinstance(value, bool) and -(2**63) < value < 2**63:
+        value = str(value)
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
         raise refused(f"{_missing(value)}give a text of at most {LONGEST_TEXT:,} characters")
-    if UNWRITABLE.search(text):
+    if UNWRITABLE.search(value):
         raise refused("give a text without line breaks, control characters and bytes that are not UTF-8")
-    return text
+    return value
 
 
 def _filled_text(value: object) -> str:
@@ -167,7 +181,7 @@ def _weights(value: object) -> object:
     """Sources to train on: their names, each once, or a mapping of each to its weight."""
     found = _structure_from_text(value)
     if isinstance(found, dict):
-        read = Range(1e-9, 1e15)._read
+        read = Range(1e-9, 1e15).read
         weights = {}
         for source, weight in found.items():
             try:
@@ -199,14 +213,16 @@ def _projections(value: object) -> object:
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null")):
         return []
     names = _structure_from_text(value)
-    return [name.strip() if isinstance(name, str) else name for name in names] if isinstance(names, list) else names
+    if not isinstance(names, list) or len(names) > 3:
+        raise refused(f"{_missing(names)}give some of conv,gate,out, or none")
+    return [name.strip() if isinstance(name, str) else name for name in names]
 
 
-def _steps(value: object) -> object:
+def _batches(value: object) -> list[int]:
     found = _structure_from_text(value)
     if not isinstance(found, list | tuple):
         raise refused(f"{_missing(found)}give numbers of batches, such as 7,8")
-    return found
+    return [Count.read_whole(number) for number in found]
 
 
 Count = Range(1, 10**12)
@@ -216,6 +232,7 @@ OptionalPositive = Annotated[int | None, Count]
 NonNegativeFloat = Annotated[float, Range(0, 1000)]
 PositiveFloat = Annotated[float, Range(1e-30, 1e15)]
 Fraction = Annotated[float, Range(0, 1)]
+LocalRank = Annotated[int | None, Range(0, DEVICES)]  # as launchers give it to a command
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 OptionalFactor = Annotated[float | None, Range(1e-6, 65_536)]
 # A type checker takes it for an int, which it is for all that builds a model: null stands only in what a user asks for,
@@ -230,7 +247,7 @@ FilledText = Annotated[str, BeforeValidator(_filled_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_null_or(_text))]
 OptionalBalance = Annotated[Literal["loss", "bias", "none"] | None, BeforeValidator(_null_from_text)]
 Projections = Annotated[list[Literal["conv", "gate", "out"]], BeforeValidator(_projections)]
-Numbers = Annotated[list[Positive], BeforeValidator(_steps)]
+Numbers = Annotated[list[int], BeforeValidator(_batches)]
 TrainingSources = Annotated[dict[str, float] | list[str], BeforeValidator(_weights)]
 ValidationSources = Annotated[dict[str, str] | list[str], BeforeValidator(_sets)]
 

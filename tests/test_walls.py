@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
-        *("model", "data", "config", "config_file", "command_line", "installation"),
+        *("model", "data", "config_types", "config_file", "command_line", "installation"),
     },
     "__main__": {"command_line"},
 }

@@ -3,10 +3,10 @@
 import json as json_format
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moe_mamba.command_line import run_command
-from moe_mamba.config import NonNegative, Positive
+from moe_mamba.config_types import Fraction, LocalRank, NonNegative, OptionalPositive, Positive, Range, Seed
 from moe_mamba.errors import UserError
 from moe_mamba.model.sampling import Sampling
 from moe_mamba.parallel.distributed import limit_collectives, on_first
@@ -20,15 +20,15 @@ def main(
     prompts_file: str | None = None,
     max_new_tokens: Positive = 100,
     min_new_tokens: NonNegative = 0,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float = 0.95,
-    seed: int = 0,
+    temperature: Annotated[float, Range(0, 1e6)] = 0.8,
+    top_k: OptionalPositive = None,
+    top_p: Fraction = 0.95,
+    seed: Seed = 0,
     stop: str | None = None,
     batch: Positive = 16,
     json: bool = False,
     timing: bool = False,
-    local_rank: int | None = None,
+    local_rank: LocalRank = None,
     **overrides: Any,
 ) -> None:
     """Continue a prompt, or many; the text appears as it is written.
