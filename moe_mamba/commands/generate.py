@@ -75,8 +75,8 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
         return [prompt]
     assert path is not None
     try:
-        content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read().decode("utf-8") if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--prompts_file={path} cannot be read ({why}): give a text or .jsonl file") from error
     lines = {number: line for number, line in enumerate(content.split("\n"), 1) if line.strip()}
@@ -88,7 +88,7 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
     for number, line in lines.items():
         try:
             text = json_format.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             text = None
         if not text or not isinstance(text, str):
             raise UserError(f'--prompts_file={path}, line {number}: write {{"prompt": "some text"}}')
