@@ -91,6 +91,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if not argument.isascii() and re.search("[\ud800-\udfff]", argument):
             raise UserError(f"{shown(argument)} is not UTF-8 text here: type it in UTF-8, or set PYTHONUTF8=1")
+        if argument == "--":  # after it Fire takes orders of its own
+            raise UserError("-- alone is no flag: leave it out; --help lists the flags")
         flag, _, value = argument.partition("=")
         if flag.startswith("--") and given.setdefault(name := flag.replace("-", "_"), value) != value:
             raise UserError(

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any
 
 from moe_mamba.errors import RunStopped
 
@@ -52,12 +52,12 @@ def _open_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def _replaced(stream: TextIO | None, number: int) -> "_Output":
+def _replaced(stream: Any, number: int) -> "_Output":
     if stream is None:  # it was closed
         return _Output(number, "utf-8", line_buffering=True)
     with contextlib.suppress(OSError):
         stream.flush()
-    return _Output(number, stream.encoding, line_buffering=number == 2 or stream.isatty())
+    return _Output(number, stream.encoding, line_buffering=stream.line_buffering or stream.write_through)
 
 
 class _Output(io.TextIOWrapper):
