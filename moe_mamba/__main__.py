@@ -3,7 +3,8 @@
 import sys
 from importlib import import_module
 
-from moe_mamba.command_line import run_command
+from moe_mamba.command_line import parse, run_to_one_line
+from moe_mamba.errors import UserError, shown
 
 COMMANDS = {
     "train": "train a model, or go on with a run where it stopped",
@@ -23,6 +24,10 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first argument names; ``--help`` after it lists its flags."""
+    run_to_one_line(_run)
+
+
+def _run() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -30,10 +35,9 @@ def main() -> None:
         print("\n".join(f"  {command:<{width}}  {what}" for command, what in COMMANDS.items()))
         return
     if name not in COMMANDS:
-        print(f"error: moe-mamba has no command {name!r}: choose among {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"moe-mamba has no command {shown(name)}: choose among {', '.join(COMMANDS)}")
     sys.argv[:2] = [f"moe-mamba {name}"]
-    run_command(import_module(f"moe_mamba.commands.{name}").main)
+    parse(import_module(f"moe_mamba.commands.{name}").main)()
 
 
 if __name__ == "__main__":

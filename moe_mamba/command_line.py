@@ -7,45 +7,64 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import fire
 from fire.core import FireExit
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from moe_mamba.errors import LocalError, RunStopped, UserError
+from moe_mamba.config_types import allowed
+from moe_mamba.errors import LocalError, RunStopped, UserError, shown
 from moe_mamba.parallel.launcher import is_first_process
+from moe_mamba.standard_streams import standard_streams
 
 
 def run_command(function: Callable[..., None]) -> None:
     """Run `function` with the flags of the command line; its signature is the flags, its docstring the help.
 
     Values are read as the types that the signature names; text stays as it was typed. Exits with 2, and one line on
-    standard error, where the user's input is wrong, and with 1 where a run could not go on. The line is rank 0's, or
-    of the rank that alone can see what is wrong.
+    standard error, where the user's input is wrong, with 1 where a run could not go on, and with 141 where nobody reads
+    what is printed any more. The line is rank 0's, or of the rank that alone can see what is wrong.
     """
-    try:
-        _parse(function)()
-    except ValidationError as error:
-        if is_first_process(os.environ):
-            print(f"error: {_wrong_value(error)}", file=sys.stderr)
-        sys.exit(2)
-    except UserError as error:
-        if isinstance(error, LocalError) or is_first_process(os.environ):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunStopped as error:
-        if is_first_process(os.environ) and not error.said:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_to_one_line(lambda: parse(function)())
 
 
-def _parse(function: Callable[..., None]) -> Callable[[], None]:
+def run_to_one_line(call: Callable[[], None]) -> None:
+    """Run a command, whose errors are one line and an exit code; see ``run_command``."""
+    with standard_streams():
+        try:
+            call()
+            sys.stdout.flush()
+        except ValidationError as error:
+            _end(UserError(_wrong_value(error)), 2)
+        except UserError as error:
+            _end(error, 2)
+        except RunStopped as error:
+            _end(error, error.code)
+        except UnicodeEncodeError as error:
+            if (encoding := sys.getfilesystemencoding()) == "utf-8":
+                raise
+            _end(LocalError(f"{shown(error.object)}: this locale's encoding is {encoding}: set PYTHONUTF8=1"), 2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def _end(error: UserError | RunStopped, code: int) -> NoReturn:
+    """Say the error where this process is to say it, and exit."""
+    is_said = isinstance(error, RunStopped) and error.said
+    if not is_said and (isinstance(error, LocalError) or is_first_process(os.environ)):
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse(function: Callable[..., None]) -> Callable[[], None]:
     """Let Fire read the command line, and give the call that it asks for, not yet made."""
     typed = validate_call(config=ConfigDict(coerce_numbers_to_str=True))(function)
+    arguments = ["--help" if argument == "-h" else argument for argument in sys.argv[1:]]
+    _check_arguments(arguments)
+    if "--help" in arguments and "help" not in inspect.signature(function).parameters:
+        arguments = ["--", "--help"]  # among flags of any name it would be one of them
 
     @functools.wraps(function)
     def bind(*arguments: Any, **flags: Any) -> None:
@@ -57,26 +76,43 @@ def _parse(function: Callable[..., None]) -> Callable[[], None]:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            fire.Fire(bind, command=[_literal(argument) for argument in sys.argv[1:]])
+            fire.Fire(bind, command=[_literal(argument) for argument in arguments])
     except FireExit as stop:
         if stop.code == 0:
-            print(complaint.getvalue(), end="")
+            print(complaint.getvalue(), end="", flush=True)
             sys.exit(0)
         raise UserError(_first_line(complaint.getvalue())) from None
     return calls[-1]
 
 
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse what could not be read as it is meant: bytes that are no text, and a flag with two values."""
+    given: dict[str, str] = {}
+    for argument in arguments:
+        if not argument.isascii() and re.search("[\ud800-\udfff]", argument):
+            raise UserError(f"{shown(argument)} is not UTF-8 text here: type it in UTF-8, or set PYTHONUTF8=1")
+        if argument == "--":  # after it Fire takes orders of its own
+            raise UserError("-- alone is no flag: leave it out; --help lists the flags")
+        flag, _, value = argument.partition("=")
+        if flag.startswith("--") and given.setdefault(name := flag.replace("-", "_"), value) != value:
+            raise UserError(
+                f"{shown(flag)[1:-1]} is given twice, as {shown(given[name])} and {shown(value)}: give it once"
+            )
+
+
 def _literal(argument: str) -> str:
     """Quote a value, of which Fire would make a number, a tuple, a name or an operator."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    if (flag and not equals) or re.fullmatch(r"-[A-Za-z]|True|False", value):
+    if (flag and not equals) or re.fullmatch(r"-[A-Za-z]", value):
         return argument
     return f"{flag}{equals}{value!r}"
 
 
 def _wrong_value(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"--{first['loc'][0]}={first['input']}: {first['msg'].lower()}; --help lists the flags"
+    value = shown(first["input"])
+    typed = value[1:-1] if isinstance(first["input"], str) else value
+    return f"--{first['loc'][0]}={typed}: {allowed(first)}; --help lists the flags"
 
 
 def _first_line(complaint: str) -> str:

@@ -5,12 +5,14 @@ key and the fix. How a tree is read from files and command lines stands in confi
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from moe_mamba.config_model import InnerConfig, ModelConfig, MoEConfig
 from moe_mamba.config_types import (
+    DEVICES,
+    FilledText,
     Fraction,
     NonNegative,
     NonNegativeFloat,
@@ -19,10 +21,14 @@ from moe_mamba.config_types import (
     OptionalText,
     Positive,
     Projections,
+    Range,
     Section,
-    Sources,
-    Text,
+    Seed,
+    TrainingSources,
+    ValidationSources,
+    whole_from_text,
 )
+from moe_mamba.errors import shown
 
 __all__ = [
     "CheckpointConfig",
@@ -39,11 +45,14 @@ __all__ = [
 ]
 
 
+MOST_SEQUENCES = 2**42  # of a run: the order of the data counts them in 43 bits
+
+
 class RunConfig(Section):
     """Where the run lies, and the seed that all its randomness comes from."""
 
-    folder: Text = Field("runs/default", description="folder of the run; the same folder again resumes it")
-    seed: NonNegative = Field(0, description="seed of the weights and of the order of the data")
+    folder: FilledText = Field("runs/default", description="folder of the run; the same folder again resumes it")
+    seed: Seed = Field(0, description="seed of the weights and of the order of the data")
     kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
         "auto", description="which kernels, where an operation has them; auto: the fastest; vendor: for training"
     )
@@ -58,18 +67,18 @@ class DataConfig(Section):
     ``synthetic:induction_heads`` or ``synthetic:selective_copying`` (data/synthetic.py has the rules and options).
     """
 
-    train: Sources = Field(["builtin"], description="sources to train on; a mapping gives each its weight")
-    validation: Sources = Field(
+    train: TrainingSources = Field(["builtin"], description="sources to train on; a mapping gives each its weight")
+    validation: ValidationSources = Field(
         {"validation": "builtin:validation"}, description="sources to validate on; a mapping names each set"
     )
-    tokenizer: Text = Field(
+    tokenizer: FilledText = Field(
         "sentencepiece",
         description="gpt2, bytes, a folder, a .model file, symbols (for tasks), or sentencepiece (from data.train)",
     )
-    cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
+    cache: FilledText = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
     max_documents: OptionalPositive = Field(None, description="documents to take of each source of them; null: all")
-    sequence_length: Positive = Field(256, description="tokens per window")
+    sequence_length: Annotated[int, Range(1, 2**27)] = Field(256, description="tokens per window")
     reset_at_document: bool = Field(
         True, description="state, convolution and attention start anew at each document of a window"
     )
@@ -78,17 +87,17 @@ class DataConfig(Section):
     def train_weights(self) -> dict[str, float]:
         """Source -> weight; weights sum to one where they are used."""
         if isinstance(self.train, dict):
-            return {source: float(weight) for source, weight in self.train.items()}
+            return self.train
         return dict.fromkeys(self.train, 1.0)
 
     @property
     def validation_sets(self) -> dict[str, str]:
         """Name of a validation set -> its source."""
         if isinstance(self.validation, dict):
-            return {name: str(source) for name, source in self.validation.items()}
+            return self.validation
         if len(self.validation) == 1:
             return {"validation": self.validation[0]}
-        return {re.sub(r"\W+", "_", source).strip("_"): source for source in self.validation}
+        return {_set_name(source): source for source in self.validation}
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -96,25 +105,35 @@ class DataConfig(Section):
             raise ValueError("data.train is empty: name at least one source, such as builtin")
         if not self.validation:
             raise ValueError("data.validation is empty: name at least one source, such as builtin:validation")
-        if isinstance(self.train, dict):
-            for source, weight in self.train.items():
-                try:
-                    positive = float(weight) > 0
-                except ValueError:
-                    positive = False
-                if not positive:
-                    raise ValueError(f"data.train: the weight of {source} is {weight!r}: give a number above 0")
+        names: dict[str, str] = {}
+        for source in self.validation if isinstance(self.validation, list) else ():
+            if (other := names.setdefault(name := _set_name(source), source)) != source:
+                raise ValueError(
+                    f"data.validation: {shown(other)} and {shown(source)} would both be called {shown(name)}: "
+                    'give names, as in {"first": "a.jsonl", "second": "b.jsonl"}'
+                )
         return self
+
+
+def _set_name(source: str) -> str:
+    """What a validation set is called that was given no name."""
+    return re.sub(r"\W+", "_", source).strip("_") or "validation"
 
 
 class TrainConfig(Section):
     """Length, batch, optimizer, schedule, precision, and what is done along the way."""
 
-    steps: OptionalPositive = Field(1000, description="optimizer steps; null: from train.tokens")
-    tokens: OptionalPositive = Field(None, description="budget in tokens, instead of train.steps")
-    global_batch: Positive = Field(64, description="sequences an optimizer step, over all devices")
-    micro_batch: OptionalPositive = Field(None, description="sequences that a device processes at once; null: chosen")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
+    steps: Annotated[int | None, Range(1, 10**9)] = Field(1000, description="optimizer steps; null: from train.tokens")
+    tokens: Annotated[int | None, Range(1, 10**16)] = Field(
+        None, description="budget in tokens, instead of train.steps"
+    )
+    global_batch: Annotated[int, Range(1, 2**22)] = Field(
+        64, description="sequences an optimizer step, over all devices"
+    )
+    micro_batch: Annotated[int | None, Range(1, 2**22)] = Field(
+        None, description="sequences that a device processes at once; null: chosen"
+    )
+    learning_rate: Annotated[float, Range(1e-30, 100)] = Field(1e-3, description="peak learning rate")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable then decay")
     warmup: Fraction = Field(0.01, description="share of the steps in which the rate rises linearly")
     decay: Fraction = Field(
@@ -128,22 +147,28 @@ class TrainConfig(Section):
     )
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's decoupled weight decay")
     decay_all: bool = Field(False, description="decay norms, biases, A_log and D too, as the authors' code does")
-    beta1: Fraction = Field(0.9, description="AdamW: decay of the first moment")
-    beta2: Fraction = Field(0.95, description="AdamW: decay of the second moment")
-    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW: added to the root of the second moment")
-    gradient_clip: NonNegativeFloat = Field(0.5, description="largest norm of the gradient; 0: no clipping")
+    beta1: Annotated[float, Range(0, 1, is_open=True)] = Field(0.9, description="AdamW: decay of the first moment")
+    beta2: Annotated[float, Range(0, 1, is_open=True)] = Field(0.95, description="AdamW: decay of the second moment")
+    epsilon: Annotated[float, Range(1e-30, 1)] = Field(
+        1e-8, description="AdamW: added to the root of the second moment"
+    )
+    gradient_clip: Annotated[float, Range(0, 1e15)] = Field(
+        0.5, description="largest norm of the gradient; 0: no clipping"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: weights and compute in bf16; A_log, D, dt_bias, norms and router stay fp32"
     )
     recompute: bool = Field(False, description="keep only each layer's input and compute the rest again in backward")
     compile: bool = Field(False, description="torch.compile each layer (needs a C++ compiler on a CPU)")
     deterministic: bool = Field(False, description="refuse kernels whose result varies from run to run")
-    profile: NonNegative = Field(0, description="steps to trace into the run's folder; 0: none")
+    profile: Annotated[int, Range(0, 10_000)] = Field(0, description="steps to trace into the run's folder; 0: none")
     validate_every: NonNegative = Field(100, description="steps between validations; 0: only at the end")
     validation_batches: OptionalPositive = Field(
         None, description="global batches a validation reads; null: the whole set"
     )
-    sample_tokens: NonNegative = Field(64, description="tokens of sample text at the end; 0: none")
+    sample_tokens: Annotated[int, Range(0, 1_000_000)] = Field(
+        64, description="tokens of sample text at the end; 0: none"
+    )
     warm_start: OptionalText = Field(
         None, description="run or step folder whose weights to start from, optimizer fresh"
     )
@@ -153,8 +178,8 @@ class TrainConfig(Section):
     on_spike: Literal["log", "stop", "skip", "rewind"] = Field(
         "log", description="at a loss or gradient norm far above the last ones: note it and go on, or as at NaN"
     )
-    spike_window: Annotated[int, Field(ge=8)] = Field(128, description="steps that a spike is measured against")
-    spike_threshold: Annotated[float, Field(gt=0)] = Field(
+    spike_window: Annotated[int, Range(8, 1_000_000)] = Field(128, description="steps that a spike is measured against")
+    spike_threshold: Annotated[float, Range(1e-6, 1e15)] = Field(
         10.0, description="a spike is above median + this x MAD (median absolute deviation, at least 1% of the median)"
     )
     skip_limit: Positive = Field(10, description="bad batches, within spike_window steps, after which the run ends")
@@ -175,27 +200,24 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the model and its training are laid over devices: devices = tensor x data; experts over any divisor."""
 
-    tensor: Positive = Field(1, description="devices that share each layer, and the residual stream between layers")
-    expert: Positive = Field(1, description="devices over which experts are spread, tensor-parallel ranks included")
+    tensor: Annotated[int, Range(1, DEVICES)] = Field(
+        1, description="devices that share each layer, and the residual stream between layers"
+    )
+    expert: Annotated[int, Range(1, DEVICES)] = Field(
+        1, description="devices over which experts are spread, tensor-parallel ranks included"
+    )
     expert_tensor: bool = Field(
         False, description="shard each expert among the tensor-parallel ranks, instead of their tokens"
     )
-    zero: Literal[0, 1, 2, 3] = Field(
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole_from_text)] = Field(
         1, description="ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 weights too (without experts)"
     )
     offload_optimizer: bool = Field(False, description="keep optimizer state in the CPU's memory (zero 1 or more)")
     pipeline: Positive = Field(1, description="pipeline stages: only 1 is built so far")
     context: Positive = Field(1, description="devices that share a sequence: only 1 is built so far")
-    timeout: Positive = Field(
+    timeout: Annotated[int, Range(1, 10**7)] = Field(
         1800, description="seconds for which a rank may stand still, as in a collective that hangs, before the run ends"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _integer_stage(cls, values: Any) -> Any:
-        if isinstance(values, dict) and str(values.get("zero", "")).isdigit():
-            return values | {"zero": int(values["zero"])}
-        return values
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
@@ -226,7 +248,7 @@ class CheckpointConfig(Section):
         2,
         description="newest checkpoints kept (2 until a step follows the newest); besides, the best by validation loss",
     )
-    grace: Positive = Field(
+    grace: Annotated[int, Range(1, 10**7)] = Field(
         20, description="seconds to end the step and save in, when SIGTERM asks to stop; launchers kill after 30"
     )
     asynchronous: bool = Field(
@@ -279,6 +301,12 @@ class Config(Section):
             raise ValueError(
                 f"model.vocab_size=null with data.tokenizer={self.data.tokenizer}, which has as many tokens as "
                 "model.vocab_size says: give it a number"
+            )
+        if self.steps * self.train.global_batch > MOST_SEQUENCES:
+            raise ValueError(
+                f"{'train.steps' if self.train.steps else 'train.tokens'} makes {self.steps:,} steps of "
+                f"train.global_batch={self.train.global_batch:,} sequences: a run has at most {MOST_SEQUENCES:,} "
+                "sequences: lower one of them"
             )
         skipped = sorted(set(self.train.skip_batches))
         if skipped and skipped[-1] > (last := self.steps + len(skipped)):

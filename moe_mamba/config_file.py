@@ -3,7 +3,6 @@
 import difflib
 import functools
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,13 +13,14 @@ from pydantic import ValidationError
 
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import Config
-from moe_mamba.config_types import Section
-from moe_mamba.errors import UserError
+from moe_mamba.config_types import Section, allowed
+from moe_mamba.config_yaml import read_yaml
+from moe_mamba.errors import UserError, shown
 from moe_mamba.installation import find_config
-from moe_mamba.model.pattern import check_pattern, has_experts
 
 MOVED = {"model.kernels": "run.kernels"}
 """Keys of older versions -> what they are called now."""
+LONGEST_KEY = 80  # of those for which a similar one is looked for, which takes long for long ones
 SECTIONS = (("moe", "inner"),)
 """Sections inside sections."""
 
@@ -51,11 +51,12 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         values = tree.get(outer)
         if isinstance(values, Mapping) and values.get(name, {}) is None:  # left empty in YAML
             tree[outer] = {**values, name: {}}
+    config = parse_config({section: values or {} for section, values in tree.items()})
     for old, new in MOVED.items():
         section, _, name = old.partition(".")
         if name in (tree.get(section) or {}):
             print(f"{old} is now called {new} and is read as such", file=sys.stderr)
-    return parse_config({section: values or {} for section, values in tree.items()})
+    return config
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -66,6 +67,9 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     """
     try:
         config = Config.model_validate(_moved(tree))
+        # Not before: what is wrong with a number is said without the seconds that torch takes to load.
+        from moe_mamba.model.pattern import check_pattern
+
         check_pattern(config.model, config.moe)
         _check_experts(config)
     except ValidationError as error:
@@ -77,6 +81,8 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 def _check_experts(config: Config) -> None:
     """Refuse a layout for experts where there are none, or one that cannot hold them."""
+    from moe_mamba.model.pattern import has_experts
+
     parallel, pattern, projections = config.parallel, config.model.pattern, config.moe.inner.projections
     inside = f" and moe.inner.projections={','.join(projections)}" if projections else ""
     if parallel.zero == 3 and has_experts(config.model, config.moe):
@@ -97,9 +103,10 @@ def _moved(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     for old, new in MOVED.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         values = moved.get(section)
-        if not isinstance(values, Mapping) or name not in values:
+        there = moved.get(new_section) or {}
+        if not isinstance(values, Mapping) or name not in values or not isinstance(there, Mapping):
             continue
-        there = dict(moved.get(new_section) or {})
+        there = dict(there)
         if there.setdefault(new_name, values[name]) != values[name]:
             raise UserError(
                 f"{old}={values[name]} and {new}={there[new_name]}: {old} is now called {new}: give only the new key"
@@ -156,16 +163,8 @@ def _flat(config: Config) -> Iterator[tuple[str, Any]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read ({error}): give the path of a YAML file") from None
-    # YAML takes a bare `*-` for an alias and `2` for a number; a pattern is always text.
-    text = re.sub(r"(?m)((?:^|[{,])\s*pattern:[ \t]+)([^\s\"'#,}]+)", r"\1'\2'", text)
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict) or not all(isinstance(values, dict | None) for values in tree.values()):
         raise UserError(
             f"config file {path}: the top level must be a mapping of sections: {', '.join(Config.model_fields)}"
@@ -178,18 +177,25 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         key = ".".join(map(str, first["loc"]))
         return f"unknown key {key}{_nearest(key)}"
-    key = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())  # not a type's name
+    key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        return message if "." in message.partition(" ")[0] else f"{key}: {message}"
-    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key}={first['input']!r}: it is a section, with keys of its own; --help lists them"
-    meaning = next((f" ({meaning})" for name, _, meaning in keys() if name == key), "")
-    return f"{key}={first['input']!r}: {first['msg'].lower()}{meaning}"
+        return first["msg"].removeprefix("Value error, ")
+    value = f"{key}={shown(first['input'])}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        return f"{value}: it is a section, with keys of its own; --help lists them"
+    meaning = _meanings().get(key)
+    return f"{value}: {allowed(first)}{f' ({meaning})' if meaning else ''}"
+
+
+@functools.cache
+def _meanings() -> dict[str, str]:
+    return {name: meaning for name, _, meaning in keys()}
 
 
 def _nearest(key: str) -> str:
-    known = [name for name, _, _ in keys()]
+    if len(key) > LONGEST_KEY:
+        return ": --help lists the keys"
+    known = list(_meanings())
     by_last_part = {name.partition(".")[2]: name for name in known}
     near = difflib.get_close_matches(key, known, 1, 0.7) or [
         by_last_part[part] for part in difflib.get_close_matches(key.rpartition(".")[2], by_last_part, 1, 0.7)

@@ -5,13 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from moe_mamba.config_types import (
-    NonNegative,
     NonNegativeFloat,
     OptionalBalance,
     OptionalFactor,
-    OptionalPositive,
-    Positive,
     Projections,
+    Range,
     Section,
     Text,
     VocabularySize,
@@ -25,46 +23,58 @@ class ModelConfig(Section):
         "ME",
         description="one letter per layer: M Mamba, * attention, - feed-forward, E experts; (ME): they read one input",
     )
-    repeat: Positive = Field(8, description="how often the pattern is repeated")
-    d_model: Positive = Field(512, description="width of the residual stream")
+    repeat: Annotated[int, Range(1, 4096)] = Field(8, description="how often the pattern is repeated")
+    d_model: Annotated[int, Range(1, 131_072)] = Field(512, description="width of the residual stream")
     vocab_size: VocabularySize = Field(
         2048, description="tokens the embedding and the head know; null in a run's config: the tokenizer's size"
     )
-    d_state: Positive = Field(16, description="Mamba: states a channel")
-    d_conv: Positive = Field(4, description="Mamba: width of the causal convolution, tokens")
-    expand: Positive = Field(2, description="Mamba: d_inner = expand x d_model")
-    dt_rank: OptionalPositive = Field(None, description="Mamba: rank of delta's projection; null: ceil(d_model / 16)")
+    d_state: Annotated[int, Range(1, 4096)] = Field(16, description="Mamba: states a channel")
+    d_conv: Annotated[int, Range(1, 1024)] = Field(4, description="Mamba: width of the causal convolution, tokens")
+    expand: Annotated[int, Range(1, 64)] = Field(2, description="Mamba: d_inner = expand x d_model")
+    dt_rank: Annotated[int | None, Range(1, 131_072)] = Field(
+        None, description="Mamba: rank of delta's projection; null: ceil(d_model / 16)"
+    )
     selective: bool = Field(True, description="Mamba: delta, B and C depend on the input; false: they are constants")
     mamba_norms: bool = Field(False, description="Mamba: RMSNorm on dt, B and C, as Jamba has it")
-    heads: Positive = Field(8, description="attention: query heads")
-    kv_heads: OptionalPositive = Field(None, description="attention: key and value heads; null: as many as heads")
+    heads: Annotated[int, Range(1, 8192)] = Field(8, description="attention: query heads")
+    kv_heads: Annotated[int | None, Range(1, 8192)] = Field(
+        None, description="attention: key and value heads; null: as many as heads"
+    )
     positions: Literal["rope", "none"] = Field("rope", description="attention: rotary positions, or none")
-    head_dim: OptionalPositive = Field(None, description="attention: width of a head; null: d_model / heads")
-    sliding_window: OptionalPositive = Field(
+    head_dim: Annotated[int | None, Range(1, 8192)] = Field(
+        None, description="attention: width of a head; null: d_model / heads"
+    )
+    sliding_window: Annotated[int | None, Range(1, 2**30)] = Field(
         None, description="attention: tokens that a token sees, itself included; null: all before it"
     )
     attention_bias: bool = Field(False, description="attention: biases on its four projections")
-    rope_base: Annotated[float, Field(gt=0)] = Field(10000.0, description="attention: base of the rotary frequencies")
+    rope_base: Annotated[float, Range(1, 1e15)] = Field(
+        10000.0, description="attention: base of the rotary frequencies"
+    )
     rope_type: Literal["default", "linear", "llama3"] = Field(
         "default", description="attention: scaling of the rotary frequencies: none, all, or the low ones"
     )
-    rope_factor: Annotated[float, Field(gt=0)] = Field(
+    rope_factor: Annotated[float, Range(1e-6, 1e6)] = Field(
         1.0, description="linear, llama3: what scaled frequencies are divided by"
     )
-    rope_original_length: Positive = Field(8192, description="llama3: context before the scaling, tokens")
-    rope_low_freq_factor: Annotated[float, Field(gt=0)] = Field(
+    rope_original_length: Annotated[int, Range(1, 2**30)] = Field(
+        8192, description="llama3: context before the scaling, tokens"
+    )
+    rope_low_freq_factor: Annotated[float, Range(1e-6, 1e6)] = Field(
         1.0, description="llama3: frequencies of at most so many turns in that context are scaled"
     )
-    rope_high_freq_factor: Annotated[float, Field(gt=0)] = Field(
+    rope_high_freq_factor: Annotated[float, Range(1e-6, 1e6)] = Field(
         4.0, description="llama3: frequencies of at least so many turns are left; in between is a blend"
     )
-    d_ff: OptionalPositive = Field(None, description="feed-forward: hidden width; null: 3 x d_model, 4 with attention")
+    d_ff: Annotated[int | None, Range(1, 2**20)] = Field(
+        None, description="feed-forward: hidden width; null: 3 x d_model, 4 with attention"
+    )
     mlp_bias: bool = Field(False, description="feed-forward: biases on both projections; experts have none")
     activation: Literal["relu", "squared_relu", "gelu", "swiglu"] = Field(
         "relu", description="feed-forward and experts: activation; swiglu is gated"
     )
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before every layer")
-    norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="added to the variance in a norm")
+    norm_epsilon: Annotated[float, Range(1e-30, 1)] = Field(1e-5, description="added to the variance in a norm")
     final_norm: bool = Field(True, description="a norm between the last layer and the head")
     tied_head: bool = Field(False, description="the head is the embedding, transposed")
     initialization: Literal["default", "authors"] = Field(
@@ -125,16 +135,22 @@ class InnerConfig(Section):
     """
 
     projections: Projections = Field([], description="Mamba: projections with experts, any of conv,gate,out")
-    every: Positive = Field(1, description="Mamba layers that have them: 1 all, 2 the second, fourth, ...")
+    every: Annotated[int, Range(1, 4096)] = Field(
+        1, description="Mamba layers that have them: 1 all, 2 the second, fourth, ..."
+    )
     router: Literal["own", "shared"] = Field(
         "own", description="each projection has its router, on its own input; or one for all, on the mixer's input"
     )
     expert: Literal["linear", "switch"] = Field(
         "linear", description="an expert is one matrix; or two with the activation between them, of width d_expert"
     )
-    experts: OptionalPositive = Field(None, description="experts per projection; null: moe.experts")
-    d_expert: OptionalPositive = Field(None, description="switch: hidden width of an expert; null: as moe.d_expert")
-    top_k: OptionalPositive = Field(None, description="experts per token; null: moe.top_k")
+    experts: Annotated[int | None, Range(1, 65_536)] = Field(
+        None, description="experts per projection; null: moe.experts"
+    )
+    d_expert: Annotated[int | None, Range(1, 2**20)] = Field(
+        None, description="switch: hidden width of an expert; null: as moe.d_expert"
+    )
+    top_k: Annotated[int | None, Range(1, 65_536)] = Field(None, description="experts per token; null: moe.top_k")
     capacity_factor: OptionalFactor = Field(
         None, description="as moe.capacity_factor, where what is dropped gets zero; null: dropless"
     )
@@ -168,12 +184,16 @@ class InnerConfig(Section):
 class MoEConfig(Section):
     """Routing and experts of the layers written ``E``."""
 
-    experts: Positive = Field(32, description="routed experts per layer")
-    d_expert: OptionalPositive = Field(None, description="hidden width of an expert; null: model.d_ff's value")
+    experts: Annotated[int, Range(1, 65_536)] = Field(32, description="routed experts per layer")
+    d_expert: Annotated[int | None, Range(1, 2**20)] = Field(
+        None, description="hidden width of an expert; null: model.d_ff's value"
+    )
     router: Literal["switch", "top_k", "expert_choice"] = Field(
         "switch", description="switch: the best expert per token; top_k: several; expert_choice: experts choose tokens"
     )
-    top_k: Positive = Field(1, description="experts per token (top_k), or on average (expert_choice)")
+    top_k: Annotated[int, Range(1, 65_536)] = Field(
+        1, description="experts per token (top_k), or on average (expert_choice)"
+    )
     scores: Literal["softmax", "sigmoid"] = Field("softmax", description="how router logits become scores")
     renormalize: bool = Field(False, description="the weights of a token's chosen experts sum to one (top_k > 1)")
     capacity_factor: OptionalFactor = Field(
@@ -190,7 +210,9 @@ class MoEConfig(Section):
     )
     bias_rate: NonNegativeFloat = Field(0.001, description="step of the balancing bias, per update (balance=bias)")
     z_loss_weight: NonNegativeFloat = Field(0.0, description="weight of the router's z-loss; 0: none")
-    shared_experts: NonNegative = Field(0, description="experts that see every token, beside the routed ones")
+    shared_experts: Annotated[int, Range(0, 4096)] = Field(
+        0, description="experts that see every token, beside the routed ones"
+    )
     inner: InnerConfig = Field(InnerConfig(), description="mixtures inside Mamba mixers")
 
     @property

@@ -15,11 +15,13 @@ ALLOWED: dict[str, set[str]] = {
     "file_lock": set(),
     "safetensors_header": set(),
     "config_types": set(),
+    "config_yaml": set(),
     "config_model": {"config_types"},
     "config": {"config_model", "config_types"},
     "installation": set(),
-    "config_file": {"atomic_file", "model", "config", "config_types", "installation"},
-    "command_line": {"parallel"},
+    "config_file": {"atomic_file", "model", "config", "config_types", "config_yaml", "installation"},
+    "standard_streams": set(),
+    "command_line": {"parallel", "config_types", "standard_streams"},
     "kernels": {"atomic_file", "file_lock"},
     "checkpoint": {"atomic_file", "safetensors_header"},
     "data": {"atomic_file", "file_lock"},
@@ -47,11 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
-        *("model", "data", "config", "config_file", "command_line", "installation"),
+        *("model", "data", "config_types", "config_file", "command_line", "installation"),
     },
     "__main__": {"command_line"},
 }
-CONFIGURATION = ("config_types", "config_model", "config", "config_file")
+CONFIGURATION = ("config_types", "config_yaml", "config_model", "config", "config_file")
 # room: packages from outside, beside the standard library's, that it must not know
 FOREIGN = {
     **{room: {"torch", "deepspeed", "megatron", "transformers", "datasets"} for room in CONFIGURATION},

@@ -16,6 +16,7 @@ import torch
 from benchmarks.pairs import Row, table
 from benchmarks.profiling import Profile
 from moe_mamba.command_line import run_command
+from moe_mamba.config_types import Positive
 from moe_mamba.errors import UserError
 
 CPU_ROWS = ("scan", "step", "prefill", "decode", "context", "profile", "moe", "designs", "scaling", "preprocess")
@@ -25,7 +26,7 @@ GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 def main(
     only: str | None = None,
     output: str | None = None,
-    repeats: int = 3,
+    repeats: Positive = 3,
     device: Literal["cpu", "cuda"] = "cpu",
     documents: str = "builtin",
     tokenizer: str = "sentencepiece",
@@ -49,8 +50,6 @@ def main(
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise UserError(f"--only={only}: no row is called {unknown[0]!r}: choose among {', '.join(known)}")
-    if repeats < 1:
-        raise UserError(f"--repeats={repeats}: give 1 or more")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: torch finds no GPU: leave it out")
     measured = [one for name in chosen for one in _measure(name, repeats, device, documents, tokenizer, tiny)]

@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import Field
 from safetensors.torch import load_file
 
 from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.retention import name_of
 from moe_mamba.command_line import run_command
+from moe_mamba.config_types import Range
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.run.metrics import read_metrics
 
@@ -123,7 +123,7 @@ class Comparison:
 def main(
     before: str,
     after: str,
-    steps: Annotated[int, Field(ge=2)] = 50,
+    steps: Annotated[int, Range(2, 10**9)] = 50,
     patterns: str = PATTERNS,
     layouts: str = "single,tp2_ep2",
     output: str | None = None,

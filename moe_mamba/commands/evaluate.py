@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_mamba.command_line import run_command
-from moe_mamba.config import NonNegative, Positive
+from moe_mamba.config_types import LocalRank, NonNegative, OptionalPositive, Positive
 from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.data.prepare import prepare_corpus
 from moe_mamba.errors import UserError
@@ -21,14 +21,14 @@ def main(
     checkpoint: str,
     input: str | None = None,
     tasks: str | None = None,
-    sequence_length: Positive | None = None,
+    sequence_length: OptionalPositive = None,
     batch: Positive = 8,
-    max_documents: Positive | None = None,
+    max_documents: OptionalPositive = None,
     num_fewshot: NonNegative | None = None,
-    limit: Positive | None = None,
+    limit: OptionalPositive = None,
     output: str | None = None,
     json: bool = False,
-    local_rank: int | None = None,
+    local_rank: LocalRank = None,
     **overrides: Any,
 ) -> None:
     """Score a model on shards or documents (--input), or on tasks of EleutherAI's harness (--tasks).

@@ -3,10 +3,10 @@
 import json as json_format
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moe_mamba.command_line import run_command
-from moe_mamba.config import NonNegative, Positive
+from moe_mamba.config_types import Fraction, LocalRank, NonNegative, OptionalPositive, Positive, Range, Seed
 from moe_mamba.errors import UserError
 from moe_mamba.model.sampling import Sampling
 from moe_mamba.parallel.distributed import limit_collectives, on_first
@@ -20,15 +20,15 @@ def main(
     prompts_file: str | None = None,
     max_new_tokens: Positive = 100,
     min_new_tokens: NonNegative = 0,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float = 0.95,
-    seed: int = 0,
+    temperature: Annotated[float, Range(0, 1e6)] = 0.8,
+    top_k: OptionalPositive = None,
+    top_p: Fraction = 0.95,
+    seed: Seed = 0,
     stop: str | None = None,
     batch: Positive = 16,
     json: bool = False,
     timing: bool = False,
-    local_rank: int | None = None,
+    local_rank: LocalRank = None,
     **overrides: Any,
 ) -> None:
     """Continue a prompt, or many; the text appears as it is written.
@@ -75,8 +75,8 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
         return [prompt]
     assert path is not None
     try:
-        content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read().decode("utf-8") if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--prompts_file={path} cannot be read ({why}): give a text or .jsonl file") from error
     lines = {number: line for number, line in enumerate(content.split("\n"), 1) if line.strip()}
@@ -88,7 +88,7 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
     for number, line in lines.items():
         try:
             text = json_format.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             text = None
         if not text or not isinstance(text, str):
             raise UserError(f'--prompts_file={path}, line {number}: write {{"prompt": "some text"}}')

@@ -1,9 +1,10 @@
 """Know a model before paying for it."""
 
 import json as json_format
-from typing import Any
+from typing import Annotated, Any
 
 from moe_mamba.config_file import load_config, reference
+from moe_mamba.config_types import DEVICES, Range
 from moe_mamba.errors import UserError
 from moe_mamba.installation import command
 from moe_mamba.planning.memory import plan, table
@@ -20,7 +21,7 @@ Every key, its default and its meaning:
 def main(
     *,
     config: str | None = None,
-    gpus: int | None = None,
+    gpus: Annotated[int | None, Range(1, DEVICES)] = None,
     json: bool = False,
     shards: bool = False,
     help: bool = False,
@@ -39,8 +40,6 @@ def main(
     if help:
         print(f"{USAGE.format(command=command('plan'))}\n{reference()}")
         return
-    if gpus is not None and not (type(gpus) is int and gpus > 0):
-        raise UserError(f"--gpus={gpus} is not a number of devices: give 1 or more")
     if shards and (json or gpus is not None):
         raise UserError("--shards prints a table that is the same for any layout: leave out --json and --gpus")
     settings = load_config(config, overrides)

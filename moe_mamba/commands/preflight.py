@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
+from moe_mamba.config_types import LocalRank
 from moe_mamba.errors import UserError
 from moe_mamba.installation import CONFIGS
 from moe_mamba.parallel.launcher import fill_environment
@@ -25,7 +26,7 @@ def main(
     config: str | Path | None = None,
     output: str | None = None,
     help: bool = False,
-    local_rank: int | None = None,
+    local_rank: LocalRank = None,
     **overrides: Any,
 ) -> None:
     """Look at the world that this launcher starts, and measure it.

@@ -2,15 +2,20 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from moe_mamba.config import Positive
+from moe_mamba.config_types import OptionalPositive, Range
 from moe_mamba.data.manifest import REJECTS
 from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.tokenizer import load_tokenizer
 
 
 def main(
-    input: str, output: str, tokenizer: str = "gpt2", workers: Positive | None = None, limit: Positive | None = None
+    input: str,
+    output: str,
+    tokenizer: str = "gpt2",
+    workers: Annotated[int | None, Range(1, 4096)] = None,
+    limit: OptionalPositive = None,
 ) -> None:
     """Tokenize documents into a folder of shards that data.train and Megatron-LM read.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config, reference
+from moe_mamba.config_types import LocalRank
 from moe_mamba.faults.signals import end_before_the_run
 from moe_mamba.installation import CONFIGS
 from moe_mamba.parallel.launcher import fill_environment
@@ -22,7 +23,7 @@ and its meaning:
 
 
 def main(
-    *, config: str | Path | None = None, help: bool = False, local_rank: int | None = None, **overrides: Any
+    *, config: str | Path | None = None, help: bool = False, local_rank: LocalRank = None, **overrides: Any
 ) -> None:
     """Train the model that `config` and `overrides` describe.
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from moe_mamba.config import NonNegative, NonNegativeFloat, Positive, Projections
+from moe_mamba.config_types import NonNegativeFloat, Positive, Projections, Range, Seed
 from moe_mamba.convert.starting_point import how_to_train
 from moe_mamba.convert.upcycle import routing, upcycle
 from moe_mamba.errors import UserError
@@ -14,7 +12,7 @@ from moe_mamba.errors import UserError
 def main(
     checkpoint: str,
     output: str,
-    experts: Annotated[int, Field(ge=2)],
+    experts: Annotated[int, Range(2, 65_536)],
     top_k: Positive = 1,
     router: Literal["switch", "top_k"] | None = None,
     renormalize: bool | None = None,
@@ -24,7 +22,7 @@ def main(
     inner_router: Literal["own", "shared"] | None = None,
     every: Positive = 1,
     noise: NonNegativeFloat = 0.0,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """Sparse upcycling: experts are copies of a dense model's feed-forward layers, and its first pass gives the same.

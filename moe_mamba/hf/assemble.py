@@ -108,7 +108,7 @@ PARTS = (
     Part("model/mixers/__init__.py", only=("MIXERS", "VARIANTS", "choose_mixer")),
     Part(
         "model/pattern.py",
-        only=("LayerSpec", "layer_specs", "kinds", "has", "check_pattern", "has_experts", "looks_ahead"),
+        only=("MOST_LAYERS", "LayerSpec", "layer_specs", "kinds", "has", "check_pattern", "has_experts", "looks_ahead"),
     ),
     Part("model/loss.py"),
     Part("model/layer.py", without=("build_layers",)),
@@ -312,19 +312,18 @@ def _from(module: str, names: list[str]) -> str:
 
 _TYPES = {
     "Text": "str",
-    "Positive": "int",
+    "int": "int",
+    "int | None": "Optional[int]",
+    "float": "Union[float, int]",
     "VocabularySize": "int",
-    "NonNegative": "int",
     "NonNegativeFloat": "Union[float, int]",
-    "Annotated[float, Field(gt=0)]": "Union[float, int]",
-    "OptionalPositive": "Optional[int]",
     "OptionalFactor": "Optional[Union[float, int]]",
     "OptionalBalance": 'Optional[Literal["loss", "bias", "none"]]',
     "Projections": 'list[Literal["conv", "gate", "out"]]',
     "InnerConfig": "InnerConfig",
     "bool": "bool",
 }
-"""A type of ``config_model.py`` -> what Transformers checks in its place."""
+"""A type of ``config_model.py``, without its range -> what Transformers checks in its place."""
 _MUTABLE = {"[]": "list", "InnerConfig()": "InnerConfig"}
 """Defaults that a dataclass must make anew -> what makes them."""
 
@@ -361,7 +360,7 @@ def _section(source: _Source, node: ast.ClassDef) -> tuple[list[str], list[str],
         if isinstance(item, ast.AnnAssign):
             kind, call = ast.unparse(item.annotation), item.value
             if not kind.startswith("Literal"):
-                kind = _TYPES[kind]
+                kind = _TYPES[kind.removeprefix("Annotated[").partition(",")[0]]
             assert isinstance(call, ast.Call)
             says = next(word.value for word in call.keywords if word.arg == "description")
             default = (ast.get_source_segment(source.text, call.args[0]) or "").strip()

@@ -2012,6 +2012,9 @@ def choose_mixer(letter: str, moe: MoEConfig, number: int) -> type[Mixer]:
 # The pattern, parsed: what ``model.pattern`` and ``model.repeat`` say, as a list of layers.
 
 
+MOST_LAYERS = 4096  # letters, parentheses among them; beyond what has been trained, and planned within seconds
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """A layer of the residual stack.
@@ -2027,7 +2030,8 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
     """Every layer of the model, in order.
 
     Raises:
-        ValueError: the pattern is empty, has a letter that stands for nothing, or parentheses that make no layer.
+        ValueError: the pattern is empty or too long, has a letter that stands for nothing, or parentheses that make no
+            layer.
     """
     if not config.pattern:
         raise ValueError("model.pattern is empty: give one letter per layer, such as ME")
@@ -2042,6 +2046,11 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
         raise ValueError(
             f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
             "write (ME), or no parentheses"
+        )
+    if (count := len(config.pattern) * config.repeat) > MOST_LAYERS:
+        raise ValueError(
+            f"model.pattern has {len(config.pattern):,} letters, {count:,} with model.repeat={config.repeat:,}: "
+            f"a model has at most {MOST_LAYERS:,}: lower model.repeat, or shorten the pattern"
         )
     seen: Counter[str] = Counter()
 

@@ -8,6 +8,8 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.mixers import MIXERS, VARIANTS, choose_mixer
 from moe_mamba.model.mixers.base import Mixer
 
+MOST_LAYERS = 4096  # letters, parentheses among them; beyond what has been trained, and planned within seconds
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -24,7 +26,8 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
     """Every layer of the model, in order.
 
     Raises:
-        ValueError: the pattern is empty, has a letter that stands for nothing, or parentheses that make no layer.
+        ValueError: the pattern is empty or too long, has a letter that stands for nothing, or parentheses that make no
+            layer.
     """
     if not config.pattern:
         raise ValueError("model.pattern is empty: give one letter per layer, such as ME")
@@ -39,6 +42,11 @@ def layer_specs(config: ModelConfig, moe: MoEConfig) -> list[LayerSpec]:
         raise ValueError(
             f"model.pattern={config.pattern}: parentheses stand around the two or more letters that read one input: "
             "write (ME), or no parentheses"
+        )
+    if (count := len(config.pattern) * config.repeat) > MOST_LAYERS:
+        raise ValueError(
+            f"model.pattern has {len(config.pattern):,} letters, {count:,} with model.repeat={config.repeat:,}: "
+            f"a model has at most {MOST_LAYERS:,}: lower model.repeat, or shorten the pattern"
         )
     seen: Counter[str] = Counter()
 

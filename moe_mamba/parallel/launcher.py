@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_mamba.errors import LocalError, UserError
+from moe_mamba.errors import LocalError, UserError, shown
 
 Key = Literal["rank", "size", "local_rank", "local_size"]
 
@@ -39,6 +39,7 @@ HYDRA: dict[Key, str] = {
 MARKS = {"torchrun": "TORCHELASTIC_RUN_ID", "deepspeed": "CROSS_SIZE"}
 # SLURM numbers a batch script's own step, an interactive shell and its other helpers from here on (slurm.h).
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
+MOST_PROCESSES = 131_072  # of a world that is believed
 DEFAULT_PORT = 29500
 # Ports of jobs lie below those that Linux gives to connections (32768 and up).
 FIRST_JOB_PORT, JOB_PORTS = 20000, 10000
@@ -130,7 +131,9 @@ def first_host(nodes: str) -> str:
     """
     found = re.match(r"(?:[^\[\],\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+(?=,|$)", nodes)
     if not found:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes} is no list of host names: set MASTER_ADDR to rank 0's host name")
+        raise UserError(
+            f"SLURM_STEP_NODELIST={shown(nodes)[1:-1]} is no list of host names: set MASTER_ADDR to rank 0's host name"
+        )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
@@ -142,9 +145,11 @@ def tasks_per_node(text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d{1,7})\))?", part.strip(), re.ASCII)
-        if not found:
-            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text} is no list such as 2(x3),1: set LOCAL_WORLD_SIZE")
+        found = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip(), re.ASCII)
+        if not found or len(counts) + int(found[2] or 1) > MOST_PROCESSES:
+            raise UserError(
+                f"SLURM_STEP_TASKS_PER_NODE={shown(text)[1:-1]} is no list such as 2(x3),1: set LOCAL_WORLD_SIZE"
+            )
         counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
@@ -166,8 +171,8 @@ def _read(environment: Mapping[str, str], flag: int | None) -> Launch:
     if size == 1:
         return Launch(launcher, rank, size, local_rank, local_size, "127.0.0.1", 0)
     address = environment.get("MASTER_ADDR", "").strip() or _master_address(environment, launcher, size, local_size)
-    if not re.fullmatch(r"\S+", address):
-        raise UserError(f"MASTER_ADDR={address} is no host name: set it to that of rank 0's machine")
+    if not re.fullmatch(r"\S{1,255}", address) or not address.isprintable():
+        raise UserError(f"MASTER_ADDR={shown(address)[1:-1]} is no host name: set it to that of rank 0's machine")
     if launcher == "deepspeed" and local_size == size and port is not None and port.value == DEFAULT_PORT:
         # The launcher's own default, which it gives to every job: the jobs of a machine are told apart by its process.
         return Launch(launcher, rank, size, local_rank, local_size, address, FIRST_JOB_PORT + os.getppid() % JOB_PORTS)
@@ -181,7 +186,7 @@ def _number(environment: Mapping[str, str], name: str) -> Setting | None:
     if not text:
         return None
     if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        raise UserError(f"{name}={text} is not a whole number, 0 or more")
+        raise UserError(f"{name}={shown(text)[1:-1]} is not a whole number, 0 or more")
     return Setting(name, int(text))
 
 
@@ -259,8 +264,8 @@ def _check_world(own: Settings) -> tuple[int, int]:
         raise UserError(f"{rank} without WORLD_SIZE: set it to the number of processes, or unset RANK")
     if rank is None:
         raise UserError(f"{size} without RANK: set it in each process, from 0 on, or unset WORLD_SIZE")
-    if size.value == 0:
-        raise UserError(f"{size}: a world has at least one process")
+    if not 1 <= size.value <= MOST_PROCESSES:
+        raise UserError(f"{size}: a world has 1 to {MOST_PROCESSES:,} processes")
     if rank.value >= size.value:
         raise UserError(f"{rank}, but {size}: the ranks are 0 to {size.value - 1}")
     return rank.value, size.value

@@ -133,15 +133,15 @@ def _layout_rows(config: Config, numbers: dict[str, int]) -> list[tuple[str, str
         ("layout", f"{devices} devices, tensor {parallel.tensor} x data {devices // parallel.tensor}{experts}{among}"),
         ("  precision", f"{config.train.precision}, ZeRO {parallel.zero}"),
         ("  parameters", f"{numbers['parameters_per_device']:,} per device, embedding, head and padding included"),
-        *((f"  {name}", f"{_size(numbers[key])} per device{notes[name]}") for name, key in kinds.items()),
-        ("  together", f"{_size(total)} per device, without activations"),
+        *((f"  {name}", f"{size(numbers[key])} per device{notes[name]}") for name, key in kinds.items()),
+        ("  together", f"{size(total)} per device, without activations"),
     ]
     if parallel.offload_optimizer:
-        rows.append(("  offloaded", f"{_size(numbers['host_bytes'])} of the CPU's memory per device, {masters}"))
+        rows.append(("  offloaded", f"{size(numbers['host_bytes'])} of the CPU's memory per device, {masters}"))
     return rows
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     """Bytes for people, in powers of 1,024."""
     value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:

@@ -203,7 +203,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 line = json.loads(text)
                 int(line["step"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
             end += len(text)
             yield line, end

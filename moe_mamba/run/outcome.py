@@ -9,13 +9,14 @@ Two environment variables, which `launch/slurm.sbatch` and `launch/kubernetes/po
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_mamba.errors import LocalError, UserError
+from moe_mamba.errors import LocalError, UserError, one_line, shown
 from moe_mamba.run.folder import InUse
 
 FILE, STOPPED_CODE = "MOE_MAMBA_OUTCOME", "MOE_MAMBA_STOPPED_CODE"
@@ -53,8 +54,8 @@ def outcome_left() -> Iterator[Outcome]:
 
 def _stopped_code() -> int:
     text = os.environ.get(STOPPED_CODE, "0")
-    if not text.isdecimal() or int(text) > 255:
-        raise UserError(f"{STOPPED_CODE}={text} is no exit code: give a number from 0 to 255")
+    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or int(text) > 255:
+        raise UserError(f"{STOPPED_CODE}={shown(text)[1:-1]} is no exit code: give a number from 0 to 255")
     return int(text)
 
 
@@ -64,6 +65,6 @@ def _write(line: str) -> None:
     if not path or os.environ.get("RANK", "0") != "0":
         return
     try:
-        Path(path).write_text(" ".join(line.split()) + "\n")
+        Path(path).write_text(one_line(line) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{FILE}={path} cannot be written: {error.strerror}") from None

@@ -3,23 +3,53 @@
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from moe_mamba.errors import UserError
-from moe_mamba.run.metrics import read_metrics
+from moe_mamba.errors import UserError, shown
+from moe_mamba.run.metrics import FILE, read_metrics
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#475569")
 INK, FAINT, GRID = "#1f2937", "#6b7280", "#e5e7eb"
 SMOOTHING = 0.02  # a point of the smooth curve is the mean of so large a share of the points on each side
+LONGEST_NAME = 60  # characters
 COLUMNS = 300  # a heat map has at most so many columns: more steps are averaged
 
 Floats = NDArray[np.float64]
 Curve = tuple[Floats, Floats]  # tokens, loss
+
+LARGEST = 1e9  # nats; a loss beyond it is that of a run that has diverged, and has no place in a picture
+
+
+def _drawable(value: object) -> object:
+    """None for NaN, Inf and what is near it, as other writers of JSON than ours have them."""
+    return None if isinstance(value, float) and not abs(value) < LARGEST else value
+
+
+Figure = Annotated[float | None, BeforeValidator(_drawable)]
+
+
+class Scores(BaseModel):
+    """What is drawn of a validation set's scores."""
+
+    loss: Figure
+
+
+class Line(BaseModel):
+    """What is drawn of a line of metrics; other figures may stand beside it."""
+
+    step: int
+    tokens: float = Field(ge=0, le=1e18)
+    loss: Figure = None
+    validation: dict[str, Scores] = {}
+    expert_load: dict[str, list[Figure]] = {}
+    moe: dict[str, dict[str, Figure]] = {}
 
 
 def plot_loss(runs: Mapping[str, str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
@@ -69,10 +99,12 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
     Raises:
         UserError: the run has no metrics, or no experts; `output` cannot be written.
     """
-    lines = [line for line in read_metrics(run) if line.get("expert_load")]
+    lines = [line for line in _lines(run) if line.expert_load]
     if not lines:
         raise UserError(f"{Path(run)} logged no expert_load: its model has no experts, or it has not trained yet")
-    experts = {layer: len(load) for layer, load in lines[0]["expert_load"].items()}
+    experts = {layer: len(load) for layer, load in lines[0].expert_load.items()}
+    if any({layer: len(load) for layer, load in line.expert_load.items()} != experts for line in lines):
+        raise UserError(f"{Path(run) / FILE}: expert_load has not the same layers and experts in all lines")
     layers = sorted(experts, key=lambda layer: ([int(number) for number in re.findall(r"\d+", layer)], layer))
     columns = min(len(layers), math.ceil(math.sqrt(len(layers))))
     rows = -(-len(layers) // columns)
@@ -80,9 +112,9 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.0 + 2.1 * rows, 2.4])
     is_alike = len(set(experts.values())) == 1
     maps = list(top.subplots(rows, columns, squeeze=False, sharex=True, sharey=is_alike).flat)
-    tokens = np.array([line["tokens"] for line in lines], dtype=np.float64)
+    tokens = np.array([line.tokens for line in lines], dtype=np.float64)
     for layer, axes in zip(layers, maps, strict=False):
-        load = np.array([line["expert_load"][layer] for line in lines], dtype=np.float64).T
+        load = np.array([line.expert_load[layer] for line in lines], dtype=np.float64).T
         picture = _heat_map(axes, tokens, load * len(load))
         axes.set_title(f"layer {layer}", fontsize=10, color=INK, loc="left")
     for axes in maps[len(layers) :]:
@@ -93,13 +125,14 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
     bar.ax.set_yticklabels(["half", "even", "double"], fontsize=9, color=FAINT)
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
-    top.suptitle(f"Load of the experts of {Path(run).name}", x=0.01, ha="left", fontsize=14, weight="bold", color=INK)
+    title = _cut(f"Load of the experts of {Path(run).name}")
+    top.suptitle(title, parse_math=False, x=0.01, ha="left", fontsize=14, weight="bold", color=INK)
     top.supylabel("expert", fontsize=10, color=FAINT)
     _router_curves(bottom, lines, {layer: experts[layer] for layer in layers}, tokens)
     _save(figure, output)
 
 
-def _router_curves(figure: Any, lines: list[dict[str, Any]], layers: dict[str, int], tokens: Floats) -> None:
+def _router_curves(figure: Any, lines: list[Line], layers: dict[str, int], tokens: Floats) -> None:
     """Dropped tokens and entropy of the router, a curve per layer, lighter to darker with depth.
 
     Args:
@@ -117,7 +150,7 @@ def _router_curves(figure: Any, lines: list[dict[str, Any]], layers: dict[str, i
     )
     for axes, (key, title, scale) in zip(figure.subplots(1, 2), quantities, strict=True):
         for layer, shade in zip(layers, shades, strict=True):
-            values = [line.get("moe", {}).get(key, {}).get(layer) for line in lines]
+            values = [line.moe.get(key, {}).get(layer) for line in lines]
             curve = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
             curve = _smooth(curve) / max(scale(layers[layer]), 1e-9)
             axes.plot(tokens, curve, color=shade, linewidth=1.6, label=f"layer {layer}")
@@ -155,16 +188,29 @@ def _heat_map(axes: Any, tokens: Floats, relative: Floats) -> Any:
 
 def _curves(folder: str | os.PathLike[str]) -> tuple[Curve, dict[str, Curve]]:
     """Training loss, and the loss of each validation set, of a run."""
-    lines = read_metrics(folder)
-    training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
+    lines = _lines(folder)
+    training = [(line.tokens, line.loss) for line in lines if line.loss is not None]
     if not training:
         raise UserError(f"{Path(folder)} has no loss yet: train at least one step")
     sets: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
-        for name, scores in line.get("validation", {}).items():
-            if scores["loss"] is not None:
-                sets.setdefault(name, []).append((line["tokens"], scores["loss"]))
+        for name, scores in line.validation.items():
+            if scores.loss is not None:
+                sets.setdefault(name, []).append((line.tokens, scores.loss))
     return _curve(training), {name: _curve(points) for name, points in sets.items()}
+
+
+def _lines(folder: str | os.PathLike[str]) -> list[Line]:
+    """The lines of a run's metrics, as far as they are drawn; those without a step's tokens are none."""
+    lines = []
+    for line in read_metrics(folder):
+        try:
+            lines.append(Line.model_validate(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))} of step {line['step']}, {shown(first['input'])}"
+            raise UserError(f"{Path(folder) / FILE}: {what}: {first['msg'].lower()}: remove the line") from None
+    return lines
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:
@@ -206,7 +252,7 @@ def _style(axes: Any) -> None:
 
 
 def _title(axes: Any, title: str, note: str) -> None:
-    axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=24)
+    axes.set_title(_cut(title), parse_math=False, loc="left", fontsize=14, weight="bold", color=INK, pad=24)
     axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=9, color=FAINT, va="bottom")
 
 
@@ -231,8 +277,9 @@ def _label_ends(axes: Any, labels: list[tuple[float, str, str]]) -> None:
     over = max(0.0, places[-1] - top)
     for place, (_, text, color) in zip(places, ordered, strict=True):
         axes.annotate(
-            text,
+            _cut(text),
             (1, place - over),
+            parse_math=False,
             xycoords=("axes fraction", "data"),
             xytext=(8, 0),
             textcoords="offset points",
@@ -242,6 +289,11 @@ def _label_ends(axes: Any, labels: list[tuple[float, str, str]]) -> None:
             va="center",
             annotation_clip=False,
         )
+
+
+def _cut(text: str) -> str:
+    """A name that leaves room for the picture; its end says which one it is."""
+    return text if len(text) <= LONGEST_NAME else f"...{text[3 - LONGEST_NAME :]}"
 
 
 def _short(value: float, _: object = None) -> str:
@@ -256,6 +308,8 @@ def _save(figure: Any, output: str | os.PathLike[str]) -> None:
     path = Path(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks
+            figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written ({error}): give another --output") from None

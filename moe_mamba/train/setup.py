@@ -12,6 +12,7 @@ from moe_mamba.parallel.parallelize import check_compiler
 from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.fit import check_fit
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
@@ -69,7 +70,7 @@ def prepare_run(
         The start state, the plan, and the corpora; None for a run that is finished, which needs none.
 
     Raises:
-        UserError: checkpoints, weights or corpora are missing, damaged, or do not fit.
+        UserError: checkpoints, weights or corpora are missing, damaged, or do not fit; or the memory is too small.
     """
     newest = store.newest(folder.checkpoints, screen.say)
     if newest is None and any(folder.checkpoints.glob("step-*")):
@@ -77,6 +78,7 @@ def prepare_run(
     done = store.step_of(newest) if newest else 0
     config = _with_vocabulary(config, newest)
     plan = RunPlan.of(config, topology)
+    check_fit(plan)
     warm = find_weights(plan.model, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +90,60 @@ def test_the_tool_draws_several_runs_and_ends_with_2_on_bad_input(refusal: Calla
     size_of_png(tmp_path / "curves.png")
     line = refusal(main, f"--runs={tmp_path / 'a'},{tmp_path / 'nothing'}")
     assert "nothing/metrics.jsonl does not exist" in line
+
+
+ODD = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e308",
+    "-1e308",
+    "0",
+    "-1",
+    "null",
+    "true",
+    '"x"',
+    "[]",
+    "{}",
+    "1e400",
+    "9" * 5000,
+]
+WHERE = (
+    '{"step": 1, "tokens": %s, "loss": 3}',
+    '{"step": 1, "tokens": 256, "loss": %s}',
+    '{"step": %s, "tokens": 256, "loss": 3}',
+    '{"step": 1, "tokens": 256, "validation": {"a": {"loss": %s}}}',
+    '{"step": 1, "tokens": 256, "validation": %s}',
+    '{"step": 1, "tokens": 256, "loss": 3, "expert_load": {"1": [%s, 0.5]}}',
+    '{"step": 1, "tokens": 256, "loss": 3, "expert_load": {"1": [0.5, 0.5]}, "moe": {"dropped": {"1": %s}}}',
+    '{"step": 1, "tokens": 256, "loss": 3, "expert_load": %s}',
+    '{"step": 1, %s}',
+    "%s",
+)
+
+
+@pytest.mark.parametrize("draw", [plot_loss, plot_expert_load])
+def test_odd_figures_are_left_out_or_named_with_their_step(
+    tmp_path: Path, draw: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_mamba.run.plots._save", lambda figure, output: figure.draw_without_rendering())
+    whole = [json.dumps({"step": step, "tokens": 256 * step, "loss": 3.0}) for step in (2, 3)]
+    tried = drawn = 0
+    for where in WHERE:
+        for value in ODD:
+            (tmp_path / "metrics.jsonl").write_text("\n".join([where % value, *whole, ""]))
+            tried += 1
+            try:
+                with warnings.catch_warnings(action="error"):
+                    draw({"a": tmp_path} if draw is plot_loss else tmp_path, tmp_path / "picture.png")
+                drawn += 1
+            except UserError as error:
+                assert "metrics.jsonl" in str(error) or "expert_load" in str(error), (where, value)
+    print(f"{tried} files of metrics, {drawn} drawn")
+    assert 0 < drawn < tried
+
+
+def test_a_name_is_text_and_leaves_room(tmp_path: Path) -> None:
+    for name in (r"$\frac{", "x" * 250, "日本"):
+        plot_loss({name: write_run(tmp_path / name, 3)}, tmp_path / "loss.png")
+        assert min(size_of_png(tmp_path / "loss.png")) > 500
