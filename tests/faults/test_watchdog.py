@@ -17,7 +17,7 @@ import pytest
 
 from launch.train import train
 from moe_mamba.errors import RunStopped
-from moe_mamba.faults.coordinator import Hub, Line, hang_line
+from moe_mamba.faults.coordinator import hang_line
 from moe_mamba.faults.signals import REASONS, Stop, launchers
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
@@ -275,23 +275,6 @@ def two(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("two") / "run"
     run(world, tiny, folder, ranks=2)
     return folder
-
-
-def test_strangers_at_the_hubs_door_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    hub = Hub(lambda: 7)
-    hub.start()
-    for words in (b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"{}\n", b"\xff\xfe\n", b""):
-        with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
-            stranger.sendall(words)
-    member = Line(socket.create_connection(("127.0.0.1", hub.port)))
-    member.send(rank=1, token=hub.token, host="here", process=1)
-    member.send(fault="the disk is full", is_secondary=False)
-    member.connection.settimeout(10)
-    abort = json.loads(member.connection.recv(65536).splitlines()[0])["abort"]
-    assert "rank 1 (here, process 1) stopped after step 7: the disk is full" in abort
-    hub.close()
-    assert not hub.is_alive()
 
 
 def test_a_hang_says_who_stands_where() -> None:
