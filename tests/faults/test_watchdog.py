@@ -1,7 +1,6 @@
 """What ends a run from outside: signals, launchers that end, ranks that die, hang or fail."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -239,6 +238,42 @@ def test_what_cannot_be_saved_in_the_grace_time_ends_without(world: World, tiny:
         world.run(train_and_break, "save", 0, 4, terminate_and_dawdle, ranks=1, config=str(tiny), **keys)
     assert "not saved within checkpoint.grace=1 s" in (tmp_path / "run" / "log.txt").read_text()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
+def train_among_strangers(rank: int, step: int, **arguments: Any) -> None:
+    """Train, where strangers come before each rank joins the hub, stay, and go on knocking; one rank is killed."""
+    from moe_mamba.faults import watchdog
+
+    def join(address: str, port: int, *rest: Any) -> Any:
+        words = ['{"token": "é"}\n'.encode(), b"[" * 3000 + b"\n", b"GET / HTTP/1.0\r\n\r\n", b"", b"x" * 100_000]
+        for number in range(500):
+            with contextlib.suppress(OSError):
+                held.append(socket.create_connection((address, port), timeout=5))
+                held[-1].sendall(words[number % len(words)])
+        return whole(address, port, *rest)
+
+    held: list[socket.socket] = []
+    whole, watchdog.join_hub = watchdog.join_hub, join
+    try:
+        train_and_break("step", rank, step, kill, **arguments)
+    finally:
+        watchdog.join_hub = whole
+        for stranger in held:
+            stranger.close()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_death_is_reported_though_strangers_came(world: World, tiny: Path, tmp_path: Path) -> None:
+    keys = {"run.folder": str(tmp_path / "run")}
+    with pytest.raises(WorkerError) as stop:
+        world.run(train_among_strangers, 1, 2, ranks=2, config=str(tiny), **keys)
+    (line,) = (line for line in str(stop.value).splitlines() if "RunStopped: " in line)
+    assert "RunStopped: rank 1 (" in line
+    assert line.endswith(") died without an error message (killed, or crashed) after step 2")
+    assert (tmp_path / "run" / "log.txt").read_text().count("error: rank 1 (") == 1
 
 
 def fail() -> None:
