@@ -14,7 +14,8 @@ import socket
 import time
 from dataclasses import dataclass
 
-from moe_mamba.faults.messages import Challenge, Hello, Line, Welcome, is_proof, parse, proof
+from moe_mamba.faults.messages import Challenge, Hello, Line, Welcome, is_proof, proof
+from moe_mamba.parallel.messages import parse
 
 SECONDS_TO_PROVE = 10.0
 MOST_STRANGERS = 128  # connections without proof, besides those of the ranks that are still to come

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_mamba.faults.admission import Admission, Stranger
-from moe_mamba.faults.messages import Line, Order, Report, parse
+from moe_mamba.faults.messages import Line, Order, Report
+from moe_mamba.parallel.messages import parse
 from moe_mamba.parallel.topology import name_ranks
 
 SECONDS_BETWEEN_LOOKS = 0.1

@@ -5,24 +5,17 @@ import socket
 import threading
 import time
 from multiprocessing.connection import wait
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from moe_mamba.errors import one_line
+from moe_mamba.parallel.messages import M, Message, Text, parse
 
 LONGEST = 4096  # bytes of a line; a fault is a line for people, and those are short
 SECONDS_TO_SEND = 5
 SECONDS_OF_SILENCE = 30
 
-Text = Annotated[str, AfterValidator(one_line)]  # for the screen: no line breaks, no control characters, not long
 Hex = Annotated[str, Field(pattern=r"\A[0-9a-f]{32,64}\z")]
-
-
-class Message(BaseModel):
-    """What is sent or received: the types as they stand, no more keys than these."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class Challenge(Message):
@@ -63,17 +56,6 @@ class Order(Message):
     bye: bool = False
     abort: Text | None = None
     where: bool = False
-
-
-M = TypeVar("M", bound=Message)
-
-
-def parse(kind: type[M], line: bytes) -> M | None:
-    """The message in a line; None where it holds none of this kind."""
-    try:
-        return kind.model_validate_json(line)
-    except ValidationError:
-        return None
 
 
 def proof(token: str, who: str, challenge: str) -> str:
@@ -156,7 +138,7 @@ class Line:
         """
         line = b""
         while not line.endswith(b"\n") and len(line) <= LONGEST:
-            if not wait([self], max(0.0, deadline - time.monotonic())):
+            if not wait([self.connection], max(0.0, deadline - time.monotonic())):
                 raise TimeoutError("it does not answer")
             if not (byte := self.connection.recv(1)):
                 raise ConnectionResetError("it closed the connection")

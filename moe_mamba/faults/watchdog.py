@@ -25,9 +25,10 @@ from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.faults.admission import join_hub
 from moe_mamba.faults.coordinator import Hub, hang_line
-from moe_mamba.faults.messages import Line, Order, Report, parse
+from moe_mamba.faults.messages import Line, Order, Report
 from moe_mamba.faults.signals import Stop
 from moe_mamba.parallel.distributed import finish_world, from_all, from_first, has_lost_a_rank
+from moe_mamba.parallel.messages import parse
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events

@@ -12,7 +12,8 @@ from threading import Event
 
 import psutil
 
-from moe_mamba.faults.messages import Challenge, Hello, Line, Order, Report, Welcome, parse, proof
+from moe_mamba.faults.messages import Challenge, Hello, Line, Order, Report, Welcome, proof
+from moe_mamba.parallel.messages import parse
 from tests.faults.test_strangers import DEATH, Ranks, name, ranks  # noqa: F401  (a fixture)
 
 ODD = [

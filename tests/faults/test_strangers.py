@@ -18,7 +18,8 @@ import pytest
 from moe_mamba.faults import admission
 from moe_mamba.faults.admission import MOST_STRANGERS, join_hub
 from moe_mamba.faults.coordinator import Hub
-from moe_mamba.faults.messages import LONGEST, Challenge, Line, Order, Report, parse, proof
+from moe_mamba.faults.messages import LONGEST, Challenge, Line, Order, Report, proof
+from moe_mamba.parallel.messages import parse
 
 HERE = ("127.0.0.1",)
 DEATH = "died without an error message (killed, or crashed) after step 7"
