@@ -54,6 +54,7 @@ class Admission:
             self.server = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=backlog)
         else:
             self.server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+        self.server.setblocking(False)
         self.port: int = self.server.getsockname()[1]
         self._selector.register(self.server, selectors.EVENT_READ, self)
 

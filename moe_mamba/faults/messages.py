@@ -81,6 +81,7 @@ class Line:
         self._lock = threading.Lock()
         connection.settimeout(SECONDS_TO_SEND)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a short message waits for no other
         options = {
             "TCP_KEEPIDLE": 10,
             "TCP_KEEPINTVL": 5,
