@@ -5,6 +5,7 @@ than this container are of another one with the same name. Without any there is 
 has not begun, or something else than a training.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -20,7 +21,11 @@ def main() -> int:
     """Look for this host's newest heartbeat in the folders of runs below MOE_MAMBA_RUNS."""
     runs = Path(os.environ.get("MOE_MAMBA_RUNS", "runs"))
     name = f"heartbeats/{socket.gethostname()}"
-    found = [path.stat().st_mtime for pattern in ("", "*/", "*/*/") for path in runs.glob(pattern + name)]
+    found = []
+    for pattern in ("", "*/", "*/*/"):
+        for path in runs.glob(pattern + name):
+            with contextlib.suppress(OSError):  # replaced, or gone, since it was listed
+                found.append(path.stat().st_mtime)
     newest = max(found, default=0.0)
     if newest < psutil.Process(1).create_time():
         print(f"no training has begun below {runs}")

@@ -3,9 +3,11 @@
 from datetime import timedelta
 from pathlib import Path
 
+from moe_mamba.errors import one_line
 from moe_mamba.run.status import Status, read_status
 
 REASONS_SHOWN = 3
+LONGEST = 1e12  # seconds
 
 
 def main(run: str) -> None:
@@ -14,7 +16,7 @@ def main(run: str) -> None:
     Args:
         run: the run's folder, such as runs/demo.
     """
-    print("\n".join(f"{name:<12}{text}" for name, text in describe(run, read_status(Path(run)))))
+    print("\n".join(f"{name:<12}{one_line(text)}" for name, text in describe(run, read_status(Path(run)))))
 
 
 def describe(run: str, status: Status) -> list[tuple[str, str]]:
@@ -79,7 +81,7 @@ def _restarts(reasons: list[str]) -> list[tuple[str, str]]:
 
 def _duration(seconds: float) -> str:
     """75 -> 1 min; 90000 -> 1 d 1 h."""
-    whole = timedelta(seconds=max(0, round(seconds)))
+    whole = timedelta(seconds=round(min(max(0.0, seconds), LONGEST)))
     hours, rest = divmod(whole.seconds, 3600)
     if whole.days:
         return f"{whole.days} d {hours} h"

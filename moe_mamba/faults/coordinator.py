@@ -5,74 +5,22 @@ however it dies; probes (keepalive) notice a machine or a network that is gone. 
 keeps its connection: it is not taken for dead.
 """
 
-import contextlib
-import hmac
-import json
-import os
 import secrets
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from moe_mamba.faults.admission import Admission, Stranger
+from moe_mamba.faults.messages import Line, Order, Report
+from moe_mamba.parallel.messages import parse
 from moe_mamba.parallel.topology import name_ranks
 
+SECONDS_BETWEEN_LOOKS = 0.1
 # Secondary errors (collectives that fail because a rank is gone) may come before the root cause is known.
 SECONDS_FOR_ROOT_CAUSE = 0.5
 SECONDS_TO_ANSWER = 3.0
-SECONDS_OF_SILENCE = 30
-
-
-class Line:
-    """A connection of JSON lines; `send` may be called from several threads."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self._rest = b""
-        self._lock = threading.Lock()
-        connection.settimeout(5)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {
-            "TCP_KEEPIDLE": 10,
-            "TCP_KEEPINTVL": 5,
-            "TCP_KEEPCNT": 4,
-            "TCP_USER_TIMEOUT": 1000 * SECONDS_OF_SILENCE,
-        }
-        for name, value in options.items():
-            if hasattr(socket, name):  # not every system has all of them
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def fileno(self) -> int:
-        """For ``select``."""
-        return self.connection.fileno()
-
-    def send(self, **message: Any) -> None:
-        """Send a message; one that cannot be sent is dropped, for the reader learns of the end of the connection."""
-        try:
-            with self._lock:
-                self.connection.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come, once ``select`` says there are some; None: the other end is gone."""
-        try:
-            data = self.connection.recv(65536)
-        except TimeoutError:
-            return []
-        except OSError:
-            data = b""
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def close(self) -> None:
-        """End the connection."""
-        self.connection.close()
 
 
 @dataclass
@@ -95,20 +43,16 @@ class Hub(threading.Thread):
 
     Args:
         step: tells how many steps are done.
+        ranks: how many there are.
     """
 
-    def __init__(self, step: Callable[[], int]) -> None:
+    def __init__(self, step: Callable[[], int], ranks: int) -> None:
         super().__init__(name="hub", daemon=True)
         self._step = step
-        is_local = os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1")
-        if is_local or not socket.has_dualstack_ipv6():
-            self._server = socket.create_server(("127.0.0.1" if is_local else "", 0))
-        else:
-            self._server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-        self.port: int = self._server.getsockname()[1]
         self.token = secrets.token_hex(16)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._server, selectors.EVENT_READ)
+        self._admission = Admission(self._selector, self.token, ranks)
+        self.port = self._admission.port
         self._members: dict[int, Member] = {}
         self._secondary: tuple[float, str] | None = None
         self._question: tuple[float, int] | None = None
@@ -117,74 +61,63 @@ class Hub(threading.Thread):
 
     def run(self) -> None:
         """Serve until closed."""
-        strangers: dict[int, Line] = {}
         while not self._closing.is_set():
-            for key, _ in self._selector.select(0.1):
-                if key.fileobj is self._server:
-                    with contextlib.suppress(OSError):  # gone again
-                        line = Line(self._server.accept()[0])
-                        self._selector.register(line, selectors.EVENT_READ)
-                        strangers[line.fileno()] = line
-                elif isinstance(key.data, Member):
+            for key, _ in self._selector.select(SECONDS_BETWEEN_LOOKS):
+                if isinstance(key.data, Member):
                     self._hear(key.data)
+                elif isinstance(key.data, Stranger):
+                    self._admit(key.data)
                 else:
-                    self._admit(strangers.pop(key.fd))
+                    self._admission.accept()
+            self._admission.look()
             self._decide()
+        self._admission.close()
         for member in self._members.values():
-            member.line.send(bye=True)
+            member.line.send(Order(bye=True))
             member.line.close()
         self._selector.close()
-        self._server.close()
 
     def close(self) -> None:
         """End without anybody taking it for a death."""
         self._closing.set()
         self.join()
 
-    def _admit(self, line: Line) -> None:
-        """Let a rank in, whose first message is its name and the token; others are shut out."""
-        try:
-            messages = line.receive() or [{}]
-            hello = messages[0]
-            is_ours = hmac.compare_digest(str(hello.get("token")), self.token)
-        except (ValueError, AttributeError):  # not JSON, or no object: anybody may connect
-            is_ours = False
-        self._selector.unregister(line)
-        if not is_ours:
-            line.close()
+    def _admit(self, stranger: Stranger) -> None:
+        """Let a rank in."""
+        if (admitted := self._admission.hear(stranger)) is None:
             return
-        member = Member(hello["rank"], hello["host"], hello["process"], line)
+        hello, line, lines = admitted
+        member = Member(hello.rank, hello.host, hello.process, line)
         self._members[member.rank] = member
         self._selector.register(line, selectors.EVENT_READ, member)
-        self._take(member, messages[1:])
+        self._take(member, lines)
 
     def _hear(self, member: Member) -> None:
-        messages = member.line.receive()
-        if messages is None:
+        lines = member.line.receive()
+        if lines is None:
             self._selector.unregister(member.line)
+            member.line.close()
             if not member.has_ended:
                 self._abort(f"{member} died without an error message (killed, or crashed) after step {self._step():,}")
             member.has_ended = True
         else:
-            self._take(member, messages)
+            self._take(member, lines)
 
-    def _take(self, member: Member, messages: list[dict[str, Any]]) -> None:
-        for message in messages:
-            if "bye" in message:
-                member.has_ended = True
-            if "place" in message:
-                member.place = message["place"]
-            if "fault" in message:
-                member.has_ended = True
-                line = f"{member} stopped after step {self._step():,}: {message['fault']}"
-                if not message["is_secondary"]:
+    def _take(self, member: Member, lines: list[bytes]) -> None:
+        """Take in a rank's reports; what is none is passed over, for its connection still tells of its death."""
+        for report in filter(None, (parse(Report, line) for line in lines)):
+            member.has_ended |= report.bye or report.fault is not None
+            member.place = report.place or member.place
+            if report.fault is not None:
+                line = f"{member} stopped after step {self._step():,}: {report.fault}"
+                if not report.is_secondary:
                     self._abort(line)
                 elif self._secondary is None:
                     self._secondary = (time.monotonic() + SECONDS_FOR_ROOT_CAUSE, line)
-            if "hung" in message and self._question is None:
-                self._question = (time.monotonic() + SECONDS_TO_ANSWER, message["hung"])
+            if report.hung is not None and self._question is None:
+                self._question = (time.monotonic() + SECONDS_TO_ANSWER, report.hung)
                 for other in self._members.values():
-                    other.line.send(where=True)
+                    other.line.send(Order(where=True))
 
     def _decide(self) -> None:
         """Abort where no more than a secondary error came, or where the ranks that were asked have had their time."""
@@ -202,7 +135,7 @@ class Hub(threading.Thread):
         if not self._is_decided:
             self._is_decided = True
             for member in self._members.values():
-                member.line.send(abort=line)
+                member.line.send(Order(abort=line))
 
 
 def hang_line(places: dict[int, str | None], seconds: int) -> str:

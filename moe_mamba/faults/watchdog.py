@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import faulthandler
 import os
-import select
 import signal
 import socket
 import sys
@@ -17,15 +16,19 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped, UserError
-from moe_mamba.faults.coordinator import Hub, Line, hang_line
+from moe_mamba.faults.admission import join_hub
+from moe_mamba.faults.coordinator import Hub, hang_line
+from moe_mamba.faults.messages import Line, Order, Report
 from moe_mamba.faults.signals import Stop
 from moe_mamba.parallel.distributed import finish_world, from_all, from_first, has_lost_a_rank
+from moe_mamba.parallel.messages import parse
 from moe_mamba.parallel.topology import World
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events
@@ -89,7 +92,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         if self.world.size == 1:
             return
         if self.world.is_first:
-            self._hub = Hub(lambda: self.step)
+            self._hub = Hub(lambda: self.step, self.world.size)
             self._hub.start()
         mine = (self._hub.port, self._hub.token, socket.gethostname(), os.getpid()) if self._hub else None
         told = from_first(mine)
@@ -100,9 +103,8 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         address = "127.0.0.1" if self.world.is_first else os.environ["MASTER_ADDR"]
         trouble = None
         try:
-            line = Line(socket.create_connection((address, port), timeout=60))
-            line.send(rank=self.world.rank, token=token, host=socket.gethostname(), process=os.getpid())
-            self._line, self._is_listening = line, True
+            self._line = join_hub(address, port, token, self.world.rank)
+            self._is_listening = True
         except OSError as error:
             trouble = f"rank {self.world.rank} cannot reach rank 0 at {address}, port {port} ({error}): open it"
         self.stop.ring()
@@ -114,7 +116,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
     ) -> None:
         self._is_leaving = isinstance(error, (RunStopped, UserError))
         if error is None:
-            self._send(bye=True)
+            self._send(Report(bye=True))
         elif self._line is not None:
             self._report(error)
         if error is not None:
@@ -131,7 +133,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         if not self._is_leaving:
             traceback.print_exception(error)  # into the log; the screen gets one line
             text = f"{type(error).__name__}: {text.splitlines()[0] if text else ''} (its traceback is in the log)"
-        self._send(fault=text, is_secondary=has_lost_a_rank(error))
+        self._send(Report(fault=text, is_secondary=has_lost_a_rank(error)))
         self._aborted.wait(SECONDS_FOR_ABORT)
 
     def _leave(self, is_valid: bool) -> None:
@@ -159,16 +161,16 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             self._is_end_noted = True
             self._events.write("stop", self.step, reason=reason)
 
-    def _send(self, **message: object) -> None:
+    def _send(self, report: Report) -> None:
         if self._line is not None:
-            self._line.send(**message)
+            self._line.send(report)
 
     # What follows runs in the thread.
 
     def _run(self) -> None:
         while not self._left.is_set():
             ends: list[Any] = [self.stop.heard, *([self._line] if self._is_listening else [])]
-            ready, _, _ = select.select(ends, [], [], TICK)
+            ready = wait(ends, TICK)  # unlike ``select.select``, also for descriptors past 1,023
             self.stop.check()
             if self._line in ready:
                 self._hear()
@@ -179,7 +181,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             self._live(still)
             if self._is_listening and still > self.timeout:
                 places = {self.world.rank: self._place(), 0: None}
-                self._request_abort(hang_line(places, self.timeout), hung=self.timeout)
+                self._request_abort(hang_line(places, self.timeout), Report(hung=self.timeout))
             if self._pending_abort is not None and time.monotonic() > self._pending_abort[0]:
                 self._abort(self._pending_abort[1], self._prints_without_first)
 
@@ -198,18 +200,18 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
     def _hear(self) -> None:
         """Take in what the hub says; its silent end is rank 0's."""
         assert self._line is not None
-        messages = self._line.receive()
-        if messages is None:
+        lines = self._line.receive()
+        if lines is None:
             self._is_listening = False
             line = f"{self._first} died without an error message (killed, or crashed) after step {self.step:,}"
             self._abort(line, self._prints_without_first)
-        for message in messages or []:
-            if "bye" in message:
+        for order in filter(None, (parse(Order, line) for line in lines or [])):
+            if order.bye:
                 self._is_listening = False
-            elif "where" in message:
-                self._send(place=self._place())
-            elif "abort" in message:
-                self._abort(message["abort"], self.world.is_first)
+            if order.where:
+                self._send(Report(place=self._place()))
+            if order.abort is not None:
+                self._abort(order.abort, self.world.is_first)
 
     def _check_stop(self) -> None:
         """End what does not come to its end within the grace time."""
@@ -226,16 +228,16 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
                 f"{stop.reason} came, but the step was not saved within checkpoint.grace={self.grace} s: "
                 "the last complete checkpoint is kept"
             )
-            self._request_abort(line, fault=line, is_secondary=False)
+            self._request_abort(line, Report(fault=line))
 
     def _place(self) -> str:
         return f"step {self.step + 1:,} in {self._stand.place()}"
 
-    def _request_abort(self, line: str, **message: object) -> None:
+    def _request_abort(self, line: str, report: Report) -> None:
         """Ask the hub to abort; where no abort message comes, or there is no hub, `line` is the abort line."""
         if self._pending_abort is None:
             self._pending_abort = (time.monotonic() + (SECONDS_FOR_ABORT if self._is_listening else 0.0), line)
-            self._send(**message)
+            self._send(report)
 
     def _abort(self, line: str, prints: bool) -> None:
         """Abort the run: print the line, and end the process if the main thread cannot do it."""

@@ -45,7 +45,7 @@ def name_of_world(store: Store, world: World, timeout: timedelta) -> str:
         return _give_name(store, world.size, timeout)
     question = secrets.token_hex(8)
     store.set(f"question/{world.rank}", question)
-    name = store.get(f"answer/{question}").decode()
+    name = store.get(f"answer/{question}").decode(errors="replace")
     store.set(f"confirmed/{name}/{world.rank}", "")
     return name
 
@@ -58,7 +58,7 @@ def _give_name(store: Store, size: int, timeout: timedelta) -> str:
         for rank in missing:
             if (
                 store.check([f"question/{rank}"])
-                and (question := store.get(f"question/{rank}").decode()) not in answered
+                and (question := store.get(f"question/{rank}").decode(errors="replace")) not in answered
             ):
                 store.set(f"answer/{question}", name)
                 answered.add(question)

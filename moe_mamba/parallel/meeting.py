@@ -6,7 +6,6 @@ torch.distributed (rank 0's, or the agent's of torchrun) beside the one that the
 """
 
 import contextlib
-import json
 import math
 import os
 import socket
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from moe_mamba.errors import LocalError, RunStopped, UserError
 from moe_mamba.parallel.agent_store import name_of_world
+from moe_mamba.parallel.messages import Message, Text
 from moe_mamba.parallel.network import (
     Patience,
     Say,
@@ -32,11 +32,28 @@ from moe_mamba.parallel.network import (
     wait_for_name,
     wait_for_port,
 )
-from moe_mamba.parallel.store import wait_for_keys
+from moe_mamba.parallel.store import read_key, wait_for_keys
 from moe_mamba.parallel.topology import World, name_ranks
 
 PATIENCE = Patience()
 SECONDS_TO_HEAR = 3.0
+
+
+class Arrival(Message):
+    """What a rank says of itself: its machine, what tells that apart, its process, and what is wrong there."""
+
+    host: Text
+    machine: str
+    process: int
+    size: int
+    fault: Text | None
+    loopback: Text | None
+
+
+class Start(Message):
+    """How rank 0 lets the run begin: with 0, or the exit code with which it ends."""
+
+    code: int
 
 
 class Meeting(contextlib.AbstractContextManager["Meeting"]):
@@ -95,7 +112,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
             return
         self._is_told = True
         if self.world.is_first:
-            self._store.set("start", json.dumps({"code": 0}))
+            self._store.set("start", Start(code=0).model_dump_json())
             return
         code = self._wait_for_start()
         if code == 2:
@@ -110,7 +127,7 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
             self._is_told = True
             code = 2 if isinstance(error, UserError) else getattr(error, "code", None) or 1
             with contextlib.suppress(dist.DistError):
-                self._store.set("start", json.dumps({"code": code}))
+                self._store.set("start", Start(code=code).model_dump_json())
                 self._until_heard()
 
     def say(self, line: str) -> None:
@@ -161,30 +178,30 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
         """Say that this rank is there, and what it knows to be wrong with its machine."""
         assert self._store is not None
         is_alone = self.world.local_size == self.world.size
-        here = {
-            "host": socket.gethostname(),
-            "machine": _machine(),
-            "process": os.getpid(),
-            "size": self.world.size,
-            "fault": interface_fault(self.environment),
-            "loopback": None if is_alone else loopback_fault(self.environment, self._address),
-        }
+        here = Arrival(
+            host=socket.gethostname(),
+            machine=_machine(),
+            process=os.getpid(),
+            size=self.world.size,
+            fault=interface_fault(self.environment),
+            loopback=None if is_alone else loopback_fault(self.environment, self._address),
+        )
         if not self._is_agents and (number := self._store.add(f"count/{self.world.rank}", 1)) > 1:
             self._store = None  # it is the others'
             raise UserError(
-                f"{number} processes call themselves rank {self.world.rank}, one on {here['host']}: give each its own "
+                f"{number} processes call themselves rank {self.world.rank}, one on {here.host}: give each its own "
                 "rank (deepspeed's --node_rank, torchrun's --node-rank, RANK)"
             )
-        self._store.set(f"rank/{self.world.rank}", json.dumps(here))
+        self._store.set(f"rank/{self.world.rank}", here.model_dump_json())
         if not self.world.is_first and self._wait("rank/0", self.patience.arrival):
-            first = json.loads(self._store.get("rank/0"))
-            if first["size"] != self.world.size:
+            first = read_key(self._store, "rank/0", Arrival)
+            if first.size != self.world.size:
                 raise UserError(
-                    f"rank {self.world.rank} on {here['host']} was started as one of {self.world.size} processes, "
-                    f"rank 0 on {first['host']} as one of {first['size']}: give all the same WORLD_SIZE"
+                    f"rank {self.world.rank} on {here.host} was started as one of {self.world.size} processes, "
+                    f"rank 0 on {first.host} as one of {first.size}: give all the same WORLD_SIZE"
                 )
             if not self._is_agents:
-                self._server = f"rank 0 ({first['host']}, process {first['process']})"
+                self._server = f"rank 0 ({first.host}, process {first.process})"
 
     def _call_roll(self) -> None:
         """Wait for all ranks; rank 0 only.
@@ -209,9 +226,9 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
                 is_said = True
             time.sleep(self.patience.pause)
         self._arrived = self.world.size
-        here = [json.loads(self._store.get(f"rank/{rank}")) for rank in range(self.world.size)]
-        is_one = len({each["machine"] for each in here}) == 1
-        wrong = {each["machine"]: each["fault"] or (None if is_one else each["loopback"]) for each in here}
+        here: list[Arrival] = [read_key(self._store, f"rank/{rank}", Arrival) for rank in range(self.world.size)]
+        is_one = len({each.machine for each in here}) == 1
+        wrong = {each.machine: each.fault or (None if is_one else each.loopback) for each in here}
         faults = list(filter(None, wrong.values()))
         if faults:
             more = f" ({len(faults) - 1} other machines likewise)" if len(faults) > 1 else ""
@@ -226,11 +243,13 @@ class Meeting(contextlib.AbstractContextManager["Meeting"]):
         assert self._store is not None
         try:
             self._wait("start", math.inf)
-            code = int(json.loads(self._store.get("start"))["code"])
+            start: Start = read_key(self._store, "start", Start)
             self._store.add("heard", 1)
-            return code
+            return start.code
         except dist.DistError:
             raise self._lost() from None
+        except UserError as error:
+            raise (LocalError if self._speaks else UserError)(str(error)) from None
 
     def _lost(self) -> RunStopped:
         """What ends a rank whose store is gone; printed by one rank of each machine."""

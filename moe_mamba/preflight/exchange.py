@@ -4,14 +4,16 @@ A process group cannot be asked whether it can be made: where a host name leads 
 some ranks and the others wait for hours. The store needs one port on rank 0's machine, and tells who did not come.
 """
 
-import json
 import time
+from types import NoneType
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from moe_mamba.errors import UserError
-from moe_mamba.parallel.store import wait_for_keys
+from moe_mamba.parallel.messages import Text
+from moe_mamba.parallel.store import checked, wait_for_keys
 from moe_mamba.parallel.topology import World
 
 SAMPLES = 8  # round trips of which the quickest is taken
@@ -32,14 +34,18 @@ class Exchange:
         self._store = store
         self._calls = 0
 
-    def to_first(self, value: Any) -> list[Any] | None:
+    def to_first(self, value: Any = None, kind: Any = NoneType) -> list[Any] | None:
         """Every rank's value, as JSON, in the order of ranks, on rank 0; None on the others.
+
+        Args:
+            value: this rank's.
+            kind: its type, that pydantic knows.
 
         Raises:
             UserError: ranks do not come in time; rank 0 names them, and the others hear it at the next `from_first`.
         """
         name = self._next()
-        self._store.set(f"{name}/{self.world.rank}", json.dumps(value))
+        self._store.set(f"{name}/{self.world.rank}", TypeAdapter(kind).dump_json(value).decode())
         if not self.world.is_first:
             return None
         keys = [f"{name}/{rank}" for rank in range(self.world.size)]
@@ -50,20 +56,24 @@ class Exchange:
                 f"{len(missing)} of {self.world.size} ranks did not come within {self.timeout:.0f} s: {named}: "
                 "see why on their machines, or start as many processes as there are"
             )
-            self._publish({"refused": line})
+            self._publish(self._calls + 1, (line, None), None)
             raise UserError(line)
-        return [json.loads(value) for value in self._store.multi_get(keys)]
+        return [checked(value, kind) for value in self._store.multi_get(keys)]
 
-    def from_first(self, value: Any = None) -> Any:
+    def from_first(self, value: Any = None, kind: Any = NoneType) -> Any:
         """What rank 0 has, as JSON, on every rank.
+
+        Args:
+            value: rank 0's.
+            kind: its type, that pydantic knows.
 
         Raises:
             UserError: rank 0 refuses, or says nothing in time.
         """
         name = self._next()
         if not self.world.is_first:
-            return self._hear(name)
-        self._publish({"value": value})
+            return self._hear(name, kind)
+        self._publish(self._calls, (None, value), kind)
         return value
 
     def clock_offset(self, ranks: list[int]) -> tuple[float, float] | None:
@@ -84,7 +94,7 @@ class Exchange:
         for sample in range(SAMPLES):
             begin = time.time()
             self._store.set(f"{name}/{self.world.rank}/{sample}/ask", "")
-            there = float(self._get(f"{name}/{self.world.rank}/{sample}/answer", 2 * self.timeout))
+            there = checked(self._get(f"{name}/{self.world.rank}/{sample}/answer", 2 * self.timeout), float)
             end = time.time()
             trips.append((end - begin, (begin + end) / 2 - there))
         delay, offset = min(trips)
@@ -94,16 +104,16 @@ class Exchange:
         self._calls += 1
         return str(self._calls)
 
-    def _publish(self, message: dict[str, Any]) -> None:
-        """For the call that the others are in, or come to next."""
-        call = self._calls + ("refused" in message)
-        self._store.set(f"{call}/first", json.dumps(message))
+    def _publish(self, call: int, message: tuple[str | None, Any], kind: Any) -> None:
+        """Say why rank 0 refuses, or its value: for the call that the others are in, or come to next."""
+        self._store.set(f"{call}/first", TypeAdapter(tuple[Text | None, kind]).dump_json(message).decode())
 
-    def _hear(self, name: str) -> Any:
-        message = json.loads(self._get(f"{name}/first", 2 * self.timeout))  # rank 0 may wait for another meanwhile
-        if "refused" in message:
-            raise UserError(message["refused"])
-        return message["value"]
+    def _hear(self, name: str, kind: Any) -> Any:
+        message = self._get(f"{name}/first", 2 * self.timeout)  # rank 0 may wait for another meanwhile
+        refused, value = checked(message, tuple[Text | None, kind | None])
+        if refused is not None:
+            raise UserError(refused)
+        return value
 
     def _get(self, key: str, timeout: float) -> bytes:
         if not self._wait([key], timeout):

@@ -5,12 +5,15 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from moe_mamba.preflight.exchange import Exchange
 from moe_mamba.preflight.report import Folder
 
 PREFIX = ".preflight-"
+Nonce = Annotated[str, Field(pattern=r"\A[0-9a-f]{16}\z")]  # of a folder that is made, and removed
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,22 @@ def look(exchange: Exchange, machine: str, folders: dict[str, Path]) -> dict[str
         On rank 0: name of a folder -> what each rank saw; nothing on the others.
     """
     world = exchange.world
-    nonce: str = exchange.from_first(secrets.token_hex(8))
+    nonce: str = exchange.from_first(secrets.token_hex(8), Nonce)
     places = {name: path / f"{PREFIX}{nonce}" for name, path in folders.items()}
     faults = {name: _write(place, world.rank, nonce) for name, place in places.items()}
-    exchange.to_first(None)
+    exchange.to_first()
     exchange.from_first()  # all have written
     neighbour = (world.rank + 1) % world.size
     reports = {name: _list(place, (0, neighbour), nonce) for name, place in places.items() if not faults[name]}
-    reports |= {name: {"ranks": [], "fault": fault} for name, fault in faults.items() if fault}
-    everyone = exchange.to_first({"machine": machine, "folders": reports})
+    reports |= {name: ([], fault) for name, fault in faults.items() if fault}
+    everyone = exchange.to_first((machine, reports), tuple[str, dict[str, tuple[list[int], str | None]]])
     exchange.from_first()  # all have looked
     for place in places.values():
         shutil.rmtree(place, ignore_errors=True)
     seen: dict[str, list[Seen]] = {}
-    for rank, one in enumerate(everyone or ()):
-        for name, report in one["folders"].items():
-            seen.setdefault(name, []).append(Seen(rank, one["machine"], frozenset(report["ranks"]), report["fault"]))
+    for rank, (host, folders_seen) in enumerate(everyone or ()):
+        for name, (ranks, fault) in folders_seen.items():
+            seen.setdefault(name, []).append(Seen(rank, host, frozenset(ranks), fault))
     return seen
 
 
@@ -101,11 +104,11 @@ def _write(folder: Path, rank: int, nonce: str) -> str | None:
     return None
 
 
-def _list(folder: Path, read: tuple[int, ...], nonce: str) -> dict[str, Any]:
-    """The ranks whose files are there; those of `read` only if they hold the nonce."""
+def _list(folder: Path, read: tuple[int, ...], nonce: str) -> tuple[list[int], str | None]:
+    """The ranks whose files are there; those of `read` only if they hold the nonce; why it cannot be read."""
     try:
         found = {int(path.name) for path in folder.iterdir()}
         found -= {rank for rank in found.intersection(read) if (folder / str(rank)).read_text() != nonce}
     except OSError as error:
-        return {"ranks": [], "fault": f"it cannot be read ({error.strerror})"}
-    return {"ranks": sorted(found), "fault": None}
+        return [], f"it cannot be read ({error.strerror})"
+    return sorted(found), None

@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 
 import psutil
 
@@ -11,6 +12,7 @@ from moe_mamba.parallel.network import ELSEWHERE, family_of, usable_interfaces
 from moe_mamba.preflight.report import Interface
 
 SECONDS_TO_CONNECT = 5.0
+SECONDS_TO_REST = 0.05
 ASKED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -44,19 +46,21 @@ class Listener:
         self.token = secrets.token_hex(8)
         self._server = socket.create_server((address, 0), family=family_of(address))
         self.port: int = self._server.getsockname()[1]
+        self._is_closed = False
         threading.Thread(target=self._answer, name="preflight", daemon=True).start()
 
     def _answer(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 connection, _ = self._server.accept()
-            except OSError:  # closed
-                return
-            with connection:
-                connection.sendall(self.token.encode())
+                with connection:
+                    connection.sendall(self.token.encode())
+            except OSError:  # closed; gone again; or no descriptor is left for now
+                time.sleep(SECONDS_TO_REST)
 
     def close(self) -> None:
         """Close the port, and with it the thread that waits at it."""
+        self._is_closed = True
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
 

@@ -86,7 +86,7 @@ def compare(exchange: Exchange, config: Config, *, thorough: bool) -> Comparison
     """
     world = exchange.world
     facts = rank_facts(config, world, thorough=thorough)
-    places: list[str] = exchange.from_first(exchange.to_first(facts.machine))
+    places: list[str] = exchange.from_first(exchange.to_first(facts.machine, str), list[str])
     machines = {place: [rank for rank, one in enumerate(places) if one == place] for place in dict.fromkeys(places)}
     if len(machines) > 1:
         facts = facts.model_copy(update={"unreached": _unreached(exchange, facts, machines)})
@@ -98,24 +98,24 @@ def compare(exchange: Exchange, config: Config, *, thorough: bool) -> Comparison
     seen = look(exchange, facts.machine, paths)
     others = [ranks[0] for ranks in machines.values() if ranks[0] != 0]
     offset = exchange.clock_offset(others)
-    everyone = exchange.to_first([facts.model_dump(), offset])
-    comparison = _conclude(config, machines, everyone or [], seen, paths) if everyone else None
-    findings = exchange.from_first(comparison and [finding.model_dump() for finding in comparison.findings])
-    exchange.to_first(None)  # rank 0, which has the store, is the last to leave
+    everyone = exchange.to_first((facts, offset), tuple[RankFacts, tuple[float, float] | None])
+    comparison = _conclude(config, machines, everyone, seen, paths) if everyone else None
+    findings = exchange.from_first(comparison and comparison.findings, list[Finding])
+    exchange.to_first()  # rank 0, which has the store, is the last to leave
     if comparison is not None:
         return comparison
-    return Comparison([Finding(**finding) for finding in findings], machines, [], [], [], None)
+    return Comparison(findings, machines, [], [], [], None)
 
 
 def _conclude(
     config: Config,
     machines: dict[str, list[int]],
-    everyone: list[list],
+    everyone: list[tuple[RankFacts, tuple[float, float] | None]],
     seen: dict[str, list[Seen]],
     paths: dict[str, Path],
 ) -> Comparison:
     """On rank 0: what the facts of all ranks come to."""
-    ranks = [RankFacts(**facts) for facts, _ in everyone]
+    ranks = [facts for facts, _ in everyone]
     clocks = [
         Clock(machine=fact.machine, offset_seconds=offset[0], delay_seconds=offset[1])
         for fact, (_, offset) in zip(ranks, everyone, strict=True)
@@ -144,8 +144,9 @@ def _unreached(exchange: Exchange, facts: RankFacts, machines: dict[str, list[in
     listener = None
     if exchange.world.rank == machines[facts.machine][0] and facts.address is not None:
         listener = network.Listener(facts.address)
-    door = [facts.address, listener.port, listener.token] if listener else None
-    doors = exchange.from_first(exchange.to_first(door))
+    door = (facts.address, listener.port, listener.token) if listener else None
+    kind = tuple[str, int, str] | None
+    doors = exchange.from_first(exchange.to_first(door, kind), list[kind])
     names = list(machines)
     place = names.index(facts.machine)
     found: dict[str, str] = {}
@@ -154,7 +155,7 @@ def _unreached(exchange: Exchange, facts: RankFacts, machines: dict[str, list[in
         # An address that no other machine reaches is told by itself.
         if door is not None and not is_loopback(door[0]) and (why := network.connect(*door)) is not None:
             found[name] = why
-    exchange.to_first(None)
+    exchange.to_first()
     exchange.from_first()  # all have connected
     if listener is not None:
         listener.close()

@@ -6,13 +6,45 @@ import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_mamba.errors import one_line
+from moe_mamba.parallel.messages import Text
+
+Whole = Annotated[int, Field(ge=0, le=10**15)]
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 FILE = "events.jsonl"
 LOG_TAIL = 2**18  # bytes of a log in which the line that ended a run is looked for
 ENDS = ("stop", "finish")
 STARTS = ("start", "restart")
 log = logging.getLogger(__name__)
+
+
+class Line(BaseModel):
+    """A line of a run's files, which other processes write while it is read: what is used of it, of these types."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    step: Whole
+
+
+class Event(Line):
+    """A line of `events.jsonl`."""
+
+    time: str
+    event: str
+    steps: Whole = 0
+    processes: Whole = 0
+    machines: dict[Text, Whole] = {}
+    log_bytes: Whole = 0
+    reason: Text = ""
+    batches: list[Whole] = []
+    rank: Whole = 0
+    host: Text = ""
+    times: Number = 0.0
+    share: Number = 0.0
 
 
 class Events:
@@ -57,8 +89,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file of lines, and how many lines are damaged; nothing where there is no file."""
+def read_lines(path: Path, kind: type[Line]) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a file that are of a kind, and how many are not; nothing where there is no file."""
     lines, damaged = [], 0
     try:
         content = path.read_bytes()
@@ -70,20 +102,16 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-        else:
+            lines.append(kind.model_validate_json(text).model_dump(exclude_unset=True))
+        except ValidationError:
             damaged += 1
     return lines, damaged
 
 
 def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of a run, oldest first, and how many lines are damaged; those without a name or a time are."""
-    lines, damaged = read_lines(Path(folder) / FILE)
-    events = [line for line in lines if isinstance(line.get("event"), str) and time_of(line) is not None]
+    """The events of a run, oldest first, and how many lines are damaged; those without a time are."""
+    lines, damaged = read_lines(Path(folder) / FILE, Event)
+    events = [line for line in lines if time_of(line) is not None]
     return events, damaged + len(lines) - len(events)
 
 
@@ -106,20 +134,20 @@ def why_ended(events: list[dict[str, Any]], log_file: Path) -> str:
         if event["event"] == "finish":
             return "it was finished"
         if event["event"] == "stop":
-            return str(event.get("reason", "stopped"))
+            return event.get("reason", "stopped")
         if event["event"] in STARTS:
-            said = _last_error(log_file, event.get("log_bytes"))
+            said = _last_error(log_file, event.get("log_bytes", 0))
             return said or "it ended without a word (killed, or its machine was lost)"
     return "it ended before it began to train"
 
 
-def _last_error(log_file: Path, start: Any) -> str | None:
+def _last_error(log_file: Path, start: int) -> str | None:
     """The last line of a log from byte `start` on that says an error."""
     try:
         with log_file.open("rb") as stream:
             end = stream.seek(0, os.SEEK_END)
-            stream.seek(max(start if isinstance(start, int) else 0, end - LOG_TAIL, 0))
+            stream.seek(max(start, end - LOG_TAIL, 0))
             lines = stream.read().decode(errors="replace").splitlines()
     except OSError:
         return None
-    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+    return next((one_line(line[7:]) for line in reversed(lines) if line.startswith("error: ")), None)

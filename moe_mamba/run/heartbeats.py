@@ -7,9 +7,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moe_mamba.run.events import time_of
+from pydantic import ValidationError
+
+from moe_mamba.run.events import Line, time_of
 
 FOLDER = "heartbeats"
+
+
+class Heartbeat(Line):
+    """What such a file holds."""
+
+    time: str
+    process: int
 
 
 def write_heartbeat(folder: Path, host: str, step: int) -> None:
@@ -39,10 +48,10 @@ def read_heartbeats(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((Path(folder) / FOLDER).glob("[!.]*")):
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
+            content = Heartbeat.model_validate_json(path.read_bytes()).model_dump()
+        except (OSError, ValidationError):
             continue
-        if isinstance(content, dict) and (time := time_of(content)) is not None:
+        if (time := time_of(content)) is not None:
             found[path.name] = content | {"time": time}
     return found
 
@@ -51,4 +60,5 @@ def forget_machines(folder: Path, hosts: set[str]) -> None:
     """Drop the signs of life of machines that are no longer of the run."""
     for path in (Path(folder) / FOLDER).glob("[!.]*"):
         if path.name not in hosts:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's, or a folder
+                path.unlink()

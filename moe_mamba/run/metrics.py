@@ -190,32 +190,38 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(folder) / FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the folder of a run that has trained")
-    return [line for line, _ in _lines(path)]
+    lines = []
+    for number, (line, _) in enumerate(_lines(path), 1):
+        if line is None:
+            raise UserError(f"{path}, line {number}: not a line of metrics: remove it")
+        lines.append(line)
+    return lines
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line of a file of metrics, and the byte at which it ends."""
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """Each whole line of a file of metrics, None where it is damaged, and the byte at which it ends."""
     end = 0
     with path.open("rb") as stream:
-        for number, text in enumerate(stream, 1):
+        for text in stream:
             if not text.endswith(b"\n"):
                 return
             try:
                 line = json.loads(text)
-                int(line["step"])
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
+            except (ValueError, RecursionError):
+                line = None
+            is_one = isinstance(line, dict) and isinstance(line.get("step"), int)
             end += len(text)
-            yield line, end
+            yield line if is_one else None, end
 
 
 def _end_of_step(path: Path, step: int) -> int:
-    """Bytes of the file up to its last whole line of `step` or before."""
+    """Bytes of the file up to its last whole line of `step` or before; a damaged one before that stays."""
     last = 0
     for line, end in _lines(path):
-        if line["step"] > step:
+        if line is not None and line["step"] > step:
             break
-        last = end
+        if line is not None:
+            last = end
     return last
 
 

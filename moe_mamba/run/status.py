@@ -1,6 +1,5 @@
 """How a run stands, read from its folder alone: of a run that works, has ended, was killed, or has only begun."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -8,20 +7,33 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from pydantic import Field
+
 from moe_mamba.checkpoint.divergence import has_diverged
 from moe_mamba.checkpoint.manifest import MANIFEST
 from moe_mamba.checkpoint.retention import step_of, steps_in
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import UserError
+from moe_mamba.parallel.messages import Text
 from moe_mamba.run import metrics as metrics_file
-from moe_mamba.run.events import ENDS, STARTS, read_events, read_lines, time_of, why_ended
+from moe_mamba.run.events import ENDS, STARTS, Line, Number, Whole, read_events, read_lines, time_of, why_ended
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.heartbeats import FOLDER as HEARTBEATS
 from moe_mamba.run.heartbeats import read_heartbeats
 
 SECONDS_TO_REPORT = 20.0  # in which a run that has ended may still give signs of life
 SILENT = 60.0  # seconds without a sign of life after which a machine is not believed to work
+SHOWN = 3  # files that cannot be read
 RECENT = 50  # lines of metrics that the present speed and the trend of the loss are taken from
+
+
+class Figures(Line):
+    """A line of `metrics.jsonl`."""
+
+    loss: Number | None = None
+    tokens: Whole = 0
+    tokens_per_second: Number | None = None
+    validation: dict[Text, Any] = Field({})
 
 
 @dataclass
@@ -85,10 +97,12 @@ def read_status(path: Path, now: datetime | None = None) -> Status:
     folder, now = RunFolder(path), now or datetime.now(UTC)
     _check(folder)
     events, lost = read_events(folder.path)
-    lines, lost_lines = read_lines(folder.path / metrics_file.FILE)
+    lines, lost_lines = read_lines(folder.path / metrics_file.FILE, Figures)
     counts = {"events.jsonl": lost, metrics_file.FILE: lost_lines}
     damaged = [f"{count:,} lines of {name} cannot be read" for name, count in counts.items() if count]
     beats = read_heartbeats(folder.path)
+    hosts = {path.name for path in (folder.path / HEARTBEATS).glob("[!.]*")}
+    damaged += [f"{HEARTBEATS}/{host} cannot be read" for host in sorted(hosts - beats.keys())[:SHOWN]]
     ages = {host: (now - beat["time"]).total_seconds() for host, beat in beats.items()}
     status = _state(folder, events, ages, now)
     status.damaged = damaged
@@ -125,7 +139,7 @@ def _state(folder: RunFolder, events: Sequence[dict[str, Any]], ages: dict[str, 
         is_finished = last["event"] == "finish"
         return Status("finished") if is_finished else Status("stopped", why_ended(list(events), folder.log))
     machines = last.get("machines") if last else None
-    wanted = {host: ages.get(host) for host in (machines if isinstance(machines, dict) else ages)}
+    wanted = {host: ages.get(host) for host in (ages if machines is None else machines)}
     known = {host: age for host, age in wanted.items() if age is not None}
     working = [host for host, age in known.items() if age <= SILENT]
     if not working:
@@ -140,9 +154,9 @@ def _state(folder: RunFolder, events: Sequence[dict[str, Any]], ages: dict[str, 
 
 def _steps(folder: RunFolder, events: Sequence[dict[str, Any]], damaged: list[str]) -> int | None:
     """Steps of the whole run, as its last start or its configuration says."""
-    said = [event["steps"] for event in events if event["event"] in STARTS and isinstance(event.get("steps"), int)]
+    said = [event["steps"] for event in events if event["event"] in STARTS and "steps" in event]
     if said:
-        return int(said[-1])
+        return said[-1]
     try:
         return load_config(folder.config).steps if folder.config.exists() else None
     except UserError as error:
@@ -151,36 +165,37 @@ def _steps(folder: RunFolder, events: Sequence[dict[str, Any]], damaged: list[st
 
 
 def _read_metrics(status: Status, lines: Sequence[dict[str, Any]]) -> None:
-    losses = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if losses:
         status.step, status.loss = losses[-1]
         recent = [loss for _, loss in losses[-RECENT:]]
-        if len(recent) >= 4 and all(map(math.isfinite, recent)):
+        if len(recent) >= 4:
             status.trend = mean(recent[: len(recent) // 2]), mean(recent[len(recent) // 2 :])
     for line in reversed(lines):
-        if isinstance(sets := line.get("validation"), dict):
+        if sets := line.get("validation"):
             found = {name: scores.get("loss") for name, scores in sets.items() if isinstance(scores, dict)}
-            status.validation = line["step"], {name: loss for name, loss in found.items() if loss is not None}
+            losses_of = {name: loss for name, loss in found.items() if isinstance(loss, int | float)}
+            status.validation = line["step"], losses_of
             break
 
 
 def _read_events(status: Status, events: Sequence[dict[str, Any]]) -> None:
     count = [event["event"] for event in events].count
     status.nan, status.spikes, status.rewinds = count("nan"), count("spike"), count("rewind")
-    numbers = [event.get("batches") for event in events if event["event"] in ("skip", "rewind")]
-    status.left_out = len({number for batches in numbers if isinstance(batches, list) for number in batches})
-    status.restarts = [str(event.get("reason", "unknown")) for event in events if event["event"] == "restart"]
+    numbers = [event.get("batches", []) for event in events if event["event"] in ("skip", "rewind")]
+    status.left_out = len({number for batches in numbers for number in batches})
+    status.restarts = [event.get("reason", "unknown") for event in events if event["event"] == "restart"]
     status.step = max([status.step, *(event["step"] for event in events[-1:] if event["event"] != "rewind")])
     slow: dict[int, tuple[int, str, float]] = {}
     for event in events:
         if event["event"] in STARTS:
             slow, status.stalled = {}, None
         elif event["event"] == "slow_rank":
-            slow[event.get("rank", -1)] = event.get("rank", -1), str(event.get("host")), float(event.get("times", 0))
+            slow[event.get("rank", -1)] = event.get("rank", -1), event.get("host", ""), event.get("times", 0.0)
         elif event["event"] == "slow_rank_over":
             slow.pop(event.get("rank", -1), None)
         elif event["event"] in ("data_stall", "data_stall_over"):
-            stalled = str(event.get("host")), float(event.get("share", 0))
+            stalled = event.get("host", ""), event.get("share", 0.0)
             status.stalled = stalled if event["event"] == "data_stall" else None
     status.slow = sorted(slow.values(), key=lambda rank: -rank[2])
 
@@ -197,10 +212,10 @@ def _time(
     per_step: list[float] = []
     for line in lines:
         speed, tokens = line.get("tokens_per_second"), line.get("tokens")
-        if isinstance(speed, int | float) and isinstance(tokens, int | float) and speed > 0:
+        if speed is not None and tokens is not None and speed > 0:
             seconds += (tokens - before) / speed  # with logging.every, of the step that is logged for all before it
             per_step.append(tokens / max(line["step"], 1) / speed)
-            before = int(tokens)
+            before = tokens
     times = [time for event in events if (time := time_of(event)) is not None]
     is_working = status.state in ("runs", "silent")
     if times:

@@ -1,7 +1,6 @@
 """What ends a run from outside: signals, launchers that end, ranks that die, hang or fail."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 
 from launch.train import train
 from moe_mamba.errors import RunStopped
-from moe_mamba.faults.coordinator import Hub, Line, hang_line
+from moe_mamba.faults.coordinator import hang_line
 from moe_mamba.faults.signals import REASONS, Stop, launchers
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
@@ -241,6 +240,42 @@ def test_what_cannot_be_saved_in_the_grace_time_ends_without(world: World, tiny:
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
 
 
+def train_among_strangers(rank: int, step: int, **arguments: Any) -> None:
+    """Train, where strangers come before each rank joins the hub, stay, and go on knocking; one rank is killed."""
+    from moe_mamba.faults import watchdog
+
+    def join(address: str, port: int, *rest: Any) -> Any:
+        words = ['{"token": "é"}\n'.encode(), b"[" * 3000 + b"\n", b"GET / HTTP/1.0\r\n\r\n", b"", b"x" * 100_000]
+        for number in range(500):
+            with contextlib.suppress(OSError):
+                held.append(socket.create_connection((address, port), timeout=5))
+                held[-1].sendall(words[number % len(words)])
+        return whole(address, port, *rest)
+
+    held: list[socket.socket] = []
+    whole, watchdog.join_hub = watchdog.join_hub, join
+    try:
+        train_and_break("step", rank, step, kill, **arguments)
+    finally:
+        watchdog.join_hub = whole
+        for stranger in held:
+            stranger.close()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_death_is_reported_though_strangers_came(world: World, tiny: Path, tmp_path: Path) -> None:
+    keys = {"run.folder": str(tmp_path / "run")}
+    with pytest.raises(WorkerError) as stop:
+        world.run(train_among_strangers, 1, 2, ranks=2, config=str(tiny), **keys)
+    (line,) = (line for line in str(stop.value).splitlines() if "RunStopped: " in line)
+    assert "RunStopped: rank 1 (" in line
+    assert line.endswith(") died without an error message (killed, or crashed) after step 2")
+    assert (tmp_path / "run" / "log.txt").read_text().count("error: rank 1 (") == 1
+
+
 def fail() -> None:
     raise ValueError("a fault of ours")
 
@@ -275,23 +310,6 @@ def two(world: World, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("two") / "run"
     run(world, tiny, folder, ranks=2)
     return folder
-
-
-def test_strangers_at_the_hubs_door_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    hub = Hub(lambda: 7)
-    hub.start()
-    for words in (b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"{}\n", b"\xff\xfe\n", b""):
-        with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
-            stranger.sendall(words)
-    member = Line(socket.create_connection(("127.0.0.1", hub.port)))
-    member.send(rank=1, token=hub.token, host="here", process=1)
-    member.send(fault="the disk is full", is_secondary=False)
-    member.connection.settimeout(10)
-    abort = json.loads(member.connection.recv(65536).splitlines()[0])["abort"]
-    assert "rank 1 (here, process 1) stopped after step 7: the disk is full" in abort
-    hub.close()
-    assert not hub.is_alive()
 
 
 def test_a_hang_says_who_stands_where() -> None:

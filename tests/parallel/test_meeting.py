@@ -8,10 +8,12 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from moe_mamba.errors import LocalError, RunStopped, UserError
 from moe_mamba.parallel.meeting import Meeting
@@ -224,3 +226,56 @@ def test_what_is_wrong_with_one_machine_is_rank_0s_line() -> None:
             Meeting(World(0, 2, 0, 1), print, LONG, at(port)).__enter__()
         with pytest.raises(UserError, match="rank 0 was refused"):
             second.result()
+
+
+DAMAGED = [
+    b"",
+    b"\xff",
+    b"[]",
+    b"null",
+    b"[" * 100_000,
+    b"9" * 5000,
+    b'{"code": NaN}',
+    b'{"host": 5, "size": "2"}',
+    b"x" * (1 << 20),
+]
+
+
+def overwrite(port: int, key: str, value: bytes) -> None:
+    """What any program can do that reaches the port."""
+    store = dist.TCPStore(
+        "127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT)
+    )
+    store.set(f"meeting/{key}", value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", DAMAGED, ids=lambda value: repr(value[:10]))
+def test_what_another_program_writes_is_one_line(value: bytes) -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(Meeting(World(0, 2, 0, 2), print, LONG, at(port)).__enter__)
+        overwrite(port, "rank/1", value)
+        with pytest.raises(UserError, match="was overwritten, by another job or program: give this job a port") as why:
+            first.result()
+        assert len(str(why.value)) < 290
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as threads:
+        port = free_port()
+        first = threads.submit(Meeting(World(0, 2, 0, 2), said.append, LONG, at(port)).__enter__)
+        with Meeting(World(1, 2, 1, 2), said.append, LONG, at(port)) as meeting:
+            first.result()
+            overwrite(port, "start", value)
+            with pytest.raises(LocalError, match="was overwritten"):
+                meeting.start()
+
+
+def test_ranks_meet_though_strangers_are_at_the_port() -> None:
+    def knock(world: World) -> None:
+        for words in (b"GET / HTTP/1.0\r\n\r\n", b"\xff" * 1000, b'{"token": "\xc3\xa9"}\n', b""):
+            strangers.append(socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT))
+            strangers[-1].sendall(words)
+
+    port, strangers = free_port(), list[socket.socket]()
+    assert meet(port, [World(rank, 2, rank, 2) for rank in range(2)], knock) == [None] * 2
+    for stranger in strangers:
+        stranger.close()

@@ -1,6 +1,7 @@
 """How a run stands, from a folder in any state."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_mamba.commands.status import main
+from moe_mamba.commands.status import describe, main
+from moe_mamba.config import LoggingConfig
+from moe_mamba.errors import UserError
 from moe_mamba.run.events import Events, read_events, why_ended
 from moe_mamba.run.heartbeats import forget_machines, read_heartbeats, write_heartbeat
+from moe_mamba.run.metrics import MetricsWriter, read_metrics
 from moe_mamba.run.status import read_status
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -172,3 +176,70 @@ def test_a_sign_of_life_lasts_on_a_full_disk(tmp_path: Path, monkeypatch: pytest
     assert {host: beat["step"] for host, beat in read_heartbeats(tmp_path).items()} == {"a": 3, "b": 4}
     forget_machines(tmp_path, {"b"})
     assert list(read_heartbeats(tmp_path)) == ["b"]
+
+
+ODD = [
+    *("null", "true", "-1", "1.5", "1e400", "NaN", "-Infinity", "9" * 30, "9" * 5000, '""', '"\\ud800"', '"\\u0000"'),
+    *('"\\u001b[2Ja\\nb"', '"' + "x" * 5000 + '"', "[]", "{}", "[" * 20_000, '{"a":' * 500, "[1]", "[[[]]]", "1e-320"),
+    *("1e308", "10e14", '"9999-12-31T23:59:59-23:59"', '"0001-01-01T00:00:00+23:59"', '"yesterday"'),
+    '{"a": {"loss": "x"}}',
+]
+FILES = ("events.jsonl", "metrics.jsonl", "heartbeats/a")
+FUZZED = 1000
+
+
+def damage(chance: random.Random, text: str) -> bytes:
+    """Some bytes changed, or the end missing, or a value of another type."""
+    data, place, kind = text.encode(), chance.randrange(len(text)), chance.randrange(4)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + chance.randbytes(chance.randrange(4)) + data[place + 1 :]
+    lines = [json.loads(line) for line in text.splitlines()]
+    line = chance.choice(lines)
+    line[chance.choice([*line, "machines", "batches", "rank", "times", "validation", "log_bytes"])] = "ODD"
+    return "".join(f"{json.dumps(line)}\n" for line in lines).replace('"ODD"', chance.choice(ODD)).encode()
+
+
+def test_damaged_files_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chance, noted = random.Random(0), 0
+    slow = {"t": 50, "event": "slow_rank", "rank": 1, "host": "b", "times": 1.5}
+    stall = {"t": 51, "event": "data_stall", "share": 0.5, "host": "b"}
+    again = {"t": 99, "event": "restart", "steps": 100, "reason": "killed"}
+    skip = {"t": 60, "event": "skip", "batches": [7]}
+    run = write_run(tmp_path / "run", START, slow, stall, skip, again, slow, beats={"a": 395, "b": 390}, losses=60)
+    whole = {name: (run / name).read_text() for name in FILES}
+    for _ in range(FUZZED):
+        name = chance.choice(FILES)
+        (run / name).write_bytes(damage(chance, whole[name]))
+        lines = describe("run", read_status(run, BEGIN + timedelta(seconds=chance.choice([0, 400, 10**9]))))
+        noted += "damaged" in dict(lines)
+        read_events(run)
+        MetricsWriter(run, 60, LoggingConfig(), {}).close()
+        (run / name).write_text(whole[name])
+    main(str(run))
+    assert capsys.readouterr().out.isascii(), f"after {FUZZED:,} damaged files"
+    print(f"{FUZZED:,} damaged files, of which {noted:,} were noted")
+    assert FUZZED // 3 < noted < FUZZED
+
+
+def test_what_is_shown_is_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "a\x1b[2J\nb" + "x" * 1000
+    run = write_run(tmp_path / "run", START, {"t": 9, "event": "stop", "reason": reason}, beats={"a": 1})
+    text = said(run, capsys)
+    assert "it does not run: a\\x1b[2J b" in text
+    assert all(line.isprintable() and len(line) < 310 for line in text.splitlines())
+    (run / "heartbeats" / "c").mkdir()
+    (run / "heartbeats" / "d").write_bytes(b"[" * 100_000)
+    forget_machines(run, {"a", "d"})
+    assert "heartbeats/c cannot be read" in said(run, capsys)
+    assert list(read_heartbeats(run)) == ["a"]
+
+
+def test_a_damaged_line_of_metrics_ends_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b"[" * 100_000 + b'\n{"step": "2"}\n{"step": 2}\n{"step": 3}\n\xff\n')
+    MetricsWriter(tmp_path, 2, LoggingConfig(), {}).close()
+    assert path.read_bytes().endswith(b'\n{"step": "2"}\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a line of metrics: remove it"):
+        read_metrics(tmp_path)
