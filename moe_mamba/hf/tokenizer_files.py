@@ -13,14 +13,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from moe_mamba.data.tokenizer import (
-    END_OF_TEXT,
-    SPACE,
-    LibraryTokenizer,
-    SentencePieceTokenizer,
-    SymbolsTokenizer,
-    Tokenizer,
-)
+from moe_mamba.data.sentencepiece_tokenizer import SPACE
+from moe_mamba.data.tokenizer import END_OF_TEXT, LibraryTokenizer, SentencePieceTokenizer, SymbolsTokenizer, Tokenizer
 from moe_mamba.errors import UserError
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
