@@ -89,6 +89,11 @@ class LibraryTokenizer(Tokenizer):
         """See Tokenizer; takes a while, and a process that only encodes needs none."""
         return _library_fingerprint(json.loads(self.content), self.end_name, self.prefix)
 
+    @property
+    def fingerprint_without_prefix(self) -> str:
+        """See Tokenizer."""
+        return _library_fingerprint(json.loads(self.content), self.end_name, ())
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return self._encode(texts, lambda call: call())

@@ -21,7 +21,6 @@ class Tokenizer(ABC):
         fingerprint: sha256 of what decides the encoding; shards carry it.
         prefix: ids that stand before every text, as Transformers puts them there: of BOS, or none.
         suffix: ids that Transformers puts behind every text, and we do not: a prompt is to be continued.
-        beginning: id that stands for an empty context in the harness: BOS where there is one, else end-of-text.
     """
 
     vocab_size: int
@@ -73,8 +72,18 @@ class Tokenizer(ABC):
 
     @property
     def beginning(self) -> int:
-        """See above."""
+        """Id that the harness puts before a text without a context: BOS where there is one, else end-of-text."""
         return self.prefix[0] if self.prefix else self.end_of_text
+
+    def without_prefix(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text without the ``prefix`` that they may begin with: it is read, and not shown."""
+        length = len(self.prefix)
+        return list(ids[length:] if tuple(ids[:length]) == self.prefix else ids)
+
+    @property
+    def fingerprint_without_prefix(self) -> str:
+        """What ``fingerprint`` would be without ``prefix``: such a prefix was left out once."""
+        return self.fingerprint
 
     def finality(self) -> Finality:
         """Which tokens' text is final, for a text that grows; here every token's."""

@@ -66,6 +66,11 @@ class SentencePieceTokenizer(Tokenizer):
         is_known = own >= 0 and (named is None or self.processor.id_to_piece(own) == named)
         return self.prefix[0] if self.prefix else own if is_known else self.end_of_text
 
+    @property
+    def fingerprint_without_prefix(self) -> str:
+        """See Tokenizer."""
+        return hashlib.sha256(self.model).hexdigest()
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Pieces of each text."""
         encoded = self.processor.encode(list(texts), num_threads=self._threads)

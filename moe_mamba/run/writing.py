@@ -98,7 +98,7 @@ def start_texts(tokenizer: Tokenizer, prompts: Sequence[str], seed: int, stops: 
     """The texts that the prompts begin, with seeds from ``seed`` on; ``stops`` are strings that end them."""
     texts = []
     for place, (prompt, ids) in enumerate(zip(prompts, tokenizer.encode_prompts(prompts), strict=True)):
-        stream = TextStream(tokenizer, ids[len(tokenizer.prefix) :], stops)  # BOS is read by the model, not shown
+        stream = TextStream(tokenizer, tokenizer.without_prefix(ids), stops)  # BOS is read by the model, not shown
         texts.append(Text(prompt, ids, seed + place, stream, stream.beginning))
     return texts
 

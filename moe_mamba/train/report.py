@@ -214,7 +214,7 @@ def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
         )
     except UserError as error:
         return f"none: {error}"
-    return tokenizer.decode([*prompt[len(tokenizer.prefix) :], *tokens])
+    return tokenizer.decode([*tokenizer.without_prefix(prompt), *tokens])
 
 
 def _training_size(corpora: Corpora) -> str:

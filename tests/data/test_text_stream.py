@@ -154,11 +154,11 @@ def test_stop_strings_with_byte_fallback() -> None:
     ids = tokenizer.encode("the 日本語 end 🙂 more")
     stream = TextStream(tokenizer, ids[:1], ["本"])
     text = stream.beginning
-    for count, token in enumerate(ids[1:], 2):
-        text += stream.push(token)
-        if stream.is_stopped:
-            break
-    assert stream.is_stopped and text == "the 日" and tokenizer.decode(ids[:count]).endswith("本")
+    count = 1
+    while not stream.is_stopped:
+        text += stream.push(ids[count])
+        count += 1
+    assert text == "the 日" and tokenizer.decode(ids[:count]).endswith("本")
     line = TextStream(tokenizer, tokenizer.encode("a"), ["\n"])
     assert line.push(3 + 0x0A) == "" and line.is_stopped, "a line's end is a byte token"
     prompt = tokenizer.encode("a本")

@@ -20,7 +20,7 @@ from moe_mamba.data.tokenizer import (
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPECIAL = ["<unk>", "<s>", "</s>"]
-LETTERS = list("abcdehlorstuw.,!") + ["é", "日"]
+LETTERS = [*"abcdehlorstuw.,!", "é", "日"]
 PIECES = ["▁", "▁▁", "th", "▁th", "▁the", "he", "lo", "▁a", "▁w"]
 MERGES = [("▁", "▁"), ("t", "h"), ("▁", "th"), ("▁th", "e"), ("h", "e"), ("l", "o"), ("▁", "a"), ("▁", "w")]
 ENDS = [decoders.ByteFallback(), decoders.Fuse()]
