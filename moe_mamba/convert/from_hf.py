@@ -52,7 +52,7 @@ def import_folder(
         output: the run's folder; it appears when it is whole.
         tokenizer: as `load_tokenizer` takes it; None: the folder's own.
         overwrite: replace a run's folder at `output`.
-        say: is told what of config.json is left out on purpose, and what the tokenizer puts before texts.
+        say: is told what of config.json is left out on purpose, and of the tokenizer's settings.
 
     Returns:
         The format that was read, the run's configuration, and the step's folder.
@@ -210,27 +210,29 @@ def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:
         raise UserError(f"{error}; or name one as --tokenizer") from None
 
 
+def before_texts(tokenizer: Tokenizer) -> str:
+    """What the tokenizer puts before every text, for a line; empty: nothing."""
+    return _shown(tokenizer, tokenizer.prefix)
+
+
+def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return " ".join(f"{brief(tokenizer.decode([token]) or 'BOS', 40)} (id {token})" for token in ids)
+
+
 def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
-    """What the tokenizer puts before texts, and what of its folder's settings is not followed; a line each."""
-
-    def shown(ids: Sequence[int]) -> str:
-        return " ".join(f"{brief(tokenizer.decode([token]) or 'BOS', 40)} (id {token})" for token in ids)
-
-    if tokenizer.prefix:
-        yield f"tokenizer: {shown(tokenizer.prefix)} stands before every text, in training, prompts and evaluation"
-    else:
-        yield "tokenizer: nothing stands before a text"
+    """What of the tokenizer's own settings is not followed, a line each."""
     if tokenizer.suffix:
         yield (
-            f"note: Transformers puts {shown(tokenizer.suffix)} behind every text with this tokenizer; here documents "
-            "of training end with end-of-text, and prompts with their own last token"
+            f"note: Transformers puts {_shown(tokenizer, tokenizer.suffix)} behind every text with this tokenizer; "
+            "here documents of training end with end-of-text, and prompts with their own last token"
         )
     if isinstance(tokenizer, LibraryTokenizer):
         asked = {"add_bos_token": tokenizer.names.add_beginning, "add_eos_token": tokenizer.names.add_end}
         does = {"add_bos_token": bool(tokenizer.prefix), "add_eos_token": bool(tokenizer.suffix)}
         for key, value in asked.items():
             if value is not None and value != does[key]:
-                yield f"note: {key}={str(value).lower()} is left aside, as in Transformers 5: tokenizer.json says otherwise"
+                wish = f"{key}={str(value).lower()}"
+                yield f"note: {wish} is left aside, as in Transformers 5: tokenizer.json says otherwise"
 
 
 def _first(names: Sequence[str]) -> str:

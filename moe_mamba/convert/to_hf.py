@@ -122,7 +122,8 @@ def export(
         if chosen is OWN:
             for name in CODE:
                 shutil.copyfile(Path(model_card.__file__).with_name(name), folder / name)
-        _write_card(trained, chosen, folder, dtype, output.name, generates=not scores_only)
+        pads_apart = pad != trained.tokenizer.end_of_text
+        _write_card(trained, chosen, folder, dtype, output.name, pads_apart, generates=not scores_only)
     say(f"wrote     {output}: {len(files)} file{'s' * (len(files) > 1)} of weights, {weights / 1e6:,.1f} MB, {dtype}")
     return chosen
 
@@ -144,8 +145,10 @@ def _write_configs(trained: Trained, chosen: WayOut, folder: Path, dtype: str, p
         _write_json(folder / "generation_config.json", ids | {"pad_token_id": pad} | SAMPLING)
 
 
-def _write_card(trained: Trained, chosen: WayOut, folder: Path, dtype: str, name: str, generates: bool) -> None:
-    run, step = trained.run, trained.description["step"]
+def _write_card(
+    trained: Trained, chosen: WayOut, folder: Path, dtype: str, name: str, pads_apart: bool, generates: bool
+) -> None:
+    run, step, tokenizer = trained.run, trained.description["step"], trained.tokenizer
     is_whole = trained.path.resolve().parent.name == run.checkpoints.name  # else the step's folder stands alone
     plots = sorted(run.plots.glob("*.png")) if is_whole else []
     if plots:
@@ -163,7 +166,9 @@ def _write_card(trained: Trained, chosen: WayOut, folder: Path, dtype: str, name
         tokens=trained.description["tokens"],
         metrics=[line for line in metrics if line["step"] <= step],
         plots=[plot.name for plot in plots],
-        tokenizer=type(trained.tokenizer).__name__.removesuffix("Tokenizer"),
+        tokenizer=type(tokenizer).__name__.removesuffix("Tokenizer"),
+        pads_apart=pads_apart,
+        beginning=tokenizer_files.beginning_of(folder) if tokenizer.prefix else "",
     )
     (folder / "README.md").write_text(model_card.write(trained.config, facts), encoding="utf-8")
 

@@ -62,6 +62,12 @@ def write(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> int:
     return names_of(content)[pad]
 
 
+def beginning_of(folder: Path) -> str:
+    """Name of BOS in a folder that ``write`` wrote; end-of-text's where it stands for both."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return config.get("bos_token", config["eos_token"])
+
+
 def _content(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as tokenizer.json has it."""
     if isinstance(tokenizer, LibraryTokenizer):
