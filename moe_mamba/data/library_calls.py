@@ -39,10 +39,13 @@ def call_library(call: Callable[[], T]) -> T:
 
     Raises:
         LibraryError: the library raised or panicked.
+        TimeoutError: of ``call_within``.
     """
     try:
         with _panics_hidden():
             return call()
+    except TimeoutError:  # of call_within
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == PANIC:
             raise LibraryError(brief(error)) from None
