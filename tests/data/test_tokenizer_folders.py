@@ -56,7 +56,8 @@ DAMAGED: dict[str, tuple[dict[str, str], str]] = {
     "a negative id": ({"tokenizer.json": json.dumps(_with(["model", "vocab", "lo"], -1))}, "not a tokenizer.json"),
     "an id past 32 bits": ({"tokenizer.json": json.dumps(_with(["model", "vocab", "lo"], 2**40))}, "not a tokenizer"),
     "an empty vocabulary": (
-        {"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}', CONFIG: "{}"}, "no end-of-t"
+        {"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}', CONFIG: "{}"},
+        "no end-of-text token",
     ),
     "a post-processor of tokens that it lacks": (
         {"tokenizer.json": json.dumps(_with(["post_processor", "special_tokens", "<s>", "ids"], [9999]))}, "the id 9999"
@@ -77,7 +78,10 @@ OTHERS: dict[str, tuple[dict[str, str], str]] = {
         {"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "x y\n"}, "not a tokenizer.json"
     ),
     "BOS that is added and is not there": (
-        {"vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "", CONFIG: '{"add_bos_token": true, "bos_token": "b"}'},
+        {
+            "vocab.json": '{"a": 0, "<|endoftext|>": 1}', "merges.txt": "",
+            CONFIG: '{"add_bos_token": true, "bos_token": "b"}',
+        },
         "b is to be added to every text, but vocab.json lacks it",
     ),
 }  # fmt: skip
@@ -149,8 +153,9 @@ def _places(node: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 5, 2**31, 2**32, 2**63, 10**40, 1e308, 0.5, "", "a", "</s>", "\ud800", "\0", "x" * 3000, [], {},
-    [[]], ["a"], {"a": {}}, {"type": "Nothing"}, {"String": ""}, {"Regex": "("}, {"Regex": "(a*)*$"}, {"content": 3},
+    None, True, False, 0, -1, 5, 2**31, 2**32, 2**63, 10**40, 1e308, 0.5, # numbers
+    "", "a", "</s>", "\ud800", "\0", "x" * 3000,
+    [], {}, [[]], ["a"], {"a": {}}, {"type": "Nothing"}, {"String": ""}, {"Regex": "("}, {"Regex": "(a*)*$"}, {"content": 3},
 ]  # fmt: skip
 
 
