@@ -170,9 +170,10 @@ class LibraryTokenizer(Tokenizer):
         config = {"eos_token": self.end_name} | self.names.as_config()
         return {CONFIG: (json.dumps(config) + "\n").encode(), self.FILE: self.content.encode()}
 
-    def content_without_suffix(self) -> dict[str, Any]:
-        """tokenizer.json as it is, but that nothing is put behind a text."""
-        content = json.loads(self.content)
+    def exported_content(self) -> dict[str, Any]:
+        """tokenizer.json as it is, but that nothing is put behind a text, and none is cut or padded."""
+        content = json.loads(self.content) | {"truncation": None, "padding": None}
+        content["added_tokens"] = content.get("added_tokens") or []
         if self.suffix:
             before = {str(self.library.id_to_token(token)): [token] for token in self.prefix}
             content["post_processor"] = template(before, {})

@@ -25,7 +25,7 @@ def add_padding(content: dict[str, Any], end: str, named: str | None, vocab_size
         The name; None: there is no id for it.
     """
     vocabulary = names_of(content)
-    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    special = {token["content"] for token in content["added_tokens"] if token.get("special")}
     for name in (named, *(name for name in PAD_NAMES if name in special)):
         if name is not None and name != end and vocabulary.get(name, vocab_size) < vocab_size:
             return name

@@ -71,7 +71,7 @@ def beginning_of(folder: Path) -> str:
 def _content(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as tokenizer.json has it."""
     if isinstance(tokenizer, LibraryTokenizer):
-        return tokenizer.content_without_suffix()
+        return tokenizer.exported_content()
     if isinstance(tokenizer, SentencePieceTokenizer):
         content = json.loads(_from_sentencepiece(tokenizer).to_str())
         if tokenizer.prefix:

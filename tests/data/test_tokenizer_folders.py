@@ -155,7 +155,8 @@ def _places(node: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 VALUES: list[Any] = [
     None, True, False, 0, -1, 5, 2**31, 2**32, 2**63, 10**40, 1e308, 0.5, # numbers
     "", "a", "</s>", "\ud800", "\0", "x" * 3000,
-    [], {}, [[]], ["a"], {"a": {}}, {"type": "Nothing"}, {"String": ""}, {"Regex": "("}, {"Regex": "(a*)*$"}, {"content": 3},
+    [], {}, [[]], ["a"], {"a": {}}, {"type": "Nothing"}, {"String": ""}, {"Regex": "("}, {"Regex": "(a*)*$"},
+    {"content": 3},
 ]  # fmt: skip
 
 

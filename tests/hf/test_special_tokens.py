@@ -194,3 +194,21 @@ def test_a_pad_token_that_the_folder_names_is_kept(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_library(llama(), tmp_path / "theirs", pad_token="<unk>"))
     (tmp_path / "out").mkdir()
     assert tokenizer_files.write(tokenizer, tmp_path / "out", tokenizer.vocab_size) == 0
+
+
+def test_truncation_and_padding_of_a_folder_stay_there(tmp_path: Path) -> None:
+    """As here, where no text is cut: also without any added token."""
+    library = llama(beginning=True)
+    library.enable_truncation(4)
+    library.enable_padding(pad_token="<unk>", length=9)
+    folder = save_library(library, tmp_path / "theirs")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["added_tokens"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    (tmp_path / "out").mkdir()
+    tokenizer_files.write(tokenizer, tmp_path / "out", tokenizer.vocab_size)
+    out = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        assert out(text)["input_ids"] == tokenizer.encode_prompts([text])[0]
+        assert out.backend_tokenizer.encode(text).ids == tokenizer.encode_prompts([text])[0]
