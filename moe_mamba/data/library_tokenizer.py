@@ -24,6 +24,7 @@ class LibraryTokenizer(Tokenizer):
     """A tokenizer of the ``tokenizers`` library, from the content of its tokenizer.json."""
 
     FILE = "tokenizer.json"
+    CONFIG = CONFIG
 
     def __init__(self, content: str, name: str, names: Names | None = None) -> None:
         """Load it.
