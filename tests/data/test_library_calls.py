@@ -72,8 +72,8 @@ def test_a_text_that_never_ends_has_a_limit(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_ctrl_c_ends_a_process_that_encodes_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(_catastrophic().content)
-    code = (
-        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none\n"
+    code = (  # jobs in the background ignore the signal
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from moe_mamba.command_line import run_command\n"
         "from moe_mamba.data.tokenizer import load_tokenizer\n"
         f"tokenizer = load_tokenizer({str(tmp_path)!r})\nprint('ready', flush=True)\n"
