@@ -25,7 +25,7 @@ class EncodingError(UserError):
         index: of the text in its batch.
     """
 
-    def __init__(self, message: str, index: int) -> None:
+    def __init__(self, message: str, index: int = 0) -> None:
         super().__init__(message)
         self.index = index
 

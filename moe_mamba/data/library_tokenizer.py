@@ -95,17 +95,24 @@ class LibraryTokenizer(Tokenizer):
         """See Tokenizer."""
         return _library_fingerprint(json.loads(self.content), self.end_name, ())
 
+    @cached_property
+    def has_patterns(self) -> bool:  # type: ignore[override]
+        """See Tokenizer; GPT-2's own pattern is the library's."""
+        return any(_has_pattern(parse_state(part)) for part in (self.library.normalizer, self.library.pre_tokenizer))
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return self._encode(texts, lambda call: call())
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """See Tokenizer; Ctrl-C ends it, and a text that takes unreasonably long is an error.
+        """See Tokenizer; where there are patterns, Ctrl-C ends it, and a text that takes unreasonably long is an error.
 
         Raises:
             EncodingError: see ``encode_batch``.
             UserError: it takes too long, as a pattern can that looks for words in many ways.
         """
+        if not self.has_patterns:
+            return super().encode_prompts(texts)
         seconds = PATIENCE + sum(map(len, texts)) / PATIENT_CHARACTERS
         try:
             encoded = self._encode(texts, lambda call: call_within(call, seconds))
@@ -179,6 +186,13 @@ class LibraryTokenizer(Tokenizer):
             before = {str(self.library.id_to_token(token)): [token] for token in self.prefix}
             content["post_processor"] = template(before, {})
         return content
+
+
+def _has_pattern(node: Any) -> bool:
+    """Whether a step of a tokenizer.json has a regular expression anywhere."""
+    if isinstance(node, dict):
+        return "Regex" in node or any(map(_has_pattern, node.values()))
+    return isinstance(node, list) and any(map(_has_pattern, node))
 
 
 class _NotAroundError(Exception):

@@ -29,6 +29,11 @@ class Tokenizer(ABC):
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
 
+    @property
+    def has_patterns(self) -> bool:
+        """Whether it searches a text with regular expressions of its own, which may take for ever."""
+        return False
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without end-of-text and without ``prefix``.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from moe_mamba.data import library_tokenizer
 from moe_mamba.data.library_calls import DecodingError, EncodingError, LibraryError, brief, call_library, call_within
 from moe_mamba.data.tokenizer import LibraryTokenizer
 from moe_mamba.errors import UserError
-from tests.data.tokenizer_kinds import named, special, words
+from tests.data.tokenizer_kinds import gpt2_like, llama, named, special, words
 
 HARD = "a" * 26 + "b"  # at which (a+)+$ tries more than the library allows
 SLOW = ("a" * 20 + "b") * 20_000  # for each of which it stays below that
@@ -41,6 +42,16 @@ def test_a_panic_is_one_line_that_names_tokenizer_and_text(capfd: pytest.Capture
         tokenizer.encode_prompts([HARD])
     assert tokenizer.encode("ab") == [0, 1], "the library goes on"
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_index_of_a_text_comes_through_a_pipe() -> None:
+    again = pickle.loads(pickle.dumps(EncodingError("a line", 3)))
+    assert (str(again), again.index) == ("a line", 3)
+
+
+def test_only_patterns_of_its_own_may_take_for_ever() -> None:
+    assert _catastrophic().has_patterns
+    assert not any(named(library).has_patterns for library in (gpt2_like(), llama(), words(None)))
 
 
 def test_a_refusal_is_one_too() -> None:
