@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from moe_mamba.convert.from_hf import import_folder
+from moe_mamba.convert.from_hf import before_texts, import_folder
 from moe_mamba.convert.starting_point import how_to_train
+from moe_mamba.data.tokenizer import load_tokenizer
+from moe_mamba.run.folder import RunFolder
 
 
 def main(input: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:
@@ -20,5 +22,9 @@ def main(input: str, output: str, tokenizer: str | None = None, overwrite: bool 
         overwrite: replace a run's folder that is there, once the new one is whole.
     """
     format, config, step = import_folder(Path(input), Path(output), tokenizer, overwrite)
-    print(f"{input}: {format.architecture} as {config.model.pattern} x {config.model.repeat}, in {step}")
+    before = before_texts(load_tokenizer(RunFolder(Path(output)).tokenizer))
+    print(
+        f"{input}: {format.architecture} as {config.model.pattern} x {config.model.repeat}, in {step}"
+        + f"; {before} stands before every text, as in Transformers" * bool(before)
+    )
     print(how_to_train(Path(output)))

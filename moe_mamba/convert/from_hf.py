@@ -4,7 +4,7 @@ Only JSON and tensors are read: Transformers is not needed, and code in the fold
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from moe_mamba.checkpoint.divergence import is_finite
 from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config, ModelConfig, MoEConfig, TrainConfig
 from moe_mamba.convert.starting_point import MARK, write_starting_point
-from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
+from moe_mamba.data.library_calls import brief
+from moe_mamba.data.tokenizer import LibraryTokenizer, Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.hf.formats import FORMATS, OWN, Entry, Format, detect
 from moe_mamba.hf.formats.settings import notes
@@ -51,7 +52,7 @@ def import_folder(
         output: the run's folder; it appears when it is whole.
         tokenizer: as `load_tokenizer` takes it; None: the folder's own.
         overwrite: replace a run's folder at `output`.
-        say: is told what of config.json is left out on purpose.
+        say: is told what of config.json is left out on purpose, and of the tokenizer's settings.
 
     Returns:
         The format that was read, the run's configuration, and the step's folder.
@@ -77,7 +78,10 @@ def import_folder(
     shards = lazy_shards(folder, whole, entries, stored)
     half = stored[entries[0].theirs].dtype == "BF16"  # the embedding's
     config = Config(model=model, moe=moe, train=TrainConfig(precision="bf16" if half else "fp32"))
-    step = write_starting_point(output, config, _tokenizer(folder, tokenizer), shards, overwrite)
+    loaded = _tokenizer(folder, tokenizer)
+    for line in _special_tokens(loaded):
+        say(line)
+    step = write_starting_point(output, config, loaded, shards, overwrite)
     return format, config, step
 
 
@@ -204,6 +208,31 @@ def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:
         return load_tokenizer(folder)
     except UserError as error:
         raise UserError(f"{error}; or name one as --tokenizer") from None
+
+
+def before_texts(tokenizer: Tokenizer) -> str:
+    """What the tokenizer puts before every text, for a line; empty: nothing."""
+    return _shown(tokenizer, tokenizer.prefix)
+
+
+def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return " ".join(f"{brief(tokenizer.decode([token]) or 'BOS', 40)} (id {token})" for token in ids)
+
+
+def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
+    """What of the tokenizer's own settings is not followed, a line each."""
+    if tokenizer.suffix:
+        yield (
+            f"note: Transformers puts {_shown(tokenizer, tokenizer.suffix)} behind every text with this tokenizer; "
+            "here documents of training end with end-of-text, and prompts with their own last token"
+        )
+    if isinstance(tokenizer, LibraryTokenizer):
+        asked = {"add_bos_token": tokenizer.names.add_beginning, "add_eos_token": tokenizer.names.add_end}
+        does = {"add_bos_token": bool(tokenizer.prefix), "add_eos_token": bool(tokenizer.suffix)}
+        for key, value in asked.items():
+            if value is not None and value != does[key]:
+                wish = f"{key}={str(value).lower()}"
+                yield f"note: {wish} is left aside, as in Transformers 5: tokenizer.json says otherwise"
 
 
 def _first(names: Sequence[str]) -> str:

@@ -117,35 +117,38 @@ def export(
     with whole_folder(output, overwrite, CONFIG) as folder:
         files = write_tensors(folder, stream.headers, max_shard_bytes, stream.read)
         weights = sum(file.stat().st_size for file in files)
-        _write_configs(trained, chosen, folder, dtype, generates=not scores_only)
+        pad = tokenizer_files.write(trained.tokenizer, folder, model.vocab_size)
+        _write_configs(trained, chosen, folder, dtype, pad, generates=not scores_only)
         if chosen is OWN:
             for name in CODE:
                 shutil.copyfile(Path(model_card.__file__).with_name(name), folder / name)
-        tokenizer_files.write(trained.tokenizer, folder)
-        _write_card(trained, chosen, folder, dtype, output.name, generates=not scores_only)
+        pads_apart = pad != trained.tokenizer.end_of_text
+        _write_card(trained, chosen, folder, dtype, output.name, pads_apart, generates=not scores_only)
     say(f"wrote     {output}: {len(files)} file{'s' * (len(files) > 1)} of weights, {weights / 1e6:,.1f} MB, {dtype}")
     return chosen
 
 
-def _write_configs(trained: Trained, chosen: WayOut, folder: Path, dtype: str, generates: bool) -> None:
-    config, end = trained.config, trained.tokenizer.end_of_text
+def _write_configs(trained: Trained, chosen: WayOut, folder: Path, dtype: str, pad: int, generates: bool) -> None:
+    config, end, beginning = trained.config, trained.tokenizer.end_of_text, trained.tokenizer.beginning
     content = chosen.configuration(config.model, config.moe)
+    ids: dict[str, int | None] = {"bos_token_id": None if beginning == end else beginning, "eos_token_id": end}
     if chosen is OWN:
-        ids: dict[str, int | None] = {"eos_token_id": end, "pad_token_id": end}
+        ids["pad_token_id"] = pad
     else:
-        # A pad token in a native config takes the gradient off that row of the embedding, which is end-of-text's too.
-        ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
+        # A pad token in a native config takes the gradient off that row of the embedding, which may be end-of-text's.
+        ids["pad_token_id"] = None if pad == end else pad
         if has(config.model, Attention):
             longest = max(config.data.sequence_length, content.get("max_position_embeddings", 0))
             content["max_position_embeddings"] = longest
     _write_json(folder / CONFIG, content | ids | {"dtype": dtype})
     if generates:
-        ids = {"eos_token_id": end, "pad_token_id": end}
-        _write_json(folder / "generation_config.json", ids | SAMPLING)
+        _write_json(folder / "generation_config.json", ids | {"pad_token_id": pad} | SAMPLING)
 
 
-def _write_card(trained: Trained, chosen: WayOut, folder: Path, dtype: str, name: str, generates: bool) -> None:
-    run, step = trained.run, trained.description["step"]
+def _write_card(
+    trained: Trained, chosen: WayOut, folder: Path, dtype: str, name: str, pads_apart: bool, generates: bool
+) -> None:
+    run, step, tokenizer = trained.run, trained.description["step"], trained.tokenizer
     is_whole = trained.path.resolve().parent.name == run.checkpoints.name  # else the step's folder stands alone
     plots = sorted(run.plots.glob("*.png")) if is_whole else []
     if plots:
@@ -163,7 +166,9 @@ def _write_card(trained: Trained, chosen: WayOut, folder: Path, dtype: str, name
         tokens=trained.description["tokens"],
         metrics=[line for line in metrics if line["step"] <= step],
         plots=[plot.name for plot in plots],
-        tokenizer=type(trained.tokenizer).__name__.removesuffix("Tokenizer"),
+        tokenizer=type(tokenizer).__name__.removesuffix("Tokenizer"),
+        pads_apart=pads_apart,
+        beginning=tokenizer_files.beginning_of(folder) if tokenizer.prefix else "",
     )
     (folder / "README.md").write_text(model_card.write(trained.config, facts), encoding="utf-8")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_mamba.atomic_file import write_atomically
+from moe_mamba.data.finality import EVERYWHERE, Finality, Utf8
 from moe_mamba.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -18,15 +19,28 @@ class Tokenizer(ABC):
         vocab_size: number of token ids; every id is below it.
         end_of_text: id of the token that ends a document; no text encodes to it.
         fingerprint: sha256 of what decides the encoding; shards carry it.
+        prefix: ids that stand before every text, as Transformers puts them there: of BOS, or none.
+        suffix: ids that Transformers puts behind every text, and we do not: a prompt is to be continued.
     """
 
     vocab_size: int
     end_of_text: int
     fingerprint: str
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether it searches a text with regular expressions of its own, which may take for ever."""
+        return False
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without end-of-text."""
+        """Ids of each text, without end-of-text and without ``prefix``.
+
+        Raises:
+            EncodingError: the tokenizer's library cannot encode one of them.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -46,8 +60,39 @@ class Tokenizer(ABC):
         """Encode on one thread from now on, for a process beside others."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without end-of-text."""
+        """Ids of one text, without end-of-text and without ``prefix``."""
         return self.encode_batch([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts to continue or to score: ``prefix``, and the text's."""
+        return [[*self.prefix, *ids] for ids in self.encode_batch(texts)]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of documents to train on: ``prefix``, the text's, end-of-text.
+
+        A prefix that is end-of-text itself (OPT's) is left out: the document before has ended with one.
+        """
+        prefix = () if self.prefix == (self.end_of_text,) else self.prefix
+        return [[*prefix, *ids, self.end_of_text] for ids in self.encode_batch(texts)]
+
+    @property
+    def beginning(self) -> int:
+        """Id that the harness puts before a text without a context: BOS where there is one, else end-of-text."""
+        return self.prefix[0] if self.prefix else self.end_of_text
+
+    def without_prefix(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text without the ``prefix`` that they may begin with: it is read, and not shown."""
+        length = len(self.prefix)
+        return list(ids[length:] if tuple(ids[:length]) == self.prefix else ids)
+
+    @property
+    def fingerprint_without_prefix(self) -> str:
+        """What ``fingerprint`` would be without ``prefix``: such a prefix was left out once."""
+        return self.fingerprint
+
+    def finality(self) -> Finality:
+        """Which tokens' text is final, for a text that grows; here every token's."""
+        return EVERYWHERE
 
 
 class BytesTokenizer(Tokenizer):
@@ -65,8 +110,14 @@ class BytesTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes; end-of-text reads as <|endoftext|>."""
-        end = END_OF_TEXT.encode()
-        return b"".join(bytes([i]) if i < 256 else end for i in ids).decode("utf-8", "replace")
+        return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
+
+    def _bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else END_OF_TEXT.encode()
+
+    def finality(self) -> Finality:
+        """Only whole characters are final."""
+        return Utf8(self._bytes)
 
     def files(self) -> dict[str, bytes]:
         """A file that names the kind."""

@@ -133,10 +133,8 @@ def count_cores() -> int:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
-    """Encode documents and put an end-of-text behind each."""
-    encoded = tokenizer.encode_batch(texts)
-    for ids in encoded:
-        ids.append(tokenizer.end_of_text)
+    """Encode documents, each with what belongs around it: BOS, if the tokenizer has one, and end-of-text."""
+    encoded = tokenizer.encode_documents(texts)
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     return Encoded(np.fromiter(chain.from_iterable(encoded), dtype, int(lengths.sum())), lengths)
 

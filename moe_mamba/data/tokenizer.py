@@ -4,135 +4,18 @@ All of them give back the very text they were given, know one end-of-text token,
 that ``load_tokenizer`` restores.
 """
 
-import hashlib
 import io
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+from moe_mamba.data.library_tokenizer import LibraryTokenizer
 from moe_mamba.data.plain_tokenizers import END_OF_TEXT, BytesTokenizer, SymbolsTokenizer, Tokenizer
 from moe_mamba.data.quiet import quiet_hub
+from moe_mamba.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from moe_mamba.data.tokenizer_folder import gpt2_content, read_names, read_text, symbols_in
 from moe_mamba.errors import UserError
 
-END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # tried where a tokenizer's folder names none
-SPACE = "▁"  # what SentencePiece writes for a space; it takes a real one in a text for a space too
-USE_REGEX = ("use_regex", True)  # the default, which older files of the tokenizers library leave out
 TRAINING_CHARACTERS = 8_000_000  # SentencePiece is trained on so much of the corpus at most
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with byte fallback."""
-
-    FILE = "tokenizer.model"
-
-    def __init__(self, model: bytes, name: str = "SentencePiece model") -> None:
-        """Load a serialised model; raises UserError where it is none, or lacks an end-of-text piece."""
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self.processor = SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(
-                f"{name}: not a SentencePiece model: give a .model file that SentencePiece wrote"
-            ) from error
-        self.model = model
-        self.vocab_size = self.processor.get_piece_size()
-        self.end_of_text = self.processor.eos_id()
-        self.fingerprint = hashlib.sha256(model).hexdigest()
-        if self.end_of_text < 0:
-            raise UserError(f"{name}: it has no end-of-text piece: train it with an eos_id")
-        self._space = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._threads = -1  # as many as there are cores
-        self._has_bytes = all(self.processor.is_byte(piece) for piece in self._space)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Pieces of each text."""
-        encoded = self.processor.encode(list(texts), num_threads=self._threads)
-        if self._has_bytes:
-            for index, text in enumerate(texts):
-                if SPACE in text:
-                    encoded[index] = self._with_real_space_marks(text)
-        return encoded
-
-    def use_one_thread(self) -> None:
-        """See Tokenizer."""
-        self._threads = 1
-
-    def _with_real_space_marks(self, text: str) -> list[int]:
-        """SentencePiece's own space mark, where the text really holds one, goes in as three bytes."""
-        first, *others = self.processor.encode(text.split(SPACE))
-        return first + list(chain.from_iterable(self._space + pieces for pieces in others))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the pieces; end-of-text reads as <|endoftext|>."""
-        parts: list[list[int]] = [[]]
-        for i in ids:
-            if i == self.end_of_text:
-                parts.append([])
-            else:
-                parts[-1].append(int(i))
-        return END_OF_TEXT.join(self.processor.decode(part) for part in parts)
-
-    def files(self) -> dict[str, bytes]:
-        """The model."""
-        return {self.FILE: self.model}
-
-
-class LibraryTokenizer(Tokenizer):
-    """A tokenizer of the ``tokenizers`` library, from the content of its tokenizer.json."""
-
-    FILE = "tokenizer.json"
-    CONFIG = "tokenizer_config.json"
-
-    def __init__(self, content: str, name: str, end_of_text: str | None = None) -> None:
-        """Load it; raises UserError where ``content`` is no tokenizer, or no end-of-text token is known."""
-        import tokenizers
-
-        try:
-            self.library = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises Exception itself
-            raise UserError(f"{name}: not a tokenizer.json ({error}): give a file that a tokenizer saved") from error
-        self.library.no_padding()
-        self.library.no_truncation()
-        self.library.encode_special_tokens = True  # a text that holds <|endoftext|> does not end there
-        vocabulary = self.library.get_vocab(with_added_tokens=True)
-        self.end_name = end_of_text or next((end for end in END_NAMES if end in vocabulary), "")
-        if self.end_name not in vocabulary:
-            raise UserError(
-                f"{name}: it has no end-of-text token: name it as eos_token in {self.CONFIG} beside the vocabulary"
-            )
-        self.content = content
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[self.end_name]
-
-    @cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]
-        """See Tokenizer; takes a while, and a process that only encodes needs none."""
-        return _library_fingerprint(json.loads(self.content), self.end_name)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def use_one_thread(self) -> None:
-        """See Tokenizer; the library reads this variable at each call."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens included."""
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def files(self) -> dict[str, bytes]:
-        """The end-of-text token's name as Transformers has it, then tokenizer.json."""
-        return {
-            self.CONFIG: (json.dumps({"eos_token": self.end_name}) + "\n").encode(),
-            self.FILE: self.content.encode(),
-        }
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -228,47 +111,20 @@ def _reason(error: RuntimeError) -> str:
 
 def _load_folder(folder: Path) -> Tokenizer:
     if (folder / LibraryTokenizer.FILE).is_file():
-        content = _read(folder / LibraryTokenizer.FILE)
-        return LibraryTokenizer(content, str(folder), _named_end(folder / LibraryTokenizer.CONFIG))
+        return LibraryTokenizer(read_text(folder / LibraryTokenizer.FILE), str(folder), read_names(folder))
     if (folder / SentencePieceTokenizer.FILE).is_file():
-        return SentencePieceTokenizer((folder / SentencePieceTokenizer.FILE).read_bytes(), str(folder))
+        model = (folder / SentencePieceTokenizer.FILE).read_bytes()
+        return SentencePieceTokenizer(model, str(folder), read_names(folder))
     if (folder / BytesTokenizer.FILE).is_file():
         return BytesTokenizer()
     if (folder / SymbolsTokenizer.FILE).is_file():
-        return SymbolsTokenizer(_parse(folder / SymbolsTokenizer.FILE)["vocab_size"])
+        return SymbolsTokenizer(symbols_in(folder / SymbolsTokenizer.FILE))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return LibraryTokenizer(_gpt2_content(folder), str(folder))
+        names = read_names(folder)
+        return LibraryTokenizer(gpt2_content(folder, names), str(folder), names)
     raise UserError(
         f"{folder}: it has no tokenizer: it needs tokenizer.json, vocab.json and merges.txt, or tokenizer.model"
     )
-
-
-def _named_end(config: Path) -> str | None:
-    """The end-of-text token that a tokenizer_config.json names, as a string or as an added token."""
-    if not config.is_file():
-        return None
-    name = _parse(config).get("eos_token")
-    return name.get("content") if isinstance(name, dict) else name
-
-
-def _gpt2_content(folder: Path) -> str:
-    """GPT-2's vocab.json and merges.txt as the tokenizer.json that they stand for."""
-    vocabulary = _parse(folder / "vocab.json")
-    lines = _read(folder / "merges.txt").splitlines()
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": vocabulary.get(END_OF_TEXT), "content": END_OF_TEXT, "special": True, "normalized": False}
-    content = {
-        "version": "1.0",
-        "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": vocabulary,
-            "merges": [line for line in lines if line and not line.startswith("#version")],
-        },
-    }
-    return json.dumps(content, ensure_ascii=False)
 
 
 def _download_gpt2() -> str:
@@ -285,47 +141,3 @@ def _download_gpt2() -> str:
             f"gpt2 cannot be downloaded from the Hugging Face hub ({type(error).__name__}): "
             "give a folder that holds its tokenizer.json, or vocab.json and merges.txt"
         ) from error
-
-
-def _library_fingerprint(content: dict[str, Any], end_of_text: str) -> str:
-    """One hash for a tokenizer, whichever of its file formats it came in and whichever version wrote them."""
-    model = dict(content["model"])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", [])]
-    vocabulary = model.pop("vocab")
-    decisive = {
-        "vocabulary": sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary,
-        "merges": merges,
-        "model": _set_values(model),
-        "normalizer": _set_values(content.get("normalizer")),
-        "pre_tokenizer": _set_values(content.get("pre_tokenizer")),
-        "added": sorted((token["id"], token["content"]) for token in content.get("added_tokens") or []),
-        "end_of_text": end_of_text,
-    }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def _set_values(node: Any) -> Any:
-    """Settings that differ from their defaults and touch the ids: older files leave out what newer ones spell out."""
-    if isinstance(node, list):
-        return [_set_values(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: _set_values(value)
-        for key, value in node.items()
-        if not (value is None or value is False or value == "" or key == "trim_offsets" or (key, value) == USE_REGEX)
-    }
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}): give the file as its authors publish it") from error
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}: give the file as it was published") from error

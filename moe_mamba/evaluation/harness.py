@@ -79,8 +79,9 @@ class HarnessModel(TemplateLM):
     nothing sees it; continuations are padded on the right, which causality hides. A request's score is therefore
     what it would be by itself.
 
-    **The first token of a document.** A text without a context is given end-of-text for one, as the harness does for
-    every causal model. A run without `data.reset_at_document` has learned what follows an end-of-text, and is asked
+    **The first token of a document.** Where the tokenizer puts BOS before every text, so it is here, and a text without
+    a context has BOS for one; else a text without a context is given end-of-text, as the harness does for every causal
+    model. A run without `data.reset_at_document` has learned what follows an end-of-text, and is asked
     just that. A run with it has not learned this: the token after an end-of-text is no target there, end-of-text is
     never an input that a loss reaches, and a document begins from the empty state. So that its other tokens are scored
     as they were trained, such a text begins from the empty state too, and its first token costs
@@ -122,13 +123,19 @@ class HarnessModel(TemplateLM):
         return self._tokens.end_of_text
 
     @property
+    def prefix_token_id(self) -> int:
+        """Id before a text without a context: BOS where there is one, else end-of-text, as in the harness' own."""
+        return self._tokens.beginning
+
+    @property
     def max_gen_toks(self) -> int:
         """Tokens to write where a task does not say how many, as in the harness's own models."""
         return 256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; no special token is ever added."""
-        return self._tokens.encode(string)
+        """Ids of a text, behind what the tokenizer puts before every text, unless ``add_special_tokens`` is False."""
+        (ids,) = self._tokens.encode_prompts([string])
+        return self._tokens.without_prefix(ids) if add_special_tokens is False else ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
         """Score (context, continuation) pairs."""
@@ -151,7 +158,7 @@ class HarnessModel(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As the harness splits the tokens of both, but for a continuation that melts into the context's last token."""
         before, after = super()._encode_pair(context, continuation)
-        return before, after or self.tok_encode(continuation)
+        return before, after or self.tok_encode(continuation, add_special_tokens=False)
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Score]:
@@ -162,7 +169,7 @@ class HarnessModel(TemplateLM):
             if len(context) + len(continuation) > self.max_length + 1:
                 context = context[-max(1, self.max_length + 1 - len(continuation)) :]
                 self.truncated += 1
-            context = context or [self.eot_token_id]
+            context = context or [self.prefix_token_id]
             if context == [self.eot_token_id] and self._config.data.reset_at_document and continuation:
                 scores[number] = Score(-torch.tensor(self._model.config.vocab_size).double().log().item(), False)
                 context, continuation = continuation[:1], continuation[1:]
@@ -240,7 +247,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _prompt(self, context: str) -> list[int]:
-        tokens = self.tok_encode(context) or [self.eot_token_id]
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
         self.truncated += len(tokens) > self.max_length
         return tokens[-self.max_length :]
 
@@ -258,7 +265,7 @@ class HarnessModel(TemplateLM):
             "top_p": settings.get("top_p", 1.0),
         }
         until = [end for end in settings["until"] if end]
-        streams = [TextStream(self._tokens, prompt, until) for prompt in prompts]
+        streams = [TextStream(self._tokens, self._tokens.without_prefix(prompt), until) for prompt in prompts]
         seeds = range(seed, seed + len(prompts))
         writing = start_writing(
             self._model, self._topology, prompts, Sampling(**draws), seeds, end_of_text=self.eot_token_id
@@ -268,7 +275,8 @@ class HarnessModel(TemplateLM):
             for row, token in writing.step().items():
                 texts[row] += streams[row].push(token)
             writing.stop([row for row in writing.rows if streams[row].is_stopped])
-        return [text + stream.end() for text, stream in zip(texts, streams, strict=True)]
+        # What of the prompt was held back for its last character came with the new text.
+        return [(text + stream.end()).removeprefix(stream.rest) for text, stream in zip(texts, streams, strict=True)]
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, file=self._screen, disable=None, leave=False, unit="")

@@ -44,6 +44,8 @@ class Facts:
         dtype: of the weights.
         generates: it can write text.
         tokenizer: kind of tokenizer.
+        pads_apart: its pad token is not end-of-text.
+        beginning: name of the token that it puts before every text; empty: none.
         step: of the checkpoint.
         tokens: trained on until then; 0: imported or upcycled weights.
         metrics: the run's lines up to that step; may be none.
@@ -56,6 +58,8 @@ class Facts:
     dtype: str
     generates: bool
     tokenizer: str
+    pads_apart: bool
+    beginning: str
     step: int
     tokens: int
     metrics: list[dict[str, Any]]
@@ -68,6 +72,7 @@ def write(config: Config, facts: Facts) -> str:
         "\n".join(_head(config, facts)),
         f"# {facts.name}\n\n{_summary(config, facts)}",
         f"## How to load it\n\n{_loading(facts)}",
+        *([f"## How to fine-tune it\n\n{_fine_tuning(facts)}"] if facts.generates else []),
         f"## Architecture\n\n{_table(_architecture(config))}",
     ]
     if facts.tokens:  # else the config's data and schedule are nobody's choice yet
@@ -166,6 +171,43 @@ def _loading(facts: Facts) -> str:
             "`use_mamba_kernels=False`"
         )
     return text + "."
+
+
+def _fine_tuning(facts: Facts) -> str:
+    """The recipe by which it learns to stop; tests run it."""
+    collator = "DataCollatorForLanguageModeling(tokenizer, mlm=False)" if facts.pads_apart else "collate"
+    lines = ["```python", "from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments", ""]
+    if not facts.pads_apart:
+        lines += [
+            "def collate(rows):  # no loss on padding, which is end-of-text here, and the loss of each text's own",
+            "    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)",
+            '    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)',
+            "    return batch",
+            "",
+        ]
+    lines += [
+        "rows = [tokenizer(text + tokenizer.eos_token) for text in texts]",
+        "trainer = Trainer(",
+        "    model=model,",
+        '    args=TrainingArguments(output_dir="tuned"),',
+        "    train_dataset=rows,",
+        f"    data_collator={collator},",
+        ")",
+        "trainer.train()",
+        "```",
+    ]
+    text = "The name of end-of-text at the end of a text is that token, and the model learns to stop there. "
+    if facts.pads_apart:
+        text += "Padding has a token of its own, so that collators take the loss off padding alone. "
+    else:
+        text += "The vocabulary has no id for padding, so end-of-text pads, and `collate` keeps the loss of true ends. "
+    if facts.beginning:
+        text += f"The tokenizer puts `{facts.beginning}` before every text. "
+    text += (
+        "Names of special tokens in a text that nobody checked are such tokens as well, unless `tokenizer` is called "
+        "with `split_special_tokens=True`."
+    )
+    return f"{text}\n\n" + "\n".join(lines)
 
 
 def _architecture(config: Config) -> Iterator[tuple[str, str]]:

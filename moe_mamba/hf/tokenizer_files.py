@@ -1,9 +1,10 @@
 """Our tokenizers as files that Transformers' AutoTokenizer loads as a fast one, with the same ids.
 
-A text never holds end-of-text, here as in training: ``split_special_tokens`` has ``<|endoftext|>`` in a text encoded as
-the characters that it is. The ids are the same for every text, but for SentencePiece models that others trained: a
-unigram model may split a text otherwise where two splits score alike, and with a dummy prefix (Llama's) a text that
-holds SentencePiece's own mark for a space has other ids.
+The ids are the same for every text that holds no special token's name. Such a name is that token here, as Transformers
+and what builds on it expect: trainers end a text with the name of end-of-text. In training it is the characters that it
+is, and ``split_special_tokens=True`` says so to Transformers. SentencePiece models that others trained differ in two
+more ways: a unigram model may split a text otherwise where two splits score alike, and with a dummy prefix (Llama's) a
+text that holds SentencePiece's own mark for a space has other ids.
 """
 
 import json
@@ -13,50 +14,73 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from moe_mamba.data.tokenizer import (
-    END_OF_TEXT,
-    SPACE,
-    LibraryTokenizer,
-    SentencePieceTokenizer,
-    SymbolsTokenizer,
-    Tokenizer,
-)
+from moe_mamba.data.sentencepiece_tokenizer import SPACE
+from moe_mamba.data.tokenizer import END_OF_TEXT, LibraryTokenizer, SentencePieceTokenizer, SymbolsTokenizer, Tokenizer
+from moe_mamba.data.tokenizer_folder import template
 from moe_mamba.errors import UserError
+from moe_mamba.hf.padding_token import add_padding, content_name, names_of
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 ORIGINAL = "original_tokenizer"  # holds a tokenizer of ours as it was, for the way back in: shards know its fingerprint
 UNIGRAM, BPE = 1, 2  # SentencePiece's own numbers
 
 
-def write(tokenizer: Tokenizer, folder: Path) -> None:
+def write(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> int:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``; one that they translate also as it is, into a subfolder.
 
-    The tokenizer pads on the left, with end-of-text, as a batch of prompts wants it.
+    The tokenizer pads on the left, as a batch of prompts wants it, with a token of its own: collators take the loss off
+    every pad token, and with end-of-text for one a model would never learn to stop. See ``padding``.
+
+    Args:
+        tokenizer: of the model.
+        folder: where to.
+        vocab_size: of the model: no id may reach it.
+
+    Returns:
+        Id of the pad token; end-of-text's where the vocabulary has no room for another.
 
     Raises:
         UserError: a SentencePiece model of a kind that the ``tokenizers`` library lacks.
     """
-    if isinstance(tokenizer, LibraryTokenizer):
-        content, end = tokenizer.content, tokenizer.end_name
-    elif isinstance(tokenizer, SentencePieceTokenizer):
-        content, end = _from_sentencepiece(tokenizer).to_str(), tokenizer.processor.id_to_piece(tokenizer.end_of_text)
-    elif isinstance(tokenizer, SymbolsTokenizer):
-        content, end = _symbols(tokenizer.vocab_size).to_str(), END_OF_TEXT
-    else:
-        content, end = _bytes().to_str(), END_OF_TEXT
+    content = _content(tokenizer)
+    end = content_name(content, tokenizer.end_of_text)
+    named = tokenizer.names.pad if isinstance(tokenizer, LibraryTokenizer) else None
+    pad = add_padding(content, end, named, vocab_size) or end
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
-        "pad_token": end,
+        "pad_token": pad,
         "padding_side": "left",
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    if tokenizer.beginning != tokenizer.end_of_text:
+        config["bos_token"] = content_name(content, tokenizer.beginning)
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not isinstance(tokenizer, LibraryTokenizer):
-        tokenizer.save(folder / ORIGINAL)
+    tokenizer.save(folder / ORIGINAL)
+    return names_of(content)[pad]
+
+
+def beginning_of(folder: Path) -> str:
+    """Name of BOS in a folder that ``write`` wrote; end-of-text's where it stands for both."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return config.get("bos_token", config["eos_token"])
+
+
+def _content(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as tokenizer.json has it."""
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.exported_content()
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        content = json.loads(_from_sentencepiece(tokenizer).to_str())
+        if tokenizer.prefix:
+            before = {tokenizer.processor.id_to_piece(token): [token] for token in tokenizer.prefix}
+            content["post_processor"] = template(before, {})
+        return content
+    return json.loads(
+        (_symbols(tokenizer.vocab_size) if isinstance(tokenizer, SymbolsTokenizer) else _bytes()).to_str()
+    )
 
 
 def _bytes() -> Library:

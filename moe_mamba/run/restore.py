@@ -76,6 +76,11 @@ def read_trained(path: Path, tokenizer: str | Path | None = None) -> Trained:
             "bytes, a folder or a .model file)"
         )
     loaded = load_tokenizer(source)
+    if loaded.prefix and loaded.fingerprint_without_prefix == description["tokenizer"]:
+        raise UserError(
+            f"{path} was trained without the BOS that {source} puts before every text: set post_processor to null in "
+            "its tokenizer.json, or import the model again"
+        )
     if loaded.fingerprint != description["tokenizer"]:
         raise UserError(f"{source} is not the tokenizer that {path} was trained with: restore that one")
     return Trained(path, parse_config(description["config"]), description, loaded)

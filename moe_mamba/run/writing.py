@@ -96,10 +96,11 @@ class Speed:
 
 def start_texts(tokenizer: Tokenizer, prompts: Sequence[str], seed: int, stops: Sequence[str]) -> list[Text]:
     """The texts that the prompts begin, with seeds from ``seed`` on; ``stops`` are strings that end them."""
-    return [
-        Text(prompt, ids, seed + place, TextStream(tokenizer, ids, stops), tokenizer.decode(ids))
-        for place, (prompt, ids) in enumerate(zip(prompts, tokenizer.encode_batch(prompts), strict=True))
-    ]
+    texts = []
+    for place, (prompt, ids) in enumerate(zip(prompts, tokenizer.encode_prompts(prompts), strict=True)):
+        stream = TextStream(tokenizer, tokenizer.without_prefix(ids), stops)  # BOS is read by the model, not shown
+        texts.append(Text(prompt, ids, seed + place, stream, stream.beginning))
+    return texts
 
 
 def write_all(

@@ -208,7 +208,7 @@ def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
     """A few words of what the model writes, or why it writes none."""
     tokenizer = corpora.tokenizer
     try:
-        prompt = tokenizer.encode(PROMPT)
+        (prompt,) = tokenizer.encode_prompts([PROMPT])
         tokens = generate(
             model,
             prompt,
@@ -219,7 +219,7 @@ def sample_text(config: Config, model: LanguageModel, corpora: Corpora) -> str:
         )
     except UserError as error:
         return f"none: {error}"
-    return tokenizer.decode([*prompt, *tokens])
+    return tokenizer.decode([*tokenizer.without_prefix(prompt), *tokens])
 
 
 def _training_size(corpora: Corpora) -> str:

@@ -269,3 +269,44 @@ def test_its_card_claims_no_training_of_ours(imported: Path, tmp_path: Path) -> 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "imported or upcycled, and not trained since" in card
     assert "## Training" not in card and "builtin" not in card
+
+
+@pytest.mark.parametrize("ending", [False, True])
+@pytest.mark.parametrize("beginning", [False, True])
+def test_what_stands_before_texts_is_said(
+    tmp_path: Path, beginning: bool, ending: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes out and comes in again as it was."""
+    from moe_mamba.data.tokenizer import load_tokenizer
+    from tests.data.tokenizer_kinds import llama, save_library
+    from tests.hf.checkpoints import make_run
+
+    theirs = save_library(llama(None, beginning, ending), tmp_path / "theirs")
+    make_run(tmp_path / "run", {"pattern": "M", "vocab_size": 300}, tokenizer=load_tokenizer(theirs))
+    export(tmp_path / "run", tmp_path / "out", say=lambda _: None)
+    shutil.rmtree(tmp_path / "out" / "original_tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as they published it
+        shutil.copy(theirs / name, tmp_path / "out" / name)
+    capsys.readouterr()
+    main(str(tmp_path / "out"), str(tmp_path / "again"))
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if "MambaForCausalLM as M x 1" in line)
+    assert line.endswith("; <s> (id 1) stands before every text, as in Transformers") == beginning
+    assert any("Transformers puts </s> (id 2) behind every text" in line for line in lines) == ending
+    export(tmp_path / "again", tmp_path / "out again", say=lambda _: None)
+    main(str(tmp_path / "out again"), str(tmp_path / "third"))
+    first, third = load_tokenizer(tmp_path / "again" / "tokenizer"), load_tokenizer(tmp_path / "third" / "tokenizer")
+    assert first.fingerprint == third.fingerprint and first.prefix == third.prefix == (1,) * beginning
+
+
+def test_a_setting_that_tokenizer_json_overrides_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from moe_mamba.data.tokenizer import load_tokenizer
+    from tests.data.tokenizer_kinds import llama, save_library
+    from tests.hf.checkpoints import make_run
+
+    make_run(tmp_path / "run", {"pattern": "M", "vocab_size": 300})
+    export(tmp_path / "run", tmp_path / "out", say=lambda _: None)
+    theirs = save_library(llama(), tmp_path / "theirs", bos_token="<s>", add_bos_token=True)
+    assert load_tokenizer(theirs).prefix == ()
+    main(str(tmp_path / "out"), str(tmp_path / "again"), tokenizer=str(theirs))
+    assert "note: add_bos_token=true is left aside, as in Transformers 5" in capsys.readouterr().out

@@ -201,3 +201,29 @@ def test_the_reward_trainer_scores_each_texts_last_token(pair: Pair, tmp_path: P
     trainer.train()
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0] - 0.2
     assert logged(trainer, "accuracy")[-1] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["bytes", "BOS"])
+def test_an_exported_model_learns_to_stop(tmp_path: Path, kind: str) -> None:
+    """With TRL's defaults, which end each text with the name of EOS."""
+    from transformers import AutoTokenizer
+
+    from moe_mamba.data.tokenizer import BytesTokenizer
+    from tests.data.tokenizer_kinds import llama, named
+    from tests.hf.fine_tuning import TEXTS, exported, written
+
+    folder = exported(tmp_path, BytesTokenizer() if kind == "bytes" else named(llama(beginning=True)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = modeling.MoEMambaForCausalLM.from_pretrained(folder).train()
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            **settings(tmp_path, max_steps=120, learning_rate=0.02, per_device_train_batch_size=6, seed=0)
+        ),
+        train_dataset=datasets.Dataset.from_dict({"text": TEXTS * 4}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    for text in TEXTS:
+        found, stopped = written(model, tokenizer, text[:5])
+        assert stopped and found in TEXTS, (found, text)

@@ -3,6 +3,7 @@
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,7 @@ ODD = [
         "🙂👩\u200d👩\u200d👧",
         "\0\x01",
         "\u200b\u2028\ufeff",
+        "ÿþ \xff\xfe <0xFF> <0xFE>",
     ),
 ]
 
@@ -45,12 +47,14 @@ def sentencepiece(documents: list[str], tmp_path_factory: pytest.TempPathFactory
     return train_sentencepiece(documents, 1200, tmp_path_factory.mktemp("sentencepiece"))
 
 
-def _fast(tokenizer: Tokenizer, folder: Path) -> "transformers.PreTrainedTokenizerFast":
-    tokenizer_files.write(tokenizer, folder)
-    fast = transformers.AutoTokenizer.from_pretrained(folder)
-    assert fast.is_fast and len(fast) == tokenizer.vocab_size
-    assert fast.eos_token_id == fast.pad_token_id == tokenizer.end_of_text
+def _fast(tokenizer: Tokenizer, folder: Path, room: int = 0, **keys: Any) -> "transformers.PreTrainedTokenizerFast":
+    """What AutoTokenizer makes of it, for a model with ``room`` ids more than the tokenizer has."""
+    pad = tokenizer_files.write(tokenizer, folder, tokenizer.vocab_size + room)
+    fast = transformers.AutoTokenizer.from_pretrained(folder, **keys)
+    assert fast.is_fast and tokenizer.vocab_size <= len(fast) <= tokenizer.vocab_size + room
+    assert fast.eos_token_id == tokenizer.end_of_text and fast.pad_token_id == pad < tokenizer.vocab_size + room
     assert fast.padding_side == "left"
+    assert load_tokenizer(folder / tokenizer_files.ORIGINAL).fingerprint == tokenizer.fingerprint
     return fast
 
 
@@ -63,13 +67,19 @@ def _texts(documents: list[str]) -> list[str]:
 
 
 def _check(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None:
-    fast = _fast(tokenizer, folder)
+    fast = _fast(tokenizer, folder, split_special_tokens=True)
     for text in texts:
         ids = tokenizer.encode(text)
         assert fast(text)["input_ids"] == ids, repr(text)
         assert fast.decode(ids) == tokenizer.decode(ids), repr(text)
     ended = [*tokenizer.encode(texts[0]), tokenizer.end_of_text]
     assert fast.decode(ended, skip_special_tokens=True) == tokenizer.decode(ended[:-1])
+    plain = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        if not any(name in text for name in plain.all_special_tokens):
+            assert plain(text)["input_ids"] == tokenizer.encode(text), repr(text)
+    if texts[0]:
+        assert plain(f"{texts[0]}{plain.eos_token}")["input_ids"] == ended
 
 
 def test_sentencepiece(sentencepiece: Tokenizer, documents: list[str], tmp_path: Path) -> None:
@@ -90,7 +100,7 @@ def test_symbols(tmp_path: Path) -> None:
 
 def test_a_batch_is_padded_on_the_left(sentencepiece: Tokenizer, tmp_path: Path) -> None:
     batch = _fast(sentencepiece, tmp_path)(["one", "one two three"], padding=True)
-    assert batch["input_ids"][0][0] == sentencepiece.end_of_text
+    assert batch["input_ids"][0][0] != sentencepiece.end_of_text
     assert batch["attention_mask"][0][0] == 0 and batch["attention_mask"][0][-1] == 1
 
 
@@ -106,7 +116,7 @@ def test_sentencepiece_models_of_others(kind: str, documents: list[str], tmp_pat
     tokenizer = SentencePieceTokenizer(model.getvalue())
     if kind == "word":
         with pytest.raises(UserError, match="words or characters"):
-            tokenizer_files.write(tokenizer, tmp_path)
+            tokenizer_files.write(tokenizer, tmp_path, tokenizer.vocab_size)
         return
     fast = _fast(tokenizer, tmp_path)
     same = [fast(text)["input_ids"] == tokenizer.encode(text) for text in documents]
