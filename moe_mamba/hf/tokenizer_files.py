@@ -29,7 +29,7 @@ def write(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> int:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``; one that they translate also as it is, into a subfolder.
 
     The tokenizer pads on the left, as a batch of prompts wants it, with a token of its own: collators take the loss off
-    every pad token, and with end-of-text for one a model would never learn to stop. See ``padding``.
+    every pad token, and with end-of-text for one a model would never learn to stop. See ``add_padding``.
 
     Args:
         tokenizer: of the model.
