@@ -69,6 +69,7 @@ class DataConfig(Section):
     cache: Text = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
     max_documents: OptionalPositive = Field(None, description="documents to take of each source of them; null: all")
+    text_key: Text = Field("text", description="field that holds a document's text, where a source has fields")
     sequence_length: Positive = Field(256, description="tokens per window")
     reset_at_document: bool = Field(
         True, description="state, convolution and attention start anew at each document of a window"

@@ -24,6 +24,11 @@ class Tokenizer(ABC):
     end_of_text: int
     fingerprint: str
 
+    @property
+    def has_patterns(self) -> bool:
+        """Whether it searches a text with regular expressions of its own, which may take for ever."""
+        return False
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without end-of-text."""

@@ -114,6 +114,12 @@ class LibraryTokenizer(Tokenizer):
         """See Tokenizer; takes a while, and a process that only encodes needs none."""
         return _library_fingerprint(json.loads(self.content), self.end_name)
 
+    @property
+    def has_patterns(self) -> bool:
+        """See Tokenizer; GPT-2's own pattern is the library's."""
+        content = json.loads(self.content)
+        return any(_has_pattern(content.get(step)) for step in ("normalizer", "pre_tokenizer"))
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -315,6 +321,13 @@ def _set_values(node: Any) -> Any:
         for key, value in node.items()
         if not (value is None or value is False or value == "" or key == "trim_offsets" or (key, value) == USE_REGEX)
     }
+
+
+def _has_pattern(node: Any) -> bool:
+    """Whether a step of a tokenizer.json has a regular expression anywhere."""
+    if isinstance(node, dict):
+        return "Regex" in node or any(map(_has_pattern, node.values()))
+    return isinstance(node, list) and any(map(_has_pattern, node))
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_mamba.data.corpus import Corpus, Place, Reject
+from moe_mamba.data.corpus import Corpus, Place
+from moe_mamba.data.records import Reject
 from moe_mamba.errors import UserError
 
 
