@@ -24,7 +24,7 @@ class Windows(NamedTuple):
 def stack(rows: Sequence[Windows]) -> Windows:
     """Windows of one source's kind, (length,) each, as one of (windows, length)."""
     ends = [row.ends for row in rows if row.ends is not None]
-    tokens, targets = (np.stack([row[part] for row in rows]) for part in (0, 1))
+    tokens, targets = np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows])
     return Windows(tokens, targets, np.stack(ends) if ends else None)
 
 
