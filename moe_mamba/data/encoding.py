@@ -227,6 +227,7 @@ def _serve(pipe: Connection, tokenizer_folder: Path, dtype: str, is_single: bool
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a panic is told in lines of its own, before it is an error
+    os.environ["RUST_BACKTRACE"] = "0"  # takes a second, for nobody
     try:
         tokenizer = load_tokenizer(tokenizer_folder)
         if is_single:

@@ -29,6 +29,7 @@ class Index:
         dtype: of the ids.
         tokens: ids in all.
         documents: how many there are.
+        is_plain: each document is one sequence.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -121,9 +122,12 @@ class Index:
     def _check_boundaries(self) -> None:
         """Refuse documents that do not cover the sequences in order."""
         ends = self._boundaries
-        is_whole = ends[0] == 0 and ends[-1] == len(self._lengths)
-        blocks = range(0, len(ends), BLOCK)
-        if not is_whole or any((np.diff(ends[first : first + BLOCK + 1]) < 0).any() for first in blocks):
+        self.is_plain, is_in_order = True, ends[0] == 0 and ends[-1] == len(self._lengths)
+        for first in range(0, len(ends), BLOCK):
+            sequences = np.diff(ends[first : first + BLOCK + 1])
+            self.is_plain &= bool((sequences == 1).all())
+            is_in_order &= bool((sequences >= 0).all())
+        if not is_in_order:
             raise self._damaged("documents do not follow one another")
 
     def _damaged(self, fault: str) -> UserError:

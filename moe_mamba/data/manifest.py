@@ -56,7 +56,7 @@ class Manifest:
 
     source: dict[str, Any]
     limit: Count | None
-    tokenizer: str  # its fingerprint
+    tokenizer: Hash  # its fingerprint
     vocab_size: Count
     end_of_text: Count
     dtype: Literal["uint16", "int32"]

@@ -298,5 +298,5 @@ def _brief(value: object) -> str:
     if isinstance(value, dict):
         files = value.get("files", ())
         size = f", {len(files)} file(s), {sum(file['bytes'] for file in files):,} bytes" if files else ""
-        return f"{value['source']}{size}"
+        return f"{value['source'][-30:]}{size}"
     return str(value)[:12]

@@ -102,10 +102,10 @@ class Shards:
         for part, index in zip(manifest.parts, self._indices, strict=True):
             said = part.documents, part.tokens, manifest.dtype
             found = index.documents, index.tokens, index.dtype.name
-            if said != found:
+            if said != found or not index.is_plain:
                 raise UserError(
-                    f"{self.name}: {MANIFEST} says documents, tokens, dtype {said} of {part.name}, but its index "
-                    f"{found}: restore them, or delete the folder and preprocess again"
+                    f"{self.name}: {MANIFEST} says documents, tokens, dtype {said} of {part.name}, but its index does "
+                    "not: restore them, or delete the folder and preprocess again"
                 )
 
     def _compare_ends(self, end_of_text: int) -> None:
