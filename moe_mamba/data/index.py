@@ -64,7 +64,11 @@ class Index:
 
         Takes time in the logarithm of the documents, and in those that are found; an empty document has its place, too.
         """
-        first, last = (bisect.bisect_left(range(self.documents), place, key=self._start) for place in (start, stop))
+        documents, near = range(self.documents), 8
+        first = bisect.bisect_left(documents, start, key=self._start)
+        while first + near < self.documents and self._start(first + near) < stop:
+            near *= 2
+        last = bisect.bisect_left(documents, stop, first, min(first + near, self.documents), key=self._start)
         return self._starts(np.array(self._boundaries[first:last]))
 
     def _start(self, document: int) -> int:
