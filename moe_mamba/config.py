@@ -78,6 +78,7 @@ class DataConfig(Section):
     cache: FilledText = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
     max_documents: OptionalPositive = Field(None, description="documents to take of each source of them; null: all")
+    text_key: FilledText = Field("text", description="field that holds a document's text, where a source has fields")
     sequence_length: Annotated[int, Range(1, 2**27)] = Field(256, description="tokens per window")
     reset_at_document: bool = Field(
         True, description="state, convolution and attention start anew at each document of a window"

@@ -19,6 +19,11 @@ def test_a_pattern_is_text_whatever_yaml_makes_of_it(tmp_path: Path, pattern: st
         assert load_config(file).model.pattern == pattern
 
 
+def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model:\n  pattern: M\n", encoding="utf-8-sig")
+    assert load_config(tmp_path / "config.yaml").model.pattern == "M"
+
+
 def test_a_number_for_a_pattern_is_read_as_its_letter(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model:\n  pattern: 2\n")
     with pytest.raises(UserError, match="unknown letter '2'"):

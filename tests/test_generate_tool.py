@@ -58,6 +58,16 @@ def test_prompts_as_json_lines_and_from_standard_input(
         assert run(prompts_file="-") == expected
 
 
+def test_a_byte_order_mark_is_no_prompt(run, many: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(prompts_file=many)
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
+    for name, content in (("a.jsonl", lines), ("a.txt", "\n".join(PROMPTS))):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert run(prompts_file=str(tmp_path / name)) == expected
+        monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + content))
+        assert run(prompts_file="-") == expected
+
+
 def test_stop_strings(run, many: str) -> None:
     (whole,) = objects(run(prompt="1", seed=1, json=True))
     new = whole["text"][1:]

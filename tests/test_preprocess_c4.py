@@ -51,3 +51,17 @@ def test_bad_input_is_one_line(
     refusal: Callable[..., str], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     assert message in refusal(main, *arguments, f"--output={tmp_path / 'out'}")
+
+
+def test_another_field_holds_the_text(
+    refusal: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"url": "x", "content": "some text"}\n' * 3000)
+    flags = (f"--input={tmp_path / 'a.jsonl'}", "--tokenizer=bytes", f"--output={tmp_path / 'out'}", "--workers=1")
+    line = refusal(main, *flags)
+    assert "no document in the first 1,000 records (a.jsonl, line 1: no field text" in line
+    assert "there: url, content): name the field of the text with --text_key" in line and len(line) < 300
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 1000
+    main(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "bytes", 1, text_key="content")
+    assert "3,000 documents, 30,000 tokens" in capsys.readouterr().out
+    assert "holds shards of another source" in refusal(main, *flags)

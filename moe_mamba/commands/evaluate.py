@@ -24,6 +24,7 @@ def main(
     sequence_length: OptionalPositive = None,
     batch: Positive = 8,
     max_documents: OptionalPositive = None,
+    text_key: str | None = None,
     num_fewshot: NonNegative | None = None,
     limit: OptionalPositive = None,
     output: str | None = None,
@@ -44,6 +45,7 @@ def main(
         sequence_length: tokens per window, and of a task's context the last so many; the run's own where none is given.
         batch: windows or requests at once.
         max_documents: with --input: documents to take of a source of documents.
+        text_key: with --input: field that holds a document's text; the run's own where none is given.
         num_fewshot: with --tasks: examples before each question, where a task allows; as each task says if not given.
         limit: with --tasks: questions of each task, for a try.
         output: with --tasks: file for the harness's whole results, as JSON.
@@ -53,7 +55,7 @@ def main(
             --parallel.expert_tensor=true; --parallel.timeout.
     """
     only: dict[str, dict[str, object]] = {
-        "--input": {"max_documents": max_documents},
+        "--input": {"max_documents": max_documents, "text_key": text_key},
         "--tasks": {"num_fewshot": num_fewshot, "limit": limit, "output": output},
     }
     if (input is None) == (tasks is None):
@@ -69,17 +71,28 @@ def main(
         if tasks is not None:
             _score_tasks(restored, tasks, length, batch, num_fewshot, limit, output, json)
         elif input is not None:
-            _score_text(restored, input, length, batch, max_documents, json)
+            _score_text(restored, input, length, batch, max_documents, text_key, json)
 
 
 def _score_text(
-    restored: Restored, source: str, length: int, batch: int, max_documents: int | None, as_json: bool
+    restored: Restored,
+    source: str,
+    length: int,
+    batch: int,
+    max_documents: int | None,
+    text_key: str | None,
+    as_json: bool,
 ) -> None:
     """Print the loss on shards, documents or a synthetic task."""
     data, tokenizer, world = restored.config.data, restored.tokenizer, restored.topology.world
-    corpus = first_then_all(lambda: prepare_corpus(source, tokenizer, data.cache, max_documents, verify=world.is_first))
-    if corpus.rejects and world.is_first:
-        print(f"{corpus.rejects:,} damaged lines are kept in {corpus.rejects_file}", file=sys.stderr)
+    key = text_key or data.text_key
+    corpus = first_then_all(
+        lambda: prepare_corpus(source, tokenizer, data.cache, max_documents, text_key=key, verify=world.is_first)
+    )
+    if world.is_first:
+        rejects = f"{corpus.rejects:,} damaged lines are kept in {corpus.rejects_file}"
+        for line in [rejects] * bool(corpus.rejects) + corpus.notes:
+            print(line, file=sys.stderr)
     limit_collectives(restored.config.parallel.timeout)
     batches = evaluation_batches(corpus, length, batch, tokenizer.end_of_text, data.reset_at_document)
     scores = evaluate(restored.model, batches, restored.topology)

@@ -79,6 +79,7 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--prompts_file={path} cannot be read ({why}): give a text or .jsonl file") from error
+    content = content.removeprefix("\ufeff")  # a byte order mark
     lines = {number: line for number, line in enumerate(content.split("\n"), 1) if line.strip()}
     if not lines:
         raise UserError(f"--prompts_file={path} has no prompts: write one per line")

@@ -1,25 +1,37 @@
 """Documents from a source: the built-in corpus, files and globs of files, or a Hugging Face dataset, streamed.
 
-Each damaged line or file is a ``Reject`` with its place and its bytes, for whoever keeps the documents to keep as
-well, and reading goes on behind it.
+Each damaged line or file is a ``Reject`` with its place and its bytes (records.py), for whoever keeps the documents to
+keep as well, and reading goes on behind it.
 """
 
 import glob
 import gzip
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from moe_mamba.data.builtin import SPLITS, builtin_documents
 from moe_mamba.data.quiet import quiet_hub
+from moe_mamba.data.records import (
+    NoText,
+    Records,
+    Reject,
+    first_line,
+    lines,
+    parquet_rows,
+    text_of_line,
+    text_of_row,
+    whole_text,
+)
 from moe_mamba.errors import UserError
 
-CHUNK = 1 << 20  # bytes read at once
 KINDS = ".txt, .jsonl, .json, .jsonl.gz, .json.gz, .parquet"
+TEXT_KEY = "text"  # the field that holds a document, where no other is named
+TRIED = 1000  # records of a source that are rejected before it is refused, where no document came
+EMPTY = "the text is empty"
 
 
 class Place(NamedTuple):
@@ -40,17 +52,7 @@ class Document(NamedTuple):
     place: Place
 
 
-class Reject(NamedTuple):
-    """What could not be read: the file, the line or row from 1 (0: the whole file), why, and the bytes, if any."""
-
-    file: str
-    line: int
-    reason: str
-    raw: bytes
-
-
 OnReject = Callable[[Reject], None]
-Records = Iterator[str | bytes | Reject]  # bytes are checked to be UTF-8 by whoever asks for documents
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,26 @@ class _File:
     name: str
     read: Callable[[int], Records]
     size: int = 0
+    has_fields: bool = True
 
 
 class Corpus:
     """A source, resolved into files. ``bytes_read`` of ``total_bytes`` says how far reading has come.
 
     The source's syntax is that of ``data.train``: ``builtin``, ``builtin:validation``, a file or glob of
-    .txt (one document a file), .jsonl, .json.gz or .parquet (field ``text``), or ``hf:NAME[:CONFIG]:SPLIT``.
+    .txt (one document a file), .jsonl, .json.gz or .parquet, or ``hf:NAME[:CONFIG]:SPLIT``. ``text_key`` is the field
+    that holds a document's text, where a source has fields.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, text_key: str = TEXT_KEY) -> None:
         """Resolve ``source``; raises UserError where there is nothing of that name."""
         self.source = source
+        self.text_key = text_key
         self.bytes_read = 0
         if source == "builtin" or source.startswith("builtin:"):
             self.files = [_builtin_file(source)]
         elif source.startswith("hf:"):
-            self.files = [_hub_file(source)]
+            self.files = [_hub_file(source, text_key)]
         else:
             self.files = [self._local_file(path) for path in _matching_files(source)]
         self.total_bytes = sum(file.size for file in self.files)
@@ -88,6 +93,8 @@ class Corpus:
             description["python"] = ".".join(map(str, sys.version_info[:3]))
         elif not self.source.startswith("hf:"):
             description["files"] = [{"name": Path(file.name).name, "bytes": file.size} for file in self.files]
+        if self.text_key != TEXT_KEY and any(file.has_fields for file in self.files):
+            description["text_key"] = self.text_key
         return description
 
     def documents(
@@ -98,16 +105,19 @@ class Corpus:
         Raises:
             UserError: the source cannot be reached, or holds no document.
         """
-        kept = 0
-        why = ""
+        kept = damaged = 0
+        first: Reject | None = None
         self.bytes_read = sum(file.size for file in self.files[: start.file])
         for index, file in enumerate(self.files[start.file :], start.file):
             skip = start.record if index == start.file else 0
-            for record, item in enumerate(file.read(skip) if kept != limit else (), skip):
+            for record, item in enumerate(_readable(file, skip) if kept != limit else (), skip):
                 document = _check(item, file.name, Place(index, record + 1))
                 if isinstance(document, Reject):
-                    why = why or f" (first reject: {document.file}, line {document.line}: {document.reason})"
+                    first = _telling(first, document)
+                    damaged += document.reason != EMPTY
                     on_reject(document)
+                    if not kept and damaged == TRIED and start == START:
+                        raise UserError(_refusal(f"{file.name}: no document in the first {TRIED:,} records", first))
                     continue
                 kept += 1
                 yield document
@@ -115,11 +125,16 @@ class Corpus:
                     return
             self.bytes_read = sum(file.size for file in self.files[: index + 1])
         if not kept and start == START:
-            raise UserError(f"{self.source}: it has no documents{why}: give another source")
+            raise UserError(_refusal(f"{self.source}: it has no documents", first))
 
     def _local_file(self, path: Path) -> _File:
         name = path.name.lower()
-        readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": _parquet}
+        readers = {
+            ".txt": self._text,
+            ".jsonl": self._json_lines,
+            ".json": self._json_lines,
+            ".parquet": self._parquet,
+        }
         reader = readers.get(Path(name.removesuffix(".gz")).suffix)
         if reader is None or (name.endswith(".gz") and reader != self._json_lines):
             raise UserError(f"{path}: unknown file type: give {KINDS}")
@@ -128,19 +143,22 @@ class Corpus:
             path.open("rb").close()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): give another file, or fix it") from error
-        return _File(str(path), lambda skip: reader(path, skip), size)
+        return _File(str(path), lambda skip: reader(path, skip), size, reader != self._text)
 
     def _text(self, path: Path, skip: int) -> Records:
         if not skip:
-            yield path.read_bytes()
+            yield whole_text(path)
+
+    def _parquet(self, path: Path, skip: int) -> Records:
+        return parquet_rows(path, skip, self.text_key)
 
     def _json_lines(self, path: Path, skip: int) -> Records:
         before = self.bytes_read
         with path.open("rb") as file:
             stream = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
-            for number, line in enumerate(_lines(stream, str(path)), 1):
+            for number, line in enumerate(lines(stream, str(path)), 1):
                 if number > skip:
-                    yield line if isinstance(line, Reject) else _text_of(line, str(path), number)
+                    yield line if isinstance(line, Reject) else text_of_line(line, str(path), number, self.text_key)
                 if number % 256 == 0:
                     self.bytes_read = before + file.tell()
 
@@ -158,56 +176,33 @@ def _check(item: str | bytes | Reject, file: str, place: Place) -> Document | Re
         raw = item if isinstance(item, bytes) else item.encode("utf-8", "surrogatepass")
         return Reject(file, place.record, f"not UTF-8 ({error.reason} at {error.start})", raw)  # type: ignore[attr-defined]
     if not text:
-        return Reject(file, place.record, "the text is empty", b"")
+        return Reject(file, place.record, EMPTY, b"")
     return Document(text, len(raw), place)
 
 
-def _lines(stream: IO[bytes] | gzip.GzipFile, name: str) -> Iterator[bytes | Reject]:
-    """Yield the lines of a stream; where it is damaged, those before the damage, and then a reject."""
-    tail, number = b"", 0
+def _readable(file: _File, skip: int) -> Records:
+    """The records of a file; raises UserError where its disk, or whoever owns it, does not give it."""
     try:
-        while chunk := stream.read1(CHUNK):  # type: ignore[union-attr]
-            lines = (tail + chunk).split(b"\n")
-            tail = lines.pop()
-            number += len(lines)
-            yield from lines
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield Reject(name, number + 1, f"damaged gzip, the rest of the file is lost ({error})", tail)
-    else:
-        if tail:
-            yield tail
+        yield from file.read(skip)
+    except OSError as error:
+        raise UserError(f"{file.name}: cannot be read ({error.strerror}): give another file, or fix it") from error
 
 
-def _text_of(line: bytes, file: str, number: int) -> str | Reject:
-    """The field ``text`` of a line of JSON."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Reject(file, number, f"not UTF-8 ({error.reason} at {error.start})", line)
-    except (ValueError, RecursionError) as error:
-        return Reject(file, number, f"not JSON ({error})", line)
-    text = row.get("text") if isinstance(row, dict) else None
-    return text if isinstance(text, str) else Reject(file, number, "no field text that holds a string", line)
+def _telling(first: Reject | None, reject: Reject) -> Reject:
+    """Of two rejects the one that tells more of why a source has no documents."""
+    if first is None or (isinstance(reject, NoText) and not isinstance(first, NoText)):
+        return reject
+    return first
 
 
-def _parquet(path: Path, skip: int) -> Records:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            yield Reject(str(path), 0, "no column text", b"")
-            return
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            column = batch.column(0).cast(pyarrow.large_binary())  # as bytes, so that bad UTF-8 is ours to report
-            for value in column.to_pylist():
-                row += 1
-                if row > skip:
-                    yield Reject(str(path), row, "no text in this row", b"") if value is None else value
-    except pyarrow.ArrowException as error:
-        yield Reject(str(path), 0, f"damaged Parquet, the rest of the file is lost ({_first_line(error)})", b"")
+def _refusal(what: str, first: Reject | None) -> str:
+    """The line for a source without documents."""
+    if first is None:
+        return f"{what}: give another source"
+    fix = "give another source"
+    if isinstance(first, NoText):
+        fix = "name the field of the text with --text_key, in a configuration data.text_key"
+    return f"{what} ({Path(first.file).name}, line {first.line}: {first.reason[:160]}): {fix}"
 
 
 def _builtin_file(source: str) -> _File:
@@ -216,30 +211,28 @@ def _builtin_file(source: str) -> _File:
         raise UserError(
             f"{source}: the built-in corpus only has {' and '.join(SPLITS)}: give builtin:validation, for example"
         )
-    return _File(source, lambda skip: iter(builtin_documents(split)[skip:]))
+    return _File(source, lambda skip: iter(builtin_documents(split)[skip:]), has_fields=False)
 
 
-def _hub_file(source: str) -> _File:
+def _hub_file(source: str, text_key: str) -> _File:
     parts = source.removeprefix("hf:").split(":")
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"{source}: give hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, such as hf:allenai/c4:en:train")
     name, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
-    return _File(source, lambda skip: _hub_rows(source, name, config, split, skip))
+    return _File(source, lambda skip: _hub_rows(source, name, config, split, skip, text_key))
 
 
-def _hub_rows(source: str, name: str, config: str | None, split: str, skip: int) -> Records:
+def _hub_rows(source: str, name: str, config: str | None, split: str, skip: int, text_key: str) -> Records:
     try:
         from datasets import load_dataset  # seconds to import
 
         with quiet_hub():
             rows: Iterable[dict] = load_dataset(name, config, split=split, streaming=True).skip(skip)
         for number, row in enumerate(rows, skip + 1):
-            text = row.get("text")
-            raw = json.dumps(row, default=str).encode()
-            yield text if isinstance(text, str) else Reject(source, number, "no field text that holds a string", raw)
+            yield text_of_row(row, source, number, text_key, json.dumps(row, default=str).encode())
     except Exception as error:  # the hub's client raises anything, from many libraries
         raise UserError(
-            f"{source}: cannot be read from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}): "
+            f"{source}: cannot be read from the Hugging Face hub ({type(error).__name__}: {first_line(error)}): "
             "check the name and the network, or give local files"
         ) from error
 
@@ -254,7 +247,3 @@ def _matching_files(source: str) -> list[Path]:
     if not found:
         raise UserError(f"{source}: no such file, and no file matches it: check data.train, data.validation or --input")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no reason given").splitlines()[0]

@@ -23,11 +23,12 @@ class EncodingError(UserError):
 
     Attributes:
         index: of the text in its batch.
+        reason: the library's, in a few words.
     """
 
-    def __init__(self, message: str, index: int = 0) -> None:
+    def __init__(self, message: str, index: int = 0, reason: str = "") -> None:
         super().__init__(message)
-        self.index = index
+        self.index, self.reason = index, reason
 
 
 class DecodingError(UserError):

@@ -147,6 +147,7 @@ class LibraryTokenizer(Tokenizer):
             f"{self.name}: it cannot encode the text that begins {brief(repr(texts[index][:40]), 60)} "
             f"({brief(error, 80)}): leave that text out, or give another tokenizer",
             index,
+            brief(error, 100),
         )
 
     def use_one_thread(self) -> None:

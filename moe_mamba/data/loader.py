@@ -11,7 +11,7 @@ import torch
 
 from moe_mamba.data.batch import UNCOUNTED, Batch
 from moe_mamba.data.order import blend, permute
-from moe_mamba.data.source import Source, Windows
+from moe_mamba.data.source import Source, Windows, stack
 from moe_mamba.errors import UserError
 
 
@@ -34,7 +34,7 @@ class Loader:
             weights: the same names -> share of the windows, in any unit.
             sequence_length: tokens per window.
             seed: another one gives another order.
-            reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.
+            reset_at_document: mark the starts of documents, and do not count the target behind a document's end.
             end_of_text: id of that token.
 
         Raises:
@@ -58,6 +58,8 @@ class Loader:
                     f"{name}: {size} {unit} are fewer than one sequence of {sequence_length} and its last "
                     "target: lower data.sequence_length, or give more text"
                 )
+            if self._reset and windows is not None:
+                source.check_targets(end_of_text, windows * sequence_length)
 
     @property
     def is_finite(self) -> bool:
@@ -84,8 +86,7 @@ class Loader:
             self._sources[number].window(int(window), self._length, self._seed)
             for number, window in zip(*self.places(first_position, count), strict=True)
         ]
-        tokens, targets = map(np.stack, zip(*rows, strict=True))
-        return _make_batch(Windows(tokens, targets), self._end_of_text, self._reset)
+        return _make_batch(stack(rows), self._end_of_text, self._reset)
 
 
 def evaluation_batches(
@@ -98,23 +99,28 @@ def evaluation_batches(
         sequence_length: tokens per window; the last window is filled with end-of-text and uncounted targets.
         batch: windows a batch; the last batch is filled with windows of uncounted targets.
         end_of_text: id of that token.
-        reset_at_document: mark the starts of documents, and do not count the target after an end-of-text.
+        reset_at_document: mark the starts of documents, and do not count the target behind a document's end.
 
     Raises:
-        UserError: the source has fewer than two tokens, or its sequences are too short for it.
+        UserError: the source has fewer than two tokens, or no target, or its sequences are too short for it.
     """
     source.check_validation(sequence_length)
+    if reset_at_document:
+        source.check_targets(end_of_text)
     for windows in source.validation_windows(sequence_length, batch):
-        yield _make_batch(windows, end_of_text, reset_at_document and source.is_text)
+        yield _make_batch(windows, end_of_text, reset_at_document)
 
 
 def _make_batch(windows: Windows, end_of_text: int, reset_at_document: bool) -> Batch:
-    """Windows (sequences, length), which are taken over, as tensors; filling becomes end-of-text."""
-    tokens, targets = map(torch.from_numpy, windows)
+    """Windows (sequences, length), which are taken over, as tensors; filling becomes end-of-text.
+
+    A text's document begins behind each end that its index tells, and behind each end-of-text.
+    """
+    tokens, targets = map(torch.from_numpy, windows[:2])
     tokens[tokens == UNCOUNTED] = end_of_text
-    if not reset_at_document:
+    if not reset_at_document or windows.ends is None:
         return Batch(tokens, targets, None)
-    ends = tokens == end_of_text
+    ends = torch.from_numpy(windows.ends) | (tokens == end_of_text)
     targets[ends] = UNCOUNTED
     document_starts = torch.ones_like(ends)
     document_starts[:, 1:] = ends[:, :-1]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from moe_mamba.data.corpus import Corpus
+from moe_mamba.data.corpus import TEXT_KEY, Corpus
 from moe_mamba.data.manifest import load_manifest
 from moe_mamba.data.preprocess import count_cores, preprocess
 from moe_mamba.data.shards import Shards, is_shards, tokenizer_folder
@@ -28,7 +28,13 @@ LARGE_DOCUMENTS = 30_000
 
 
 def prepare_tokenizer(
-    spec: str, sources: Sequence[str], vocab_size: int, folder: str | Path, max_documents: int | None = None
+    spec: str,
+    sources: Sequence[str],
+    vocab_size: int,
+    folder: str | Path,
+    max_documents: int | None = None,
+    *,
+    text_key: str = TEXT_KEY,
 ) -> Tokenizer:
     """Load the tokenizer of a run, or train it, and keep it in ``folder``; the second call finds it there.
 
@@ -39,6 +45,7 @@ def prepare_tokenizer(
         vocab_size: pieces to train; another tokenizer must not have more tokens.
         folder: where it is kept.
         max_documents: documents to take of each source; None: all.
+        text_key: field that holds a document's text, where a source has fields.
 
     Raises:
         UserError: no such tokenizer, none can be trained on these sources, ``folder`` holds another one, or it knows
@@ -52,7 +59,7 @@ def prepare_tokenizer(
         if kept is None:
             tokenizer.save(folder)
     elif kept is None:
-        tokenizer = train_sentencepiece(_training_texts(sources, max_documents), vocab_size, folder)
+        tokenizer = train_sentencepiece(_training_texts(sources, max_documents, text_key), vocab_size, folder)
     else:
         tokenizer = kept
     if tokenizer.vocab_size > vocab_size:
@@ -69,6 +76,7 @@ def prepare_corpus(
     cache_folder: str | Path,
     max_documents: int | None = None,
     *,
+    text_key: str = TEXT_KEY,
     verify: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Source:
@@ -81,6 +89,7 @@ def prepare_corpus(
         tokenizer: the run's; shards of another one are refused.
         cache_folder: holds a folder for each source, tokenizer and limit.
         max_documents: documents to take of a source of documents; None: all.
+        text_key: field that holds a document's text, where the source has fields.
         verify: compare every checksum (shards without a manifest: look at every token's id); False: only sizes.
         say: is told in one line what takes long, before it begins, where documents have to be tokenized.
 
@@ -91,12 +100,12 @@ def prepare_corpus(
         return _synthetic_task(source, tokenizer)
     folder = Path(source)
     if not is_shards(source):
-        corpus = Corpus(source)
+        corpus = Corpus(source, text_key)
         folder = Path(cache_folder) / _cache_key(corpus, tokenizer, max_documents)
         manifest = load_manifest(folder)
         if say and not (manifest and manifest.complete):
             say(f"sharding {source} into {folder}")
-        preprocess(source, tokenizer, folder, _workers(corpus, max_documents), max_documents)
+        preprocess(source, tokenizer, folder, _workers(corpus, max_documents), max_documents, text_key)
     return Shards.open(folder, tokenizer, verify="checksums" if verify else False)
 
 
@@ -119,7 +128,7 @@ def _cache_key(corpus: Corpus, tokenizer: Tokenizer, max_documents: int | None) 
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _training_texts(sources: Sequence[str], max_documents: int | None) -> Iterator[str]:
+def _training_texts(sources: Sequence[str], max_documents: int | None, text_key: str) -> Iterator[str]:
     """Text of the sources to train a tokenizer on, as much of each."""
     for source in sources:
         if is_synthetic(source):
@@ -131,12 +140,12 @@ def _training_texts(sources: Sequence[str], max_documents: int | None) -> Iterat
                 f"set data.tokenizer={folder}"
             )
     share = TRAINING_CHARACTERS // len(sources)
-    return chain.from_iterable(_beginning(source, max_documents, share) for source in sources)
+    return chain.from_iterable(_beginning(source, max_documents, text_key, share) for source in sources)
 
 
-def _beginning(source: str, max_documents: int | None, characters: int) -> Iterator[str]:
+def _beginning(source: str, max_documents: int | None, text_key: str, characters: int) -> Iterator[str]:
     """Documents of a source, up to so many characters; rejects are reported when the source is tokenized."""
-    for document in Corpus(source).documents(max_documents):
+    for document in Corpus(source, text_key).documents(max_documents):
         yield document.text[:characters]
         characters -= len(document.text)
         if characters <= 0:

@@ -8,25 +8,19 @@ on interruptions: the folder comes out the same, byte by byte.
 import base64
 import errno
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from moe_mamba.atomic_file import TEMPORARY, put_in_place, synchronize
-from moe_mamba.data.corpus import START, Corpus, Place, Reject
+from moe_mamba.data.corpus import TEXT_KEY, Corpus, Place
+from moe_mamba.data.encoding import Batch, Encoded, encode_documents, encode_in_processes
 from moe_mamba.data.manifest import (
     MANIFEST,
     REJECTS,
@@ -35,9 +29,11 @@ from moe_mamba.data.manifest import (
     Part,
     checksum,
     load_manifest,
+    part_name,
 )
 from moe_mamba.data.quiet import indexed_dataset
-from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
+from moe_mamba.data.records import Reject
+from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.file_lock import lock
 
@@ -49,33 +45,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 
-@dataclass
-class Batch:
-    """Documents that are encoded together, what was rejected among them, and the place behind them."""
-
-    texts: list[str] = field(default_factory=list)
-    size: int = 0
-    rejects: list[Reject] = field(default_factory=list)
-    end: Place = START
-    bytes_read: int = 0
-
-
-_worker: tuple[Tokenizer, str]  # in a worker: its tokenizer, and the dtype of the ids
-
-
-class Encoded(NamedTuple):
-    """Tokens of a batch, end-of-text included: all ids in a row, and the length of each document."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-
-
 def preprocess(
     source: str,
     tokenizer: Tokenizer,
     output: str | Path,
     workers: int = 0,
     limit: int | None = None,
+    text_key: str = TEXT_KEY,
     part_bytes: int = PART_BYTES,
     progress: bool = True,
 ) -> Manifest:
@@ -85,8 +61,10 @@ def preprocess(
         source: in the syntax of ``data.train``.
         tokenizer: encodes each document; an end-of-text follows it.
         output: the folder; a finished one is left as it is.
-        workers: processes that encode, one core each; 0: this process, with the tokenizer's own threads.
+        workers: processes that encode, one core each; 0: this process, with the tokenizer's own threads (one beside
+            it, where the tokenizer has patterns of its own).
         limit: documents to take; None: all.
+        text_key: field that holds a document's text, where the source has fields.
         part_bytes: bytes of text in a part.
         progress: show a bar on standard error, where that is a terminal.
 
@@ -97,7 +75,7 @@ def preprocess(
         UserError: no documents in the source, or the folder holds something else, or the disk is full.
     """
     folder = Path(output)
-    corpus = Corpus(source)
+    corpus = Corpus(source, text_key)
     planned = Manifest(
         source=corpus.describe(),
         limit=limit,
@@ -132,39 +110,54 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Encoded:
-    """Encode documents, each with what belongs around it: BOS, if the tokenizer has one, and end-of-text."""
-    encoded = tokenizer.encode_documents(texts)
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    return Encoded(np.fromiter(chain.from_iterable(encoded), dtype, int(lengths.sum())), lengths)
-
-
 def _write(folder: Path, manifest: Manifest, corpus: Corpus, tokenizer: Tokenizer, workers: int, bar: tqdm) -> Manifest:
     """Write what ``manifest`` does not have yet; the finished manifest."""
-    limit = None if manifest.limit is None else manifest.limit - manifest.documents
-    rejects = manifest.rejects
+    limit = None if manifest.limit is None else manifest.limit - manifest.documents - manifest.failed
+    rejects, failed = manifest.rejects, manifest.failed
     part: _PartWriter | None = None
-    for batch, encoded in _encode(_batches(corpus, limit, manifest.end), tokenizer, folder, manifest.dtype, workers):
+    for taken, encoded in _encode(_batches(corpus, limit, manifest.end), tokenizer, folder, manifest.dtype, workers):
+        batch = _without_failed(taken, encoded.failed, corpus)
+        if encoded.failed and not failed:
+            reject = batch.rejects[-len(encoded.failed)]
+            line = f"{reject.file}, line {reject.line}: {reject.reason}: left out, and kept in {folder / REJECTS}"
+            tqdm.write(line, file=sys.stderr)
         rejects += _keep_rejects(folder, batch.rejects)
-        if batch.texts:
+        failed += len(encoded.failed)
+        if batch.documents:
             part = part or _PartWriter(folder, len(manifest.parts), manifest.dtype)
             part.add(batch, encoded)
         if part and part.text_bytes >= manifest.part_bytes:
-            manifest = _enter(folder, manifest, part, rejects, batch.end)
+            manifest = _enter(folder, manifest, part, rejects, failed, batch.end)
             part = None
-        bar.update(batch.bytes_read - bar.n if corpus.total_bytes else len(batch.texts))
+        bar.update(batch.bytes_read - bar.n if corpus.total_bytes else len(taken.documents))
         documents = manifest.documents + (part.documents if part else 0)
         bar.set_postfix_str(f"{documents:,} documents, {rejects:,} rejects", refresh=False)
     if part:
-        manifest = _enter(folder, manifest, part, rejects, batch.end)
-    manifest = replace(manifest, complete=True, rejects=rejects, rejects_bytes=_rejects_bytes(folder))
+        manifest = _enter(folder, manifest, part, rejects, failed, batch.end)
+    if not manifest.parts:
+        raise UserError(f"{corpus.source}: the tokenizer fails on all {failed:,} documents: give another tokenizer")
+    manifest = replace(manifest, complete=True, rejects=rejects, rejects_bytes=_rejects_bytes(folder), failed=failed)
     manifest.save(folder)
     return manifest
 
 
-def _enter(folder: Path, manifest: Manifest, part: "_PartWriter", rejects: int, end: Place) -> Manifest:
+def _without_failed(batch: Batch, failed: dict[int, str], corpus: Corpus) -> Batch:
+    """The batch, where documents that could not be encoded are rejects."""
+    if not failed:
+        return batch
+    rejects = [
+        Reject(corpus.files[document.place.file].name, document.place.record, failed[index], document.text.encode())
+        for index, document in enumerate(batch.documents)
+        if index in failed
+    ]
+    documents = [document for index, document in enumerate(batch.documents) if index not in failed]
+    size = sum(document.size for document in documents)
+    return replace(batch, documents=documents, size=size, rejects=batch.rejects + rejects)
+
+
+def _enter(folder: Path, manifest: Manifest, part: "_PartWriter", rejects: int, failed: int, end: Place) -> Manifest:
     """Finish a part and enter it into the folder's manifest."""
-    manifest = manifest.with_part(part.finish(), rejects, _rejects_bytes(folder), end)
+    manifest = manifest.with_part(part.finish(), rejects, _rejects_bytes(folder), failed, end)
     manifest.save(folder)
     return manifest
 
@@ -173,19 +166,19 @@ class _PartWriter:
     """One pair of .bin and .idx, written aside."""
 
     def __init__(self, folder: Path, number: int, dtype: str) -> None:
-        self.folder, self.name = folder, f"part-{number:05d}"
+        self.folder, self.name = folder, part_name(number)
         self.documents = self.tokens = self.text_bytes = 0
         self.largest_id = -1
         self._aside = {suffix: folder / f"{self.name}{suffix}{TEMPORARY}" for suffix in (".bin", ".idx")}
         self._builder = indexed_dataset().IndexedDatasetBuilder(str(self._aside[".bin"]), dtype=np.dtype(dtype).type)
 
     def add(self, batch: Batch, encoded: Encoded) -> None:
-        """Append the documents of a batch."""
+        """Append the documents of a batch that were encoded."""
         start = 0
-        for length in encoded.lengths.tolist():
+        for length in filter(None, encoded.lengths.tolist()):
             self._builder.add_document(encoded.ids[start : start + length], [length])
             start += length
-        self.documents += len(encoded.lengths)
+        self.documents += len(batch.documents)
         self.tokens += start
         self.text_bytes += batch.size
         self.largest_id = max(self.largest_id, int(encoded.ids.max()))
@@ -206,15 +199,15 @@ def _batches(corpus: Corpus, limit: int | None, start: Place) -> Iterator[Batch]
     rejects: list[Reject] = []
     try:
         for document in corpus.documents(limit, rejects.append, start):
-            batch.texts.append(document.text)
+            batch.documents.append(document)
             batch.size += document.size
             batch.end, batch.bytes_read = document.place, corpus.bytes_read
-            if batch.size >= BATCH_BYTES or len(batch.texts) == BATCH_DOCUMENTS:
+            if batch.size >= BATCH_BYTES or len(batch.documents) == BATCH_DOCUMENTS:
                 batch.rejects, rejects[:] = rejects[:], []
                 yield batch
                 batch = Batch(end=document.place)
     except UserError:
-        if not batch.texts:  # a source that holds nothing but rejects: they are kept all the same
+        if not batch.documents:  # a source that holds nothing but rejects: they are kept all the same
             yield replace(batch, rejects=rejects)
         raise
     everything = Place(len(corpus.files), 0)  # behind the rejects that follow the last document, too
@@ -224,54 +217,12 @@ def _batches(corpus: Corpus, limit: int | None, start: Place) -> Iterator[Batch]
 def _encode(
     batches: Iterator[Batch], tokenizer: Tokenizer, folder: Path, dtype: str, workers: int
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Encode batches, in order; on ``workers`` processes that read the tokenizer saved in ``folder``, or here."""
-    if not workers:
+    """Encode batches, in order; in processes that read the tokenizer saved in ``folder``, or here."""
+    if workers or tokenizer.has_patterns:
+        yield from encode_in_processes(batches, folder / TOKENIZER_FOLDER, dtype, workers)
+    else:
         for batch in batches:
             yield batch, encode_documents(tokenizer, batch.texts, dtype)
-        return
-    # spawn, not fork: the caller may have threads (of torch, of the tokenizer), whose locks a fork would copy held.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (folder / TOKENIZER_FOLDER, dtype)
-    )
-    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
-    problem: UserError | None = None
-    try:
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_work, batch.texts)))
-                if len(waiting) > 3 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-        except UserError as error:
-            problem = error  # of the source; what was read before it comes first
-        for done, future in waiting:
-            yield done, future.result()
-        if problem:
-            raise problem
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(tokenizer_folder: Path, dtype: str) -> None:
-    """Set up a worker: one thread, no answer to Ctrl-C (the parent gives it), and no life without the parent."""
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.use_one_thread()
-    _worker = (tokenizer, dtype)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(texts: list[str]) -> Encoded:
-    tokenizer, dtype = _worker
-    return encode_documents(tokenizer, texts, dtype)
 
 
 def _resume(folder: Path, planned: Manifest) -> Manifest:
@@ -294,8 +245,8 @@ def _resume(folder: Path, planned: Manifest) -> Manifest:
         for path in {*folder.rglob(f"*{TEMPORARY}"), *folder.glob("part-*")}:
             if path.name not in entered:
                 path.unlink()
-        if _rejects_bytes(folder):
-            os.truncate(folder / REJECTS, found.rejects_bytes)
+        if size := _rejects_bytes(folder):
+            os.truncate(folder / REJECTS, min(size, found.rejects_bytes))
     return found
 
 
@@ -347,5 +298,5 @@ def _brief(value: object) -> str:
     if isinstance(value, dict):
         files = value.get("files", ())
         size = f", {len(files)} file(s), {sum(file['bytes'] for file in files):,} bytes" if files else ""
-        return f"{value['source']}{size}"
+        return f"{value['source'][-30:]}{size}"
     return str(value)[:12]

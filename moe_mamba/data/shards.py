@@ -1,11 +1,11 @@
 """Shards: tokenized documents in Megatron's .bin/.idx files, read through a memory map.
 
 A folder of shards has a manifest (manifest.py) and one or more parts; a bare prefix of foreign shards has neither,
-and gets the checks that are possible. The parts are read as one row of tokens.
+and gets the checks that are possible. The parts are read as one row of tokens; where documents end in it, their
+indices tell (index.py).
 """
 
 import hashlib
-import struct
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,16 @@ from typing import Literal
 import numpy as np
 
 from moe_mamba.data.batch import UNCOUNTED
+from moe_mamba.data.index import Index
 from moe_mamba.data.manifest import MANIFEST, REJECTS, TOKENIZER_FOLDER, Manifest, checksum, load_manifest
-from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.source import Windows
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.data.verification import ContentCheck
 from moe_mamba.errors import UserError
 
 BLOCK = 1 << 22  # tokens looked at together when all are counted
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, document boundaries
-SAMPLED_BLOCKS = 16  # blocks of a foreign shard in which the largest id is looked for
+SAMPLED_BLOCKS = 16  # blocks of a foreign shard in which ids and the ends of documents are looked at
+SEARCHED = 1 << 16  # tokens in which a target is looked for at once
 
 
 class Shards:
@@ -35,20 +34,24 @@ class Shards:
         tokens: length of the row; documents: how many it holds.
         text_bytes: bytes of the documents' text in UTF-8; None for foreign shards.
         identity: hash of the tokens, the same wherever the shards lie.
+        notes: see Source.
     """
 
     def __init__(self, name: str, prefixes: list[Path], manifest: Manifest | None) -> None:
         """Map the parts; use ``Shards.open``, which checks them."""
-        reader = indexed_dataset()
         self.name = name
         self.manifest = manifest
-        self._parts = [reader.IndexedDataset(str(prefix)) for prefix in prefixes]
-        sizes = [int(part.index.sequence_lengths.sum(dtype=np.int64)) for part in self._parts]
-        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._indices = [Index(prefix) for prefix in prefixes]
+        self._ids = [
+            np.asarray(np.memmap(f"{prefix}.bin", index.dtype, "r"))
+            for prefix, index in zip(prefixes, self._indices, strict=True)
+        ]
+        self._ends = np.cumsum([index.tokens for index in self._indices], dtype=np.int64)
         self.tokens = int(self._ends[-1])
-        self.documents = sum(len(part.index.document_indices) - 1 for part in self._parts)
+        self.documents = sum(index.documents for index in self._indices)
         self.text_bytes = manifest.text_bytes if manifest else None
         self.identity = _identity(prefixes, manifest)
+        self.notes: list[str] = []
 
     @classmethod
     def open(
@@ -78,9 +81,9 @@ class Shards:
                 _check_present(folder / name)
         for check in _checksums(folder, manifest) if verify == "checksums" else ():
             check.run()
-        for part in manifest.parts:
-            _check_pair(folder / part.name)
-        return cls(str(path), [folder / part.name for part in manifest.parts], manifest)
+        shards = cls(str(path), [folder / part.name for part in manifest.parts], manifest)
+        shards._check_manifest(manifest)
+        return shards
 
     @classmethod
     def _open_foreign(cls, path: str | Path, tokenizer: Tokenizer | None, thorough: bool) -> "Shards":
@@ -88,11 +91,42 @@ class Shards:
         for name in (f"{prefix}.bin", f"{prefix}.idx"):
             if not Path(name).is_file():
                 raise UserError(f"{path}: no shards found ({MANIFEST} or {name} is missing): check the path")
-        _check_pair(prefix)
         shards = cls(str(path), [prefix], None)
         if tokenizer:
             shards._check_all_ids(tokenizer, None if thorough else SAMPLED_BLOCKS)
+            shards._compare_ends(tokenizer.end_of_text)
         return shards
+
+    def _check_manifest(self, manifest: Manifest) -> None:
+        """Refuse a manifest that says other things of its parts than they do."""
+        for part, index in zip(manifest.parts, self._indices, strict=True):
+            said = part.documents, part.tokens, manifest.dtype
+            found = index.documents, index.tokens, index.dtype.name
+            if said != found or not index.is_plain:
+                raise UserError(
+                    f"{self.name}: {MANIFEST} says documents, tokens, dtype {said} of {part.name}, but its index does "
+                    "not: restore them, or delete the folder and preprocess again"
+                )
+
+    def _compare_ends(self, end_of_text: int) -> None:
+        """Note where the index and end-of-text tokens disagree on the ends of documents, from a sample of the row."""
+        looked_at = ended = inside = 0
+        for start, block in self._sampled(SAMPLED_BLOCKS):
+            ends, is_end_of_text = self.document_ends(start, start + len(block)), block == end_of_text
+            looked_at += int(ends.sum())
+            ended += int((ends & is_end_of_text).sum())
+            inside += int((is_end_of_text & ~ends).sum())
+        sampled = "" if looked_at == self.documents else f" ({looked_at:,} were looked at)"
+        if ended < looked_at:
+            self.notes.append(
+                f"{self.name}: {self.documents:,} documents{sampled}, of which {ended:,} end with the end-of-text "
+                f"token {end_of_text}: the index tells them apart, but no model learns from it where a text ends"
+            )
+        if inside:
+            self.notes.append(
+                f"{self.name}: {inside:,} end-of-text tokens stand inside its {self.documents:,} documents{sampled}: "
+                "what follows one counts as another document"
+            )
 
     def content_checks(self, tokenizer: Tokenizer | None = None) -> list[ContentCheck]:
         """What is found out by reading every file whole: its checksum, or without a manifest every token's id."""
@@ -104,7 +138,7 @@ class Shards:
         return _checksums(Path(self.name), self.manifest)
 
     def _check_all_ids(self, tokenizer: Tokenizer, sampled: int | None = None) -> None:
-        for block in self.blocks(sampled):
+        for _, block in self._sampled(sampled):
             _check_ids(int(block.min()), int(block.max()), tokenizer, self.name)
 
     @property
@@ -153,44 +187,73 @@ class Shards:
         """
         start = number * sequence_length
         row = self.read(start, start + sequence_length + 1)
-        return Windows(row[:-1], row[1:])
+        return Windows(row[:-1], row[1:], self.document_ends(start, start + sequence_length))
 
     def check_validation(self, sequence_length: int) -> None:
         """Raise a UserError where there are no two tokens."""
         if self.tokens < 2:
             raise UserError(f"{self.name}: {self.tokens} tokens leave nothing to predict: give more text")
 
+    def check_targets(self, end_of_text: int, tokens: int | None = None) -> None:
+        """See Source; reads until it has found one."""
+        last = min(self.tokens - 1, tokens or self.tokens)  # the row's last token has none
+        for start in range(0, last, SEARCHED):
+            stop = min(start + SEARCHED, last)
+            if not (self.document_ends(start, stop) | (self.read(start, stop) == end_of_text)).all():
+                return
+        raise UserError(
+            f"{self.name}: no token in its first {last:,} is followed by one of the same document, so there is nothing "
+            "to predict: give longer documents, or set data.reset_at_document=false"
+        )
+
     def validation_windows(self, sequence_length: int, batch: int) -> Iterator[Windows]:
         """See Source; each token but the first is a target once."""
         starts = range(0, self.tokens - 1, sequence_length)
         for first in range(0, len(starts), batch):
             rows = np.full((batch, sequence_length + 1), UNCOUNTED, dtype=np.int64)
-            for row, start in zip(rows, starts[first : first + batch], strict=False):
-                tokens = self.read(start, min(start + sequence_length + 1, self.tokens))
-                row[: len(tokens)] = tokens
-            yield Windows(rows[:, :-1].copy(), rows[:, 1:].copy())
+            ends = np.zeros((batch, sequence_length), dtype=bool)
+            for row, end, start in zip(rows, ends, starts[first : first + batch], strict=False):
+                stop = min(start + sequence_length + 1, self.tokens)
+                row[: stop - start] = self.read(start, stop)
+                stop = min(start + sequence_length, self.tokens)
+                end[: stop - start] = self.document_ends(start, stop)
+            yield Windows(rows[:, :-1].copy(), rows[:, 1:].copy(), ends)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` of the row, across parts: (stop - start,) int64."""
-        chunks = []
+        chunks = [self._ids[part][first:last].astype(np.int64) for part, first, last in self._pieces(start, stop)]
+        return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.int64), *chunks])
+
+    def document_ends(self, start: int, stop: int) -> np.ndarray:
+        """Whether each of the tokens ``start`` to ``stop`` is the last one of a document: (stop - start,) bool."""
+        ends = np.zeros(stop - start, dtype=bool)
+        for part, first, last in self._pieces(start + 1, min(stop + 1, self.tokens)):
+            offset = int(self._ends[part]) - self._indices[part].tokens - start - 1
+            ends[self._indices[part].document_starts(first, last) + offset] = True
+        if stop == self.tokens:
+            ends[-1:] = True
+        return ends
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The parts that a stretch of the row lies in: number, and from where to where in its own tokens."""
         part = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            first = int(self._ends[part - 1]) if part else 0
             end = min(stop, int(self._ends[part]))
-            dataset = self._parts[part]
-            dtype = np.dtype(dataset.index.dtype)
-            chunk = dataset.bin_reader.read(dtype.type, count=end - start, offset=(start - first) * dtype.itemsize)
-            chunks.append(chunk.astype(np.int64))
+            first = int(self._ends[part]) - self._indices[part].tokens
+            yield part, start - first, end - first
             start, part = end, part + 1
-        return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.int64), *chunks])
 
     def blocks(self, sampled: int | None = None) -> Iterator[np.ndarray]:
         """All tokens in blocks, or ``sampled`` blocks spread over the row."""
+        return (block for _, block in self._sampled(sampled))
+
+    def _sampled(self, sampled: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Blocks with their starts."""
         starts = range(0, self.tokens, BLOCK)
         if sampled and len(starts) > sampled:
             starts = range(0, self.tokens, self.tokens // sampled)
         for start in starts:
-            yield self.read(start, min(start + BLOCK, self.tokens))
+            yield start, self.read(start, min(start + BLOCK, self.tokens))
 
 
 def is_shards(path: str | Path) -> bool:
@@ -244,25 +307,6 @@ def _checksums(folder: Path, manifest: Manifest) -> list[ContentCheck]:
 def _check_sum(path: Path, expected: str) -> None:
     if checksum(path) != expected:
         raise UserError(f"{path}: its checksum differs from the manifest's: delete the folder and preprocess again")
-
-
-def _check_pair(prefix: Path) -> None:
-    """Refuse an index that is truncated or none, and a .bin whose size is not what the index says."""
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    with index.open("rb") as file:
-        header = file.read(INDEX_HEADER.size)
-        if len(header) < INDEX_HEADER.size or header[:9] != INDEX_MAGIC:
-            raise UserError(f"{index}: not a Megatron index: give shards in its .bin/.idx format")
-        _, _, code, sequences, documents = INDEX_HEADER.unpack(header)
-        if index.stat().st_size < INDEX_HEADER.size + 12 * sequences + 8 * documents:
-            raise UserError(f"{index} is truncated: restore it, or preprocess again")
-        lengths = np.fromfile(file, np.int32, sequences)
-    expected = int(lengths.sum(dtype=np.int64)) * indexed_dataset().DType.size(code)
-    actual = tokens.stat().st_size
-    if actual != expected:
-        raise UserError(f"{tokens}: {actual} bytes, but its index says {expected}: restore it, or preprocess again")
-    if not actual:
-        raise UserError(f"{tokens}: it has no tokens: give another corpus")
 
 
 def _identity(prefixes: list[Path], manifest: Manifest | None) -> str:

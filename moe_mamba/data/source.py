@@ -1,6 +1,6 @@
 """What a source of windows answers, whatever it is made of: tokenized text (shards.py) or a task (synthetic.py)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,10 +11,21 @@ from moe_mamba.data.verification import ContentCheck
 
 
 class Windows(NamedTuple):
-    """Tokens and the targets that follow them, int64 of one shape; UNCOUNTED marks filling, and what is no target."""
+    """Tokens and the targets that follow them, int64 of one shape; UNCOUNTED marks filling, and what is no target.
+
+    ``ends`` is True at the last token of each document of a text, as its index tells; None: of no text.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
+    ends: np.ndarray | None = None
+
+
+def stack(rows: Sequence[Windows]) -> Windows:
+    """Windows of one source's kind, (length,) each, as one of (windows, length)."""
+    ends = [row.ends for row in rows if row.ends is not None]
+    tokens, targets = np.stack([row.tokens for row in rows]), np.stack([row.targets for row in rows])
+    return Windows(tokens, targets, np.stack(ends) if ends else None)
 
 
 class Source(Protocol):
@@ -48,6 +59,10 @@ class Source(Protocol):
     def rejects_file(self) -> Path | None:
         """Where they are kept, with their places and bytes; None where there are none."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it before it is trained on, a line each."""
+
     def content_checks(self, tokenizer: Tokenizer | None = None) -> list[ContentCheck]:
         """What is found out by reading all its files whole; nothing where there are none."""
 
@@ -66,6 +81,9 @@ class Source(Protocol):
 
     def check_validation(self, sequence_length: int) -> None:
         """Raise a UserError where it cannot be validated on with windows of this length."""
+
+    def check_targets(self, end_of_text: int, tokens: int | None = None) -> None:
+        """Raise a UserError where document resets leave no target to count in its first ``tokens``; None: in all."""
 
     def validation_windows(self, sequence_length: int, batch: int) -> Iterator[Windows]:
         """Go over it in order: batches of (sequences, length), all of one shape, the last one filled."""

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from moe_mamba.data.batch import UNCOUNTED
-from moe_mamba.data.source import Windows
+from moe_mamba.data.source import Windows, stack
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.data.verification import ContentCheck
 from moe_mamba.errors import UserError
@@ -123,6 +123,11 @@ class SyntheticTask:
     def rejects_file(self) -> None:
         """See Source."""
 
+    @property
+    def notes(self) -> list[str]:
+        """See Source."""
+        return []
+
     def content_checks(self, tokenizer: Tokenizer | None = None) -> list[ContentCheck]:
         """See Source: there are no files."""
         return []
@@ -148,6 +153,9 @@ class SyntheticTask:
         """See Source."""
         self.check_length(self.length or sequence_length)
 
+    def check_targets(self, end_of_text: int, tokens: int | None = None) -> None:
+        """See Source: each sequence has an answer."""
+
     def validation_windows(self, sequence_length: int, batch: int) -> Iterator[Windows]:
         """Go over the validation set, which is the same for every seed of a run.
 
@@ -160,9 +168,9 @@ class SyntheticTask:
         batch = max(1, batch * sequence_length // length) if length > sequence_length else batch
         for first in range(0, self.sequences, batch):
             drawn = [self._draw("validation", 0, position, length) for position in range(first, first + batch)]
-            tokens, targets = map(np.stack, zip(*drawn, strict=True))
-            targets[self.sequences - first :] = UNCOUNTED
-            yield Windows(tokens, targets)
+            windows = stack(drawn)
+            windows.targets[self.sequences - first :] = UNCOUNTED
+            yield windows
 
     def check_length(self, length: int) -> None:
         """Refuse sequences that the task does not fit into.

@@ -122,10 +122,11 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
             bar_format="{percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {desc}  {remaining} left",
         )
 
-    def advance(self, loss: float, tokens_per_second: float) -> None:
-        """Move the bar by one step."""
+    def advance(self, loss: float | None, tokens_per_second: float) -> None:
+        """Move the bar by one step; None: one without loss, of which the bar says nothing."""
         assert self._bar is not None
-        self._bar.set_description_str(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", refresh=False)
+        if loss is not None:
+            self._bar.set_description_str(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
 
     def stop_bar(self) -> None:

@@ -38,6 +38,11 @@ class Corpora:
         """What is found out by reading the whole corpus, file by file, in the same order on every rank."""
         return [check for source in self.sources.values() for check in source.content_checks(self.tokenizer)]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the sources, a line each."""
+        return [note for source in self.sources.values() for note in source.notes]
+
     def check_unchanged(self, description: dict[str, Any], folder: RunFolder) -> None:
         """Refuse to go on with other text than the checkpoint was trained on.
 
@@ -64,11 +69,16 @@ def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None]) 
     """
     data, model = config.data, config.model
     tokenizer = prepare_tokenizer(
-        data.tokenizer, list(data.train_weights), model.vocab_size, folder.tokenizer, data.max_documents
+        data.tokenizer,
+        list(data.train_weights),
+        model.vocab_size,
+        folder.tokenizer,
+        data.max_documents,
+        text_key=data.text_key,
     )
 
     def open_source(source: str) -> Source:
-        return prepare_corpus(source, tokenizer, data.cache, data.max_documents, say=say)
+        return prepare_corpus(source, tokenizer, data.cache, data.max_documents, text_key=data.text_key, say=say)
 
     train = {source: open_source(source) for source in data.train_weights}
     loader = Loader(
@@ -80,6 +90,10 @@ def open_corpora(config: Config, folder: RunFolder, say: Callable[[str], None]) 
         tokenizer.end_of_text,
     )
     validation = {name: open_source(source) for name, source in data.validation_sets.items()}
+    limit = config.train.validation_batches
+    read = limit * config.train.global_batch * data.sequence_length if limit else None
     for source in validation.values():
         source.check_validation(data.sequence_length)
+        if data.reset_at_document:
+            source.check_targets(tokenizer.end_of_text, read)
     return Corpora(tokenizer, train, loader, validation)

@@ -30,7 +30,7 @@ class Objective:
     Args:
         config: weights of the routers' losses.
         cross_entropy: the model's sum of the loss over its logits, and of the targets.
-        targets: number of targets in the global batch.
+        targets: number of targets in the global batch, at least 1.
         micro_steps: of the step; the engine divides by them and by the data ranks, and a sum by targets must not be.
         topology: the ranks to take the routers' statistics over.
         balanced: names of the routers that have a balance loss.

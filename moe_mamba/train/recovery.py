@@ -76,6 +76,7 @@ class Recovery:
         skipped: numbers of the batches that were left out, ascending.
         fault: of the last step that was judged; None where it was right.
         is_again: the last fault followed on another one, with the same weights.
+        without_targets: steps that changed nothing, because their batch had no target to count.
     """
 
     def __init__(self, config: TrainConfig, done: int, description: dict[str, Any]) -> None:
@@ -90,6 +91,7 @@ class Recovery:
         known = description.get("recovery", {})
         self.position: int = known.get("position", done)
         self.skipped: list[int] = known.get("skipped_batches", [])
+        self.without_targets: int = known.get("without_targets", 0)
         self._bad, self._furthest = known.get("bad", 0), known.get("furthest", 0)
         self._spikes = Spikes(self.config.spike_window, self.config.spike_threshold, known.get("recent", ()))
         self._is_in_spike = False
@@ -99,6 +101,7 @@ class Recovery:
         return {
             "position": self.position,
             "skipped_batches": self.skipped,
+            "without_targets": self.without_targets,
             "bad": self._bad,
             "furthest": self._furthest,
             "recent": list(self._spikes.recent),
@@ -147,6 +150,11 @@ class Recovery:
         begins = self.fault if not self._is_in_spike else None
         self._is_in_spike = self.fault is not None
         return begins, self._pass(number, number - 1)
+
+    def passed(self, number: int) -> list[int]:
+        """Note that batch `number` had no target to count; the batches before it that `train.skip_batches` left out."""
+        self.without_targets += 1
+        return self._pass(number, number - 1)
 
     def action(self, step: int) -> Action:
         """What to do about `fault`, after `step` steps: the policy, or stop where it does not help.

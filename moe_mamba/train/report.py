@@ -53,7 +53,7 @@ def header(plan: RunPlan, corpora: Corpora, micro_batch: int, rates: RateCurve) 
         f"kernels   {kernels}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
-    return lines + [f"warning   {line}" for line in (*missing, *damaged_lines(corpora))]
+    return lines + [f"warning   {line}" for line in (*missing, *damaged_lines(corpora), *corpora.notes)]
 
 
 def describe_layout(config: Config, topology: Topology) -> str:

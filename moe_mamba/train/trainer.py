@@ -147,7 +147,7 @@ class Trainer:
                     if self.saved < self.step:
                         self._save({})
                     break
-                is_made = self._train_step(number, batches, targets, begin)
+                is_made = self._train_step(number, batches, targets, begin) if targets else self._pass_step(number)
                 number = following
                 trace.step()
                 if not is_made:
@@ -169,6 +169,8 @@ class Trainer:
             self.screen.say(f"stopped by {reason} at step {self.step:,}: saved; the same command resumes the run")
             return
         self.events.write("finish", self.step)
+        if without := self.recovery.without_targets:
+            self.screen.say(f"note      {without:,} of {steps:,} steps had no target to count, and changed nothing")
         if self.world.is_first:
             report.finish(self.config, self.folder, self.screen, self.model, self.corpora, scores, self.topology)
 
@@ -219,6 +221,21 @@ class Trainer:
         self._log(loss, rate, norm, sums, time.perf_counter() - begin)
         return True
 
+    def _pass_step(self, number: int) -> bool:
+        """A step whose batch has no target to count, on no rank: it is one of the run's, and changes nothing."""
+        if not self.recovery.without_targets:
+            self.events.write("no_targets", self.step, batch=number)
+            self.screen.say(
+                f"note      step {self.step + 1:,} has no target to count (each token is the last of its document): a "
+                "step without loss; all such steps are in metrics.jsonl"
+            )
+        self._note_told(self.recovery.passed(number))
+        self.step += 1
+        self.watch.step = self.step
+        self.screen.advance(None, 0)
+        self.metrics.write({"step": self.step, "tokens": self.step * self.tokens_per_step, "targets": 0})
+        return True
+
     def _gradient(self, batches: list[Batch], targets: int) -> tuple[StepSums, float]:
         """Forward and backward of all micro-steps; their sums, and the loss over all ranks in nats/token."""
         balanced = self.model.balanced_routers()
@@ -241,11 +258,14 @@ class Trainer:
     def _note_batches(self, number: int) -> None:
         """Note that the step of batch `number` was made, a spike that begins, and what was left out as told."""
         spike, told = self.recovery.made(number)
-        if told:
-            self.events.write("skip", self.step, batches=told, reason="train.skip_batches")
+        self._note_told(told)
         if spike is not None:
             self.events.write("spike", self.step, batch=number, text=spike.text, action="log")
             self.screen.say(f"spike     step {self.step + 1:,}: {spike.text}")
+
+    def _note_told(self, batches: list[int]) -> None:
+        if batches:
+            self.events.write("skip", self.step, batches=batches, reason="train.skip_batches")
 
     def _recover(self, number: int, batches: Sequence[Batch], next_step: NextStep) -> None:
         """Go on from a step that was not made, as the configuration says: leave its batch out, or rewind, or end."""

@@ -27,11 +27,13 @@ def write_shards(folder: Path, texts: list[str], part_bytes: int = 1 << 20) -> S
     return Shards.open(folder / "shards", BytesTokenizer())
 
 
-def write_foreign(prefix: Path, documents: list[list[int]]) -> None:
-    """Shards as Megatron's own tool leaves them: two files and no manifest."""
+def write_foreign(prefix: Path, documents: list[list[int]], sentence: int | None = None) -> None:
+    """Shards as Megatron's own tool leaves them: two files and no manifest; sequences of ``sentence`` tokens."""
     builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for document in documents:
-        builder.add_document(np.array(document), [len(document)])
+        starts = range(0, len(document), sentence or len(document))
+        lengths = [min(sentence or len(document), len(document) - start) for start in starts]
+        builder.add_document(np.array(document), lengths)
     builder.finalize(f"{prefix}.idx")
 
 

@@ -1,11 +1,14 @@
 import gzip
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moe_mamba.data.corpus import Corpus, Place, Reject
+from moe_mamba.data import records
+from moe_mamba.data.corpus import Corpus, Place
+from moe_mamba.data.records import Reject
 from moe_mamba.errors import UserError
 
 
@@ -209,3 +212,100 @@ def test_an_unreachable_hub_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="check the name and the network") as error:
         list(Corpus("hf:nobody/nothing:train").documents())
     assert "\n" not in str(error.value)
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = b"\xef\xbb\xbf in a text" if name == "a.txt" else lines(*TEXTS) + BOM + lines("joined by cat")
+    content = BOM + content
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    expected = ["\ufeff in a text"] if name == "a.txt" else [*TEXTS, "joined by cat"]
+    assert read(tmp_path / name) == (expected, [])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_another_field_holds_the_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.parquet":
+        write_parquet(path, TEXTS, column="content")
+    else:
+        path.write_bytes(lines(*TEXTS).replace(b'"text"', b'"content"'))
+    corpus = Corpus(str(path), "content")
+    assert [document.text for document in corpus.documents()] == TEXTS
+    assert corpus.describe() == Corpus(str(path)).describe() | {"text_key": "content"}
+    with pytest.raises(UserError, match=r"there: content\): name the field of the text with --text_key, "):
+        list(Corpus(str(path)).documents())
+
+
+def test_where_no_source_has_fields_their_name_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    for source in ("builtin", str(tmp_path / "a.txt")):
+        assert Corpus(source, "content").describe() == Corpus(source).describe()
+    assert next(Corpus(source, "content").documents()).text == "one"
+
+
+def test_a_thousand_records_without_the_field_are_refused_at_once(tmp_path: Path) -> None:
+    line = b'{"url": "x", "it\\nhas": 3, "content": "some text"}\n'
+    (tmp_path / "a.jsonl").write_bytes(line * 5000)
+    rejects: list[Reject] = []
+    with pytest.raises(UserError, match=r"first 1,000 records \(a.jsonl, line 1: no field text .*url, it") as error:
+        list(Corpus(str(tmp_path / "a.jsonl")).documents(on_reject=rejects.append))
+    assert len(rejects) == 1000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    (tmp_path / "a.jsonl").write_bytes(line * 999 + lines("", "one") + line * 2000)
+    texts, found = read(tmp_path / "a.jsonl")
+    assert (texts, len(found)) == (["one"], 3000)
+
+
+def test_a_thousand_rows_of_a_hub_dataset_without_the_field_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows([{"content": "x"}] * 1100))
+    with pytest.raises(UserError, match=r"first 1,000 records .*there: content\): name the field of the text"):
+        list(Corpus("hf:a:b").documents())
+    assert next(Corpus("hf:a:b", "content").documents()).text == "x"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz"])
+def test_a_line_past_the_limit_is_a_reject_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(records, "LONGEST_RECORD", 3 << 20)
+    longest = lines("x" * ((3 << 20) - len(lines("")) + 1))
+    assert len(longest) == (3 << 20) + 1  # with its line end, which does not count
+    content = lines("one") + longest + lines("y" * (4 << 20)) + lines("two") + b"z" * (5 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
+    texts, rejects = read(tmp_path / name)
+    assert [len(text) for text in texts] == [3, (3 << 20) - len(lines("")) + 1, 3]
+    assert [reject.line for reject in rejects] == [3, 5]
+    assert rejects[1].reason == "too long (5,242,880 bytes, at most 3,145,728 are read): split it into documents"
+    assert [reject.raw for reject in rejects] == [lines("y" * (4 << 20))[: records.KEPT], b"z" * records.KEPT]
+
+
+def test_a_text_or_cell_past_the_limit_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LONGEST_RECORD", 10)
+    monkeypatch.setattr(records, "LONGEST_TEXT", 20)
+    write_parquet(tmp_path / "a.parquet", ["x" * 10, "y" * 11, "z"])
+    (tmp_path / "b.txt").write_bytes(b"x" * 20)
+    (tmp_path / "c.txt").write_bytes(b"x" * 21)
+    texts, rejects = read(tmp_path / "*.*")
+    assert texts == ["x" * 10, "z", "x" * 20]
+    assert [(Path(reject.file).name, reject.line) for reject in rejects] == [("a.parquet", 2), ("c.txt", 0)]
+
+
+def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In time, too: a reader that copies the line for each chunk would take half an hour."""
+    monkeypatch.setattr(records, "LONGEST_RECORD", 8 << 20)
+    with gzip.open(tmp_path / "a.json.gz", "wb") as file:
+        for _ in range(8):
+            file.write(bytes(16 << 20))
+        file.write(b"\n" + lines("after"))
+    tracemalloc.start()
+    texts, (reject,) = read(tmp_path / "a.json.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == ["after"]
+    assert (reject.line, len(reject.raw)) == (1, records.KEPT)
+    assert peak < 3 * records.LONGEST_RECORD

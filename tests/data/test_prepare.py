@@ -24,6 +24,18 @@ def test_documents_are_tokenized_once(tmp_path: Path, texts: list[str], monkeypa
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_another_field_is_another_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one", "other": "another"}) + "\n")
+    both = [prepare_corpus(str(path), BytesTokenizer(), tmp_path / "cache", text_key=key) for key in ("text", "other")]
+    assert [shards.tokens for shards in both] == [4, 8]
+    assert both[0].name != both[1].name
+    tokenizer = prepare_tokenizer("sentencepiece", [str(path)], 265, tmp_path / "tokenizer", text_key="other")
+    assert "t" in tokenizer.decode(tokenizer.encode("t"))
+    with pytest.raises(UserError, match="there: text, other"):
+        prepare_tokenizer("sentencepiece", [str(path)], 265, tmp_path / "none", text_key="no")
+
+
 def test_a_changed_file_is_tokenized_again(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "a.jsonl", ["one"])
     before = prepare_corpus(source, BytesTokenizer(), tmp_path / "cache")
