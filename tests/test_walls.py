@@ -12,7 +12,8 @@ PACKAGE = ROOT / "moe_mamba"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic_file": set(),
-    "safetensors_header": set(),
+    "json_file": set(),
+    "safetensors_header": {"json_file"},
     "config_types": set(),
     "config_model": {"config_types"},
     "config": {"config_model", "config_types"},
@@ -20,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "config_file": {"atomic_file", "model", "config", "config_types", "installation"},
     "command_line": {"parallel"},
     "kernels": {"atomic_file"},
-    "checkpoint": {"atomic_file", "safetensors_header"},
+    "checkpoint": {"atomic_file", "json_file", "safetensors_header"},
     "data": {"atomic_file"},
     "model": {"kernels", "config"},
     "hf": {"safetensors_header", "model", "kernels", "config", "data"},
