@@ -129,3 +129,12 @@ def check(value: Any, kind: TypeAdapter[Value], where: object, fix: str, error: 
         found = "" if first["type"] == "missing" else f" is {shown(first['input'], 40)}"
         message = shown(first["msg"].removeprefix("Value error, ").lower(), 80)
         raise error(f"{where}: {place or 'it'}{found}: {message}: {fix}") from None
+
+
+def is_a(value: Any, kind: TypeAdapter[Any]) -> bool:
+    """Whether `check` would take a value."""
+    try:
+        kind.validate_python(value)
+    except ValidationError:
+        return False
+    return True

@@ -31,7 +31,17 @@ ALLOWED: dict[str, set[str]] = {
         *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
         *("config", "installation"),
     },
-    "run": {"atomic_file", "parallel", "checkpoint", "model", "data", "config", "config_file", "installation"},
+    "run": {
+        "atomic_file",
+        "json_file",
+        "parallel",
+        "checkpoint",
+        "model",
+        "data",
+        "config",
+        "config_file",
+        "installation",
+    },
     "convert": {
         *("safetensors_header", "hf", "run", "checkpoint", "model", "data"),
         *("config", "config_file", "installation"),

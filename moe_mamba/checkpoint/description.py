@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its tensors: types of `description.json`, so that whoever reads it finds what it expects.
+"""What a checkpoint says beside its tensors: the types of `description.json`, on which its readers rely.
 
 A run writes all of these keys. Others write fewer (starting points, older versions), and may write more.
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 from moe_mamba.run.status import Status, read_status
 
 REASONS_SHOWN = 3
+LONGEST = 1e12  # seconds: a damaged file may say more than a timedelta holds
 
 
 def main(run: str) -> None:
@@ -79,7 +80,7 @@ def _restarts(reasons: list[str]) -> list[tuple[str, str]]:
 
 def _duration(seconds: float) -> str:
     """75 -> 1 min; 90000 -> 1 d 1 h."""
-    whole = timedelta(seconds=max(0, round(seconds)))
+    whole = timedelta(seconds=round(min(max(0, seconds), LONGEST)))
     hours, rest = divmod(whole.seconds, 3600)
     if whole.days:
         return f"{whole.days} d {hours} h"

@@ -8,11 +8,35 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, TypeAdapter
+
+from moe_mamba.json_file import Number, Record, Size, Text, is_a, parse_json
+
 FILE = "events.jsonl"
 LOG_TAIL = 2**18  # bytes of a log in which the line that ended a run is looked for
 ENDS = ("stop", "finish")
 STARTS = ("start", "restart")
 log = logging.getLogger(__name__)
+
+
+class EventLine(Record):
+    """What is read again of an event; more may stand beside it."""
+
+    step: Size
+    event: Text = ""
+    reason: Text = ""
+    host: Text = ""
+    rank: Size = 0
+    steps: Size = 0
+    processes: Size = 0
+    log_bytes: Size = 0
+    times: Number = 0.0
+    share: Number = 0.0
+    batches: list[Size] = Field([])
+    machines: dict[str, Any] = Field({})
+
+
+EVENTS = TypeAdapter(EventLine)
 
 
 class Events:
@@ -57,23 +81,23 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file of lines, and how many lines are damaged; nothing where there is no file."""
+def read_lines(path: Path, kind: TypeAdapter[Any]) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file of lines, and how many lines are none of `kind`; nothing where there is no file."""
     lines, damaged = [], 0
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return [], 0
-    except OSError:  # another user's, or no file
+    try:
+        content = path.read_bytes() if path.is_file() else b"no file"  # to open a FIFO waits for ever
+    except OSError:  # another user's
         return [], 1
     for text in content.split(b"\n"):
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if is_a(line, kind):
             lines.append(line)
         else:
             damaged += 1
@@ -82,8 +106,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def read_events(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of a run, oldest first, and how many lines are damaged; those without a name or a time are."""
-    lines, damaged = read_lines(Path(folder) / FILE)
-    events = [line for line in lines if isinstance(line.get("event"), str) and time_of(line) is not None]
+    lines, damaged = read_lines(Path(folder) / FILE, EVENTS)
+    events = [line for line in lines if line.get("event") and time_of(line) is not None]
     return events, damaged + len(lines) - len(events)
 
 
@@ -108,17 +132,17 @@ def why_ended(events: list[dict[str, Any]], log_file: Path) -> str:
         if event["event"] == "stop":
             return str(event.get("reason", "stopped"))
         if event["event"] in STARTS:
-            said = _last_error(log_file, event.get("log_bytes"))
+            said = _last_error(log_file, event.get("log_bytes", 0))
             return said or "it ended without a word (killed, or its machine was lost)"
     return "it ended before it began to train"
 
 
-def _last_error(log_file: Path, start: Any) -> str | None:
+def _last_error(log_file: Path, start: int) -> str | None:
     """The last line of a log from byte `start` on that says an error."""
     try:
         with log_file.open("rb") as stream:
             end = stream.seek(0, os.SEEK_END)
-            stream.seek(max(start if isinstance(start, int) else 0, end - LOG_TAIL, 0))
+            stream.seek(max(start, end - LOG_TAIL, 0))
             lines = stream.read().decode(errors="replace").splitlines()
     except OSError:
         return None

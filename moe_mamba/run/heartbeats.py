@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moe_mamba.errors import UserError
+from moe_mamba.json_file import read_json
 from moe_mamba.run.events import time_of
 
 FOLDER = "heartbeats"
@@ -39,8 +41,8 @@ def read_heartbeats(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((Path(folder) / FOLDER).glob("[!.]*")):
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
+            content = read_json(path, "remove it")
+        except UserError:
             continue
         if isinstance(content, dict) and (time := time_of(content)) is not None:
             found[path.name] = content | {"time": time}

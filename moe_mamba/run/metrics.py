@@ -9,14 +9,32 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
+
+from pydantic import Field, TypeAdapter
 
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import LoggingConfig
 from moe_mamba.errors import UserError
+from moe_mamba.json_file import Number, Record, Size, is_a, parse_json
 
 FILE = "metrics.jsonl"
+
+
+class MetricsLine(Record):
+    """What is read again of a line; other figures may stand beside it, and null is one that was not finite."""
+
+    step: Size
+    tokens: Size = 0
+    loss: Number | None = None
+    tokens_per_second: Annotated[Number, Field(ge=0)] | None = None
+    expert_load: dict[str, list[Number | None]] = Field({})
+    moe: dict[str, dict[str, Number | None]] = Field({})
+    validation: dict[str, dict[str, Number | None]] = Field({})
+
+
+METRICS = TypeAdapter(MetricsLine)
 
 
 class MetricsWriter:
@@ -167,10 +185,11 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if not text.endswith(b"\n"):
                 return
             try:
-                line = json.loads(text)
-                int(line["step"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
+                line = parse_json(text)
+            except ValueError:
+                line = None
+            if not is_a(line, METRICS):
+                raise UserError(f"{path}, line {number:,}: not a line of metrics: remove it")
             end += len(text)
             yield line, end
 

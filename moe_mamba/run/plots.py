@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_mamba.errors import UserError
-from moe_mamba.run.metrics import read_metrics
+from moe_mamba.run.metrics import FILE, read_metrics
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#475569")
 INK, FAINT, GRID = "#1f2937", "#6b7280", "#e5e7eb"
@@ -69,10 +69,16 @@ def plot_expert_load(run: str | os.PathLike[str], output: str | os.PathLike[str]
     Raises:
         UserError: the run has no metrics, or no experts; `output` cannot be written.
     """
-    lines = [line for line in read_metrics(run) if line.get("expert_load")]
+    lines = [line for line in read_metrics(run) if line.get("expert_load") and "tokens" in line]
     if not lines:
         raise UserError(f"{Path(run)} logged no expert_load: its model has no experts, or it has not trained yet")
     experts = {layer: len(load) for layer, load in lines[0]["expert_load"].items()}
+    for line in lines:
+        if {layer: len(load) for layer, load in line["expert_load"].items()} != experts:
+            path = Path(run) / FILE
+            raise UserError(
+                f"{path}: step {line['step']:,} has other experts than step {lines[0]['step']:,}: remove it"
+            )
     layers = sorted(experts, key=lambda layer: ([int(number) for number in re.findall(r"\d+", layer)], layer))
     columns = min(len(layers), math.ceil(math.sqrt(len(layers))))
     rows = -(-len(layers) // columns)
@@ -155,14 +161,14 @@ def _heat_map(axes: Any, tokens: Floats, relative: Floats) -> Any:
 
 def _curves(folder: str | os.PathLike[str]) -> tuple[Curve, dict[str, Curve]]:
     """Training loss, and the loss of each validation set, of a run."""
-    lines = read_metrics(folder)
+    lines = [line for line in read_metrics(folder) if "tokens" in line]
     training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not training:
         raise UserError(f"{Path(folder)} has no loss yet: train at least one step")
     sets: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, scores in line.get("validation", {}).items():
-            if scores["loss"] is not None:
+            if scores.get("loss") is not None:
                 sets.setdefault(name, []).append((line["tokens"], scores["loss"]))
     return _curve(training), {name: _curve(points) for name, points in sets.items()}
 

@@ -85,7 +85,7 @@ def read_status(path: Path, now: datetime | None = None) -> Status:
     folder, now = RunFolder(path), now or datetime.now(UTC)
     _check(folder)
     events, lost = read_events(folder.path)
-    lines, lost_lines = read_lines(folder.path / metrics_file.FILE)
+    lines, lost_lines = read_lines(folder.path / metrics_file.FILE, metrics_file.METRICS)
     counts = {"events.jsonl": lost, metrics_file.FILE: lost_lines}
     damaged = [f"{count:,} lines of {name} cannot be read" for name, count in counts.items() if count]
     beats = read_heartbeats(folder.path)
@@ -125,7 +125,7 @@ def _state(folder: RunFolder, events: Sequence[dict[str, Any]], ages: dict[str, 
         is_finished = last["event"] == "finish"
         return Status("finished") if is_finished else Status("stopped", why_ended(list(events), folder.log))
     machines = last.get("machines") if last else None
-    wanted = {host: ages.get(host) for host in (machines if isinstance(machines, dict) else ages)}
+    wanted = {host: ages.get(host) for host in (ages if machines is None else machines)}
     known = {host: age for host, age in wanted.items() if age is not None}
     working = [host for host, age in known.items() if age <= SILENT]
     if not working:
@@ -140,7 +140,7 @@ def _state(folder: RunFolder, events: Sequence[dict[str, Any]], ages: dict[str, 
 
 def _steps(folder: RunFolder, events: Sequence[dict[str, Any]], damaged: list[str]) -> int | None:
     """Steps of the whole run, as its last start or its configuration says."""
-    said = [event["steps"] for event in events if event["event"] in STARTS and isinstance(event.get("steps"), int)]
+    said = [event["steps"] for event in events if event["event"] in STARTS and "steps" in event]
     if said:
         return int(said[-1])
     try:
@@ -151,15 +151,15 @@ def _steps(folder: RunFolder, events: Sequence[dict[str, Any]], damaged: list[st
 
 
 def _read_metrics(status: Status, lines: Sequence[dict[str, Any]]) -> None:
-    losses = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if losses:
         status.step, status.loss = losses[-1]
         recent = [loss for _, loss in losses[-RECENT:]]
         if len(recent) >= 4 and all(map(math.isfinite, recent)):
             status.trend = mean(recent[: len(recent) // 2]), mean(recent[len(recent) // 2 :])
     for line in reversed(lines):
-        if isinstance(sets := line.get("validation"), dict):
-            found = {name: scores.get("loss") for name, scores in sets.items() if isinstance(scores, dict)}
+        if sets := line.get("validation"):
+            found = {name: scores.get("loss") for name, scores in sets.items()}
             status.validation = line["step"], {name: loss for name, loss in found.items() if loss is not None}
             break
 
@@ -168,7 +168,7 @@ def _read_events(status: Status, events: Sequence[dict[str, Any]]) -> None:
     count = [event["event"] for event in events].count
     status.nan, status.spikes, status.rewinds = count("nan"), count("spike"), count("rewind")
     numbers = [event.get("batches") for event in events if event["event"] in ("skip", "rewind")]
-    status.left_out = len({number for batches in numbers if isinstance(batches, list) for number in batches})
+    status.left_out = len({number for batches in numbers if batches for number in batches})
     status.restarts = [str(event.get("reason", "unknown")) for event in events if event["event"] == "restart"]
     status.step = max([status.step, *(event["step"] for event in events[-1:] if event["event"] != "rewind")])
     slow: dict[int, tuple[int, str, float]] = {}
@@ -197,10 +197,10 @@ def _time(
     per_step: list[float] = []
     for line in lines:
         speed, tokens = line.get("tokens_per_second"), line.get("tokens")
-        if isinstance(speed, int | float) and isinstance(tokens, int | float) and speed > 0:
+        if speed and tokens is not None:
             seconds += (tokens - before) / speed  # with logging.every, of the step that is logged for all before it
             per_step.append(tokens / max(line["step"], 1) / speed)
-            before = int(tokens)
+            before = tokens
     times = [time for event in events if (time := time_of(event)) is not None]
     is_working = status.state in ("runs", "silent")
     if times:

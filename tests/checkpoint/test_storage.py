@@ -149,5 +149,5 @@ def test_a_missing_chunk_is_noticed(tmp_path: Path) -> None:
     del index["w"]["boxes"][1]
     text = json.dumps(index)
     (path / "index.json").write_text(text.ljust((path / "index.json").stat().st_size))
-    with pytest.raises(UserError, match="index.json: the chunks of w hold 6 of 12 elements"):
+    with pytest.raises(UserError, match=r"index\.json: the chunks of w hold 6 of 12 elements"):
         store.read_tensor(path, "w")
