@@ -95,17 +95,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth + 1):
-        containers = [entry.values() if isinstance(entry, dict) else entry for entry in level if _holds_more(entry)]
-        level = [child for container in containers for child in container]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        containers = [entry.values() if isinstance(entry, dict) else entry for entry in level]
+        level = [child for container in containers for child in container if isinstance(child, dict | list)]
         if not level:
             return False
     return True
-
-
-def _holds_more(value: Any) -> bool:
-    return isinstance(value, dict | list)
 
 
 def check(value: Any, kind: TypeAdapter[Value], where: object, fix: str, error: type[UserError] = UserError) -> Value:

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"atomic_file", "json_file", "safetensors_header"},
     "data": {"atomic_file"},
     "model": {"kernels", "config"},
-    "hf": {"safetensors_header", "model", "kernels", "config", "data"},
+    "hf": {"json_file", "safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
     "planning": {"parallel", "model", "config"},
     "preflight": {

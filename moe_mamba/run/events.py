@@ -139,6 +139,8 @@ def why_ended(events: list[dict[str, Any]], log_file: Path) -> str:
 
 def _last_error(log_file: Path, start: int) -> str | None:
     """The last line of a log from byte `start` on that says an error."""
+    if not log_file.is_file():
+        return None
     try:
         with log_file.open("rb") as stream:
             end = stream.seek(0, os.SEEK_END)
