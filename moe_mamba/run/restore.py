@@ -19,7 +19,8 @@ from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.folder import RunFolder
 
 ALONE = Topology(World(0, 1, 0, 1))
-RESUMED = ("config", "corpora", "micro_batch", "micro_steps")  # what a run that goes on reads of a description
+READ = ("config", "tokenizer", "step", "tokens")  # what everybody reads of a description
+RESUMED = (*READ, "corpora", "micro_batch", "micro_steps")  # and a run that goes on
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -
 def read_trained(path: Path, tokenizer: str | Path | None = None) -> Trained:
     """As ``open_trained``, of a step's folder that is known to be valid."""
     description = store.read_description(path)
-    _check_keys(path, description, ("config", "tokenizer", "step", "tokens"))
+    _check_keys(path, description, READ)
     source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
     if tokenizer is None and not Path(source).is_dir():
         raise UserError(
@@ -87,14 +88,14 @@ def read_trained(path: Path, tokenizer: str | Path | None = None) -> Trained:
 
 
 def check_resumable(path: Path) -> None:
-    """Check that a valid step's folder says all that a run needs to go on from it.
+    """Check that a valid step's folder says all that a run needs to go on from it, and holds the weights of its model.
 
     Raises:
         DamagedError: it does not.
     """
     description = store.read_description(path)
     _check_keys(path, description, RESUMED)
-    read_config(path, description)
+    check_weights(path, read_config(path, description))
 
 
 def _check_keys(path: Path, description: dict[str, Any], keys: tuple[str, ...]) -> None:

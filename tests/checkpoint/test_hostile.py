@@ -31,7 +31,6 @@ from tests.hostile import limits, mutated, mutated_bytes, refusal_of, text_of
 JSON = ("manifest.json", "index.json", "description.json", "next_step.json")
 DATA = "rank-00000.safetensors"
 SIZES = {"pattern": "M-", "repeat": 1, "d_model": 4, "d_state": 2, "d_ff": 4, "vocab_size": 257}
-MUTANTS = 2000
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def with_header(header: bytes, change: Callable[[Any], Any]) -> bytes:
 
 def damage(step: Path, chance: random.Random) -> str:
     """One random change of a step's folder, signed; what was changed."""
-    kind = chance.choice((*JSON, *JSON, "header's tree", "header's bytes"))
+    kind = chance.choice((*JSON[:3], *JSON[1:], "header's tree", "header's bytes"))
     if kind in JSON:
         rewrite(step, kind, lambda tree: mutated(tree, chance))
     elif kind == "header's tree":
@@ -113,10 +112,11 @@ def damage(step: Path, chance: random.Random) -> str:
 
 
 def restored_copy(run: Path, copy: Path) -> Path:
-    """A fresh copy of the run; its newest step."""
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(run, copy)
-    return copy / "checkpoints" / "step-00000002"
+    """A copy of the run, whose newest step is fresh."""
+    step = copy / "checkpoints" / "step-00000002"
+    shutil.rmtree(step, ignore_errors=True)
+    shutil.copytree(run if not copy.exists() else run / "checkpoints" / step.name, step if copy.exists() else copy)
+    return step
 
 
 def same(step: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -145,31 +145,32 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return store.newest(folder, said.append, check_resumable), said
 
 
-def test_changed_and_signed_again(run: Path) -> None:
-    chance, refused, lines = random.Random(15), Counter[str](), set()
+@pytest.mark.parametrize(("seed", "count"), [(15, 800), pytest.param(16, 3000, marks=pytest.mark.slow)])
+def test_changed_and_signed_again(run: Path, seed: int, count: int) -> None:
+    chance, refused, lines = random.Random(seed), Counter[str](), set()
     expected = {name: store.read_tensor(run / "checkpoints/step-00000002", name) for name in weights_of(run)}
     copy = run.with_name(f"{run.name}x")
     try:
-        for _ in range(MUTANTS):
+        for number in range(count):
             step = restored_copy(run, copy)
             kind = damage(step, chance)
             line = refusal_of(partial(use_all, step, expected))
             refused[f"{kind}: {'refused' if line else 'whole'}"] += 1
             lines |= {line}
-            if "checkpoint format" in (line or ""):
+            if number % 4 or "checkpoint format" in (line or ""):
                 continue
             with limits():
                 found, said = newest(step.parent)
             if line is None and not has_diverged(step):
                 assert (found, said) == (step, [])
-            elif "tokenizer" not in (line or "") and "another model" not in (line or ""):
+            elif "is not the tokenizer" not in (line or ""):
                 assert found == step.with_name("step-00000001"), line
                 assert len(said) == 1 and said[0].endswith(": step-00000001 is used instead")
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-    print(f"{MUTANTS} changed checkpoints: {dict(refused)}")
-    assert sum(count for kind, count in refused.items() if kind.endswith("refused")) > MUTANTS // 2, MUTANTS
-    assert len(lines) > 100, MUTANTS
+    print(f"{count} changed checkpoints: {dict(refused)}")
+    assert sum(number for kind, number in refused.items() if kind.endswith("refused")) > count // 2, count
+    assert len(lines) > 100, count
 
 
 def weights_of(run: Path) -> list[str]:
