@@ -121,10 +121,12 @@ def check(value: Any, kind: TypeAdapter[Value], where: object, fix: str, error: 
         return kind.validate_python(value)
     except ValidationError as fault:
         first = fault.errors(include_url=False)[0]
-        place = shown(".".join(map(str, first["loc"])), 60)
-        found = "" if first["type"] == "missing" else f" is {shown(first['input'], 40)}"
-        message = shown(first["msg"].removeprefix("Value error, ").lower(), 80)
-        raise error(f"{where}: {place or 'it'}{found}: {message}: {fix}") from None
+        message = shown(first["msg"].removeprefix("Value error, "), 100)
+        if first["type"] != "value_error":  # such a line says all by itself
+            place = shown(".".join(map(str, first["loc"])), 60)
+            found = "" if first["type"] == "missing" else f" is {shown(first['input'], 40)}"
+            message = f"{place or 'it'}{found}: {message[:1].lower()}{message[1:]}"
+        raise error(f"{where}: {message}: {fix}") from None
 
 
 def is_a(value: Any, kind: TypeAdapter[Any]) -> bool:

@@ -40,5 +40,5 @@ class Description(Record):
     def _check(self) -> Self:
         known = self.recovery
         if self.step is not None and known.position not in (0, self.step + len(known.skipped_batches)):
-            raise ValueError("each batch up to recovery.position is trained on or left out, but they are not as many")
+            raise ValueError("recovery.position is not the number of steps and of batches that were left out")
         return self

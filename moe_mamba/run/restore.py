@@ -118,7 +118,10 @@ def read_config(path: Path, description: dict[str, Any]) -> Config:
             f"{tensors:,} tensors: {OTHER}"
         )
     try:
-        return parse_config(description["config"])
+        config = parse_config(description["config"])
+        if not config.has_vocabulary:
+            raise UserError("model.vocab_size is null")
+        return config
     except UserError as error:
         raise DamagedError(f"{path / DESCRIPTION} has a wrong config ({shown(error, 100)}): {OTHER}") from None
 

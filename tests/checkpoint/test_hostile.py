@@ -1,6 +1,7 @@
 """Checkpoints that were changed and signed again: either the undamaged weights come out, or one line."""
 
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep, has_diverged
 from moe_mamba.checkpoint.inspection import inspect
 from moe_mamba.checkpoint.shards import Shard
+from moe_mamba.commands import convert_to_hf, evaluate, generate, inspect_checkpoint, upcycle
 from moe_mamba.commands.inspect_checkpoint import table
 from moe_mamba.config import Config, TrainConfig
 from moe_mamba.config_file import parse_config
@@ -26,7 +28,9 @@ from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.run.restore import check_resumable, open_trained, restore_trained, weight_shards
 from moe_mamba.train.recovery import Recovery
-from tests.hostile import limits, mutated, mutated_bytes, refusal_of, text_of
+from tests.hostile import LONGEST, limits, mutated, mutated_bytes, refusal_of, text_of
+from tests.train.runs import run as train_on
+from tests.world import World
 
 JSON = ("manifest.json", "index.json", "description.json", "next_step.json")
 DATA = "rank-00000.safetensors"
@@ -101,8 +105,16 @@ def with_header(header: bytes, change: Callable[[Any], Any]) -> bytes:
 
 def damage(step: Path, chance: random.Random) -> str:
     """One random change of a step's folder, signed; what was changed."""
-    kind = chance.choice((*JSON[:3], *JSON[1:], "header's tree", "header's bytes"))
-    if kind in JSON:
+    kind = chance.choice((*JSON[:3], *JSON[1:], "config", "config", "header's tree", "header's bytes"))
+    if kind == "config":
+        section = chance.choice(("model", "model", "moe", "parallel"))
+
+        def change(tree: Any) -> Any:
+            tree["config"][section] = mutated(tree["config"][section], chance)
+            return tree
+
+        rewrite(step, "description.json", change)
+    elif kind in JSON:
         rewrite(step, kind, lambda tree: mutated(tree, chance))
     elif kind == "header's tree":
         rewrite_header(step, lambda header: with_header(header, lambda tree: mutated(tree, chance)))
@@ -145,7 +157,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return store.newest(folder, said.append, check_resumable), said
 
 
-@pytest.mark.parametrize(("seed", "count"), [(15, 800), pytest.param(16, 3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "count"), [(15, 400), pytest.param(16, 1000, marks=pytest.mark.slow)])
 def test_changed_and_signed_again(run: Path, seed: int, count: int) -> None:
     chance, refused, lines = random.Random(seed), Counter[str](), set()
     expected = {name: store.read_tensor(run / "checkpoints/step-00000002", name) for name in weights_of(run)}
@@ -175,3 +187,121 @@ def test_changed_and_signed_again(run: Path, seed: int, count: int) -> None:
 
 def weights_of(run: Path) -> list[str]:
     return list(store.logical_tensors(run / "checkpoints/step-00000002"))
+
+
+def first(index: dict[str, Any]) -> dict[str, Any]:
+    return index["weights/embedding.weight"]
+
+
+HUGE = {"shape": [2**20, 2**20], "boxes": [{"offsets": [0, 0], "sizes": [2**20, 2**20], "file": DATA, "start": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("index.json", lambda index: first(index).update(HUGE), "do not lie in the checkpoint's files"),
+        ("index.json", lambda index: first(index).update(shape=[2**60, 4]), "is too large"),
+        ("index.json", lambda index: first(index).update(shape=["257", 4]), "embedding.weight.shape.0 is 257: "),
+        ("index.json", lambda index: first(index).update(shape=[257.0, 4]), "shape.0 is 257.0: "),
+        ("index.json", lambda index: first(index).update(shape=[257, True]), "shape.1 is True: "),
+        ("index.json", lambda index: first(index).update(shape=[1] * 9), "shape is "),
+        ("index.json", lambda index: first(index).update(dtype="F128"), "dtype is F128: "),
+        ("index.json", lambda index: first(index).update(dtype="I32"), f"{DATA} and index.json differ"),
+        ("index.json", lambda index: first(index).pop("boxes"), "boxes: field required"),
+        ("index.json", lambda index: first(index)["boxes"].pop(), "hold 512 of 1,028 elements"),
+        ("index.json", lambda index: first(index)["boxes"][1].update(offsets=[0, 0]), "overlap, and leave holes"),
+        ("index.json", lambda index: first(index)["boxes"][1].update(start=2**50), "do not lie in the checkpoint's"),
+        ("index.json", lambda index: first(index)["boxes"][1].update(start=8), f"{DATA} and index.json differ"),
+        ("index.json", lambda index: first(index)["boxes"][1].update(file="../x"), "the checkpoint's files (../x)"),
+        ("index.json", lambda index: first(index)["boxes"].extend(first(index)["boxes"] * 10**4), "hold "),
+        ("manifest.json", lambda tree: tree["files"].update({"../x": tree["files"][DATA]}), "files.../x"),
+        ("manifest.json", lambda tree: tree["files"][DATA].update(bytes=float("inf")), "which is no number of JSON"),
+        ("manifest.json", lambda tree: tree.update(files=[]), "files is []: "),
+        ("manifest.json", lambda tree: tree.update(version="@digits"), "cannot be read as JSON"),
+        ("description.json", lambda tree: tree.update(step=-1), "step is -1: "),
+        ("description.json", lambda tree: (tree.update(step=7), tree.pop("recovery")), "is of step 7"),
+        ("description.json", lambda tree: tree.update(corpora=[]), "corpora is []: "),
+        ("description.json", lambda tree: tree["recovery"].update(position="@deep"), "it is too deep"),
+        (
+            "description.json",
+            lambda tree: tree["recovery"].update(position=9),
+            "recovery.position is not the number of steps",
+        ),
+        ("description.json", lambda tree: tree.pop("tokenizer"), "does not say tokenizer"),
+        ("description.json", lambda tree: tree["config"]["model"].update(repeat=10**9), "1000000000 x M- layers"),
+        ("description.json", lambda tree: tree["config"]["model"].update(d_model=10**9), "is of another model"),
+        ("description.json", lambda tree: tree["config"]["model"].update(pattern="x\ny"), "has a wrong config"),
+    ],
+)
+def test_what_was_changed_is_named(run: Path, tmp_path: Path, name: str, change: Any, says: str) -> None:
+    step = restored_copy(run, tmp_path / "copy")
+
+    def changed(tree: Any) -> Any:
+        change(tree)
+        return tree
+
+    rewrite(step, name, changed)
+    line = refusal_of(lambda: (store.resolve(step), open_trained(step)))
+    assert line is not None and says in line and str(step) in line
+    assert line.endswith("use another checkpoint") or "give the folder its name again" in line
+    found, said = newest(step.parent)
+    assert found == step.with_name("step-00000001") and len(said) == 1
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("name", [*JSON, DATA])
+def test_what_is_no_file(run: Path, tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    step = restored_copy(run, tmp_path / "copy")
+    (step / name).unlink()
+    make(step / name)
+    with limits():
+        found, said = newest(step.parent)
+    if name == "next_step.json":  # then it is not known
+        assert (found, said) == (step, [])
+    else:
+        assert found == step.with_name("step-00000001") and name in said[0]
+
+
+def test_a_key_twice_is_refused(run: Path, tmp_path: Path) -> None:
+    step = restored_copy(run, tmp_path / "copy")
+    text = (step / "index.json").read_text()
+    (step / "index.json").write_text(text[:-1] + ", " + text[1:])
+    sign(step)
+    assert "is there twice" in (refusal_of(lambda: store.resolve(step)) or "")
+
+
+@pytest.mark.slow
+def test_commands_end_in_that_line(refusal: Callable[..., str], run: Path, tmp_path: Path) -> None:
+    step = restored_copy(run, tmp_path / "copy")
+    commands = {
+        generate.main: ("--prompt=x",),
+        evaluate.main: ("--input=builtin",),
+        convert_to_hf.main: (f"--output={tmp_path / 'out'}",),
+        upcycle.main: (f"--output={tmp_path / 'out'}", "--experts=2"),
+        inspect_checkpoint.main: (),
+    }
+    chance, tried = random.Random(17), 0
+    for main, flags in commands.items():
+        for kind in ("index.json", "manifest.json", "description.json", "header"):
+            changed = ""
+            while changed != kind or refusal_of(partial(open_trained, step)) is None:
+                restored_copy(run, tmp_path / "copy")
+                changed = damage(step, chance).partition("'")[0]
+            if main is inspect_checkpoint.main and kind == "description.json":
+                continue  # it lists what it finds there
+            line = refusal(main, f"--checkpoint={step}", *flags)
+            assert len(line) <= LONGEST + len("error: "), line
+            tried += 1
+    print(f"{tried} commands on changed checkpoints")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_the_one_before(world: World, tiny: Path, tmp_path: Path) -> None:
+    train_on(world, tiny, tmp_path / "run", train__steps=4)
+    newest_step = tmp_path / "run" / "checkpoints" / "step-00000004"
+    rewrite(newest_step, "description.json", lambda tree: {key: tree[key] for key in tree if key != "micro_batch"})
+    lines = train_on(world, tiny, tmp_path / "run", train__steps=6)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "description.json does not say micro_batch: step-00000002 is used instead" in said

@@ -240,6 +240,8 @@ def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig
             raise UserError(f"config.json: {key} is {shown(value, 40)}, which is too large: fix the file")
     try:
         built = ModelConfig(**model), MoEConfig(**moe)
+        if built[0].vocab_size is None:  # in a run's configuration, null stands for the tokenizer's size
+            raise ValueError("vocab_size is null, but must be a number")
         if len(built[0].pattern) * built[0].repeat > MOST_LAYERS:
             raise ValueError(f"{built[0].repeat} x {built[0].pattern} are more than {MOST_LAYERS:,} layers")
         check_pattern(*built)
