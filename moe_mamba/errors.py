@@ -18,6 +18,13 @@ def shown(value: object) -> str:
         return "a number of thousands of digits"
 
 
+def brief(value: object, most: int = 60) -> str:
+    """Words of a file, a library or a user, for a part of a line: escaped where it must be, cut in its middle."""
+    text = str(value) if isinstance(value, str | Exception) else shown(value)
+    text = text if len(text) <= 4 * most else f"{text[: 2 * most]}{text[-2 * most :]}"
+    return _cut(" ".join("".join(map(_escaped, text)).split()), most)
+
+
 def one_line(text: str) -> str:
     """The text without line breaks and control characters, cut in its longest words, then in the middle, if too long.
 

@@ -10,8 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import torch
+
+from moe_mamba.errors import brief
+from moe_mamba.json_file import LIMIT, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -65,3 +69,34 @@ def make_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] | Non
     text += b" " * (-len(text) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, [len(header) + end for end in ends]
+
+
+def fault_of_header(path: Path, tensors: Mapping[str, tuple[TensorInfo, int]]) -> str | None:
+    """What in the header of a file contradicts a note of what the file holds; None where nothing does.
+
+    Args:
+        path: the file.
+        tensors: name -> tensor, and the byte of the file at which it begins: all that the file holds.
+    """
+    with path.open("rb") as stream:
+        size = path.stat().st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size - 8, LIMIT):
+            return f"its header has {length:,} bytes"
+        try:
+            content = parse_json(stream.read(length))
+        except ValueError as error:
+            return f"its header: {brief(error, 100)}"
+    if not isinstance(content, dict):
+        return "its header is no object"
+    if content.keys() != tensors.keys():
+        return f"only one has {brief(min(content.keys() ^ tensors.keys()))}"
+    end = 8 + length
+    for tensor, start in sorted(tensors.values(), key=lambda place: (place[1], place[0].bytes)):
+        if start != end:
+            return f"{brief(tensor.name)} begins at byte {start:,}, not {end:,}"
+        begin, end = end - 8 - length, end + tensor.bytes
+        note = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        if content[tensor.name] != note | {"data_offsets": [begin, end - 8 - length]}:
+            return f"{brief(tensor.name)} is {brief(content[tensor.name])}"
+    return None if end == size else f"tensors end at byte {end:,}"

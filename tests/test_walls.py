@@ -13,7 +13,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic_file": set(),
     "file_lock": set(),
-    "safetensors_header": set(),
+    "json_file": set(),
+    "safetensors_header": {"json_file"},
     "config_types": set(),
     "config_yaml": set(),
     "config_model": {"config_types"},
@@ -23,10 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "standard_streams": set(),
     "command_line": {"parallel", "config_types", "standard_streams"},
     "kernels": {"atomic_file", "file_lock"},
-    "checkpoint": {"atomic_file", "safetensors_header"},
+    "checkpoint": {"atomic_file", "json_file", "safetensors_header"},
     "data": {"atomic_file", "file_lock"},
     "model": {"kernels", "config"},
-    "hf": {"safetensors_header", "model", "kernels", "config", "data"},
+    "hf": {"json_file", "safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
     "planning": {"parallel", "model", "config"},
     "preflight": {
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "installation"),
     },
     "run": {
-        *("atomic_file", "file_lock", "parallel", "checkpoint", "model", "data"),
+        *("atomic_file", "file_lock", "json_file", "parallel", "checkpoint", "model", "data"),
         *("config", "config_file", "installation"),
     },
     "convert": {

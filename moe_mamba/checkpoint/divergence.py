@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from moe_mamba.atomic_file import write_atomically
-from moe_mamba.checkpoint.manifest import Chunk, DamagedError, is_marked_finite, read_index
+from moe_mamba.checkpoint.manifest import OTHER, Chunk, DamagedError, is_marked_finite, read_index
 from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.checkpoint.storage import read_chunk
+from moe_mamba.errors import UserError, brief
+from moe_mamba.json_file import Record, Text, check, read_json
 
 NEXT_STEP = "next_step.json"
 PART = 2**23  # elements of a stored tensor looked at together
@@ -53,7 +56,7 @@ def check_finite(folder: Path) -> None:
         return
     for name, tensor in read_index(folder).items():
         if not all(is_finite([part]) for chunk in tensor.chunks for part in _parts(folder, chunk, tensor.dtype)):
-            raise DamagedError(f"{folder}: {name} holds NaN or Inf: use another checkpoint")
+            raise DamagedError(f"{folder}: {brief(name)} holds NaN or Inf: {OTHER}")
 
 
 def _parts(folder: Path, chunk: Chunk, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -107,12 +110,21 @@ def write_next_step(folder: Path, next_step: NextStep) -> None:
 
 def read_next_step(folder: Path) -> NextStep | None:
     """What the step after a checkpoint gave; None where it is not known, for it was not made yet."""
+    path = folder / NEXT_STEP
     try:
-        content = json.loads((folder / NEXT_STEP).read_bytes())
-        norm = content["gradient_norm"]
-        return NextStep(float(content["loss"]), None if norm is None else float(norm))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        note = check(read_json(path, OTHER), _NOTE, path, OTHER)
+        norm = note.gradient_norm
+        return NextStep(float(note.loss), None if norm is None else float(norm))
+    except (UserError, ValueError):
         return None
+
+
+class _Note(Record):
+    loss: Text
+    gradient_norm: Text | None
+
+
+_NOTE = TypeAdapter(_Note)
 
 
 def has_diverged(folder: Path) -> bool:

@@ -28,7 +28,8 @@ def steps_in(folder: Path) -> list[Path]:
     """Folders of complete steps, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
+    matches = ((STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    found = [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
     return [path for _, path in sorted(found)]
 
 

@@ -31,6 +31,7 @@ from moe_mamba.checkpoint.manifest import (
     VERSION,
     Chunk,
     DamagedError,
+    name_of_chunk,
     read_index,
 )
 from moe_mamba.safetensors_header import DTYPE_NAMES, TensorInfo, make_header
@@ -129,8 +130,8 @@ def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
     for item in items:
         assert item.tensor_data is not None
         chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
-        part = "" if chunk.sizes == item.tensor_data.size else "@" + ",".join(map(str, chunk.offsets))
-        tensors.append(TensorInfo(item.index.fqn + part, dtype, tuple(chunk.sizes)))
+        shape, offsets, sizes = tuple(item.tensor_data.size), tuple(chunk.offsets), tuple(chunk.sizes)
+        tensors.append(TensorInfo(name_of_chunk(item.index.fqn, shape, offsets, sizes), dtype, sizes))
     header, starts = make_header(tensors)
     return header, starts[:-1]
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from moe_mamba.checkpoint import storage
 from moe_mamba.checkpoint.divergence import DivergedError, first_not_finite, has_diverged, read_next_step
-from moe_mamba.checkpoint.manifest import MANIFEST, DamagedError, read_description, read_index, verify
+from moe_mamba.checkpoint.manifest import MANIFEST, OTHER, DamagedError, read_description, read_index, verify
 from moe_mamba.checkpoint.planners import ShardLoadPlanner, ShardSavePlanner
 from moe_mamba.checkpoint.retention import (
     STEP_NAME,
@@ -41,7 +41,7 @@ from moe_mamba.checkpoint.retention import (
     steps_in,
 )
 from moe_mamba.checkpoint.shards import Shard
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 
 __all__ = [
     "load",
@@ -186,7 +186,7 @@ def load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None = 
     Each rank reads of each stored chunk the rows (of its first dimension) that its shards want, and no more; of rows
     that it wants in part it reads the whole, slab by slab. Shards may be views of any stride.
 
-    Sizes of files are checked, checksums are not: `newest` and `resolve` check those.
+    Sizes are checked, checksums are not: `newest` and `resolve` check those.
 
     Raises:
         UserError: on every rank, when a tensor is missing, has another shape, or a file is damaged.
@@ -228,14 +228,16 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """A whole tensor of a step's folder, on the CPU, read by only this process."""
     tensors = logical_tensors(path)
     if name not in tensors:
-        raise UserError(f"{path} has no tensor {name}: it is another model's checkpoint")
+        raise UserError(f"{path} has no tensor {brief(name)}: it is another model's checkpoint")
     shape, dtype = tensors[name]
     tensor = torch.empty(shape, dtype=dtype)
     _load(Path(path), [Shard(name, shape, (0,) * len(shape), tensor)], None, single=True)
     return tensor
 
 
-def newest(folder: Path, warn: Callable[[str], None] = log.warning) -> Path | None:
+def newest(
+    folder: Path, warn: Callable[[str], None] = log.warning, check_more: Callable[[Path], object] = Path
+) -> Path | None:
     """The newest complete checkpoint that is valid: sizes and checksums hold, all is finite, it has not diverged.
 
     Asked by one process, not by all at once.
@@ -243,6 +245,7 @@ def newest(folder: Path, warn: Callable[[str], None] = log.warning) -> Path | No
     Args:
         folder: the run's folder of checkpoints; it need not exist.
         warn: told of each that is not valid, and which one is used in its place.
+        check_more: raises a DamagedError where its caller cannot use a step's folder either.
 
     Returns:
         The step's folder, or None where no checkpoint was ever completed, or all have diverged.
@@ -259,14 +262,17 @@ def newest(folder: Path, warn: Callable[[str], None] = log.warning) -> Path | No
         try:
             check_next_step(path)
             check(path)
+            check_more(path)
         except DamagedError as error:
             faults.append(error)
         else:
             found = path
             break
-    texts = [str(error).removesuffix(": use another checkpoint") for error in faults]
+    texts = [str(error).removesuffix(f": {OTHER}") for error in faults]
     if found is None and not all(isinstance(error, DivergedError) for error in faults):
-        raise UserError(f"no checkpoint in {folder} is valid ({'; '.join(texts)}): remove them to start over")
+        said = [brief(text.removeprefix(f"{folder}{os.sep}"), 80) for text in texts[:2]]
+        said += [f"and {len(texts) - 2} more"] * (len(texts) > 2)
+        raise UserError(f"no checkpoint in {folder} is valid ({'; '.join(said)}): remove them to start over")
     for text in texts:
         warn(f"{text}: {f'{found.name} is used instead' if found else 'there is no older one'}")
     return found

@@ -6,6 +6,7 @@ Only JSON and tensors are read: Transformers is not needed, and code in the fold
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,9 +16,8 @@ from moe_mamba.checkpoint.divergence import is_finite
 from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config, ModelConfig, MoEConfig, TrainConfig
 from moe_mamba.convert.starting_point import MARK, write_starting_point
-from moe_mamba.data.library_calls import brief
 from moe_mamba.data.tokenizer import LibraryTokenizer, Tokenizer, load_tokenizer
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 from moe_mamba.hf.formats import FORMATS, OWN, Entry, Format, detect
 from moe_mamba.hf.formats.settings import notes
 from moe_mamba.hf.reading import Stored, read_json, stored_tensors
@@ -62,7 +62,27 @@ def import_folder(
             Inf; there is no tokenizer; `output` is not empty.
     """
     check_output(output, overwrite, MARK, folder)
-    if not (folder / "config.json").is_file():
+    format, config, shards = read_folder(folder, say)
+    loaded = _tokenizer(folder, tokenizer)
+    for line in _special_tokens(loaded):
+        say(line)
+    step = write_starting_point(output, config, loaded, shards, overwrite)
+    return format, config, step
+
+
+def read_folder(folder: Path, say: Callable[[str], None]) -> tuple[Format, Config, list[Shard]]:
+    """The format of a folder, its model's configuration, and its weights, which are read when they are written.
+
+    What config.json asks for is compared with the files' sizes before anything is allocated.
+
+    Args:
+        folder: see `import_folder`.
+        say: see `import_folder`.
+
+    Raises:
+        UserError: see `import_folder`.
+    """
+    if not (folder / "config.json").exists():
         raise UserError(
             f"{folder} has no config.json, so it is not a model's folder: give config.json and weights of one of "
             f"{', '.join(FORMATS)}"
@@ -73,16 +93,27 @@ def import_folder(
     for note in notes(configuration, format.architecture) if format is not OWN else ():
         say(f"note: {note}")
     stored = stored_tensors(folder)
-    whole = LanguageModel.on_meta(model, moe)
+    whole = _on_meta(folder, model, moe, len(stored))
     entries = match(folder, format, model, moe, stored)
     shards = lazy_shards(folder, whole, entries, stored)
     half = stored[entries[0].theirs].dtype == "BF16"  # the embedding's
     config = Config(model=model, moe=moe, train=TrainConfig(precision="bf16" if half else "fp32"))
-    loaded = _tokenizer(folder, tokenizer)
-    for line in _special_tokens(loaded):
-        say(line)
-    step = write_starting_point(output, config, loaded, shards, overwrite)
-    return format, config, step
+    return format, config, shards
+
+
+def _on_meta(folder: Path, model: ModelConfig, moe: MoEConfig, tensors: int) -> LanguageModel:
+    """Ours without memory, of no more layers than the folder has tensors.
+
+    Raises:
+        UserError: config.json asks for more.
+    """
+    fault = f"config.json says {len(model.layers):,} layers, but there are only {tensors:,} tensors"
+    if len(model.layers) <= tensors:
+        try:
+            return LanguageModel.on_meta(model, moe)
+        except RuntimeError as error:  # torch has no numbers for such sizes
+            fault = f"config.json has impossible sizes ({brief(error, 80)})"
+    raise UserError(f"{folder}: {fault}: one of them belongs to another model")
 
 
 def match(
@@ -96,7 +127,8 @@ def match(
     for name, older in OLDER_NAMES.get(format.name, {}).items():
         if older in stored and name not in stored:
             stored[name] = stored.pop(older)
-    layouts = [list(format.entries(model, moe, stacked)) for stacked in (False, True)]
+    # A config.json may ask for any number of experts: one entry too many shows that a tensor is missing.
+    layouts = [list(islice(format.entries(model, moe, stacked), len(stored) + 2)) for stacked in (False, True)]
     entries = min(layouts, key=lambda entries: sum(entry.theirs not in stored for entry in entries))
     embedding = next(entry.theirs for entry in entries if entry.ours == "embedding.weight")
     for head in HEADS if model.tied_head else ():
@@ -105,7 +137,7 @@ def match(
     missing = [entry.theirs for entry in entries if entry.theirs not in stored]
     if missing:
         raise UserError(
-            f"{folder} has no tensor {_first(missing)}, which its config.json ({format.architecture}) requires: "
+            f"{folder} has no tensor {missing[0]}, which its config.json ({format.architecture}) requires: "
             "fetch the folder again"
         )
     if has(model, Attention):
@@ -140,7 +172,7 @@ def lazy_shards(
         wanted, found = tuple(entry.view(ours[entry.ours]).shape), stored[entry.theirs]
         if found.shape != wanted:
             raise UserError(
-                f"{folder}: {entry.theirs} has shape {list(found.shape)}, but config.json says {list(wanted)}: "
+                f"{folder}: {entry.theirs} has shape {brief(list(found.shape))}, but config.json says {list(wanted)}: "
                 "one of them belongs to another model"
             )
         if found.dtype not in READ_DTYPES:
@@ -180,7 +212,8 @@ def _drop_tied_head(folder: Path, embedding: str, head: str, stored: dict[str, S
     """Of one matrix under two names, as some writers keep it, one is enough."""
     second = stored.pop(head)
     first = stored.setdefault(embedding, second)
-    if first is not second and (first.shape != second.shape or not torch.equal(first.read(), second.read())):
+    is_alike = (first.shape, first.dtype) == (second.shape, second.dtype)
+    if first is not second and (not is_alike or not torch.equal(first.read(), second.read())):
         raise UserError(
             f"{folder}: config.json ties the head to the embedding, but {head} differs from {embedding}: "
             "set its tie_word_embeddings (state-spaces: tie_embeddings) to false"
@@ -189,13 +222,14 @@ def _drop_tied_head(folder: Path, embedding: str, head: str, stored: dict[str, S
 
 def _drop_frequencies(folder: Path, model: ModelConfig, stored: dict[str, Stored]) -> None:
     """Leave out rotary frequencies where they are those of config.json, perhaps rounded to half precision."""
-    expected = rotary_frequencies(model, torch.float32, torch.device("cpu"))
     for name in [name for name in stored if name.endswith(FREQUENCIES)]:
         found = stored.pop(name).read().float()
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
+        is_alike = found.shape == (model.resolved_head_dim // 2,)
+        expected = rotary_frequencies(model, torch.float32, torch.device("cpu")) if is_alike else found
+        if not is_alike or not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
             raise UserError(
-                f"{folder}: {name} has other rotary frequencies than config.json: set its rope_theta, rope_scaling and "
-                "head_dim to those that the model was trained with"
+                f"{folder}: {brief(name)} has other rotary frequencies than config.json: set its rope_theta, "
+                "rope_scaling and head_dim to those that the model was trained with"
             )
 
 
@@ -236,4 +270,4 @@ def _special_tokens(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _first(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+    return brief(names[0]) if len(names) == 1 else f"{brief(names[0])} (and {len(names) - 1} more)"

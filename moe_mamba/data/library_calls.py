@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 
 T = TypeVar("T")
 PANIC = "PanicException"  # of Rust through pyo3: a BaseException that cannot be imported
@@ -49,7 +49,7 @@ def call_library(call: Callable[[], T]) -> T:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == PANIC:
-            raise LibraryError(brief(error)) from None
+            raise LibraryError(brief(error, 100)) from None
         raise
 
 
@@ -75,12 +75,6 @@ def call_within(call: Callable[[], T], seconds: float) -> T:
     if returned:
         return value  # type: ignore[return-value]
     raise value  # type: ignore[misc]
-
-
-def brief(value: object, longest: int = 100) -> str:
-    """A library's or a file's words in one line, cut short."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from moe_mamba.data.finality import Finality, of_decoder, parse_state
-from moe_mamba.data.library_calls import DecodingError, EncodingError, LibraryError, brief, call_library, call_within
+from moe_mamba.data.library_calls import DecodingError, EncodingError, LibraryError, call_library, call_within
 from moe_mamba.data.plain_tokenizers import END_OF_TEXT, Tokenizer
 from moe_mamba.data.tokenizer_folder import CONFIG, LARGEST_VOCABULARY, Names, template
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # tried where a tokenizer's folder names none
 USE_REGEX = ("use_regex", True)  # the default, which older files of the tokenizers library leave out

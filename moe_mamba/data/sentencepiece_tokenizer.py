@@ -7,10 +7,10 @@ from itertools import chain
 from typing import Any
 
 from moe_mamba.data.finality import ByteRuns, Finality
-from moe_mamba.data.library_calls import LibraryError, brief, call_library
+from moe_mamba.data.library_calls import LibraryError, call_library
 from moe_mamba.data.plain_tokenizers import END_OF_TEXT, Tokenizer
 from moe_mamba.data.tokenizer_folder import CONFIG, Names
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 
 SPACE = "▁"  # what SentencePiece writes for a space; it takes a real one in a text for a space too
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_mamba.data.library_calls import brief
 from moe_mamba.data.plain_tokenizers import END_OF_TEXT
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 
 CONFIG = "tokenizer_config.json"
 LARGEST_VOCABULARY = 1 << 24  # ids; the largest published ones have 2^18

@@ -261,7 +261,7 @@ def _training(config: Config, facts: Facts) -> Iterator[tuple[str, str]]:
 
 def _results(facts: Facts) -> Iterator[tuple[str, ...]]:
     """The last validation of every set."""
-    last = next((line for line in reversed(facts.metrics) if "validation" in line), None)
+    last = next((line for line in reversed(facts.metrics) if {"validation", "tokens"} <= line.keys()), None)
     for name, scores in (last or {}).get("validation", {}).items():
         assert last is not None
         figures = [_figure(scores.get(key), digits) for key, digits in FIGURES.items()]

@@ -4,7 +4,6 @@ No pickle is executed: `pytorch_model.bin` is one, and goes through torch's rest
 refuses everything else. Where both are there, safetensors are read.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_mamba.errors import UserError
+from moe_mamba import json_file
+from moe_mamba.errors import UserError, brief
 from moe_mamba.hf.safetensors_files import INDEX, ONE_FILE
+from moe_mamba.json_file import Record, Text
 from moe_mamba.safetensors_header import DTYPE_NAMES
 
 TORCH_FILE = "pytorch_model.bin"
 FIX = "fetch the folder again"
+MOST_SHARED = 2  # times the size of a torch file: a tied head is there twice, and strides of 0 could claim anything
+
+
+class _Index(Record):
+    weight_map: dict[str, Text]
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 @dataclass(frozen=True)
@@ -39,15 +49,12 @@ class Stored:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file; NaN and Infinity are taken, which Transformers writes.
 
     Raises:
         UserError: it is missing, truncated, or no object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): {FIX}") from None
+    content = json_file.read_json(path, FIX, allow_nan=True)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: {FIX}")
     return content
@@ -79,7 +86,7 @@ def _safetensors(path: Path) -> dict[str, Stored]:
                 for name, slice in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}): {FIX}") from None
+        raise UserError(f"{path} is truncated or not a safetensors file ({brief(error, 100)}): {FIX}") from None
 
 
 def _read_safetensor(path: Path, name: str) -> Tensor:
@@ -89,18 +96,20 @@ def _read_safetensor(path: Path, name: str) -> Tensor:
 
 
 def _sharded(folder: Path) -> dict[str, Stored]:
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of tensors to files: {FIX}")
+    path = folder / INDEX
+    index = json_file.check(read_json(path), _INDEX, path, FIX).weight_map
     found: dict[str, Stored] = {}
     here = {path.name for path in folder.iterdir() if path.is_file()}  # an index may name files outside the folder
     for shard in sorted(set(index.values())):
         if shard not in here:
-            raise UserError(f"{folder / shard} is missing, but {INDEX} names it: {FIX}")
-        found |= _safetensors(folder / shard)
+            raise UserError(f"{folder} has no file {brief(shard)}, but {INDEX} names it: {FIX}")
+        tensors = _safetensors(folder / shard)
+        if twice := found.keys() & tensors.keys():
+            raise UserError(f"{folder / shard} has the tensor {brief(min(twice))}, as another file has: {FIX}")
+        found |= tensors
     missing = [name for name in index if name not in found]
     if missing:
-        raise UserError(f"{folder / index[missing[0]]} has no tensor {missing[0]}, which {INDEX} names: {FIX}")
+        raise UserError(f"{folder / index[missing[0]]} has no tensor {brief(missing[0])}, which {INDEX} names: {FIX}")
     return found
 
 
@@ -108,13 +117,15 @@ def _torch_file(path: Path) -> dict[str, Stored]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a reader of pickles has an error for every way in which a file is none
-        reason = " ".join(str(error).split(".")[0].split())
         raise UserError(
-            f"{path} is truncated, or refused because it holds more than tensors ({type(error).__name__}: {reason}): "
-            "if you trust it, convert it to safetensors"
+            f"{path} is truncated, or refused because it holds more than tensors ({type(error).__name__}: "
+            f"{brief(str(error).partition('.')[0], 60)}): if you trust it, convert it to safetensors"
         ) from None
-    if not isinstance(content, dict) or not all(map(_is_plain, content.values())):
+    if not isinstance(content, dict) or not all(isinstance(name, str) and _is_plain(content[name]) for name in content):
         raise UserError(f"{path} is not a mapping of names to plain tensors: give a folder with {ONE_FILE}")
+    size = path.stat().st_size
+    if sum(tensor.nbytes for tensor in content.values()) > MOST_SHARED * size:
+        raise UserError(f"{path} has tensors larger than its {size:,} bytes: give a folder with {ONE_FILE}")
     return {
         name: Stored(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), partial(_itself, tensor))
         for name, tensor in content.items()

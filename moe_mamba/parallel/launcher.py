@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_mamba.errors import LocalError, UserError, shown
+from moe_mamba.errors import LocalError, UserError, brief
 
 Key = Literal["rank", "size", "local_rank", "local_size"]
 
@@ -132,7 +132,7 @@ def first_host(nodes: str) -> str:
     found = re.match(r"(?:[^\[\],\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+(?=,|$)", nodes)
     if not found:
         raise UserError(
-            f"SLURM_STEP_NODELIST={shown(nodes)[1:-1]} is no list of host names: set MASTER_ADDR to rank 0's host name"
+            f"SLURM_STEP_NODELIST={brief(nodes)} is no list of host names: set MASTER_ADDR to rank 0's host name"
         )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
@@ -147,9 +147,7 @@ def tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         found = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip(), re.ASCII)
         if not found or len(counts) + int(found[2] or 1) > MOST_PROCESSES:
-            raise UserError(
-                f"SLURM_STEP_TASKS_PER_NODE={shown(text)[1:-1]} is no list such as 2(x3),1: set LOCAL_WORLD_SIZE"
-            )
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={brief(text)} is no list such as 2(x3),1: set LOCAL_WORLD_SIZE")
         counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
@@ -172,7 +170,7 @@ def _read(environment: Mapping[str, str], flag: int | None) -> Launch:
         return Launch(launcher, rank, size, local_rank, local_size, "127.0.0.1", 0)
     address = environment.get("MASTER_ADDR", "").strip() or _master_address(environment, launcher, size, local_size)
     if not re.fullmatch(r"\S{1,255}", address) or not address.isprintable():
-        raise UserError(f"MASTER_ADDR={shown(address)[1:-1]} is no host name: set it to that of rank 0's machine")
+        raise UserError(f"MASTER_ADDR={brief(address)} is no host name: set it to that of rank 0's machine")
     if launcher == "deepspeed" and local_size == size and port is not None and port.value == DEFAULT_PORT:
         # The launcher's own default, which it gives to every job: the jobs of a machine are told apart by its process.
         return Launch(launcher, rank, size, local_rank, local_size, address, FIRST_JOB_PORT + os.getppid() % JOB_PORTS)
@@ -186,7 +184,7 @@ def _number(environment: Mapping[str, str], name: str) -> Setting | None:
     if not text:
         return None
     if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        raise UserError(f"{name}={shown(text)[1:-1]} is not a whole number, 0 or more")
+        raise UserError(f"{name}={brief(text)} is not a whole number, 0 or more")
     return Setting(name, int(text))
 
 

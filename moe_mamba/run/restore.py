@@ -7,17 +7,20 @@ from typing import Any
 import torch
 
 from moe_mamba.checkpoint import store
+from moe_mamba.checkpoint.manifest import DESCRIPTION, OTHER, DamagedError
 from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import Config
 from moe_mamba.config_file import parse_config
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 from moe_mamba.installation import command
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.run.folder import RunFolder
 
 ALONE = Topology(World(0, 1, 0, 1))
+READ = ("config", "tokenizer", "step", "tokens")  # what everybody reads of a description
+RESUMED = (*READ, "corpora", "micro_batch", "micro_steps")  # and a run that goes on
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def open_trained(run_or_step: str | Path, tokenizer: str | Path | None = None) -
 def read_trained(path: Path, tokenizer: str | Path | None = None) -> Trained:
     """As ``open_trained``, of a step's folder that is known to be valid."""
     description = store.read_description(path)
+    _check_keys(path, description, READ)
     source = tokenizer or RunFolder(path.resolve().parents[1]).tokenizer
     if tokenizer is None and not Path(source).is_dir():
         raise UserError(
@@ -83,7 +87,64 @@ def read_trained(path: Path, tokenizer: str | Path | None = None) -> Trained:
         )
     if loaded.fingerprint != description["tokenizer"]:
         raise UserError(f"{source} is not the tokenizer that {path} was trained with: restore that one")
-    return Trained(path, parse_config(description["config"]), description, loaded)
+    config = read_config(path, description)
+    check_weights(path, config)
+    return Trained(path, config, description, loaded)
+
+
+def check_resumable(path: Path) -> None:
+    """Check that a valid step's folder says all that a run needs to go on from it, and holds the weights of its model.
+
+    Raises:
+        DamagedError: it does not.
+    """
+    description = store.read_description(path)
+    _check_keys(path, description, RESUMED)
+    check_weights(path, read_config(path, description))
+
+
+def _check_keys(path: Path, description: dict[str, Any], keys: tuple[str, ...]) -> None:
+    missing = [key for key in keys if description.get(key) is None]
+    if missing:
+        raise DamagedError(f"{path / DESCRIPTION} does not say {missing[0]}: {OTHER}")
+
+
+def read_config(path: Path, description: dict[str, Any]) -> Config:
+    """The configuration in the description of a step's folder, of no more layers than the folder has tensors.
+
+    Raises:
+        DamagedError: it describes no run, or not this one.
+    """
+    model = description["config"].get("model", {})
+    pattern, repeat, tensors = model.get("pattern"), model.get("repeat"), len(store.logical_tensors(path))
+    if isinstance(pattern, str) and isinstance(repeat, int) and len(pattern) * repeat > 2 * tensors:
+        raise DamagedError(
+            f"{path / DESCRIPTION} says {brief(repeat, 20)} x {brief(pattern, 20)} layers, but there are only "
+            f"{tensors:,} tensors: {OTHER}"
+        )
+    try:
+        config = parse_config(description["config"])
+        if not config.has_vocabulary:
+            raise UserError("model.vocab_size is null")
+        return config
+    except UserError as error:
+        raise DamagedError(f"{path / DESCRIPTION} has a wrong config ({brief(error, 100)}): {OTHER}") from None
+
+
+def check_weights(path: Path, config: Config) -> None:
+    """Check that a step's folder holds the weights of the model in its description; only its index is read.
+
+    So whoever builds that model allocates no more than the folder holds.
+
+    Raises:
+        DamagedError: it lacks a weight, or has it in another shape.
+    """
+    try:
+        fault = _fault_of_weights(LanguageModel.on_meta(config.model, config.moe), path)
+    except RuntimeError as error:  # torch has no numbers for such sizes
+        fault = f"has impossible sizes ({brief(error, 100)})"
+    if fault:
+        raise DamagedError(f"{path / DESCRIPTION} is of another model: {fault}: {OTHER}")
 
 
 def restore(run_or_step: str | Path, device: torch.device) -> Restored:
@@ -110,16 +171,20 @@ def find_weights(model: LanguageModel, run_or_step: str | Path) -> Path:
         UserError: there is no such checkpoint, or it is of another model.
     """
     path = store.resolve(run_or_step)
+    if fault := _fault_of_weights(model, path):
+        raise UserError(f"{path} belongs to another model: {fault}: give the config that it was trained with")
+    return path
+
+
+def _fault_of_weights(model: LanguageModel, path: Path) -> str | None:
+    """Which weight of `model` a step's folder lacks, or has in another shape; None where it holds all."""
     found = store.logical_tensors(path)
     for shard in weight_shards(model):
         shape = found[shard.name][0] if shard.name in found else None
         if shape != shard.shape:
             there = "is missing" if shape is None else f"has the shape {tuple(shape)}"
-            raise UserError(
-                f"{path} belongs to another model: {shard.name} {there}, but this config needs {shard.shape}: "
-                "give the config that it was trained with"
-            )
-    return path
+            return f"{shard.name} {there}, but this config needs {shard.shape}"
+    return None
 
 
 def load_weights(model: LanguageModel, path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_mamba.checkpoint import store
-from moe_mamba.config import Config
+from moe_mamba.config import Config, ParallelConfig
 from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.model.pattern import has_experts
 from moe_mamba.parallel.parallelize import check_compiler
@@ -16,7 +16,7 @@ from moe_mamba.planning.fit import check_fit
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
-from moe_mamba.run.restore import find_weights
+from moe_mamba.run.restore import check_resumable, find_weights, read_config
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.verification import verify_at_once
 
@@ -72,7 +72,7 @@ def prepare_run(
     Raises:
         UserError: checkpoints, weights or corpora are missing, damaged, or do not fit; or the memory is too small.
     """
-    newest = store.newest(folder.checkpoints, screen.say)
+    newest = store.newest(folder.checkpoints, screen.say, check_resumable)
     if newest is None and any(folder.checkpoints.glob("step-*")):
         screen.say("restart   there is no usable checkpoint: training starts from step 0")
     done = store.step_of(newest) if newest else 0
@@ -94,15 +94,17 @@ def _with_vocabulary(config: Config, newest: Path | None) -> Config:
     if config.has_vocabulary:
         return config
     if newest is not None:
-        return config.with_vocabulary(store.read_description(newest)["config"]["model"]["vocab_size"])
+        return config.with_vocabulary(read_config(newest, store.read_description(newest)).model.vocab_size)
     return config.with_vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
 
 
 def accumulation_changes(config: Config, start: StartState, micro_steps: int) -> list[str]:
     """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
+    assert start.newest is not None
     before = start.description
-    was = before["micro_steps"], _routed_together(before["micro_batch"], before["config"]["parallel"])
-    now = micro_steps, _routed_together(start.micro_batch, config.parallel.model_dump())
+    parallel = read_config(start.newest, before).parallel
+    was = before["micro_steps"], _routed_together(before["micro_batch"], parallel)
+    now = micro_steps, _routed_together(start.micro_batch, config.parallel)
     by_device = config.moe.balance_over == "device"
     changed = []
     if config.moe.balance == "loss" and (was[0] != now[0] or (by_device and was[1] != now[1])):
@@ -117,6 +119,6 @@ def accumulation_changes(config: Config, start: StartState, micro_steps: int) ->
     ]
 
 
-def _routed_together(micro_batch: int, parallel: dict[str, Any]) -> float:
+def _routed_together(micro_batch: int, parallel: ParallelConfig) -> float:
     """Sequences whose tokens a device routes at once: tensor-parallel ranks share those of a micro-batch."""
-    return micro_batch if parallel["expert_tensor"] else micro_batch / parallel["tensor"]
+    return micro_batch if parallel.expert_tensor else micro_batch / parallel.tensor

@@ -163,7 +163,7 @@ def test_what_has_diverged_is_never_the_newest(tmp_path: Path) -> None:
     (save_here(tmp_path, 3) / "index.json").unlink()
     shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000001")
     store.note_next_step(tmp_path, 3, BAD, 2)
-    with pytest.raises(UserError, match=r"no checkpoint .* is valid \(.*has diverged.*; .*index\.json is missing\)"):
+    with pytest.raises(UserError, match=r"no checkpoint .* is valid \(.*has diverged.*; .*index\.json is missing.*\)"):
         store.newest(tmp_path)
 
 

@@ -136,8 +136,14 @@ def rewrite_index(step: Path, change) -> None:
         (lambda tensor: tensor["boxes"].pop(), "the chunks of weights/w hold 2 of 4 elements"),
         (lambda tensor: tensor["boxes"][1].update(offsets=[0, 0]), "the chunks of weights/w overlap, and leave holes"),
         (lambda tensor: tensor["boxes"].append(tensor["boxes"][0]), "the chunks of weights/w hold 6 of 4 elements"),
-        (lambda tensor: tensor["boxes"][1].update(offsets=[2, 0]), r"index.json does not fit the checkpoint's files"),
-        (lambda tensor: tensor["boxes"].clear(), r"index.json does not fit the checkpoint's files"),
+        (
+            lambda tensor: tensor["boxes"][1].update(offsets=[2, 0]),
+            r"index.json: the chunks of weights/w do not lie inside it",
+        ),
+        (
+            lambda tensor: tensor["boxes"].clear(),
+            r"index.json: weights/w.boxes is \[\]: list should have at least 1 item",
+        ),
     ],
 )
 def test_chunks_that_do_not_make_up_their_tensor_are_named(step: Path, change, damage: str) -> None:

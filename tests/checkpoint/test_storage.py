@@ -139,7 +139,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path, change)
     recorded = json.loads((path / "manifest.json").read_text())
     recorded["files"]["index.json"]["bytes"] = len(text)
     (path / "manifest.json").write_text(json.dumps(recorded))
-    with pytest.raises(UserError, match=r"index\.json does not fit the checkpoint's files"):
+    with pytest.raises(UserError, match=r"index\.json: (the chunks of w |w\.boxes\.0).*: use another checkpoint$"):
         store.read_tensor(path, "w")
 
 
@@ -149,5 +149,5 @@ def test_a_missing_chunk_is_noticed(tmp_path: Path) -> None:
     del index["w"]["boxes"][1]
     text = json.dumps(index)
     (path / "index.json").write_text(text.ljust((path / "index.json").stat().st_size))
-    with pytest.raises(UserError, match="does not hold all of w"):
+    with pytest.raises(UserError, match=r"index\.json: the chunks of w hold 6 of 12 elements"):
         store.read_tensor(path, "w")

@@ -16,9 +16,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from moe_mamba.data import library_tokenizer
-from moe_mamba.data.library_calls import DecodingError, EncodingError, LibraryError, brief, call_library, call_within
+from moe_mamba.data.library_calls import DecodingError, EncodingError, LibraryError, call_library, call_within
 from moe_mamba.data.tokenizer import LibraryTokenizer
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 from tests.data.tokenizer_kinds import gpt2_like, llama, named, special, words
 
 HARD = "a" * 26 + "b"  # at which (a+)+$ tries more than the library allows

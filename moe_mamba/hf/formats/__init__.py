@@ -1,6 +1,6 @@
 """Checkpoint formats: one table a format says whose view each of its tensors is, and serves both ways."""
 
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 from moe_mamba.hf.formats.base import Entry, Format, WayOut
 from moe_mamba.hf.formats.jamba import Jamba
 from moe_mamba.hf.formats.llama import Llama
@@ -27,6 +27,8 @@ def detect(configuration: Configuration) -> Format:
     kind = configuration.get("model_type")
     if kind is None and {"d_model", "n_layer", "ssm_cfg"} <= configuration.keys():
         return FORMATS["state_spaces"]
-    if kind in (OWN.name, *NATIVE):
+    if isinstance(kind, str) and kind in (OWN.name, *NATIVE):
         return FORMATS[kind]
-    raise UserError(f"config.json: model_type={kind!r} is not supported: give a model of one of {', '.join(FORMATS)}")
+    raise UserError(
+        f"config.json: model_type={brief(kind)!r} is not supported: give a model of one of {', '.join(FORMATS)}"
+    )

@@ -1,6 +1,5 @@
 """What a checkpoint format is: which models it holds, its config.json, and whose view each of its tensors is."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.errors import UserError
-from moe_mamba.hf.formats.settings import Configuration, Settings
+from moe_mamba.errors import UserError, brief
+from moe_mamba.hf.formats.settings import LARGEST, MOST_LAYERS, MOST_REAL, Configuration, Settings
 from moe_mamba.model.mixers import MIXERS, VARIANTS
 from moe_mamba.model.mixers.attention import Attention
 from moe_mamba.model.mixers.feed_forward import FeedForward
@@ -211,12 +210,9 @@ def shortest_pattern(layers: str) -> tuple[str, int]:
 
 def dt_rank(settings: Settings, key: str, d_model: int) -> int:
     """Rank of delta's projection, from a number or ``auto``."""
-    value = settings.get(key, "auto")
-    if value == "auto":
-        return math.ceil(d_model / 16)
-    if not isinstance(value, int):
-        settings.refuse(key, "it is a number or auto")
-    return value
+    if settings.get(key, "auto") == "auto":
+        return -(-d_model // 16)
+    return settings.number(key)
 
 
 def read_balance(settings: Settings, top_k: int) -> dict[str, Any]:
@@ -239,15 +235,21 @@ def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig
     Raises:
         UserError: the values make no model.
     """
+    for key, value in (*model.items(), *moe.items(), *(moe.get("inner") or {}).items()):
+        if isinstance(value, int | float) and not abs(value) <= (LARGEST if isinstance(value, int) else MOST_REAL):
+            raise UserError(f"config.json: {key} is {brief(value, 40)}, which is too large: fix the file")
     try:
         built = ModelConfig(**model), MoEConfig(**moe)
+        if built[0].vocab_size is None:  # in a run's configuration, null stands for the tokenizer's size
+            raise ValueError("vocab_size is null, but must be a number")
+        if len(built[0].pattern) * built[0].repeat > MOST_LAYERS:
+            raise ValueError(f"{built[0].repeat} x {built[0].pattern} are more than {MOST_LAYERS:,} layers")
         check_pattern(*built)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"config.json does not describe a supported model: {key} {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        fault = f"{'.'.join(map(str, first['loc']))} {first['msg'].removeprefix('Value error, ')}"
     except ValueError as error:
-        raise UserError(f"config.json does not describe a supported model: {error}") from None
-    return built
+        fault = str(error)
+    else:
+        return built
+    raise UserError(f"config.json does not describe a supported model: {brief(fault, 200)}")

@@ -24,7 +24,7 @@ from moe_mamba.hf.formats.base import (
     stack_refusal,
 )
 from moe_mamba.hf.formats.llama import read_head_dim
-from moe_mamba.hf.formats.settings import INERT, TRAINING_ALONE, Configuration, Settings
+from moe_mamba.hf.formats.settings import INERT, MOST_LAYERS, TRAINING_ALONE, Configuration, Settings
 from moe_mamba.model.mixers.attention import Attention
 from moe_mamba.model.mixers.feed_forward import FeedForward
 from moe_mamba.model.mixers.mamba import Mamba
@@ -175,7 +175,7 @@ class Jamba:
         return "".join(
             (Attention.letter if index % attention[0] == attention[1] else Mamba.letter)
             + (MoE.letter if several and index % experts[0] == experts[1] else FeedForward.letter)
-            for index in range(settings.number("num_hidden_layers"))
+            for index in range(settings.number("num_hidden_layers", most=MOST_LAYERS))
         )
 
     def _read_experts(self, settings: Settings) -> dict[str, Any]:

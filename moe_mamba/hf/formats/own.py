@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_mamba.config import InnerConfig, ModelConfig, MoEConfig
+from moe_mamba.errors import brief
 from moe_mamba.hf.formats.base import Entry, build, same
 from moe_mamba.hf.formats.settings import Configuration, Settings
 from moe_mamba.model.language_model import LanguageModel
@@ -58,7 +59,7 @@ class Own:
             if "inner" in moe:
                 moe["inner"] = section.section("inner").given(InnerConfig.model_fields)
             tied = model.get("tied_head", False)
-            settings.require({"tie_word_embeddings": tied}, f"tied_head={tied} says otherwise")
+            settings.require({"tie_word_embeddings": tied}, f"tied_head={brief(tied, 20)} says otherwise")
             return build(model, moe)
 
     def entries(self, model: ModelConfig, moe: MoEConfig, stacked: bool = False) -> Iterator[Entry]:

@@ -1,14 +1,18 @@
 """A config.json while a format reads it: a key is read, known to say nothing of the function, or refused by name."""
 
-import math
-import reprlib
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, brief
 
 Configuration = Mapping[str, Any]
+LARGEST = 2**31 - 1
+"""The largest whole number that is believed."""
+MOST_REAL = 3e38
+"""The largest other number: fp32 has no larger ones."""
+MOST_LAYERS = 100_000
+"""Layers that are listed before anybody has counted a folder's tensors."""
 
 INERT = frozenset(
     {
@@ -84,7 +88,7 @@ class Settings:
         for key, value in self._configuration.items():
             if key not in self._known and value not in (None, False, 0, "", [], {}):
                 raise UserError(
-                    f"config.json has the key {self._place}{key}={reprlib.repr(value)}, which is unknown for "
+                    f"config.json has the key {self._place}{brief(key)}={_quoted(value)}, which is unknown for "
                     f"{self._architecture}: remove it if the model computes the same without it"
                 )
         for section in self._sections:
@@ -101,15 +105,15 @@ class Settings:
         value = self.given([key]).get(key)
         return default if value is None else value
 
-    def number(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number, of ``least`` at least.
+    def number(self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
+        """A whole number from ``least`` to ``most``.
 
         Raises:
             UserError: it is missing, and has no default, or is something else.
         """
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self._wrong(key, value, f"a whole number above {least - 1}" if least else "a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self._wrong(key, value, f"a whole number from {least} to {most}")
         return value
 
     def optional_number(self, key: str, default: int | None = None) -> int | None:
@@ -125,13 +129,13 @@ class Settings:
         return None if self.given([key]).get(key, default) is None else self.number(key, default)
 
     def real(self, key: str, default: float | None = None, least: float | None = None) -> float:
-        """A number above 0, or one of ``least`` at least.
+        """A finite number above 0, or one of ``least`` at least.
 
         Raises:
             UserError: it is missing, and has no default, or is something else.
         """
         value = self.get(key, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_REAL
         if not is_number or not (value > 0 if least is None else value >= least):
             self._wrong(key, value, "a number above 0" if least is None else f"a number of at least {least:g}")
         return float(value)
@@ -165,7 +169,8 @@ class Settings:
                 self._wrong(key, value, "an object")
             for name in whole.keys() & value.keys():
                 if whole[name] != value[name]:
-                    raise UserError(f"config.json: {place}.{name} and {key}.{name} contradict each other: fix the file")
+                    both = f"{place}.{brief(name)} and {key}.{brief(name)}"
+                    raise UserError(f"config.json: {both} contradict each other: fix the file")
             whole |= value
             place = place or (key if value else "")
         section = Settings(whole, self._architecture, inert, f"{self._place}{place or keys[0]}.")
@@ -180,18 +185,23 @@ class Settings:
 
     def refuse(self, key: str, instead: str) -> NoReturn:
         """Raise the one line for a setting of theirs that ours lacks."""
-        value = reprlib.repr(self._configuration.get(key))
+        value = _quoted(self._configuration.get(key))
         raise UserError(f"config.json: {self._architecture} with {self._place}{key}={value} cannot be read: {instead}")
 
     def _wrong(self, key: str, value: Any, belongs: str) -> NoReturn:
-        there = "is missing" if value is None else f"is {reprlib.repr(value)}"
+        there = "is missing" if value is None else f"is {_quoted(value)}"
         raise UserError(f"config.json: {self._place}{key} {there}, but must be {belongs}: fix the file")
+
+
+def _quoted(value: Any) -> str:
+    """A value as Python writes it, cut short."""
+    return brief(repr(value[:100]) if isinstance(value, str) else value, 40)
 
 
 def notes(configuration: Configuration, architecture: str) -> list[str]:
     """What of a config.json is left out on purpose, a line each: dropout and noise of training, and code of its own."""
     lines = [
-        f"config.json: {key}={configuration[key]!r} acts only in training, where ours lacks it: it is left out"
+        f"config.json: {key}={_quoted(configuration[key])} acts only in training, where ours lacks it: it is left out"
         for key in sorted(TRAINING_ALONE)
         if configuration.get(key)
     ]

@@ -1,0 +1,44 @@
+"""What a checkpoint says beside its tensors: the types of `description.json`, on which its readers rely.
+
+A run writes all of these keys. Others write fewer (starting points, older versions), and may write more.
+"""
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from moe_mamba.json_file import Number, Record, Size, Text
+
+Positive = Annotated[Size, Field(gt=0)]
+
+
+class RecoveryRecord(Record):
+    """What `train/recovery.py` goes on from."""
+
+    position: Size = 0
+    skipped_batches: list[Size] = Field([])
+    bad: Size = 0
+    furthest: Size = 0
+    recent: list[Annotated[list[Number], Field(min_length=2, max_length=2)]] = Field([])
+
+
+class Description(Record):
+    """The keys of a run."""
+
+    step: Size | None = None
+    tokens: Size | None = None
+    config: dict[str, dict[str, Any]] = Field({})
+    tokenizer: Text | None = None
+    corpora: dict[str, Text] = Field({})
+    processes: Positive | None = None
+    micro_batch: Positive | None = None
+    micro_steps: Positive | None = None
+    validation_loss: Number | None = None
+    recovery: RecoveryRecord = RecoveryRecord()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        known = self.recovery
+        if self.step is not None and known.position not in (0, self.step + len(known.skipped_batches)):
+            raise ValueError("recovery.position is not the number of steps and of batches that were left out")
+        return self
