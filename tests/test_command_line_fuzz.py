@@ -6,15 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
 
 from moe_mamba.__main__ import COMMANDS
 from moe_mamba.command_line import run_command
+from moe_mamba.config_file import load_config
 from tests import ROOT
 
+FLAGS = Parameter.VAR_KEYWORD
 TOOLS = ["assemble_hf", "benchmark", "build_kernels", "compare_runs", "compile_kernels"]
 VALUES = [
     *("", " ", "null", "nan", "-inf", "1e999", "-1", "0", "1e9", "1e30", "010", "0x10", "True", "None", "(1,2)", "[1"),
@@ -30,7 +32,7 @@ ODD_LINES = [
         ["--train=1"],
         ["--train={}"],
         ["--config="],
-        ["--config", "--json"],
+        ["--config", "--a"],
     ),
 ]
 
@@ -68,11 +70,7 @@ def test_every_flag_with_every_odd_value(monkeypatch: pytest.MonkeyPatch, capsys
     tried = taken = 0
     for main in commands().values():
         flags = signature(main).parameters
-        needed = [
-            f"--{name}=3"
-            for name, flag in flags.items()
-            if flag.default is flag.empty and flag.kind != flag.VAR_KEYWORD
-        ]
+        needed = [f"--{name}=3" for name, flag in flags.items() if flag.default is flag.empty and flag.kind != FLAGS]
         for name in flags:
             others = [one for one in needed if not one.startswith(f"--{name}=")]
             for arguments in ([f"--{name}"], *([f"--{name}={value}"] for value in VALUES)):
@@ -134,15 +132,12 @@ FILES = {
     "list.yaml": b"- train\n",
     "inf.yaml": b"train: {learning_rate: .inf}\n",
 }
+READ = ("empty.yaml", "marked.yaml", "inf.yaml")  # what is in the last is refused, not the file
 # arguments, the environment, and what the line names
 REAL: list[tuple[list[str], dict[str, str], str]] = [
-    *(
-        ([f"--config={{folder}}/{name}"], {}, name)
-        for name in FILES
-        if name not in ("empty.yaml", "marked.yaml", "inf.yaml")
-    ),
+    *(([f"--config={{folder}}/{name}"], {}, name) for name in FILES if name not in READ),
     (["--config={folder}/inf.yaml"], {}, "train.learning_rate='.inf'"),
-    (["--config={folder}"], {}, "no regular file"),
+    (["--config={folder}"], {}, "Is a directory"),
     (["--config=/dev/zero"], {}, "no regular file"),
     (["--config={folder}/pipe"], {}, "no regular file"),
     (["--train.steps"], {}, "train.steps=True: a flag without its value?"),
@@ -164,17 +159,20 @@ def real(arguments: list[str], environment: dict[str, str], named: str, folder: 
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe")
-    line = [
-        sys.executable,
-        str(ROOT / "launch" / "train.py"),
-        *(part.replace("{folder}", str(folder)) for part in arguments),
-    ]
+    flags = (argument.replace("{folder}", str(folder)) for argument in arguments)
+    line = [sys.executable, str(ROOT / "launch" / "train.py"), *flags]
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(line, cwd=folder, env=variables, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, ""), done
     (said,) = done.stderr.splitlines()
     assert said.startswith("error: ") and len(said) <= 300 and named in said, said
     assert not (folder / "runs").exists(), "something was begun"
+
+
+@pytest.mark.parametrize("name", ["empty.yaml", "marked.yaml"])
+def test_a_file_may_be_empty_and_begin_with_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    assert load_config(tmp_path / name).train.steps == (3 if name == "marked.yaml" else 1000)
 
 
 @pytest.mark.parametrize("place", range(0, len(REAL), 3))

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,12 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"data.train": "[1"}, ["data.train", "JSON"]),
         ({"data.train": ""}, ["data.train is empty"]),
         ({"data.train": '{"a": -1}'}, ["data.train", "-1"]),
+        ({"data.train": "a,a"}, ["data.train", "'a' is named twice"]),
+        ({"data.validation": "a.b,a_b"}, ["data.validation: 'a.b' and 'a_b'", "'a_b'", "give names"]),
+        ({"model.repeat": 4096}, ["model.pattern has 2 letters", "model.repeat=4,096", "at most 4,096"]),
+        ({"train.steps": 10**9, "train.global_batch": 2**20}, ["train.steps", "train.global_batch=1,048,576"]),
+        ({"train.beta2": 1}, ["train.beta2=1", "from 0 to below 1"]),
+        ({"parallel.zero": True}, ["parallel.zero=True", "give an integer"]),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(overrides: dict, named: list[str]) -> None:
@@ -148,6 +156,47 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | bytes) 
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"config\.yaml"):
         load_config(file)
+
+
+def test_yaml_is_text_that_each_key_reads(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "run:\n  folder: 2026-01-01\n  seed: 010\ndata:\n  tokenizer: 1:30\n  cache: 1e-3\n  train: {a: 1e-3, b: 2}\n"
+        "train:\n  tokens: 1e9\n  steps:\n  learning_rate: 1e-3\n  compile: no\nlogging: {wandb: ~, plots: yes}\n"
+    )
+    config = load_config(tmp_path / "config.yaml")
+    assert (config.run.folder, config.run.seed, config.data.tokenizer) == ("2026-01-01", 10, "1:30")
+    assert (config.data.cache, config.data.train) == ("1e-3", {"a": 1e-3, "b": 2.0})
+    assert (config.train.tokens, config.train.steps, config.train.learning_rate) == (10**9, None, 1e-3)
+    assert (config.train.compile, config.logging.wandb, config.logging.plots) == (False, None, True)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("train:\n  steps: 3\n  steps: 4\n", "line 3: 'steps' stands here twice"),
+        ("model:\n  d_model: 64\nmodel:\n  repeat: 2\n", "line 3: 'model' stands here twice"),
+        ("run:\n  folder: &a x\ndata:\n  cache: *a\n", "line 4: \\*a is an alias"),
+        ("run:\n  folder: !!str x\n", "line 2: the tag"),
+        ("run: {}\n---\nrun: {}\n", "line 2: a second document"),
+        ("run:\n  [a, b]: x\n", "line 2: a key is a word"),
+        ("run:\n\tfolder: x\n", "line 2: not YAML"),
+    ],
+)
+def test_what_yaml_would_pass_over_in_silence_is_refused_with_its_line(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=named):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_no_number_is_looked_at_with_torch() -> None:
+    code = (
+        "import sys; from moe_mamba.commands import train; from moe_mamba.errors import UserError\n"
+        "try: train.main(**{'train.steps': 0})\n"
+        "except UserError: sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_a_missing_file_is_named() -> None:

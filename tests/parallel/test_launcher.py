@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from launch.train import train
 from moe_mamba.commands.evaluate import main as evaluate
 from moe_mamba.commands.generate import main as generate
 from moe_mamba.errors import LocalError, UserError
+from moe_mamba.parallel import launcher
 from moe_mamba.parallel.launcher import first_host, is_first_process, read_launch, tasks_per_node
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
@@ -260,3 +263,49 @@ def test_what_refuses_rank_0_ends_the_others_where_no_launcher_does(tiny: Path, 
     assert "nowhere" in said[0][1]
     assert said[0][1].count("\n") == 1
     assert said[1] == ("", "")
+
+
+ODD = [
+    *("", " ", "abc", "-1", "1.5", "1e3", "0x1", "٣", "9" * 18, "9" * 5000, "x" * 10**6, "a b", "\x1b[31m", "\udcff"),
+    *(
+        "0",
+        "1",
+        "2",
+        "7",
+        "131072",
+        "131073",
+        "65536",
+        "2(x3),1",
+        "1(x999999)",
+        "1(x9999999)," * 9,
+        "node[01-03,7],gpu2",
+    ),
+    *("node[", "[" * 1000, "node" + "[1" * 5000, "1," * 100_000, "None", "%s", ","),
+]
+NAMES = [
+    *(*launcher.TORCH.values(), *launcher.OPEN_MPI.values(), *launcher.HYDRA.values(), *launcher.MARKS.values()),
+    *("LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(f"SLURM_{name}" for name in ("PROCID", "STEP_ID", "STEPID", "NTASKS", "LOCALID", "NODEID", "NTASKS_PER_NODE")),
+    *(f"SLURM_{name}" for name in ("STEP_NUM_TASKS", "STEP_TASKS_PER_NODE", "STEP_NODELIST", "JOB_ID")),
+    "PMIX_NAMESPACE",
+]
+
+
+def test_any_environment_is_a_launch_or_one_line() -> None:
+    chance = random.Random(17)
+    tried, launched = 20_000, 0
+    for _ in range(tried):
+        environment = {name: chance.choice(ODD) for name in chance.sample(NAMES, chance.randint(1, 6))}
+        begun = time.process_time()
+        try:
+            launch = read_launch(environment)
+            assert 0 <= launch.rank < launch.size <= 131_072
+            assert 0 <= launch.local_rank < launch.local_size <= launch.size
+            assert 0 <= launch.master_port < 2**16 and len(launch.master_address) <= 255
+            launched += 1
+        except LocalError as error:
+            assert len(str(error)) <= 290 and str(error).isprintable()
+        is_first_process(environment)
+        assert time.process_time() - begun < 1, list(environment)
+    print(f"{tried} environments, {launched} of them start a process")
+    assert 0 < launched < tried
