@@ -12,7 +12,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.run.events import read_events
 from tests.data.conftest import END, write_foreign
 from tests.train.runs import curve, read_metrics, run, same_weights
-from tests.world import World, WorkerError
+from tests.world import WorkerError, World
 from tools.evaluate import main as evaluate
 from tools.status import main as status
 
