@@ -159,7 +159,7 @@ class Jamba:
                 "positions": "none",
                 "d_ff": settings.number("intermediate_size"),
                 "activation": "swiglu",
-                "norm_epsilon": settings.real("rms_norm_eps", 1e-6),
+                "norm_epsilon": settings.real("rms_norm_eps", 1e-6, most=1.0),
                 "tied_head": settings.flag("tie_word_embeddings", False),
             }
             return build(model, experts if MoE.letter in layers else {})

@@ -141,7 +141,7 @@ def read_transformer(
         **_read_rope(settings, rope_theta),
         "d_ff": settings.number("intermediate_size"),
         "activation": "swiglu",
-        "norm_epsilon": settings.real("rms_norm_eps", rms_norm_eps),
+        "norm_epsilon": settings.real("rms_norm_eps", rms_norm_eps, most=1.0),
         "tied_head": settings.flag("tie_word_embeddings", False),
     }
 

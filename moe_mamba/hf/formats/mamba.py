@@ -87,7 +87,7 @@ class Mamba:
                 "d_conv": settings.number("conv_kernel", 4),
                 "expand": expand,
                 "dt_rank": dt_rank(settings, "time_step_rank", d_model),
-                "norm_epsilon": settings.real("layer_norm_epsilon", 1e-5),
+                "norm_epsilon": settings.real("layer_norm_epsilon", 1e-5, most=1.0),
                 "tied_head": settings.flag("tie_word_embeddings", True),
             }
             return build(model, {})

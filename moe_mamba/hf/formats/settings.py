@@ -128,16 +128,19 @@ class Settings:
         """
         return None if self.given([key]).get(key, default) is None else self.number(key, default)
 
-    def real(self, key: str, default: float | None = None, least: float | None = None) -> float:
-        """A finite number above 0, or one of ``least`` at least.
+    def real(
+        self, key: str, default: float | None = None, least: float | None = None, most: float = MOST_REAL
+    ) -> float:
+        """A number above 0, or of ``least`` at least, and of ``most`` at most.
 
         Raises:
             UserError: it is missing, and has no default, or is something else.
         """
         value = self.get(key, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_REAL
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most
         if not is_number or not (value > 0 if least is None else value >= least):
-            self._wrong(key, value, "a number above 0" if least is None else f"a number of at least {least:g}")
+            belongs = "a number above 0" if least is None else f"a number of at least {least:g}"
+            self._wrong(key, value, belongs + f" and at most {most:g}" * (most < MOST_REAL))
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
