@@ -46,6 +46,11 @@ def run_to_one_line(call: Callable[[], None]) -> None:
             if (encoding := sys.getfilesystemencoding()) == "utf-8":
                 raise
             _end(LocalError(f"{shown(error.object)}: this locale's encoding is {encoding}: set PYTHONUTF8=1"), 2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            path = os.fsdecode(error.filename)
+            _end(LocalError(f"{path}: {error.strerror}: correct this, or give another path"), 2)
         except KeyboardInterrupt:
             sys.exit(130)
 

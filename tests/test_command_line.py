@@ -24,6 +24,8 @@ def command(checkpoint: str, prompt: str = "a", count: int = 3, json: bool = Fal
         raise UserError("the prompt is bad: give another")
     if prompt == "stop":
         raise RunStopped("it went wrong at step 3")
+    if prompt == "missing":
+        open("/nowhere/at all")
     calls.append((checkpoint, prompt, count, json, overrides))
 
 
@@ -53,6 +55,12 @@ def test_separate_values_are_text_too(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--checkpoint=x", "--prompt=bad"], command, 2, "error: the prompt is bad: give another\n"),
         (["--checkpoint=x", "--prompt=stop"], command, 1, "error: it went wrong at step 3\n"),
+        (
+            ["--checkpoint=x", "--prompt=missing"],
+            command,
+            2,
+            "error: /nowhere/at all: No such file or directory: correct this, or give another path\n",
+        ),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(monkeypatch, capsys, arguments, function, code, line) -> None:
