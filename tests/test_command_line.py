@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def command(checkpoint: str, prompt: str = "a", count: int = 3, json: bool = Fal
     if prompt == "stop":
         raise RunStopped("it went wrong at step 3")
     if prompt == "missing":
-        open("/nowhere/at all")
+        Path("/nowhere/at all").read_text()
     calls.append((checkpoint, prompt, count, json, overrides))
 
 
