@@ -12,6 +12,7 @@ PACKAGE = ROOT / "moe_mamba"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic_file": set(),
+    "file_lock": set(),
     "safetensors_header": set(),
     "config_types": set(),
     "config_yaml": set(),
@@ -21,9 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "config_file": {"atomic_file", "model", "config", "config_types", "config_yaml", "installation"},
     "standard_streams": set(),
     "command_line": {"parallel", "config_types", "standard_streams"},
-    "kernels": {"atomic_file"},
+    "kernels": {"atomic_file", "file_lock"},
     "checkpoint": {"atomic_file", "safetensors_header"},
-    "data": {"atomic_file"},
+    "data": {"atomic_file", "file_lock"},
     "model": {"kernels", "config"},
     "hf": {"safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
@@ -32,7 +33,10 @@ ALLOWED: dict[str, set[str]] = {
         *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
         *("config", "installation"),
     },
-    "run": {"atomic_file", "parallel", "checkpoint", "model", "data", "config", "config_file", "installation"},
+    "run": {
+        *("atomic_file", "file_lock", "parallel", "checkpoint", "model", "data"),
+        *("config", "config_file", "installation"),
+    },
     "convert": {
         *("safetensors_header", "hf", "run", "checkpoint", "model", "data"),
         *("config", "config_file", "installation"),
@@ -41,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "faults": {"parallel", "run", "config"},
     "train": {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
-        *("model", "kernels", "data", "config", "installation"),
+        *("model", "kernels", "data", "config", "config_file", "installation"),
     },
     "commands": {
         *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
