@@ -171,6 +171,8 @@ def _structure_from_text(value: object) -> object:
     if value.startswith(("[", "{")):
         try:
             return json.loads(value, object_pairs_hook=_distinct)
+        except PydanticCustomError:
+            raise
         except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
             reason = str(error) if isinstance(error, json.JSONDecodeError) else "too deep, or a number too long"
             raise refused(f"it begins with {value[0]} but is not JSON ({reason}): fix it, or write a,b") from None
@@ -230,7 +232,6 @@ Positive = Annotated[int, Count]
 NonNegative = Annotated[int, Range(0, 10**12)]
 OptionalPositive = Annotated[int | None, Count]
 NonNegativeFloat = Annotated[float, Range(0, 1000)]
-PositiveFloat = Annotated[float, Range(1e-30, 1e15)]
 Fraction = Annotated[float, Range(0, 1)]
 LocalRank = Annotated[int | None, Range(0, DEVICES)]  # as launchers give it to a command
 Seed = Annotated[int, Range(0, 2**63 - 1)]

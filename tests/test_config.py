@@ -133,6 +133,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"data.train": "[1"}, ["data.train", "JSON"]),
         ({"data.train": ""}, ["data.train is empty"]),
         ({"data.train": '{"a": -1}'}, ["data.train", "-1"]),
+        ({"data.train": '{"a": 1, "a": 2}'}, ["data.train", "'a' is named twice"]),
         ({"data.train": "a,a"}, ["data.train", "'a' is named twice"]),
         ({"data.validation": "a.b,a_b"}, ["data.validation: 'a.b' and 'a_b'", "'a_b'", "give names"]),
         ({"model.repeat": 4096}, ["model.pattern has 2 letters", "model.repeat=4,096", "at most 4,096"]),
