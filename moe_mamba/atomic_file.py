@@ -10,6 +10,7 @@ import os
 import secrets
 from pathlib import Path
 
+NOT_FOR_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}  # what fsync of a folder may answer
 TEMPORARY = ".tmp"  # how temporary names end; those of `write_atomically` begin with a dot
 
 
@@ -57,7 +58,7 @@ def synchronize(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # Some file systems cannot do that for a folder, and say so (PostgreSQL's fsync_fname takes it the same way).
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno not in NOT_FOR_FOLDERS or not path.is_dir():
             raise
     finally:
         os.close(descriptor)

@@ -117,8 +117,15 @@ class TrainConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable then decay")
     warmup: Fraction = Field(0.01, description="share of the steps in which the rate rises linearly")
-    decay: Fraction = Field(0.2, description="wsd: share of the steps, at the end, in which the rate falls linearly")
+    decay: Fraction = Field(
+        0.2, description="wsd: share of the steps, at the end, in which the rate falls linearly; 0: it never falls"
+    )
     minimum_rate: Fraction = Field(0.1, description="learning rate at the end, as a share of the peak")
+    on_longer_budget: Literal["continue", "rewarm", "as_planned"] = Field(
+        "continue",
+        description="a resume with more steps: fall on from the rate as it is, rise to the peak again, or take that of "
+        "a run planned so long",
+    )
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's decoupled weight decay")
     decay_all: bool = Field(False, description="decay norms, biases, A_log and D too, as the authors' code does")
     beta1: Fraction = Field(0.9, description="AdamW: decay of the first moment")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def test_every_launcher_trains_on_two_processes(tiny: Path, tmp_path: Path, laun
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 x cpu" in done.stdout
     assert len(curve(read_metrics(folder))) == STEPS
+
+
+@pytest.mark.slow
+def test_two_launchers_at_once_take_ports_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        train = (str(BIN / "deepspeed"), "--num_gpus=2", "launch/train.py", f"--config={tiny}")
+        folders = [tmp_path / name for name in ("one", "other")]
+        both = [pool.submit(call, *train, f"--run.folder={folder}") for folder in folders]
+        for done, folder in zip([one.result() for one in both], folders, strict=True):
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert len(curve(read_metrics(folder))) == STEPS
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "moe_mamba"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic_file": set(),
+    "file_lock": set(),
     "json_file": set(),
     "safetensors_header": {"json_file"},
     "config_types": set(),
@@ -20,9 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "installation": set(),
     "config_file": {"atomic_file", "model", "config", "config_types", "installation"},
     "command_line": {"parallel"},
-    "kernels": {"atomic_file"},
+    "kernels": {"atomic_file", "file_lock"},
     "checkpoint": {"atomic_file", "json_file", "safetensors_header"},
-    "data": {"atomic_file"},
+    "data": {"atomic_file", "file_lock"},
     "model": {"kernels", "config"},
     "hf": {"json_file", "safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
@@ -32,15 +33,8 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "installation"),
     },
     "run": {
-        "atomic_file",
-        "json_file",
-        "parallel",
-        "checkpoint",
-        "model",
-        "data",
-        "config",
-        "config_file",
-        "installation",
+        *("atomic_file", "file_lock", "json_file", "parallel", "checkpoint", "model", "data"),
+        *("config", "config_file", "installation"),
     },
     "convert": {
         *("safetensors_header", "hf", "run", "checkpoint", "model", "data"),
@@ -50,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "faults": {"parallel", "run", "config"},
     "train": {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
-        *("model", "kernels", "data", "config", "installation"),
+        *("model", "kernels", "data", "config", "config_file", "installation"),
     },
     "commands": {
         *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),

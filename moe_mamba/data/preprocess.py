@@ -7,7 +7,6 @@ on interruptions: the folder comes out the same, byte by byte.
 
 import base64
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -40,6 +39,7 @@ from moe_mamba.data.manifest import (
 from moe_mamba.data.quiet import indexed_dataset
 from moe_mamba.data.tokenizer import Tokenizer, load_tokenizer
 from moe_mamba.errors import UserError
+from moe_mamba.file_lock import lock
 
 PART_BYTES = 1 << 30  # bytes of text a part: what a kill can cost
 BATCH_BYTES = 1 << 18  # bytes of text that a worker encodes at once
@@ -335,10 +335,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         except BlockingIOError:
             tqdm.write(f"{folder}: another process writes it, waiting", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

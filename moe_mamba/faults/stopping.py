@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -20,9 +21,13 @@ def stopping(folder: RunFolder, world: World) -> Iterator[None]:
         print(f"rank {world.rank}: {error}", flush=True)
         raise RunStopped(str(error)) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line = f"no space left in {folder.path}: free some"
+        elif error.filename is not None and Path(error.filename).is_relative_to(folder.path):
+            line = f"{error.filename} cannot be read or written any more ({error.strerror}): correct this"
+        else:
             raise
-        raise RunStopped(f"no space left in {folder.path}: free some, then the same command resumes the run") from None
+        raise RunStopped(f"{line}, then the same command resumes the run") from None
     except torch.OutOfMemoryError:
         raise RunStopped(
             "the GPU's memory is full: lower train.micro_batch or set train.recompute=true; "

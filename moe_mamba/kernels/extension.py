@@ -11,7 +11,6 @@ others wait.
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from moe_mamba.atomic_file import put_in_place
 from moe_mamba.errors import UserError
+from moe_mamba.file_lock import lock
 from moe_mamba.kernels.levels import LEVELS, Level, best_level, processor_flags
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -258,7 +258,7 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno())  # without locks, several may build: each in a folder of its own
                 break
             except BlockingIOError:
                 if time.monotonic() > end:

@@ -168,6 +168,9 @@ def _read(environment: Mapping[str, str], flag: int | None) -> Launch:
     address = environment.get("MASTER_ADDR", "").strip() or _master_address(environment, launcher, size, local_size)
     if not re.fullmatch(r"\S+", address):
         raise UserError(f"MASTER_ADDR={address} is no host name: set it to that of rank 0's machine")
+    if launcher == "deepspeed" and local_size == size and port is not None and port.value == DEFAULT_PORT:
+        # The launcher's own default, which it gives to every job: the jobs of a machine are told apart by its process.
+        return Launch(launcher, rank, size, local_rank, local_size, address, FIRST_JOB_PORT + os.getppid() % JOB_PORTS)
     number = port.value if port is not None else _master_port(environment, launcher)
     return Launch(launcher, rank, size, local_rank, local_size, address, number)
 

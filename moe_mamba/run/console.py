@@ -32,6 +32,25 @@ class Patient(io.TextIOWrapper):
             super().flush()
 
 
+class Lines(tqdm):  # type: ignore[type-arg]
+    """A bar where nothing can be drawn over, as in a pipe or a file: a line for each time it would be drawn."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print a line."""
+        self.fp.write(f"{self if msg is None else msg}\n")
+
+    def clear(self, nolock: bool = False) -> None:
+        """Leave what is printed."""
+
+    def close(self) -> None:
+        """Print that all is done; where it is not, the last line is what says why."""
+        if not self.disable:
+            if self.n == self.total:
+                self.display()
+            self.disable = True
+            self._decr_instances(self)  # type: ignore[attr-defined]
+
+
 class Screen(contextlib.AbstractContextManager["Screen"]):
     """Owns the terminal while a run lasts; everything else that is printed is appended to `log`.
 
@@ -84,18 +103,22 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
     def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.clear()
-        print(line, file=self._terminal, flush=True)
+        elif self._silent and self._terminal.isatty():
+            self._terminal.write("\n")  # rank 0's bar may stand in this line
+        self._terminal.write(f"{line}\n")  # in one piece: other ranks write here as well
 
     def start_bar(self, done: int, steps: int) -> None:
         """Show a bar of `steps`, `done` of which an earlier start has made."""
-        self._bar = tqdm(
+        is_terminal = self._terminal.isatty()
+        kind = tqdm if is_terminal else Lines
+        self._bar = kind(
             total=steps,
             initial=done,
             unit="step",
             file=self._terminal,
             disable=self._silent,
             dynamic_ncols=True,
-            mininterval=SECONDS_BETWEEN_BARS[self._terminal.isatty()],
+            mininterval=SECONDS_BETWEEN_BARS[is_terminal],
             bar_format="{percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {desc}  {remaining} left",
         )
 

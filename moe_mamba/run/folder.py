@@ -1,9 +1,11 @@
 """The folder of a run: what is in it, and whether what is asked may go on in it."""
 
-import fcntl
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from moe_mamba.atomic_file import remove_leftovers
 from moe_mamba.config import Config
 from moe_mamba.config_file import changed_on_resume, load_config, save_config
 from moe_mamba.errors import UserError
+from moe_mamba.file_lock import lock
+from moe_mamba.run import events, metrics
 
 STARTING_POINT = "step-00000000"  # of weights that were imported or upcycled: training saves only later steps
 
@@ -37,26 +41,53 @@ class RunFolder:
         """Make the folder, or check that `config` may go on in it.
 
         Raises:
-            UserError: the folder holds another run, or cannot be made.
+            UserError: the folder holds another run, or cannot be made or written.
         """
-        if any(self.checkpoints.glob("step-*")):
-            self._check_resume(config)
-            return
         try:
+            if any(self.checkpoints.glob("step-*")):
+                self._check_resume(config)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_writable()
         except OSError as error:
-            raise UserError(f"run.folder={self.path} cannot be created ({error.strerror}): choose another") from None
+            part = Path(error.filename or self.path)
+            where = f"{part.name}: " if part.parent == self.path else ""
+            raise UserError(
+                f"run.folder={self.path} cannot be written ({where}{error.strerror}): choose another, or correct this"
+            ) from None
+
+    def _check_writable(self) -> None:
+        """Find out now what a run would write in vain later.
+
+        Raises:
+            OSError: a folder, or a file that is there, cannot be written; its name is the error's.
+        """
+        for folder in (self.path, self.checkpoints, self.tokenizer, self.plots):
+            if folder == self.path or os.path.lexists(folder):
+                _try_to_write(folder)
+        for file in (self.log, self.config, self.path / metrics.FILE, self.path / events.FILE):
+            if not os.path.lexists(file):
+                continue
+            if not stat.S_ISREG(os.stat(file).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file", str(file))
+            file.open("ab").close()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None] = print) -> Iterator[None]:
         """Keep other runs out of the folder while this one lasts; the lock ends with the process.
+
+        Args:
+            say: prints a line, where the file system has no locks.
 
         Raises:
             UserError: another run is at work in it.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            _lock(descriptor, self.path)
+            if not _lock(descriptor, self.path):
+                say(
+                    f"warning   the file system of {self.path} has no locks: nothing keeps a second run out of it, "
+                    "so start none there"
+                )
             for folder in (self.path, self.tokenizer):
                 remove_leftovers(folder)
             yield
@@ -95,8 +126,15 @@ class RunFolder:
             )
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _try_to_write(folder: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    try:
+        return lock(descriptor)
     except BlockingIOError:
         raise InUse(f"{path} is in use by another run: wait for it, or choose another run.folder") from None

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import logging as python_logging
 import math
 import netrc
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.json_file import Number, Record, Size, is_a, parse_json
 
 FILE = "metrics.jsonl"
+log = python_logging.getLogger(__name__)
 
 
 class MetricsLine(Record):
@@ -49,12 +51,19 @@ class MetricsWriter:
         logging: whether Weights & Biases and TensorBoard get the figures too.
         config: the resolved configuration, for Weights & Biases.
         enabled: False on all ranks but one: nothing is written there.
+        say: prints a line, where a service fails: a run goes on without it.
     """
 
     def __init__(
-        self, folder: Path, step: int, logging: LoggingConfig, config: dict[str, Any], enabled: bool = True
+        self,
+        folder: Path,
+        step: int,
+        logging: LoggingConfig,
+        config: dict[str, Any],
+        enabled: bool = True,
+        say: Callable[[str], None] = print,
     ) -> None:
-        self.enabled = enabled
+        self.enabled, self._say = enabled, say
         self.services: list[Service] = []
         if not enabled:
             return
@@ -63,9 +72,9 @@ class MetricsWriter:
         os.truncate(path, _end_of_step(path, step))
         self.stream = path.open("a", buffering=1)
         if logging.wandb:
-            self.services.append(WeightsAndBiases(Path(folder), logging.wandb, config))
+            self._open(WeightsAndBiases, Path(folder), logging.wandb, config)
         if logging.tensorboard:
-            self.services.append(TensorBoard(Path(folder), step))
+            self._open(TensorBoard, Path(folder), step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it has at least `step`. Numbers that are not finite become null, as JSON has none."""
@@ -73,20 +82,41 @@ class MetricsWriter:
             return
         self.stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         figures = dict(_flat(line))
-        step = figures.pop("step")
-        for service in self.services:
-            service.write(int(step), figures)
+        step = int(figures.pop("step"))
+        for service in list(self.services):
+            self._attempt(service, service.write, step, figures)
 
     def close(self) -> None:
         """Flush everything."""
         if self.enabled:
             self.stream.close()
-        for service in self.services:
-            service.close()
+        for service in list(self.services):
+            self._attempt(service, service.close)
+
+    def _open(self, kind: Any, *arguments: Any) -> None:
+        try:
+            self.services.append(kind(*arguments))
+        except Exception as error:
+            self._give_up(kind.NAME, error)
+
+    def _attempt(self, service: "Service", call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # of its own kinds, for a full disk, a lost network, a process of its own that died
+            self.services.remove(service)
+            self._give_up(service.NAME, error)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        """Go on without a service; the figures are in the file."""
+        log.warning("%s failed", name, exc_info=error)
+        why = " ".join((str(error) or type(error).__name__).split())
+        self._say(f"warning   {name} cannot be written ({why[:160]}): the run goes on, its figures stay in {FILE}")
 
 
 class Service(Protocol):
     """Where figures go besides the file."""
+
+    NAME: str
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Pass on the figures of a step."""
@@ -97,6 +127,8 @@ class Service(Protocol):
 
 class TensorBoard:
     """TensorBoard events in the run's folder `tensorboard`."""
+
+    NAME = "TensorBoard"
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -115,6 +147,8 @@ class TensorBoard:
 
 class WeightsAndBiases:
     """A run at Weights & Biases, offline where there is no key or no network; resumed runs go on in the same one."""
+
+    NAME = "Weights & Biases"
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
         import wandb

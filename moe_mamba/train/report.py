@@ -25,13 +25,14 @@ from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.plots import plot_expert_load, plot_loss
 from moe_mamba.train.corpora import Corpora
 from moe_mamba.train.objective import StepSums
+from moe_mamba.train.schedule import RateCurve
 
 PROMPT = "The"
 ARCHITECTURES = {"*-": "Transformer", "*E": "Transformer-MoE", "M": "Mamba", "M-": "Mamba-MLP", "ME": "MoE-Mamba"}
 ARCHITECTURES |= {"(ME)": "parallel MoE-Mamba", "(*E)": "parallel Transformer-MoE"}
 
 
-def header(plan: RunPlan, corpora: Corpora, micro_batch: int) -> list[str]:
+def header(plan: RunPlan, corpora: Corpora, micro_batch: int, rates: RateCurve) -> list[str]:
     """The lines that tell, before the first step, what is trained on what, how and where."""
     config, topology = plan.config, plan.topology
     counts, world = plan.model.parameter_counts(), topology.world
@@ -48,6 +49,7 @@ def header(plan: RunPlan, corpora: Corpora, micro_batch: int) -> list[str]:
         f"layout    {world.size} x {world.device.type}{threads}, {describe_layout(config, topology)}"
         f"{config.train.precision}, ZeRO {config.parallel.zero}{', offloaded' * config.parallel.offload_optimizer}; "
         f"{batch} x {length} tokens per step, micro-batch {micro_batch}",
+        f"rate      {rates.describe()}",
         f"kernels   {kernels}",
         f"run       {config.run.folder}: {config.steps:,} steps, {_short(config.steps * batch * length)} tokens",
     ]
@@ -181,7 +183,10 @@ def finish(
 
 def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, world: World) -> None:
     """What a run that is done already says; draws the pictures, if a kill came before they were drawn."""
-    screen.say(f"{folder.path} is finished: {steps:,} steps are done. Raise train.steps to continue.")
+    screen.say(
+        f"{folder.path} is finished: {steps:,} steps are done. Raise train.steps to continue; "
+        "train.on_longer_budget says with which learning rate."
+    )
     if world.is_first and config.logging.plots and not all(picture.exists() for picture in _pictures(config, folder)):
         draw_pictures(config, folder)
 

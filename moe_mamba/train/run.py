@@ -37,7 +37,7 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
         # cuBLAS varies from run to run unless its workspace is fixed before the first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    alone = folder.locked() if world.is_first else nullcontext()
+    alone = folder.locked(screen.say) if world.is_first else nullcontext()
     with Meeting(world, screen.shout) as meeting, alone, Watch(config, screen, world) as watch:
         check_machines(config, world, meeting.store, screen.say)
         start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)

@@ -46,7 +46,7 @@ from moe_mamba.train.pace import Pace
 from moe_mamba.train.profile import profiler
 from moe_mamba.train.recovery import Recovery
 from moe_mamba.train.restarts import note_start
-from moe_mamba.train.schedule import learning_rate
+from moe_mamba.train.schedule import RateCurve
 from moe_mamba.train.setup import StartState, accumulation_changes
 from moe_mamba.train.verification import Verification
 from moe_mamba.train.ways_on import newest_kept, way_on_line
@@ -86,12 +86,13 @@ class Trainer:
         self.events = Events(folder.path, world.is_first)
         self.pace = Pace(topology, config.logging.every, from_all(socket.gethostname()), screen, self.events)
         self.recovery = Recovery(config.train, start.done, start.description)
+        self.rates = RateCurve.resumed(config, start.done, start.description)
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
         self.micro_batch = start.micro_batch
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_steps = share // self.micro_batch
         announce_by(screen.shout)  # the rank that builds is not always the first
-        for line in report.header(plan, corpora, self.micro_batch):
+        for line in report.header(plan, corpora, self.micro_batch, self.rates):
             screen.say(line)
         groups = start_groups(plan)
         self.engine = engines.build_engine(build_model(plan, groups), config, groups, self.micro_batch)
@@ -104,6 +105,8 @@ class Trainer:
             screen.say(f"resumed   {start.newest}, step {self.step:,}")
             for line in accumulation_changes(config, start, self.micro_steps):
                 screen.say(line)
+            if self.rates.note:
+                screen.say(f"note      {self.rates.note}")
         if world.is_first:
             folder.save_config(config)
         self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
@@ -112,7 +115,9 @@ class Trainer:
 
     def _open_metrics(self) -> MetricsWriter:
         config = self.config
-        return MetricsWriter(self.folder.path, self.step, config.logging, config.model_dump(), self.world.is_first)
+        return MetricsWriter(
+            self.folder.path, self.step, config.logging, config.model_dump(), self.world.is_first, self.screen.say
+        )
 
     @property
     def model(self) -> LanguageModel:
@@ -194,7 +199,7 @@ class Trainer:
         `begin` is when it began, in seconds of the performance counter.
         """
         batches = [batch.to(self.world.device) for batch in batches]
-        rate = learning_rate(self.step + 1, self.config.steps, self.config.train)
+        rate = self.rates.rate(self.step + 1)
         engines.set_learning_rate(self.engine, rate)
         with self.pace.measured(self.step + 1):
             sums, loss = self._gradient(batches, targets)
@@ -364,6 +369,7 @@ class Trainer:
             "micro_steps": self.micro_steps,
             "validation_loss": next((score.loss for score in scores.values()), None),
             "recovery": self.recovery.describe(),
+            "rates": self.rates.to_json(),
         }
         self.saver.save(self.step, self._state(), description)
         self.saved = self.step

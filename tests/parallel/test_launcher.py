@@ -28,6 +28,7 @@ DEEPSPEED = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2",
     "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
 }  # fmt: skip
+ONE_MACHINE = {"RANK": "1", "WORLD_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
 SRUN = {
     "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1",
     "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_STEP_NODELIST": "node[01-03],gpu2",
@@ -66,6 +67,9 @@ ALONE = ("plain", 0, 1, 0, 1, "127.0.0.1", 0)
         (BATCH | {"SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NODELIST": "node1"}, ALONE),
         (BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ALONE),
         (DEEPSPEED | {"LOCAL_WORLD_SIZE": "1"}, ("deepspeed", 3, 4, 1, 2, "10.0.0.1", 29500)),  # an outer shell's
+        # one machine and deepspeed's own default: a port of this launcher's
+        (DEEPSPEED | ONE_MACHINE, ("deepspeed", 1, 2, 1, 2, "10.0.0.1", 20000 + os.getppid() % 10000)),
+        (DEEPSPEED | ONE_MACHINE | {"MASTER_PORT": "4711"}, ("deepspeed", 1, 2, 1, 2, "10.0.0.1", 4711)),
         (BATCH | DEEPSPEED, ("deepspeed", 3, 4, 1, 2, "10.0.0.1", 29500)),
         (OPEN_MPI, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 29500)),
         (OPEN_MPI | {"PMIX_NAMESPACE": "354549761"}, ("mpirun", 1, 2, 1, 2, "127.0.0.1", 21608)),

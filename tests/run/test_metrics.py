@@ -88,6 +88,44 @@ def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
     assert found.Scalars("expert_load/1/largest")[0].value == 0.75
 
 
+@pytest.mark.parametrize(
+    ("name", "logging"), [("wandb", LoggingConfig(wandb="p")), ("tensorboard", LoggingConfig(tensorboard=True))]
+)
+def test_a_service_that_cannot_write_is_said_and_left(tmp_path: Path, name: str, logging: LoggingConfig) -> None:
+    pytest.importorskip(name)
+    (tmp_path / name).write_text("in its way")
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, 0, logging, {}, say=said.append)
+    writer.write({"step": 1})
+    writer.close()
+    assert len(said) == 1
+    assert said[0].endswith("the run goes on, its figures stay in metrics.jsonl")
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_service_that_fails_later_is_said_once(tmp_path: Path) -> None:
+    class Failing:
+        NAME = "the service"
+
+        def write(self, step: int, figures: dict[str, float]) -> None:
+            if step == 2:
+                raise RuntimeError("the disk\nis full")
+
+        def close(self) -> None:
+            raise AssertionError("it is left")
+
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, 0, LoggingConfig(), {}, say=said.append)
+    writer.services.append(Failing())
+    for step in (1, 2, 3):
+        writer.write({"step": step, "loss": 1.0})
+    writer.close()
+    assert said == [
+        "warning   the service cannot be written (the disk is full): the run goes on, its figures stay in metrics.jsonl"
+    ]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 WITH_WANDB = """
 import sys
 sys.path.insert(0, "tests/train")

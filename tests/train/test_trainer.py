@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,30 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
         assert torch.equal(tensor, found[name]), name
 
 
+def test_a_longer_budget_goes_on_from_the_last_rate_and_keeps_to_it(world: World, tiny: Path, tmp_path: Path) -> None:
+    """Also where the longer run is resumed once more; the checkpoints know the seam."""
+    folder, steps = tmp_path / "run", STEPS + 4
+    run(world, tiny, folder)
+    longer = run(world, tiny, folder, train__steps=steps, logging__plots=False)
+    rates = [line["learning_rate"] for line in longer if "loss" in line]
+    assert len(rates) == steps
+    assert rates[STEPS:] == pytest.approx([rates[STEPS - 1]] * 4)
+    said = (folder / "log.txt").read_text()
+    assert f"rate      0.001 at step {STEPS}, constant" in said
+    assert f"{STEPS} steps became {steps}: the learning rate goes from 0.001 at step {STEPS} to 0.001 at step" in said
+    expected = weights(folder)
+    shutil.rmtree(folder / "checkpoints" / f"step-{steps:08}")
+    again = run(world, tiny, folder, train__steps=steps, logging__plots=False)
+    assert [line["learning_rate"] for line in again if "loss" in line] == rates
+    found = weights(folder)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
 def test_a_longer_run_sees_the_same_past(world: World, tiny: Path, plain: Path, tmp_path: Path) -> None:
     wsd = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0}
     short = curve(run(world, tiny, tmp_path / "a", **wsd))
     long = curve(run(world, tiny, tmp_path / "b", train__steps=STEPS + 3, **wsd))
-    assert long[: STEPS - 1] == short[: STEPS - 1]
+    assert long[:STEPS] == short
 
 
 @pytest.mark.parametrize(
