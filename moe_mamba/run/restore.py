@@ -141,8 +141,8 @@ def check_weights(path: Path, config: Config) -> None:
     """
     try:
         fault = _fault_of_weights(LanguageModel.on_meta(config.model, config.moe), path)
-    except RuntimeError as error:  # torch has no numbers for such sizes
-        fault = f"has impossible sizes ({brief(error, 100)})"
+    except (RuntimeError, TypeError, ArithmeticError) as error:  # torch has no numbers for such sizes
+        fault = f"its sizes are impossible ({brief(error, 100)})"
     if fault:
         raise DamagedError(f"{path / DESCRIPTION} is of another model: {fault}: {OTHER}")
 

@@ -230,6 +230,8 @@ HUGE = {"shape": [2**20, 2**20], "boxes": [{"offsets": [0, 0], "sizes": [2**20, 
         ("description.json", lambda tree: tree.pop("tokenizer"), "does not say tokenizer"),
         ("description.json", lambda tree: tree["config"]["model"].update(repeat=10**9), "1000000000 x M- layers"),
         ("description.json", lambda tree: tree["config"]["model"].update(d_model=10**9), "is of another model"),
+        ("description.json", lambda tree: tree["config"]["model"].update(d_model=2**70), "is of another model"),
+        ("description.json", lambda tree: tree["config"]["model"].update(vocab_size=None), "has a wrong config"),
         ("description.json", lambda tree: tree["config"]["model"].update(pattern="x\ny"), "has a wrong config"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a checkpoint format is: which models it holds, its config.json, and whose view each of its tensors is."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 from torch import Tensor
 
-from moe_mamba.config import InnerConfig, ModelConfig, MoEConfig
+from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.errors import UserError, brief
 from moe_mamba.hf.formats.settings import LARGEST, MOST_LAYERS, MOST_REAL, Configuration, Settings
 from moe_mamba.model.mixers import MIXERS, VARIANTS
@@ -240,10 +241,10 @@ def build(model: Mapping[str, Any], moe: Mapping[str, Any]) -> tuple[ModelConfig
             raise UserError(f"config.json: {key} is {brief(value, 40)}, which is too large: fix the file")
     try:
         # JSON has types of its own, so that text is no number here, and neither is true
-        sections = dict(moe)
-        if isinstance(inner := moe.get("inner"), dict):
-            sections["inner"] = InnerConfig.model_validate(inner, strict=True)
-        built = ModelConfig.model_validate(model, strict=True), MoEConfig.model_validate(sections, strict=True)
+        built = (
+            ModelConfig.model_validate(model, strict=True),
+            MoEConfig.model_validate_json(json.dumps(moe), strict=True),  # in Python, no object is a section inside
+        )
         if built[0].vocab_size is None:  # in a run's configuration, null stands for the tokenizer's size
             raise ValueError("vocab_size is null, but must be a number")
         if len(built[0].pattern) * built[0].repeat > MOST_LAYERS:
