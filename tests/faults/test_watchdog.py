@@ -296,12 +296,12 @@ def test_more_processes_go_on_and_say_what_changes(world: World, tiny: Path, tmp
     log = tmp_path / "run" / "log.txt"
     run(world, tiny, tmp_path / "run", train__steps=2, **constant)
     run(world, tiny, tmp_path / "run", ranks=2, train__steps=4, **constant)
-    assert log.read_text().count("note ") == 2  # each rank writes it into the log
+    assert log.read_text().count(" micro-steps of ") == 2  # each rank writes it into the log
     assert (
         "2 micro-steps of 4 sequences per device became 1 of 4: the balance loss, computed for each," in log.read_text()
     )
     run(world, tiny, tmp_path / "run", ranks=2, train__steps=6, **constant)
-    assert log.read_text().count("note ") == 2  # each rank writes it into the log
+    assert log.read_text().count(" micro-steps of ") == 2  # each rank writes it into the log
 
 
 @pytest.fixture(scope="session")
