@@ -28,6 +28,7 @@ from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.run.restore import check_resumable, open_trained, restore_trained, weight_shards
 from moe_mamba.train.recovery import Recovery
+from moe_mamba.train.schedule import RateCurve
 from tests.hostile import LONGEST, limits, mutated, mutated_bytes, refusal_of, text_of
 from tests.train.runs import run as train_on
 from tests.world import World
@@ -68,7 +69,7 @@ def description(config: Config, step: int) -> dict[str, Any]:
     return {
         "config": config.model_dump(), "tokenizer": BytesTokenizer().fingerprint, "corpora": {"builtin": "ab" * 32},
         "tokens": 64 * step, "processes": 1, "micro_batch": 2, "micro_steps": 1, "validation_loss": 2.5,
-        "recovery": recovery,
+        "recovery": recovery, "rates": [{"begin": 0, "start": 0.0, "warm_end": 2, "end": 20}],
     }  # fmt: skip
 
 
@@ -148,6 +149,8 @@ def use_all(step: Path, expected: dict[str, torch.Tensor]) -> None:
     recovery.made(recovery.after(recovery.position))
     recovery.judge(2.0, 0.5)
     trained = open_trained(resolved)
+    rates = RateCurve.resumed(trained.config, 2, store.read_description(resolved))
+    assert 0 <= rates.rate(3) <= trained.config.train.learning_rate
     model = restore_trained(trained, torch.device("cpu")).model
     assert all(torch.equal(expected[f"weights/{name}"], tensor) for name, tensor in model.logical_tensors().items())
 
@@ -229,8 +232,8 @@ HUGE = {"shape": [2**20, 2**20], "boxes": [{"offsets": [0, 0], "sizes": [2**20, 
         ),
         ("description.json", lambda tree: tree.pop("tokenizer"), "does not say tokenizer"),
         ("description.json", lambda tree: tree["config"]["model"].update(repeat=10**9), "1000000000 x M- layers"),
-        ("description.json", lambda tree: tree["config"]["model"].update(d_model=10**9), "is of another model"),
-        ("description.json", lambda tree: tree["config"]["model"].update(d_model=2**70), "is of another model"),
+        ("description.json", lambda tree: tree["config"]["model"].update(d_model=2**20), "is of another model"),
+        ("description.json", lambda tree: tree["config"]["model"].update(d_model=2**70), "has a wrong config"),
         ("description.json", lambda tree: tree["config"]["model"].update(vocab_size=None), "has a wrong config"),
         ("description.json", lambda tree: tree["config"]["model"].update(pattern="x\ny"), "has a wrong config"),
     ],
