@@ -11,7 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PlainSerializer, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+    WrapValidator,
+)
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from moe_mamba.errors import shown
@@ -220,11 +228,11 @@ def _projections(value: object) -> object:
     return [name.strip() if isinstance(name, str) else name for name in names]
 
 
-def _batches(value: object) -> list[int]:
+def _batches(value: object) -> object:
     found = _structure_from_text(value)
     if not isinstance(found, list | tuple):
         raise refused(f"{_missing(found)}give numbers of batches, such as 7,8")
-    return [Count.read_whole(number) for number in found]
+    return found
 
 
 Count = Range(1, 10**12)
@@ -248,7 +256,7 @@ FilledText = Annotated[str, BeforeValidator(_filled_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_null_or(_text))]
 OptionalBalance = Annotated[Literal["loss", "bias", "none"] | None, BeforeValidator(_null_from_text)]
 Projections = Annotated[list[Literal["conv", "gate", "out"]], BeforeValidator(_projections)]
-Numbers = Annotated[list[int], BeforeValidator(_batches)]
+Numbers = Annotated[list[Positive], FailFast(), BeforeValidator(_batches)]
 TrainingSources = Annotated[dict[str, float] | list[str], BeforeValidator(_weights)]
 ValidationSources = Annotated[dict[str, str] | list[str], BeforeValidator(_sets)]
 

@@ -247,7 +247,8 @@ def test_a_loss_of_nan_names_step_and_place_and_keeps_the_checkpoint(
 
 def test_a_run_that_diverges_stops(world: World, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"RunStopped: the loss is .*at step \d+"):
-        run(world, tiny, tmp_path / "run", train__learning_rate=1e30, train__gradient_clip=0, train__warmup=1.0)
+        # Each step multiplies every weight by 1 - rate x decay.
+        run(world, tiny, tmp_path / "run", train__learning_rate=100, train__weight_decay=1000, train__decay_all=True)
 
 
 def test_a_folder_in_use_is_refused(world: World, tiny: Path, tmp_path: Path) -> None:
