@@ -36,7 +36,7 @@ from moe_mamba.checkpoint.chunks import Extent, Overlaps, fault_of_cover
 from moe_mamba.checkpoint.divergence import is_finite
 from moe_mamba.checkpoint.manifest import DamagedError, Stored
 from moe_mamba.checkpoint.shards import Shard
-from moe_mamba.errors import UserError
+from moe_mamba.errors import UserError, shown
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # a logical tensor's shape and dtype
 
@@ -180,8 +180,8 @@ class ShardLoadPlanner(LoadPlanner):
                 raise UserError(f"{self.path} has no tensor {name}: it is another model's checkpoint")
             if stored.shape != tuple(shards[0].shape):
                 raise UserError(
-                    f"{self.path}: {name} has shape {list(stored.shape)} there and {list(shards[0].shape)} here: "
-                    "it is another model's checkpoint"
+                    f"{self.path}: {name} has shape {shown(list(stored.shape))} there and "
+                    f"{list(shards[0].shape)} here: it is another model's checkpoint"
                 )
             reads = _read_items(name, stored, shards)
             if sum(math.prod(read.lengths) for read in reads) != sum(shard.tensor.numel() for shard in shards):

@@ -116,8 +116,8 @@ def read_config(path: Path, description: dict[str, Any]) -> Config:
         DamagedError: it describes no run, or not this one.
     """
     model = description["config"].get("model", {})
-    pattern, repeat, tensors = model.get("pattern"), model.get("repeat"), len(store.logical_tensors(path))
-    if isinstance(pattern, str) and isinstance(repeat, int) and len(pattern) * repeat > 2 * tensors:
+    pattern, repeat, tensors = model.get("pattern", ""), model.get("repeat", 0), len(store.logical_tensors(path))
+    if not isinstance(pattern, str) or type(repeat) is not int or len(pattern) * repeat > 2 * tensors:
         raise DamagedError(
             f"{path / DESCRIPTION} says {brief(repeat, 20)} x {brief(pattern, 20)} layers, but there are only "
             f"{tensors:,} tensors: {OTHER}"
@@ -182,7 +182,7 @@ def _fault_of_weights(model: LanguageModel, path: Path) -> str | None:
     for shard in weight_shards(model):
         shape = found[shard.name][0] if shard.name in found else None
         if shape != shard.shape:
-            there = "is missing" if shape is None else f"has the shape {tuple(shape)}"
+            there = "is missing" if shape is None else f"has the shape {shown(tuple(shape), 40)}"
             return f"{shard.name} {there}, but this config needs {shard.shape}"
     return None
 
