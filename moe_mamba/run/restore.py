@@ -182,7 +182,7 @@ def _fault_of_weights(model: LanguageModel, path: Path) -> str | None:
     for shard in weight_shards(model):
         shape = found[shard.name][0] if shard.name in found else None
         if shape != shard.shape:
-            there = "is missing" if shape is None else f"has the shape {shown(tuple(shape), 40)}"
+            there = "is missing" if shape is None else f"has the shape {brief(tuple(shape), 40)}"
             return f"{shard.name} {there}, but this config needs {shard.shape}"
     return None
 
