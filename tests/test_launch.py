@@ -20,6 +20,8 @@ from tests import ROOT
 from tests.train.runs import STEPS, curve
 from tests.world import free_port
 
+# Each step multiplies every weight by 1 - rate x decay.
+DIVERGING = ("--train.learning_rate=100", "--train.weight_decay=1000", "--train.decay_all=true")
 BIN = Path(sys.executable).parent
 
 
@@ -92,7 +94,7 @@ def test_two_launchers_at_once_take_ports_of_their_own(tiny: Path, tmp_path: Pat
 def test_a_diverged_run_ends_in_one_line_and_the_same_line_trains_at_a_lower_rate(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = sys.executable, "launch/train.py", f"--config={tiny}", f"--run.folder={folder}", "--checkpoint.every=1"
-    done = call(*line, "--train.learning_rate=1e6")
+    done = call(*line, *DIVERGING)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the loss is nan at step 2; the first bad value is in the output of ")
     assert done.stderr.endswith("; the same command then starts over\n")
@@ -142,8 +144,7 @@ def test_a_broken_run_is_one_line_and_exit_code_1(tiny: Path, tmp_path: Path) ->
         "launch/train.py",
         f"--config={tiny}",
         f"--run.folder={tmp_path / 'run'}",
-        "--train.learning_rate=1e30",
-        "--train.gradient_clip=0",
+        *DIVERGING,
     )
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if "error: " in line] == done.stderr.splitlines()

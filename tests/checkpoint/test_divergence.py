@@ -253,6 +253,9 @@ def test_a_note_that_cannot_be_written_ends_nothing(tmp_path: Path, caplog: pyte
 # Whole runs
 
 CONSTANT = {"train__schedule": "wsd", "train__warmup": 0.0, "train__decay": 0.0, "train__minimum_rate": 1.0}
+AS_PLANNED = {"train__on_longer_budget": "as_planned"}  # a rate that is raised with the budget
+# Each step multiplies every weight by 1 - rate x decay.
+DIVERGING = {"train__learning_rate": 100.0, "train__weight_decay": 1000.0, "train__decay_all": True}
 
 
 def diverge(world: World, tiny: Path, folder: Path, **overrides: Any) -> str:
@@ -279,7 +282,7 @@ def test_a_diverged_run_goes_on_from_the_checkpoint_that_it_names(
     folder, other = tmp_path / "run", tmp_path / "other"
     run(world, tiny, folder, train__steps=3, **keys)
     shutil.copytree(folder, other)
-    line = diverge(world, tiny, folder, train__steps=6, train__learning_rate=1e6, **keys)
+    line = diverge(world, tiny, folder, train__steps=6, **DIVERGING, **keys, **AS_PLANNED)
     assert line.startswith("the loss is nan at step 5; the first bad value is in the output of ")
     assert "step-00000003 is kept: lower train.learning_rate" in line
     assert steps_of(folder / "checkpoints") == [3, 4]
@@ -293,7 +296,7 @@ def test_a_diverged_run_goes_on_from_the_checkpoint_that_it_names(
 def test_a_run_without_a_usable_checkpoint_starts_over(world: World, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for _ in range(2):  # the same command diverges again, and loses nothing
-        line = diverge(world, tiny, folder, train__learning_rate=1e6, checkpoint__every=1)
+        line = diverge(world, tiny, folder, **DIVERGING, checkpoint__every=1)
         assert "the loss is nan at step 2" in line
         assert "There is no valid checkpoint: lower train.learning_rate, or look at the data of this step" in line
         assert line.endswith("; the same command then starts over")
@@ -307,7 +310,7 @@ def test_a_run_without_a_usable_checkpoint_starts_over(world: World, tiny: Path,
 def test_a_finished_model_whose_validation_is_nan_is_not_saved(world: World, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(world, tiny, folder, train__steps=2, **CONSTANT)
-    line = diverge(world, tiny, folder, train__steps=3, train__learning_rate=1e6, **CONSTANT)
+    line = diverge(world, tiny, folder, train__steps=3, **DIVERGING, **CONSTANT, **AS_PLANNED)
     assert line.startswith("the loss on validation is nan after step 3. ")
     assert "step-00000002 is kept" in line
     assert steps_of(folder / "checkpoints") == [2]
