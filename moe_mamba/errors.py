@@ -20,9 +20,10 @@ def shown(value: object) -> str:
 
 def brief(value: object, most: int = 60) -> str:
     """Words of a file, a library or a user, for a part of a line: escaped where it must be, cut in its middle."""
-    text = str(value) if isinstance(value, str | Exception) else shown(value)
+    text = " ".join(str(value).split()) if isinstance(value, Exception) else value
+    text = text if isinstance(text, str) else shown(text)
     text = text if len(text) <= 4 * most else f"{text[: 2 * most]}{text[-2 * most :]}"
-    return _cut(" ".join("".join(map(_escaped, text)).split()), most)
+    return _cut("".join(character if character.isprintable() else _escape(character) for character in text), most)
 
 
 def one_line(text: str) -> str:
@@ -39,8 +40,10 @@ def one_line(text: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    if character.isprintable() or character.isspace():
-        return character
+    return character if character.isprintable() or character.isspace() else _escape(character)
+
+
+def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 

@@ -47,6 +47,8 @@ def read_heartbeats(folder: Path) -> dict[str, dict[str, Any]]:
     """Host name -> its last sign of life; `time` is a datetime. A damaged file is none."""
     found = {}
     for path in sorted((Path(folder) / FOLDER).glob("[!.]*")):
+        if not path.is_file():  # to open a FIFO waits for ever
+            continue
         try:
             content = Heartbeat.model_validate_json(path.read_bytes()).model_dump()
         except (OSError, ValidationError):

@@ -137,7 +137,7 @@ def test_errors_are_brief() -> None:
     with pytest.raises(LibraryError) as error:
         call_library(lambda: json.loads("\n" * 50 + "x" * 500))
     assert "\n" not in str(error.value) and len(str(error.value)) <= 100
-    assert brief("a\nb" * 100, 20) == "a ba ba ba ba ba ..."
+    assert brief("a\nb" * 100, 20) == "a\\nba\\nba\\n...nba\\nb"
     values: list[Any] = [call_within(lambda: 3, 5.0)]
     with pytest.raises(ZeroDivisionError):
         call_within(lambda: 1 / 0, 5.0)
