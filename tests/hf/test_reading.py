@@ -121,7 +121,7 @@ def test_a_missing_shard_and_a_shard_without_its_tensor(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for shard in ("b.safetensors", "../in/a.safetensors", "a" * 300):
         index.write_text(json.dumps({"weight_map": {NORM: "a.safetensors", "x": shard}}))
-        refused(folder, f"{shard} is missing, but")
+        refused(folder, f"{shard[-20:]} is missing, but")
     index.write_text(json.dumps({"weight_map": {NORM: "a.safetensors", "x": "a.safetensors"}}))
     refused(folder, r"a\.safetensors has no tensor x, which")
     index.write_text("{}")
