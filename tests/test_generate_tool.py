@@ -54,7 +54,7 @@ def test_prompts_as_json_lines_and_from_standard_input(
     (tmp_path / "prompts.jsonl").write_text(lines)
     assert run(prompts_file=str(tmp_path / "prompts.jsonl")) == expected
     for content in (lines, "\n".join(PROMPTS)):
-        monkeypatch.setattr("sys.stdin", io.StringIO(content))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
         assert run(prompts_file="-") == expected
 
 

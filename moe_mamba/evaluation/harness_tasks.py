@@ -136,8 +136,8 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
         reason = f"{name}: the task cannot be loaded ({type(error).__name__}: {_first_line(error)})"
         if isinstance(error, ConnectionError):
             raise UserError(
-                f"{reason}: the Hugging Face hub cannot be reached: fix the network, or give a task file (.yaml) with "
-                "dataset_path: json and its data_files in dataset_kwargs"
+                f"{reason}: the Hugging Face hub cannot be reached: fix the network, or give a task file with "
+                "data_files of its own"
             ) from error
         raise UserError(f"{reason}: fix the task's file, its data or the network") from error
     if groups := list(found["groups"].values()):
