@@ -1,20 +1,18 @@
 """Noisy libraries, used without their noise."""
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from types import ModuleType
 
+from moe_mamba.lean_import import lean_import
+
 
 @lru_cache(maxsize=1)
 def indexed_dataset() -> ModuleType:
     """The module megatron.core.datasets.indexed_dataset. Its import takes seconds: call it where it is needed."""
-    # From 0.17 on it imports torch's extension builder, which warns where CUDA is without a GPU.
-    with warnings.catch_warnings(), _errors_only("torch.utils.cpp_extension"):
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with lean_import():
         from megatron.core.datasets import indexed_dataset as module
     return module
 

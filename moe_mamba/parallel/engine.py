@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
 from moe_mamba.config import Config
+from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import zero3
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
 from moe_mamba.parallel.placement import ParameterShard
+
+with lean_import():
+    import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
 
 BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
 

@@ -15,11 +15,11 @@ from typing import Any
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.mixers.dispatch import Dispatch, LocalDispatcher, Permutation
@@ -29,6 +29,9 @@ from moe_mamba.model.mixers.routing import RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.parallel.groups import Groups, expert_group_name
 from moe_mamba.parallel.placement import ParameterShard
+
+with lean_import():
+    from megatron.core.tensor_parallel import mappings
 
 
 def spread_experts(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from moe_mamba.lean_import import lean_import
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology
 
@@ -40,7 +41,8 @@ def start_groups(plan: RunPlan) -> Groups:
     if topology.tensor == 1:
         groups = Groups(topology, None, None, {}, None)
     else:
-        from megatron.core import parallel_state
+        with lean_import():
+            from megatron.core import parallel_state
 
         parallel_state.initialize_model_parallel(topology.tensor, create_gloo_process_groups=False)
         tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
@@ -66,7 +68,8 @@ def _allocate_on_cpu() -> None:
 
     Only that module sees another ``torch``: nothing is changed for whoever else asks for the current GPU.
     """
-    from megatron.core.tensor_parallel import mappings
+    with lean_import():
+        from megatron.core.tensor_parallel import mappings
 
     on_cpu = ModuleType("torch")
     vars(on_cpu).update(vars(torch), cuda=SimpleNamespace(current_device=lambda: "cpu"))

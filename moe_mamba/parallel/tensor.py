@@ -18,18 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.loss import cross_entropy_sum
@@ -38,6 +31,16 @@ from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
 from moe_mamba.model.mixers.routing import Router
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.placement import ParameterShard
+
+with lean_import():
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+    from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
+    )
 
 
 def shard_layers(
