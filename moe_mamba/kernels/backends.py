@@ -151,7 +151,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 }
 
 
-@cache
+@torch.compiler.assume_constant_result  # what traces a caller looks the back end up, and goes on in it
 def choose(
     operation: str, device: str, dtype: torch.dtype, forced: str = "auto", size: int = 0
 ) -> tuple[str, Callable[..., Any]]:
@@ -170,6 +170,11 @@ def choose(
     Raises:
         UserError: no such back end, or it does not compute on such tensors or on this machine.
     """
+    return _choose(operation, device, dtype, forced, size)
+
+
+@cache
+def _choose(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> tuple[str, Callable[..., Any]]:
     table = BACKENDS[operation]
     if forced not in ("auto", *NAMES):
         raise UserError(f"{operation} has no back end {forced!r}: choose auto or one of {', '.join(table)}")
@@ -185,7 +190,7 @@ def choose(
         if fault is None:
             return name, backend.load()
         if backend.gain:
-            warnings.warn(f"{fault}; {backend.gain}", stacklevel=2)
+            warnings.warn(f"{fault}; {backend.gain}", stacklevel=3)
     raise UserError(f"{operation} does not take {dtype} tensors on a {device} device: use fp32 or bf16")
 
 

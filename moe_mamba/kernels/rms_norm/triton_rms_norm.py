@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_mamba.kernels import operators
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 
@@ -66,59 +66,76 @@ def _backward_kernel(stream, weight, scale, y_gradient, stream_gradient, gradien
     tl.store(sums + tl.program_id(0).to(tl.int64) * d + columns, total, mask=inside)
 
 
-@torch.compiler.disable
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.rms_norm``; d up to 16,384, computes in fp32."""
-    if residual is None:
-        return _RMSNorm.apply(x, weight, epsilon, None), x
-    return _RMSNorm.apply(x, weight, epsilon, residual)
+    y, stream, _ = _norm(x, weight, epsilon, residual)
+    return y, x if residual is None else stream
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Any:
-        ctx.set_materialize_grads(False)
-        rows, weight = _rows(x), weight.contiguous()
-        count, d = rows.shape
-        added = None if residual is None else _rows(residual)
-        y, scale = x.new_empty(x.shape), x.new_empty(count, dtype=torch.float32)
-        stream = x if added is None else x.new_empty(x.shape)
-        block = next_power_of_2(d)
-        if count:
-            with on_device(x):
-                _forward_kernel[(count,)](
-                    rows, weight, rows if added is None else added, y, stream, scale, rows.stride(0),
-                    0 if added is None else added.stride(0), d, epsilon, HAS_RESIDUAL=added is not None, BLOCK=block,
-                    num_warps=_warps(block),
-                )  # fmt: skip
-        ctx.save_for_backward(stream, weight, scale)  # a view of an output would keep the graph alive for ever
-        return y if residual is None else (y, stream)
+def _forward(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, ...]:
+    outputs = y, stream, scale = _fake(x, weight, epsilon, residual)
+    rows, weight = _rows(x), weight.contiguous()
+    count, d = rows.shape
+    added = rows if residual is None else _rows(residual)
+    block = next_power_of_2(d)
+    if count:
+        with on_device(x):
+            _forward_kernel[(count,)](
+                rows, weight, added, y, stream, scale, rows.stride(0), added.stride(0), d, epsilon,
+                HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+    return outputs
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, y_gradient: Tensor | None, stream_gradient: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        if y_gradient is None:
-            return stream_gradient, None, None, stream_gradient
-        stream, weight, scale = ctx.saved_tensors
-        stream = _rows(stream)
-        rows, d = stream.shape
-        given = _rows(y_gradient)
-        added = None if stream_gradient is None else _rows(stream_gradient)
-        gradient = stream.new_empty(y_gradient.shape)
-        count = ceil_divide(rows, SUMS)
-        programs = ceil_divide(rows, count) if rows else 0
-        sums = scale.new_empty(programs, d)
-        block = next_power_of_2(d)
-        if rows:
-            with on_device(stream):
-                _backward_kernel[(programs,)](
-                    stream, weight, scale, given, given if added is None else added, gradient, sums, rows, count,
-                    stream.stride(0), given.stride(0), 0 if added is None else added.stride(0), d,
-                    HAS_STREAM_GRADIENT=added is not None, BLOCK=block, num_warps=_warps(block),
-                )  # fmt: skip
-        return gradient, sums.sum(0).to(weight.dtype), None, gradient if ctx.needs_input_grad[3] else None
+
+def _fake(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, ...]:
+    """Room for y, the stream (none without a residual), and one over the root mean square of each row."""
+    stream = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _backward(
+    y_gradient: Tensor, stream_gradient: Tensor | None, stream: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    gradient = stream.new_empty(stream.shape)
+    stream, given, weight = _rows(stream), _rows(y_gradient), weight.contiguous()
+    rows, d = stream.shape
+    added = given if stream_gradient is None else _rows(stream_gradient)
+    count = ceil_divide(rows, SUMS)
+    programs = ceil_divide(rows, count) if rows else 0
+    sums = scale.new_empty(programs, d)
+    block = next_power_of_2(d)
+    if rows:
+        with on_device(stream):
+            _backward_kernel[(programs,)](
+                stream, weight, scale, given, added, gradient, sums, rows, count, stream.stride(0), given.stride(0),
+                0 if stream_gradient is None else added.stride(0), d,
+                HAS_STREAM_GRADIENT=stream_gradient is not None, BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+    return gradient, sums.sum(0).to(weight.dtype)
+
+
+def _backward_fake(
+    y_gradient: Tensor, stream_gradient: Tensor | None, stream: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    return stream.new_empty(stream.shape), weight.new_empty(weight.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    x, weight, _, residual = inputs
+    _, stream, scale = outputs
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(*((scale,) if ctx.has_residual else (scale, stream)))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(stream if ctx.has_residual else x, weight, scale)
+
+
+def _gradients(
+    ctx: Any, y_gradient: Tensor | None, stream_gradient: Tensor | None, scale_gradient: None
+) -> tuple[Tensor | None, ...]:
+    if y_gradient is None:
+        return stream_gradient, None, None, stream_gradient
+    gradient, weight_gradient = _gradient_of(y_gradient, stream_gradient, *ctx.saved_tensors)
+    return gradient, weight_gradient, None, gradient if ctx.has_residual else None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -129,6 +146,21 @@ def _rows(tensor: Tensor) -> Tensor:
 def _warps(block: int) -> int:
     """16 elements a lane, which is two loads of 16 bytes in bf16; at least one warp, at most 32."""
     return min(max(block // 512, 1), 32)
+
+
+_norm = operators.define(
+    "rms_norm_triton(Tensor x, Tensor weight, float epsilon, Tensor? residual) -> "
+    "(Tensor y, Tensor stream, Tensor scale)",
+    _forward,
+    _fake,
+)
+_gradient_of = operators.define(
+    "rms_norm_triton_backward(Tensor y_gradient, Tensor? stream_gradient, Tensor stream, Tensor weight, Tensor scale) "
+    "-> (Tensor x, Tensor weight)",
+    _backward,
+    _backward_fake,
+)
+operators.differentiate(_norm, _keep, _gradients, _gradient_of)
 
 
 def specimens() -> list[Specimen]:

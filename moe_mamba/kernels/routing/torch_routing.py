@@ -3,11 +3,12 @@
 ``embedding_bag`` is the one operation of torch that gathers, weighs and sums rows in a single pass, on several threads.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from moe_mamba.kernels.routing.function import Combine, Gather
+from torch.autograd.function import once_differentiable
 
 # Beyond so many choices per token (expert choice: one for each expert, nearly all empty) a CPU adds up what there is.
 MOST_CHOICES = 8
@@ -39,19 +40,44 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
 def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``."""
     if not torch.is_grad_enabled():  # a token of generation is too short for what autograd costs
-        return _gather(x, token)
-    return Gather.apply(x, token, slot, _gather, _sum)
+        return x.index_select(0, token)
+    return _Gather.apply(x, token, slot)
 
 
 def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
     """See ``moe_mamba.kernels.routing``."""
     if not torch.is_grad_enabled():
         return _sum(rows, weight, slot)
-    return Combine.apply(rows, weight, token, slot, _sum, _spread)
+    return _Combine.apply(rows, weight, token, slot)
 
 
-def _gather(x: Tensor, token: Tensor) -> Tensor:
-    return x.index_select(0, token)
+class _Gather(torch.autograd.Function):
+    """Rows of tokens; a token's gradient is the sum over its slots."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slot,) = ctx.saved_tensors
+        return _sum(gradient, None, slot), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The weighted sum over each token's slots."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, token)
+        return _sum(rows, weight, slot)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_spread(*ctx.saved_tensors, gradient), None, None
 
 
 def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
