@@ -24,7 +24,7 @@ ANY_DEVICE = "CompositeExplicitAutograd"  # dispatch key of what runs wherever i
 Operator = Callable[..., Any]
 Fake = Callable[..., Any]
 Keep = Callable[[Any, tuple[Any, ...], Any], None]
-"""(ctx, inputs, outputs): saves on ctx what the gradient needs."""
+"""(ctx, inputs, output): saves on ctx what the gradient needs."""
 
 
 def define(schema: str, run: Callable[..., Any], fake: Fake, key: str = ANY_DEVICE) -> Operator:

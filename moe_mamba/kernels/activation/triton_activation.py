@@ -100,7 +100,7 @@ def _backward(incoming: Tensor, hidden: Tensor, kind: str) -> Tensor:
     return gradient
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, str], out: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     hidden, ctx.kind = inputs
     ctx.save_for_backward(hidden)
 

@@ -43,7 +43,7 @@ def _inputs(
 
 def _forward(x: Tensor, *others: Any) -> Tensor:
     y = x.new_empty(x.shape)
-    library().causal_conv_forward(_arguments({**_inputs(x, *others), "y": y}))
+    _call("causal_conv_forward", {**_inputs(x, *others), "y": y})
     return y
 
 
@@ -57,7 +57,7 @@ def _backward(y_gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tu
         "bias_gradient": x.new_empty(batch, channels, dtype=work),
     }
     inputs = _inputs(x, weight, *others)
-    library().causal_conv_backward(_arguments({**inputs, **gradients, "y_gradient": unit_stride(y_gradient)}))
+    _call("causal_conv_backward", {**inputs, **gradients, "y_gradient": unit_stride(y_gradient)})
     return (
         gradients["x_gradient"],
         sum_in_order(gradients["taps_gradient"], 0).flip(0).t().to(x.dtype),
@@ -66,13 +66,14 @@ def _backward(y_gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tu
     )
 
 
-def _arguments(tensors: dict[str, Tensor | None]) -> Any:
-    """``Conv`` for these tensors, by reference."""
+def _call(function: str, tensors: dict[str, Tensor | None]) -> None:
+    """Call C++ with a ``Conv`` for these tensors, which live until it returns."""
     x, taps = tensors["x"], tensors["taps"]
     assert x is not None and taps is not None
     batch, length, channels = x.shape
     groups, threads = -(-channels // GROUP), torch.get_num_threads()
-    return fill(_Conv(batch, length, channels, taps.shape[0], groups, TYPES[x.dtype], threads), tensors)
+    conv = _Conv(batch, length, channels, taps.shape[0], groups, TYPES[x.dtype], threads)
+    getattr(library(), function)(fill(conv, tensors))
 
 
 causal_conv = define_conv("causal_conv_cpu", _forward, _backward, "CPU")

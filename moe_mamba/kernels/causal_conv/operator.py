@@ -43,7 +43,7 @@ def define_step(name: str, run: Callable[..., Any], key: str = operators.ANY_DEV
     return operators.define(schema, run, _step_fake, key)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], y: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 

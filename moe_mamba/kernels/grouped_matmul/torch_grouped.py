@@ -90,7 +90,7 @@ def _product_fake(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 

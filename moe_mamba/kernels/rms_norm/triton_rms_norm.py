@@ -120,9 +120,9 @@ def _backward_fake(
     return stream.new_empty(stream.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, residual = inputs
-    _, stream, scale = outputs
+    _, stream, scale = output
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(*((scale,) if ctx.has_residual else (scale, stream)))
     ctx.set_materialize_grads(False)

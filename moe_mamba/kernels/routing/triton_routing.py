@@ -226,11 +226,11 @@ def _tile(d: int) -> tuple[int, int]:
     return min(ELEMENTS // width, TALLEST), width
 
 
-def _keep_slot(ctx: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+def _keep_slot(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2])
 
 
-def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 

@@ -79,7 +79,7 @@ def _forward(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor,
         "initial_state": None if initial_state is None else _states_first(initial_state, kept.dtype),
         "final_state": final_state.transpose(1, 2),
     }
-    library().selective_scan_forward(_arguments({**_inputs(x, delta, A, *others), **states, "kept": kept, "y": y}))
+    _call("selective_scan_forward", {**_inputs(x, delta, A, *others), **states, "kept": kept, "y": y})
     return outputs
 
 
@@ -105,7 +105,7 @@ def _backward(y_gradient: Tensor, final_gradient: Tensor, *operands: Any) -> tup
         "final_gradient": _states_first(final_gradient, kept.dtype),
         "kept": kept,
     }
-    library().selective_scan_backward(_arguments({**inputs, **given, **gradients}))
+    _call("selective_scan_backward", {**inputs, **given, **gradients})
     bias_gradient = sum_in_order(gradients["bias_gradient"], 0)
     return (
         gradients["x_gradient"],
@@ -125,14 +125,15 @@ def _states_first(state: Tensor, work: torch.dtype) -> Tensor:
     return state.transpose(1, 2).to(work).contiguous()
 
 
-def _arguments(tensors: dict[str, Tensor | None]) -> Any:
-    """``Scan`` for these tensors, by reference."""
+def _call(function: str, tensors: dict[str, Tensor | None]) -> None:
+    """Call C++ with a ``Scan`` for these tensors, which live until it returns."""
     x, decay = tensors["x"], tensors["decay"]
     assert x is not None and decay is not None
     batch, length, d_inner = x.shape
     chunks, groups = -(-length // CHUNK), -(-d_inner // GROUP)
     threads = torch.get_num_threads()
-    return fill(_Scan(batch, length, d_inner, decay.shape[0], groups, chunks, TYPES[x.dtype], threads), tensors)
+    scan = _Scan(batch, length, d_inner, decay.shape[0], groups, chunks, TYPES[x.dtype], threads)
+    getattr(library(), function)(fill(scan, tensors))
 
 
 selective_scan = define_scan("selective_scan_cpu", _forward, _backward, _fake, "CPU")

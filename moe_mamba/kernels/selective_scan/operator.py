@@ -86,9 +86,9 @@ def define_step(name: str, run: Callable[..., Any], fake: operators.Fake, key: s
     return operators.define(f"{name}({operands}, Tensor state) -> (Tensor y, Tensor new_state)", run, fake, key)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *operands, initial_state, _ = inputs
-    _, _, kept, totals = outputs
+    _, _, kept, totals = output
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
     ctx.mark_non_differentiable(kept, totals)
     ctx.set_materialize_grads(False)

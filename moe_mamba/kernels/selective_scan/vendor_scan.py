@@ -87,7 +87,7 @@ def _their_scan() -> Callable[..., Any]:
     return selective_scan_fn
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
