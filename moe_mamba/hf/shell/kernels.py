@@ -1,8 +1,9 @@
 """The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
 
 The plain ones compute what the reference versions define; ``backend`` is not looked at. What traces a graph (compile,
-export) gets them too, since it cannot see into compiled kernels. Under autocast an operation computes as it would
-without: its inputs have the dtype that the products before it gave them, and experts' products are cast here.
+export) gets the package's too, as operators: an exported program needs the package where it was there. Under autocast
+an operation computes as it would without: its inputs have the dtype that the products before it gave them, and experts'
+products are cast here.
 """
 
 from collections.abc import Callable
@@ -138,12 +139,11 @@ except ImportError:
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    """The operation of this name: ``operations`` has it, or ``Plain`` for what traces a graph."""
+    """The operation of this name, from ``operations``."""
 
     @without_autocast
     def run(*args: Any, **kwargs: Any) -> Any:
-        chosen = Plain if torch.compiler.is_compiling() else operations
-        return getattr(chosen, name)(*args, **kwargs)
+        return getattr(operations, name)(*args, **kwargs)
 
     return run
 
