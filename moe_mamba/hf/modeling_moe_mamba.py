@@ -400,8 +400,8 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 # The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
 #
 # The plain ones compute what the reference versions define; ``backend`` is not looked at. What traces a graph (compile,
-# export) gets the package's too, as operators: an exported program needs the package where it was there. Under autocast
-# an operation computes as it would without: its inputs have the dtype that the products before it gave them, and experts'
+# export) gets the package's as operators: what was exported with them runs only beside the package. Under autocast an
+# operation computes as it would without: its inputs have the dtype that the products before it gave them, and experts'
 # products are cast here.
 
 

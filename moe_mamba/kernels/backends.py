@@ -206,8 +206,22 @@ def choose_name(operation: str, device: str, dtype: torch.dtype, forced: str, si
 
 
 def _load(operation: str, name: str) -> str:
-    setattr(_loaded, f"{operation}_{name}", BACKENDS[operation][name].load())
+    setattr(_loaded, f"{operation}_{name}", _named(f"moe_mamba::{operation}", BACKENDS[operation][name].load()))
     return name
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under a name that a profiler shows, as it does an operator's."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function
+
+    def run(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+            return function(*arguments)
+        with torch.profiler.record_function(name):
+            return function(*arguments)
+
+    return run
 
 
 def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int) -> str | None:
