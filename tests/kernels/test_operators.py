@@ -108,7 +108,7 @@ FORWARD: dict[str, tuple[tuple[str, ...], Callable[[bool], list[Any]]]] = {
     "causal_conv_step": (("cpu", "triton"), conv_step_arguments),
     "grouped_matmul": (("torch",), grouped_arguments),
     "activation": (("triton",), lambda is_full: [leaf(3, 8), "swiglu" if is_full else "gelu"]),
-    "rms_norm": (("triton",), norm_arguments),
+    "rms_norm": (("torch", "triton"), norm_arguments),
     "sort_by_expert": (("triton",), lambda is_full: [torch.tensor([[0, 2], [1, 0]]), 3, 1 if is_full else None]),
     "gather_rows": (("triton",), lambda is_full: [leaf(4, CHANNELS), order(is_full).token, order(is_full).slot]),
     "combine_rows": (("triton",), combine_arguments),

@@ -1,4 +1,4 @@
-"""Layers under torch.compile and under fake tensors: kernels are operators, so nothing breaks a graph or runs for real."""
+"""Layers under torch.compile and under fake tensors: kernels are operators; nothing breaks a graph or runs for real."""
 
 import resource
 from typing import Any

@@ -6,16 +6,14 @@ programs' sums up, always in the same order.
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mamba.kernels import operators
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
+from moe_mamba.kernels.rms_norm.operator import define_norm, new_outputs
 
 SUMS = (
     1024  # programs of the backward pass at most: enough to fill a GPU, few beside the rows, to keep their sums cheap
@@ -66,14 +64,8 @@ def _backward_kernel(stream, weight, scale, y_gradient, stream_gradient, gradien
     tl.store(sums + tl.program_id(0).to(tl.int64) * d + columns, total, mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.rms_norm``; d up to 16,384, computes in fp32."""
-    y, stream, _ = _norm(x, weight, epsilon, residual)
-    return y, x if residual is None else stream
-
-
 def _forward(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, ...]:
-    outputs = y, stream, scale = _fake(x, weight, epsilon, residual)
+    outputs = y, stream, scale = new_outputs(x, weight, epsilon, residual)
     rows, weight = _rows(x), weight.contiguous()
     count, d = rows.shape
     added = rows if residual is None else _rows(residual)
@@ -85,12 +77,6 @@ def _forward(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None)
                 HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
             )  # fmt: skip
     return outputs
-
-
-def _fake(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, ...]:
-    """Room for y, the stream (none without a residual), and one over the root mean square of each row."""
-    stream = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _backward(
@@ -114,30 +100,6 @@ def _backward(
     return gradient, sums.sum(0).to(weight.dtype)
 
 
-def _backward_fake(
-    y_gradient: Tensor, stream_gradient: Tensor | None, stream: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    return stream.new_empty(stream.shape), weight.new_empty(weight.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, residual = inputs
-    _, stream, scale = output
-    ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(*((scale,) if ctx.has_residual else (scale, stream)))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(stream if ctx.has_residual else x, weight, scale)
-
-
-def _gradients(
-    ctx: Any, y_gradient: Tensor | None, stream_gradient: Tensor | None, scale_gradient: None
-) -> tuple[Tensor | None, ...]:
-    if y_gradient is None:
-        return stream_gradient, None, None, stream_gradient
-    gradient, weight_gradient = _gradient_of(y_gradient, stream_gradient, *ctx.saved_tensors)
-    return gradient, weight_gradient, None, gradient if ctx.has_residual else None
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """As (rows, d), each row dense; copied only where that cannot be a view."""
     return unit_stride(tensor.reshape(-1, tensor.shape[-1]))
@@ -148,19 +110,8 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 1), 32)
 
 
-_norm = operators.define(
-    "rms_norm_triton(Tensor x, Tensor weight, float epsilon, Tensor? residual) -> "
-    "(Tensor y, Tensor stream, Tensor scale)",
-    _forward,
-    _fake,
-)
-_gradient_of = operators.define(
-    "rms_norm_triton_backward(Tensor y_gradient, Tensor? stream_gradient, Tensor stream, Tensor weight, Tensor scale) "
-    "-> (Tensor x, Tensor weight)",
-    _backward,
-    _backward_fake,
-)
-operators.differentiate(_norm, _keep, _gradients, _gradient_of)
+rms_norm = define_norm("rms_norm_triton", _forward, _backward)
+"""See ``moe_mamba.kernels.rms_norm``; d up to 16,384, computes in fp32."""
 
 
 def specimens() -> list[Specimen]:
