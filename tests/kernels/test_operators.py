@@ -110,8 +110,11 @@ FORWARD: dict[str, tuple[tuple[str, ...], Callable[[bool], list[Any]]]] = {
     "activation": (("triton",), lambda is_full: [leaf(3, 8), "swiglu" if is_full else "gelu"]),
     "rms_norm": (("torch", "triton"), norm_arguments),
     "sort_by_expert": (("triton",), lambda is_full: [torch.tensor([[0, 2], [1, 0]]), 3, 1 if is_full else None]),
-    "gather_rows": (("triton",), lambda is_full: [leaf(4, CHANNELS), order(is_full).token, order(is_full).slot]),
-    "combine_rows": (("triton",), combine_arguments),
+    "gather_rows": (
+        ("torch", "triton"),
+        lambda is_full: [leaf(4, CHANNELS), order(is_full).token, order(is_full).slot],
+    ),
+    "combine_rows": (("torch", "triton"), combine_arguments),
     "cross_entropy": (("torch", "triton"), logits_arguments),
 }
 VENDOR_SCAN = ("selective_scan_vendor", lambda is_full: scan_arguments(is_full)[:8])

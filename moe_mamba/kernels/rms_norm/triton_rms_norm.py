@@ -6,7 +6,6 @@ programs' sums up, always in the same order.
 
 # mypy: disable-error-code="no-untyped-def"
 
-
 import triton
 import triton.language as tl
 from torch import Tensor

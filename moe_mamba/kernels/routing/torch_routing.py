@@ -3,12 +3,11 @@
 ``embedding_bag`` is the one operation of torch that gathers, weighs and sums rows in a single pass, on several threads.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe_mamba.kernels.routing.operator import define_combine, define_gather
 
 # Beyond so many choices per token (expert choice: one for each expert, nearly all empty) a CPU adds up what there is.
 MOST_CHOICES = 8
@@ -37,50 +36,7 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
     return token, slot.view(k, tokens).t().contiguous(), torch.full_like(assigned, capacity), assigned, dropped
 
 
-def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.routing``."""
-    if not torch.is_grad_enabled():  # a token of generation is too short for what autograd costs
-        return x.index_select(0, token)
-    return _Gather.apply(x, token, slot)
-
-
-def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.routing``."""
-    if not torch.is_grad_enabled():
-        return _sum(rows, weight, slot)
-    return _Combine.apply(rows, weight, token, slot)
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of tokens; a token's gradient is the sum over its slots."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (slot,) = ctx.saved_tensors
-        return _sum(gradient, None, slot), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """The weighted sum over each token's slots."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, token)
-        return _sum(rows, weight, slot)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_spread(*ctx.saved_tensors, gradient), None, None
-
-
-def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _spread(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
     gradient = gradient.to(torch.promote_types(rows.dtype, weight.dtype)).index_select(0, token)  # (rows, d)
     weight_gradient = (rows * gradient).sum(1)
     return gradient.mul_(weight[:, None]).to(rows.dtype), weight_gradient.to(weight.dtype)
@@ -101,3 +57,21 @@ def _sum(rows: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:
     padded[count] = 0
     shares = None if weight is None else F.pad(weight.to(work), (0, 1))[place]  # (tokens, k)
     return F.embedding_bag(place, padded, mode="sum", per_sample_weights=shares).to(rows.dtype)
+
+
+_gather_operator = define_gather("torch", lambda x, token: x.index_select(0, token), _sum)
+_combine_operator = define_combine("torch", _sum, _spread)
+
+
+def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    """See ``moe_mamba.kernels.routing``."""
+    if not torch.is_grad_enabled():  # a token of generation is too short for what an operator costs
+        return x.index_select(0, token)
+    return _gather_operator(x, token, slot)
+
+
+def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    """See ``moe_mamba.kernels.routing``."""
+    if not torch.is_grad_enabled():
+        return _sum(rows, weight, slot)
+    return _combine_operator(rows, weight, token, slot)

@@ -7,7 +7,6 @@ block's choices of the same expert. The sums are gathers by ``slot``: a program 
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 from moe_mamba.kernels import operators
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
+from moe_mamba.kernels.routing.operator import define_combine, define_gather
 
 CHOICES = 256  # of a block of the sort
 EXPERTS = 32  # that one program of the sort counts
@@ -180,7 +180,7 @@ def _sort_fake(chosen: Tensor, experts: int, capacity: int | None) -> tuple[Tens
     return chosen.new_empty(rows), chosen.new_empty(chosen.shape), counts, assigned, chosen.new_empty(())
 
 
-def _gather(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+def _gather(x: Tensor, token: Tensor) -> Tensor:
     x, (height, width) = unit_stride(x), _tile(x.shape[1])
     rows, d = len(token), x.shape[1]
     out = x.new_empty(rows, d)
@@ -188,10 +188,6 @@ def _gather(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
         grid = ceil_divide(rows, height), ceil_divide(d, width)
         _gather_kernel[grid](x, token.contiguous(), out, rows, d, x.stride(0), height, width)
     return out
-
-
-def _combine(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    return _sum(rows, weight.contiguous(), slot)
 
 
 def _spread(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +205,7 @@ def _spread(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tu
 def _sum(rows: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:
     """The sum over each token's slots of its (weighted) rows, (tokens, d) in the dtype of ``rows`` (rows, d)."""
     rows, slot, (height, width) = unit_stride(rows), slot.contiguous(), _tile(rows.shape[1])
+    weight = None if weight is None else weight.contiguous()
     (tokens, k), d = slot.shape, rows.shape[1]
     out = rows.new_empty(tokens, d)
     with on_device(rows):
@@ -226,26 +223,6 @@ def _tile(d: int) -> tuple[int, int]:
     return min(ELEMENTS // width, TALLEST), width
 
 
-def _keep_slot(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
-
-
-def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _gradient_of_gather(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return _gather_backward(gradient, *ctx.saved_tensors), None, None
-
-
-def _gradient_of_combine(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_combine_backward(gradient, *ctx.saved_tensors), None, None
-
-
-def _sums_fake(rows: Tensor, *others: Tensor) -> Tensor:
-    return rows.new_empty(others[-1].shape[0], rows.shape[1])
-
-
 sort_by_expert = operators.define(
     "sort_by_expert_triton(Tensor chosen, SymInt experts, SymInt? capacity) -> "
     "(Tensor token, Tensor slot, Tensor counts, Tensor assigned, Tensor dropped)",
@@ -253,29 +230,10 @@ sort_by_expert = operators.define(
     _sort_fake,
 )
 """See ``moe_mamba.kernels.routing``: the fields of its ``Order``."""
-gather_rows = operators.define(
-    "gather_rows_triton(Tensor x, Tensor token, Tensor slot) -> Tensor",
-    _gather,
-    lambda x, token, slot: x.new_empty(token.shape[0], x.shape[1]),
-)
+gather_rows = define_gather("triton", _gather, _sum)
 """See ``moe_mamba.kernels.routing``; any row stride."""
-_gather_backward = operators.define(
-    "gather_rows_triton_backward(Tensor gradient, Tensor slot) -> Tensor",
-    lambda gradient, slot: _sum(gradient, None, slot),
-    _sums_fake,
-)
-operators.differentiate(gather_rows, _keep_slot, _gradient_of_gather, _gather_backward)
-combine_rows = operators.define(
-    "combine_rows_triton(Tensor rows, Tensor weight, Tensor token, Tensor slot) -> Tensor", _combine, _sums_fake
-)
+combine_rows = define_combine("triton", _sum, _spread)
 """See ``moe_mamba.kernels.routing``; computes in fp32, any row stride."""
-_combine_backward = operators.define(
-    "combine_rows_triton_backward(Tensor gradient, Tensor rows, Tensor weight, Tensor token) -> "
-    "(Tensor rows, Tensor weight)",
-    _spread,
-    lambda gradient, rows, weight, token: (rows.new_empty(rows.shape), weight.new_empty(weight.shape)),
-)
-operators.differentiate(combine_rows, _keep_rows, _gradient_of_combine, _combine_backward)
 
 
 def specimens() -> list[Specimen]:
