@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import requirements
@@ -212,7 +213,7 @@ def _load(operation: str, name: str) -> str:
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function under a name that a profiler shows, as it does an operator's."""
-    if isinstance(function, torch._ops.OpOverload):
+    if isinstance(function, OpOverload):
         return function
 
     def run(*arguments: Any) -> Any:

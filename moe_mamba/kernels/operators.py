@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from moe_mamba.errors import UserError
 
@@ -21,7 +22,7 @@ NAMESPACE = "moe_mamba"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 ANY_DEVICE = "CompositeExplicitAutograd"  # dispatch key of what runs wherever its tensors lie
 
-Operator = Callable[..., Any]
+Operator = OpOverload[..., Any]
 Fake = Callable[..., Any]
 Keep = Callable[[Any, tuple[Any, ...], Any], None]
 """(ctx, inputs, output): saves on ctx what the gradient needs."""

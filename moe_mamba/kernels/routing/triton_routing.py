@@ -7,7 +7,6 @@ block's choices of the same expert. The sums are gathers by ``slot``: a program 
 
 # mypy: disable-error-code="no-untyped-def"
 
-
 import torch
 import triton
 import triton.language as tl

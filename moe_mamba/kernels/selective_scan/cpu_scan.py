@@ -72,8 +72,8 @@ def _inputs(
     }
 
 
-def _forward(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *others, initial_state, _ = others
+def _forward(x: Tensor, delta: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *others, initial_state, _ = given
     outputs = y, final_state, kept, _ = _outputs(x, A)
     states = {
         "initial_state": None if initial_state is None else _states_first(initial_state, kept.dtype),
@@ -83,8 +83,8 @@ def _forward(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor,
     return outputs
 
 
-def _backward(y_gradient: Tensor, final_gradient: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    *operands, kept, _ = operands
+def _backward(y_gradient: Tensor, final_gradient: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *operands, kept, _ = given
     inputs = _inputs(*operands)
     x, A, D, z, delta_bias = (operands[place] for place in (0, 2, 5, 6, 7))
     batch, length, d_inner = x.shape
@@ -100,12 +100,12 @@ def _backward(y_gradient: Tensor, final_gradient: Tensor, *operands: Any) -> tup
         "B_gradient": kept.new_empty(batch, groups, length, d_state),
         "C_gradient": kept.new_empty(batch, groups, length, d_state),
     }
-    given = {
+    arriving = {
         "y_gradient": unit_stride(y_gradient),
         "final_gradient": _states_first(final_gradient, kept.dtype),
         "kept": kept,
     }
-    _call("selective_scan_backward", {**inputs, **given, **gradients})
+    _call("selective_scan_backward", {**inputs, **arriving, **gradients})
     bias_gradient = sum_in_order(gradients["bias_gradient"], 0)
     return (
         gradients["x_gradient"],

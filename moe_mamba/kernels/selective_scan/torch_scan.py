@@ -186,8 +186,8 @@ def _fake(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ..
     return _outputs(x, A)
 
 
-def _forward(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *others, initial_state, _ = others
+def _forward(x: Tensor, delta: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *others, initial_state, _ = given
     outputs = y, final_state, kept, _ = _outputs(x, A)
     final, dtype = final_state.transpose(1, 2), kept.dtype
     for rows, block in _blocks(x, delta, A, *others):
@@ -205,8 +205,8 @@ def _forward(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor,
     return outputs
 
 
-def _backward(y_gradient: Tensor, final_gradient: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    *operands, kept, _ = operands
+def _backward(y_gradient: Tensor, final_gradient: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *operands, kept, _ = given
     x, _, A, B, _, D, z, delta_bias, _ = operands
     blocks = _blocks(*operands)
     gradients = _Gradients(x, B, z, blocks[0][1].decay)

@@ -133,15 +133,15 @@ def _forward(
     return outputs
 
 
-def _backward(y_gradient: Tensor, final_gradient: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    *operands, kept, totals = operands
+def _backward(y_gradient: Tensor, final_gradient: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *operands, kept, totals = given
     A_dtype, B_dtype, D_dtype, bias = operands[2].dtype, operands[3].dtype, operands[5].dtype, operands[7]
     launch = _Launch.of(operands[0], operands[2])
     x, delta, A, bc, D, z, delta_bias, starts = _inputs(*operands)
     batch, length, channels, states = launch.batch, launch.length, launch.channels, launch.states
     segments, options = launch.segments, launch.options(triton_backward.STEPS)
     y_gradient = unit_stride(y_gradient)
-    gradients = [None if tensor is None else tensor.new_empty(tensor.shape) for tensor in (x, delta, z)]
+    gradients = [x.new_empty(x.shape), x.new_empty(x.shape), None if z is None else x.new_empty(x.shape)]
     bc_partial = launch.new(x, launch.blocks, batch, length, 2 * states)
     A_partial = launch.new(x, batch, segments, states, channels)
     D_partial, bias_partial = (launch.new(x, batch, segments, channels) for _ in range(2))
@@ -167,7 +167,7 @@ def _backward(y_gradient: Tensor, final_gradient: Tensor, *operands: Any) -> tup
         B_gradient.contiguous(),
         C_gradient.contiguous(),
         D_partial.sum((0, 1)).to(D_dtype),
-        x.new_empty(0) if z is None else gradients[2],
+        x.new_empty(0) if gradients[2] is None else gradients[2],
         x.new_empty(0) if bias is None else bias_partial.sum((0, 1)).to(bias.dtype),
         initial_gradient.transpose(1, 2),
     )
