@@ -175,18 +175,20 @@ def choose(
     Raises:
         UserError: no such back end, or it does not compute on such tensors or on this machine.
     """
-    name = _choose(operation, device, dtype, forced, size)
-    return name, getattr(_loaded, f"{operation}_{name}")
+    if torch.compiler.is_compiling():
+        name = _name(operation, device, dtype, forced, size)
+        return name, getattr(_loaded, f"{operation}_{name}")
+    return find(operation, device, dtype, forced, size)
 
 
 @torch.compiler.assume_constant_result  # what traces a caller asks once, and goes on in the back end
-def _choose(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> str:
-    return choose_name(operation, device, dtype, forced, size)
+def _name(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> str:
+    return find(operation, device, dtype, forced, size)[0]
 
 
 @cache
-def choose_name(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> str:
-    """See ``choose``: the name of a back end, which is loaded."""
+def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> tuple[str, Callable[..., Any]]:
+    """See ``choose``, which does not search twice."""
     table = BACKENDS[operation]
     if forced not in ("auto", *NAMES):
         raise UserError(f"{operation} has no back end {forced!r}: choose auto or one of {', '.join(table)}")
@@ -202,13 +204,14 @@ def choose_name(operation: str, device: str, dtype: torch.dtype, forced: str, si
         if fault is None:
             return _load(operation, name)
         if backend.gain:
-            warnings.warn(f"{fault}; {backend.gain}", stacklevel=4)
+            warnings.warn(f"{fault}; {backend.gain}", stacklevel=3)
     raise UserError(f"{operation} does not take {dtype} tensors on a {device} device: use fp32 or bf16")
 
 
-def _load(operation: str, name: str) -> str:
-    setattr(_loaded, f"{operation}_{name}", _named(f"moe_mamba::{operation}", BACKENDS[operation][name].load()))
-    return name
+def _load(operation: str, name: str) -> tuple[str, Callable[..., Any]]:
+    function = _named(f"moe_mamba::{operation}", BACKENDS[operation][name].load())
+    setattr(_loaded, f"{operation}_{name}", function)
+    return name, function
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
