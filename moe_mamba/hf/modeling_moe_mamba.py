@@ -262,6 +262,7 @@ def plain_causal_conv(
 # The convolution as shifted multiply-adds with its own backward, which keeps nothing but the inputs.
 
 
+@torch.no_grad()
 def plain_causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
     work = torch.promote_types(x.dtype, torch.float32)
@@ -349,6 +350,7 @@ def plain_selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
 # The recurrence in plain torch with its own backward: the back end that trains on CPUs.
 
 
+@torch.no_grad()
 def plain_selective_scan_step(
     x: Tensor,
     delta: Tensor,
@@ -429,7 +431,6 @@ class Plain:
         return y, _final_state(x, document_starts, initial_state)
 
     @staticmethod
-    @torch.no_grad()
     def causal_conv_step(
         x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
@@ -490,7 +491,6 @@ class Plain:
         return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
     @staticmethod
-    @torch.no_grad()
     def selective_scan_step(
         x: Tensor,
         delta: Tensor,

@@ -4,13 +4,12 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import requirements
@@ -178,7 +177,14 @@ def choose(
     if torch.compiler.is_compiling():
         name = _name(operation, device, dtype, forced, size)
         return name, getattr(_loaded, f"{operation}_{name}")
-    return find(operation, device, dtype, forced, size)
+    name, function = find(operation, device, dtype, forced, size)
+    return name, partial(_recorded, operation, function) if torch.autograd._profiler_enabled() else function
+
+
+def _recorded(operation: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function under a name that the profiler shows, as it does an operator's."""
+    with torch.profiler.record_function(f"moe_mamba::{operation}"):
+        return function(*arguments)
 
 
 @torch.compiler.assume_constant_result  # what traces a caller asks once, and goes on in the back end
@@ -209,23 +215,9 @@ def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int
 
 
 def _load(operation: str, name: str) -> tuple[str, Callable[..., Any]]:
-    function = _named(f"moe_mamba::{operation}", BACKENDS[operation][name].load())
+    function = BACKENDS[operation][name].load()
     setattr(_loaded, f"{operation}_{name}", function)
     return name, function
-
-
-def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under a name that a profiler shows, as it does an operator's."""
-    if isinstance(function, OpOverload):
-        return function
-
-    def run(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
-            return function(*arguments)
-        with torch.profiler.record_function(name):
-            return function(*arguments)
-
-    return run
 
 
 def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int) -> str | None:

@@ -28,7 +28,9 @@ Keep = Callable[[Any, tuple[Any, ...], Any], None]
 """(ctx, inputs, output): saves on ctx what the gradient needs."""
 
 
-def define(schema: str, run: Callable[..., Any], fake: Fake, key: str = ANY_DEVICE) -> Operator:
+def define(
+    schema: str, run: Callable[..., Any], fake: Fake, key: str = ANY_DEVICE, is_constant: bool = False
+) -> Operator:
     """Make the operator of a schema.
 
     Args:
@@ -36,10 +38,14 @@ def define(schema: str, run: Callable[..., Any], fake: Fake, key: str = ANY_DEVI
         run: computes it, from the schema's arguments by position.
         fake: makes its outputs of the same arguments, without looking at values.
         key: dispatch key of the devices that ``run`` computes on, such as ``CPU``.
+        is_constant: no gradient flows: outputs never require one, and calls do not pass by autograd. Without it, and
+            without ``differentiate``, torch warns where a gradient would be needed.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, key)
+    if is_constant:
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -184,6 +184,12 @@ def test_a_second_derivative_is_an_error(name: str, make: Callable[[bool], list[
         gradients[0].square().sum().backward()
 
 
+@pytest.mark.parametrize(("name", "make"), [case for case in CASES if "step" in str(case.values[0])])
+def test_no_gradient_flows_through_a_step(name: str, make: Callable[[bool], list[Any]]) -> None:
+    outputs = outputs_of(operator(name), [one.requires_grad_() for one in make(True)])
+    assert not any(one.requires_grad for one in outputs)
+
+
 @pytest.mark.parametrize(("name", "make"), DIFFERENTIABLE)
 def test_gradients_have_the_layout_of_their_fakes(name: str, make: Callable[[bool], list[Any]]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -54,7 +54,6 @@ class Plain:
         return y, _final_state(x, document_starts, initial_state)
 
     @staticmethod
-    @torch.no_grad()
     def causal_conv_step(
         x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
@@ -115,7 +114,6 @@ class Plain:
         return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
     @staticmethod
-    @torch.no_grad()
     def selective_scan_step(
         x: Tensor,
         delta: Tensor,

@@ -40,7 +40,7 @@ def define_conv(
 def define_step(name: str, run: Callable[..., Any], key: str = operators.ANY_DEVICE) -> Callable[..., Any]:
     """Make the operator of a step, (x, weight, bias, state) -> y and the new state; it has no gradient."""
     schema = f"{name}(Tensor x, Tensor weight, Tensor bias, Tensor state) -> (Tensor y, Tensor new_state)"
-    return operators.define(schema, run, _step_fake, key)
+    return operators.define(schema, run, _step_fake, key, True)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:

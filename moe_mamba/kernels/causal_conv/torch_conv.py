@@ -13,6 +13,7 @@ from moe_mamba.kernels.causal_conv.operator import define_conv
 BLOCK = 1 << 18  # elements of x that a thread works on at once
 
 
+@torch.no_grad()
 def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
     work = torch.promote_types(x.dtype, torch.float32)

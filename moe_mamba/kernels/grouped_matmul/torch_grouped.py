@@ -109,7 +109,10 @@ _product = operators.define(
     "grouped_matmul_torch(Tensor x, Tensor weight, Tensor counts) -> Tensor", _by_offsets, _product_fake
 )
 _product_by_group = operators.define(
-    "grouped_matmul_torch_by_group(Tensor x, Tensor weight, Tensor counts) -> Tensor", _by_group, _product_fake
+    "grouped_matmul_torch_by_group(Tensor x, Tensor weight, Tensor counts) -> Tensor",
+    _by_group,
+    _product_fake,
+    is_constant=True,
 )
 _gradient_of_x = operators.define(
     "grouped_matmul_torch_backward_x(Tensor gradient, Tensor weight, Tensor counts) -> Tensor",

@@ -83,7 +83,7 @@ def define_scan(
 def define_step(name: str, run: Callable[..., Any], fake: operators.Fake, key: str = operators.ANY_DEVICE) -> Any:
     """Make the operator of a step, (operands, z, delta_bias, state) -> y and the new state; it has no gradient."""
     operands = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor? delta_bias"
-    return operators.define(f"{name}({operands}, Tensor state) -> (Tensor y, Tensor new_state)", run, fake, key)
+    return operators.define(f"{name}({operands}, Tensor state) -> (Tensor y, Tensor new_state)", run, fake, key, True)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

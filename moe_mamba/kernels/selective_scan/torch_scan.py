@@ -28,6 +28,7 @@ CHUNK = 16  # time steps from one kept state to the next
 BLOCK = 32768  # elements of the states of one time step that a thread works on at once
 
 
+@torch.no_grad()
 def selective_scan_step(
     x: Tensor,
     delta: Tensor,
