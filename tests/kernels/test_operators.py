@@ -160,7 +160,7 @@ def test_every_operator_is_tested_here() -> None:
     assert {re.sub(r"_backward(_x|_weight)?$", "", name) for name in defined()} <= tested
 
 
-@pytest.mark.parametrize("is_full", [True, False])
+@pytest.mark.parametrize("is_full", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "make"), CASES)
 def test_torch_finds_no_fault_with_it(name: str, make: Callable[[bool], list[Any]], is_full: bool) -> None:
     """Its fake gives the outputs' shapes, dtypes and strides; it returns no alias; it traces, with its gradient."""
