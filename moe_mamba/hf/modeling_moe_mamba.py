@@ -262,6 +262,7 @@ def plain_causal_conv(
 # The convolution as shifted multiply-adds with its own backward, which keeps nothing but the inputs.
 
 
+@torch.no_grad()
 def plain_causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
     work = torch.promote_types(x.dtype, torch.float32)
@@ -349,6 +350,7 @@ def plain_selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
 # The recurrence in plain torch with its own backward: the back end that trains on CPUs.
 
 
+@torch.no_grad()
 def plain_selective_scan_step(
     x: Tensor,
     delta: Tensor,
@@ -400,8 +402,9 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 # The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
 #
 # The plain ones compute what the reference versions define; ``backend`` is not looked at. What traces a graph (compile,
-# export) gets them too, since it cannot see into compiled kernels. Under autocast an operation computes as it would
-# without: its inputs have the dtype that the products before it gave them, and experts' products are cast here.
+# export) gets the package's as operators: what was exported with them runs only beside the package. Under autocast an
+# operation computes as it would without: its inputs have the dtype that the products before it gave them, and experts'
+# products are cast here.
 
 
 class Plain:
@@ -428,7 +431,6 @@ class Plain:
         return y, _final_state(x, document_starts, initial_state)
 
     @staticmethod
-    @torch.no_grad()
     def causal_conv_step(
         x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
@@ -489,7 +491,6 @@ class Plain:
         return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
     @staticmethod
-    @torch.no_grad()
     def selective_scan_step(
         x: Tensor,
         delta: Tensor,
@@ -513,12 +514,11 @@ except ImportError:
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    """The operation of this name: ``operations`` has it, or ``Plain`` for what traces a graph."""
+    """The operation of this name, from ``operations``."""
 
     @without_autocast
     def run(*args: Any, **kwargs: Any) -> Any:
-        chosen = Plain if torch.compiler.is_compiling() else operations
-        return getattr(chosen, name)(*args, **kwargs)
+        return getattr(operations, name)(*args, **kwargs)
 
     return run
 

@@ -4,8 +4,9 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,7 +152,10 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 }
 
 
-@cache
+_loaded = SimpleNamespace()
+"""``operation_name`` -> function of the back ends that were chosen; attributes, which what traces a caller can read."""
+
+
 def choose(
     operation: str, device: str, dtype: torch.dtype, forced: str = "auto", size: int = 0
 ) -> tuple[str, Callable[..., Any]]:
@@ -170,23 +174,50 @@ def choose(
     Raises:
         UserError: no such back end, or it does not compute on such tensors or on this machine.
     """
+    if torch.compiler.is_compiling():
+        name = _name(operation, device, dtype, forced, size)
+        return name, getattr(_loaded, f"{operation}_{name}")
+    name, function = find(operation, device, dtype, forced, size)
+    return name, partial(_recorded, operation, function) if torch.autograd._profiler_enabled() else function
+
+
+def _recorded(operation: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function under a name that the profiler shows, as it does an operator's."""
+    with torch.profiler.record_function(f"moe_mamba::{operation}"):
+        return function(*arguments)
+
+
+@torch.compiler.assume_constant_result  # what traces a caller asks once, and goes on in the back end
+def _name(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> str:
+    return find(operation, device, dtype, forced, size)[0]
+
+
+@cache
+def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int) -> tuple[str, Callable[..., Any]]:
+    """See ``choose``, which does not search twice."""
     table = BACKENDS[operation]
     if forced not in ("auto", *NAMES):
         raise UserError(f"{operation} has no back end {forced!r}: choose auto or one of {', '.join(table)}")
     if forced in table:
         if fault := _fault(operation, forced, device, dtype, size):
             raise UserError(fault)
-        return forced, table[forced].load()
+        return _load(operation, forced)
     for name, backend in table.items():
         is_wrong = is_interpreted() and backend.device not in (None, device)  # the interpreter is for who asks for it
         if is_wrong or not backend.is_automatic or not backend.takes(device, dtype):
             continue
         fault = _fault(operation, name, device, dtype, size)
         if fault is None:
-            return name, backend.load()
+            return _load(operation, name)
         if backend.gain:
-            warnings.warn(f"{fault}; {backend.gain}", stacklevel=2)
+            warnings.warn(f"{fault}; {backend.gain}", stacklevel=3)
     raise UserError(f"{operation} does not take {dtype} tensors on a {device} device: use fp32 or bf16")
+
+
+def _load(operation: str, name: str) -> tuple[str, Callable[..., Any]]:
+    function = BACKENDS[operation][name].load()
+    setattr(_loaded, f"{operation}_{name}", function)
+    return name, function
 
 
 def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int) -> str | None:

@@ -9,14 +9,14 @@ import torch
 from moe_mamba.config import RunConfig
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import requirements
-from moe_mamba.kernels.backends import BACKENDS, NAMES, SIZES, Backend, choose
+from moe_mamba.kernels.backends import BACKENDS, NAMES, SIZES, Backend, choose, find
 
 
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
-    choose.cache_clear()
+    find.cache_clear()
     yield
-    choose.cache_clear()
+    find.cache_clear()
     for requirement in (requirements.triton, requirements.mamba_ssm, requirements.causal_conv1d):
         requirement.cache_clear()
 

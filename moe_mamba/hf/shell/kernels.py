@@ -1,8 +1,9 @@
 """The operations with the signatures of ``moe_mamba.kernels``: that package's where it is installed, else plain torch.
 
 The plain ones compute what the reference versions define; ``backend`` is not looked at. What traces a graph (compile,
-export) gets them too, since it cannot see into compiled kernels. Under autocast an operation computes as it would
-without: its inputs have the dtype that the products before it gave them, and experts' products are cast here.
+export) gets the package's as operators: what was exported with them runs only beside the package. Under autocast an
+operation computes as it would without: its inputs have the dtype that the products before it gave them, and experts'
+products are cast here.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,6 @@ class Plain:
         return y, _final_state(x, document_starts, initial_state)
 
     @staticmethod
-    @torch.no_grad()
     def causal_conv_step(
         x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,6 @@ class Plain:
         return plain_selective_scan(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
     @staticmethod
-    @torch.no_grad()
     def selective_scan_step(
         x: Tensor,
         delta: Tensor,
@@ -138,12 +137,11 @@ except ImportError:
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    """The operation of this name: ``operations`` has it, or ``Plain`` for what traces a graph."""
+    """The operation of this name, from ``operations``."""
 
     @without_autocast
     def run(*args: Any, **kwargs: Any) -> Any:
-        chosen = Plain if torch.compiler.is_compiling() else operations
-        return getattr(chosen, name)(*args, **kwargs)
+        return getattr(operations, name)(*args, **kwargs)
 
     return run
 

@@ -4,12 +4,11 @@
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_mamba.kernels import operators
 from moe_mamba.kernels.activation import KINDS
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
@@ -72,42 +71,42 @@ def _backward_kernel(hidden, incoming, gradient, hidden_row, incoming_row, width
     tl.store(gradient, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-@torch.compiler.disable
-def activation(hidden: Tensor, kind: str) -> Tensor:
-    """See ``moe_mamba.kernels.activation``; computes in fp32."""
-    return _Activation.apply(hidden, kind)
+def _forward(hidden: Tensor, kind: str) -> Tensor:
+    out, rows = _fake(hidden, kind), _rows(hidden)
+    width = out.shape[-1]
+    block = min(BLOCK, next_power_of_2(width))
+    if out.numel():
+        with on_device(hidden):
+            _forward_kernel[(rows.shape[0] * ceil_divide(width, block),)](
+                rows, out, rows.stride(0), width, KIND=kind, BLOCK=block
+            )
+    return out
 
 
-class _Activation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, kind: str) -> Tensor:
-        rows = _rows(hidden)
-        ctx.save_for_backward(rows)
-        ctx.kind, ctx.shape = kind, hidden.shape
-        width = rows.shape[1] // 2 if kind == "swiglu" else rows.shape[1]
-        out = hidden.new_empty(*hidden.shape[:-1], width)
-        block = min(BLOCK, next_power_of_2(width))
-        if out.numel():
-            with on_device(hidden):
-                _forward_kernel[(rows.shape[0] * ceil_divide(width, block),)](
-                    rows, out, rows.stride(0), width, KIND=kind, BLOCK=block
-                )
-        return out
+def _fake(hidden: Tensor, kind: str) -> Tensor:
+    width = hidden.shape[-1] // 2 if kind == "swiglu" else hidden.shape[-1]
+    return hidden.new_empty(*hidden.shape[:-1], width)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        incoming = _rows(incoming)
-        gradient = rows.new_empty(ctx.shape)
-        width = incoming.shape[1]
-        block = min(BLOCK, next_power_of_2(width))
-        if incoming.numel():
-            with on_device(rows):
-                _backward_kernel[(rows.shape[0] * ceil_divide(width, block),)](
-                    rows, incoming, gradient, rows.stride(0), incoming.stride(0), width, KIND=ctx.kind, BLOCK=block
-                )
-        return gradient, None
+
+def _backward(incoming: Tensor, hidden: Tensor, kind: str) -> Tensor:
+    gradient, rows, incoming = hidden.new_empty(hidden.shape), _rows(hidden), _rows(incoming)
+    width = incoming.shape[1]
+    block = min(BLOCK, next_power_of_2(width))
+    if incoming.numel():
+        with on_device(rows):
+            _backward_kernel[(rows.shape[0] * ceil_divide(width, block),)](
+                rows, incoming, gradient, rows.stride(0), incoming.stride(0), width, KIND=kind, BLOCK=block
+            )
+    return gradient
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    hidden, ctx.kind = inputs
+    ctx.save_for_backward(hidden)
+
+
+def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor, None]:
+    return _gradient_of(incoming, *ctx.saved_tensors, ctx.kind), None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -115,6 +114,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return unit_stride(
         tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     )
+
+
+activation = operators.define("activation_triton(Tensor hidden, str kind) -> Tensor", _forward, _fake)
+"""See ``moe_mamba.kernels.activation``; computes in fp32."""
+_gradient_of = operators.define(
+    "activation_triton_backward(Tensor incoming, Tensor hidden, str kind) -> Tensor",
+    _backward,
+    lambda incoming, hidden, kind: hidden.new_empty(hidden.shape),
+)
+operators.differentiate(activation, _keep, _gradients, _gradient_of)
 
 
 def specimens() -> list[Specimen]:

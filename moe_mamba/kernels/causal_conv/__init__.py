@@ -68,7 +68,6 @@ def causal_conv(
     return function(x, weight, bias, document_starts, initial_state), _final_state(x, document_starts, initial_state)
 
 
-@torch.no_grad()
 def causal_conv_step(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from moe_mamba.kernels.causal_conv.operator import define_step
 from moe_mamba.kernels.extension import TYPES, Strided, library, rows
 from moe_mamba.kernels.launch import dense, unit_stride
 
@@ -19,9 +20,7 @@ class _ConvStep(ctypes.Structure):
     )
 
 
-@torch.compiler.disable
-def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
+def _step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     (batch, channels), width = x.shape, weight.shape[1]
     x, state, weight, bias = unit_stride(x), unit_stride(state), dense(weight, x.dtype), dense(bias, x.dtype)
     y, new_state = x.new_empty(batch, channels), x.new_empty(batch, width - 1, channels)
@@ -32,3 +31,7 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> 
     )  # fmt: skip
     library().causal_conv_step(ctypes.byref(step))
     return y, new_state
+
+
+causal_conv_step = define_step("causal_conv_step_cpu", _step, "CPU")
+"""See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""

@@ -4,23 +4,16 @@ Batch rows are worked on one after another on a CPU, so that the passes over a r
 half the time of ``torch.nn.functional.conv1d``, which also wants the channels before the length.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe_mamba.kernels.causal_conv.operator import define_conv
 
 BLOCK = 1 << 18  # elements of x that a thread works on at once
 
 
-def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
-) -> Tensor:
-    """See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp64 for fp64 inputs, else in fp32."""
-    return _CausalConv.apply(x, weight, bias, initial_state, document_starts)
-
-
+@torch.no_grad()
 def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.causal_conv_step``; computes in fp64 for fp64 inputs, else in fp32."""
     work = torch.promote_types(x.dtype, torch.float32)
@@ -31,48 +24,42 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> 
     return F.silu(out).to(x.dtype), window[:, 1:]
 
 
-class _CausalConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, document_starts: Tensor | None
-    ) -> Tensor:
-        taps, bias_work, masks = _operands(weight, bias, document_starts)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for rows in _blocks(x):
-            past = _past(x, initial_state, rows, taps.dtype)
-            y[rows] = F.silu(_convolve(past, taps, bias_work, [mask[rows] for mask in masks]), inplace=True)
-        ctx.save_for_backward(x, weight, bias, initial_state, document_starts)
-        return y
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor) -> Tensor:
+    taps, bias, masks = _operands(weight, bias, document_starts)
+    y = x.new_empty(x.shape)
+    for rows in _blocks(x):
+        past = _past(x, initial_state, rows, taps.dtype)
+        y[rows] = F.silu(_convolve(past, taps, bias, [mask[rows] for mask in masks]), inplace=True)
+    return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, initial_state, document_starts = ctx.saved_tensors
-        taps, bias_work, masks = _operands(weight, bias, document_starts)
-        width, length = taps.shape[0], x.shape[1]
-        x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-        state_gradient = torch.empty_like(initial_state)
-        # one sum a batch row, so that the number of threads, by which rows form blocks, does not change the total
-        sums = taps.new_empty(width + 1, x.shape[0], x.shape[2])  # of the taps, the present first, then of the bias
-        for rows in _blocks(x):
-            past = _past(x, initial_state, rows, taps.dtype)
-            row_masks = [mask[rows] for mask in masks]
-            out = _convolve(past, taps, bias_work, row_masks)  # (rows, length, channels)
-            gradient = torch.ops.aten.silu_backward(y_gradient[rows].to(taps.dtype), out)
-            sums[width, rows] = gradient.sum(1)
-            past_gradient = torch.zeros_like(past)
-            for back in range(width):
-                window = slice(width - 1 - back, width - 1 - back + length)
-                tap, seen = past[:, window], gradient
-                if back and row_masks:
-                    tap, seen = _hide(tap, row_masks[back - 1]), _hide(seen, row_masks[back - 1])
-                sums[back, rows] = (seen * tap).sum(1)
-                past_gradient[:, window].addcmul_(seen, taps[back])
-            x_gradient[rows] = past_gradient[:, width - 1 :]
-            state_gradient[rows] = past_gradient[:, : width - 1]
-        total = sums.sum(1)
-        weight_gradient = total[:width].flip(0).t()
-        return x_gradient, weight_gradient.to(weight.dtype), total[width].to(bias.dtype), state_gradient, None
+
+def _backward(
+    y_gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> tuple[Tensor, ...]:
+    taps, bias_work, masks = _operands(weight, bias, document_starts)
+    width, length = taps.shape[0], x.shape[1]
+    x_gradient, state_gradient = x.new_empty(x.shape), x.new_empty(initial_state.shape)
+    # one sum a batch row, so that the number of threads, by which rows form blocks, does not change the total
+    sums = taps.new_empty(width + 1, x.shape[0], x.shape[2])  # of the taps, the present first, then of the bias
+    for rows in _blocks(x):
+        past = _past(x, initial_state, rows, taps.dtype)
+        row_masks = [mask[rows] for mask in masks]
+        out = _convolve(past, taps, bias_work, row_masks)  # (rows, length, channels)
+        gradient = torch.ops.aten.silu_backward(y_gradient[rows].to(taps.dtype), out)
+        sums[width, rows] = gradient.sum(1)
+        past_gradient = torch.zeros_like(past)
+        for back in range(width):
+            window = slice(width - 1 - back, width - 1 - back + length)
+            tap, seen = past[:, window], gradient
+            if back and row_masks:
+                tap, seen = _hide(tap, row_masks[back - 1]), _hide(seen, row_masks[back - 1])
+            sums[back, rows] = (seen * tap).sum(1)
+            past_gradient[:, window].addcmul_(seen, taps[back])
+        x_gradient[rows] = past_gradient[:, width - 1 :]
+        state_gradient[rows] = past_gradient[:, : width - 1]
+    total = sums.sum(1)
+    weight_gradient = total[:width].flip(0).t()
+    return x_gradient, weight_gradient.to(weight.dtype), total[width].to(bias.dtype), state_gradient
 
 
 def _operands(weight: Tensor, bias: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -127,3 +114,7 @@ def _hide(inputs: Tensor, mask: Tensor) -> Tensor:
     positions = mask.flatten().nonzero().squeeze(1)
     copy = inputs.clone(memory_format=torch.contiguous_format)
     return copy.view(-1, inputs.shape[2]).index_fill_(0, positions, 0).view(inputs.shape)
+
+
+causal_conv = define_conv("causal_conv_torch", _forward, _backward)
+"""See ``moe_mamba.kernels.causal_conv``, less its final state; computes in fp64 for fp64 inputs, else in fp32."""

@@ -10,14 +10,12 @@ and bias are sums over a program's chunk, and torch adds the chunks up, always i
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 # ruff: noqa: RUF005  (Triton's tuples are joined by +)
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_mamba.kernels.causal_conv.operator import define_conv, define_step
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 
@@ -238,15 +236,7 @@ def _step_kernel(x, weight, bias, state, y, new_state, channels, x_row, state_ba
     tl.store(y + batch * channels + columns, (out / (1 + tl.exp(-out))).to(y.dtype.element_ty), mask=inside)
 
 
-@torch.compiler.disable
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, initial_state: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.causal_conv``, less its final state; widths 2 to 4, computes in fp32."""
-    return _CausalConv.apply(x, weight, bias, initial_state, starts)
-
-
-@torch.compiler.disable
-def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.causal_conv_step``."""
+def _step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels = x.shape
     width = weight.shape[1]
     x, state = unit_stride(x), unit_stride(state)
@@ -260,44 +250,46 @@ def causal_conv_step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> 
     return y, new_state
 
 
-class _CausalConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor, starts: Tensor | None
-    ) -> Tensor:
-        x, state = unit_stride(x), unit_stride(initial_state)
-        weight, bias = weight.contiguous(), bias.contiguous()
-        starts = starts if starts is None else starts.contiguous()
-        ctx.save_for_backward(x, weight, bias, state, starts)
-        batch, length, channels = x.shape
-        y = x.new_empty(batch, length, channels)
-        programs, rows, block = _grid(x, FORWARD_ROWS)
-        with on_device(x):
-            _forward_kernel[(programs,)](
-                x, weight, bias, x if starts is None else starts, state, y, length, channels, rows,
-                *x.stride()[:2], *state.stride()[:2],
-                WIDTH=weight.shape[1], HAS_STARTS=starts is not None, UNROLL=UNROLL, BLOCK=block, num_warps=1,
-            )  # fmt: skip
-        return y
+def _inputs(
+    x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> tuple[Tensor, ...]:
+    """The operands as the kernels take them; without starts something else in their place, which is not read."""
+    x = unit_stride(x)
+    starts = x if document_starts is None else document_starts.contiguous()
+    return x, weight.contiguous(), bias.contiguous(), starts, unit_stride(initial_state)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, state, starts = ctx.saved_tensors
-        y_gradient = unit_stride(y_gradient)
-        (batch, length, channels), width = x.shape, weight.shape[1]
-        x_gradient, state_gradient = x.new_empty(x.shape), x.new_empty(state.shape)
-        programs, rows, block = _grid(x, BACKWARD_ROWS)
-        sums = x.new_empty(batch * ceil_divide(length, rows), width + 1, channels, dtype=torch.float32)
-        with on_device(x):
-            _backward_kernel[(programs,)](
-                x, weight, bias, x if starts is None else starts, state, y_gradient, x_gradient, state_gradient, sums,
-                length, channels, rows, *x.stride()[:2], *state.stride()[:2], *y_gradient.stride()[:2],
-                WIDTH=width, HAS_STARTS=starts is not None, UNROLL=UNROLL, BLOCK=block, num_warps=1,
-            )  # fmt: skip
-        total = sums.sum(0)  # (width + 1, channels): bias, then the taps, the present first
-        weight_gradient = total[1:].flip(0).t().to(weight.dtype)
-        return x_gradient, weight_gradient, total[0].to(bias.dtype), state_gradient, None
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor) -> Tensor:
+    x, weight, bias, starts, state = _inputs(x, weight, bias, document_starts, initial_state)
+    _, length, channels = x.shape
+    y = x.new_empty(x.shape)
+    programs, rows, block = _grid(x, FORWARD_ROWS)
+    with on_device(x):
+        _forward_kernel[(programs,)](
+            x, weight, bias, starts, state, y, length, channels, rows, *x.stride()[:2], *state.stride()[:2],
+            WIDTH=weight.shape[1], HAS_STARTS=document_starts is not None, UNROLL=UNROLL, BLOCK=block, num_warps=1,
+        )  # fmt: skip
+    return y
+
+
+def _backward(
+    y_gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, document_starts: Tensor | None, initial_state: Tensor
+) -> tuple[Tensor, ...]:
+    x, weight, bias, starts, state = _inputs(x, weight, bias, document_starts, initial_state)
+    y_gradient = unit_stride(y_gradient)
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    x_gradient, state_gradient = x.new_empty(x.shape), x.new_empty(state.shape)
+    programs, rows, block = _grid(x, BACKWARD_ROWS)
+    sums = x.new_empty(batch * ceil_divide(length, rows), width + 1, channels, dtype=torch.float32)
+    with on_device(x):
+        _backward_kernel[(programs,)](
+            x, weight, bias, starts, state, y_gradient, x_gradient, state_gradient, sums,
+            length, channels, rows, *x.stride()[:2], *state.stride()[:2], *y_gradient.stride()[:2],
+            WIDTH=width, HAS_STARTS=document_starts is not None, UNROLL=UNROLL, BLOCK=block, num_warps=1,
+        )  # fmt: skip
+    total = sums.sum(0)  # (width + 1, channels): bias, then the taps, the present first
+    weight_gradient = total[1:].flip(0).t().to(weight.dtype)
+    return x_gradient, weight_gradient, total[0].to(bias.dtype), state_gradient
 
 
 def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
@@ -309,6 +301,12 @@ def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
     while rows > SMALLEST_ROWS and batch * columns * ceil_divide(length, rows) < PROGRAMS:
         rows = UNROLL * ceil_divide(rows // 2, UNROLL)
     return batch * columns * ceil_divide(length, rows), rows, block
+
+
+causal_conv = define_conv("causal_conv_triton", _forward, _backward)
+"""See ``moe_mamba.kernels.causal_conv``, less its final state; widths 2 to 4, computes in fp32."""
+causal_conv_step = define_step("causal_conv_step_triton", _step)
+"""See ``moe_mamba.kernels.causal_conv_step``."""
 
 
 def specimens() -> list[Specimen]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_mamba.kernels import operators
 from moe_mamba.kernels.cross_entropy import IGNORED, Reduce
 
 Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -17,6 +18,27 @@ Gradient = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 A log of infinity marks a token that does not count; its gradient is 0, whatever its logits are.
 """
+
+
+def define_parts(backend: str, statistics: Statistics, gradient: Gradient) -> tuple[Statistics, Gradient]:
+    """A back end's two parts as operators; what stands between them may talk to other ranks, and is in no operator."""
+    return (
+        operators.define(
+            f"cross_entropy_{backend}(Tensor logits, Tensor local) -> (Tensor largest, Tensor total, Tensor predicted)",
+            statistics,
+            _statistics_fake,
+        ),
+        operators.define(
+            f"cross_entropy_{backend}_backward(Tensor logits, Tensor local, Tensor log_sum, Tensor incoming) -> Tensor",
+            gradient,
+            lambda logits, local, log_sum, incoming: logits.new_empty(logits.shape),
+        ),
+    )
+
+
+def _statistics_fake(logits: Tensor, local: Tensor) -> tuple[Tensor, ...]:
+    work = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty(logits.shape[0], dtype=work) for _ in range(3))
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.cross_entropy import Reduce
-from moe_mamba.kernels.cross_entropy.function import CrossEntropy
+from moe_mamba.kernels.cross_entropy.function import CrossEntropy, define_parts
 
 CHUNK = 1 << 19  # logits of a chunk: 2 MiB in fp32, which stay in a CPU's cache
 ON_ACCELERATOR = 16  # times as many there, where small kernels wait for their launch
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None) -> Tensor:
-    """See ``moe_mamba.kernels.cross_entropy``."""
-    return CrossEntropy.apply(logits, targets, first, reduce, _statistics, _gradient)
 
 
 def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +26,7 @@ def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gradient(logits: Tensor, local: Tensor, log_sum: Tensor, incoming: Tensor) -> Tensor:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = logits.new_empty(logits.shape)
     is_inside = (local >= 0) & (local < logits.shape[1])
     place = local.masked_fill(~is_inside, 0)[:, None]
     one = is_inside.to(log_sum.dtype)[:, None].neg()
@@ -58,3 +53,11 @@ def _chunks(logits: Tensor, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]
     for start in range(0, tokens, max(count, 1)):
         chunk = slice(start, min(start + count, tokens))
         yield chunk, buffer[: chunk.stop - start]
+
+
+statistics, gradient = define_parts("torch", _statistics, _gradient)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None) -> Tensor:
+    """See ``moe_mamba.kernels.cross_entropy``."""
+    return CrossEntropy.apply(logits, targets, first, reduce, statistics, gradient)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.cross_entropy import Reduce
-from moe_mamba.kernels.cross_entropy.function import CrossEntropy
+from moe_mamba.kernels.cross_entropy.function import CrossEntropy, define_parts
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 
 BLOCK = 4096  # logits that a program holds at once
@@ -51,16 +51,10 @@ def _gradient_kernel(logits, local, log_sum, incoming, gradient, logits_row, row
     tl.store(gradient + token * rows + columns, share.to(gradient.dtype.element_ty), mask=columns < rows)
 
 
-@torch.compiler.disable
-def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None) -> Tensor:
-    """See ``moe_mamba.kernels.cross_entropy``."""
-    return CrossEntropy.apply(logits, targets, first, reduce, _statistics, _gradient)
-
-
 def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = unit_stride(logits)
     tokens, rows = logits.shape
-    largest, total, predicted = logits.new_empty(3, tokens, dtype=torch.float32)
+    largest, total, predicted = (logits.new_empty(tokens, dtype=torch.float32) for _ in range(3))
     block = min(BLOCK, next_power_of_2(rows))
     if tokens:
         with on_device(logits):
@@ -85,6 +79,14 @@ def _gradient(logits: Tensor, local: Tensor, log_sum: Tensor, incoming: Tensor) 
 
 def _warps(block: int) -> int:
     return max(1, block * WARPS // BLOCK)
+
+
+statistics, gradient = define_parts("triton", _statistics, _gradient)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None) -> Tensor:
+    """See ``moe_mamba.kernels.cross_entropy``."""
+    return CrossEntropy.apply(logits, targets, first, reduce, statistics, gradient)
 
 
 def specimens() -> list[Specimen]:

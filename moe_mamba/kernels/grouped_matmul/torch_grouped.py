@@ -18,18 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_mamba.kernels import operators
+
 ALIGNMENT = 16  # bytes
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
-    if capacity is None:
-        is_plain = x.device.type == "cpu" and not torch.is_grad_enabled()
-        return _by_group(x, weight, counts) if is_plain else _by_offsets(x, weight, counts)
-    return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
+    if capacity is not None:
+        return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
+    is_plain = x.device.type == "cpu" and not torch.is_grad_enabled()
+    return _product_by_group(x, weight, counts) if is_plain else _product(x, weight, counts)
 
 
-@torch.compiler.disable  # the counts decide on the products
 def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One product for each group that has rows: the few tokens of a step of generation go to a few of the experts."""
     y = x.new_empty(len(x), weight.shape[2])
@@ -41,36 +42,86 @@ def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.compiler.disable  # it knows only shapes of bf16 products (torch 2.13), and breaks at every address
 def _by_offsets(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    out = weight.shape[2]
-    multiple = ALIGNMENT // x.element_size()
-    pad_in, pad_out = -x.shape[1] % multiple, -out % multiple
-    if pad_in or pad_out:
-        x, weight = F.pad(x, (0, pad_in)), F.pad(weight, (0, pad_out, 0, pad_in))
-    offsets = counts.cumsum(0, dtype=torch.int32)  # end of each group
-    y = F.grouped_mm(_aligned(x), _aligned(weight), offs=offsets)
-    return _AlignedGradient.apply(y)[:, :out]
+    y = F.grouped_mm(_aligned(_padded(x)), _aligned(_padded(weight, 1)), offs=_offsets(counts))
+    return _cropped(y, weight.shape[2])
+
+
+def _x_gradient(gradient: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of the rows, by transposed views of the matrices as they lie."""
+    x_gradient = F.grouped_mm(
+        _aligned(_padded(gradient)), _aligned(_padded(weight, 1)).transpose(1, 2), offs=_offsets(counts)
+    )
+    return _cropped(x_gradient, weight.shape[1])
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of the matrices, (groups, in, out)."""
+    made = F.grouped_mm(_aligned(_padded(x)).t(), _aligned(_padded(gradient)), offs=_offsets(counts))
+    return _cropped(made[:, : x.shape[1]], gradient.shape[1])
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """The end of each group."""
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def _padded(tensor: Tensor, leading: int = 0) -> Tensor:
+    """With zeros up to a multiple of 16 bytes along the last dimension, and as many dimensions before it."""
+    multiple = ALIGNMENT // tensor.element_size()
+    padding = [amount for size in tensor.shape[: -2 - leading : -1] for amount in (0, -size % multiple)]
+    return F.pad(tensor, padding) if any(padding) else tensor
+
+
+def _cropped(tensor: Tensor, columns: int) -> Tensor:
+    """The tensor itself, or a copy of its first columns."""
+    return tensor[..., :columns].contiguous()
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, from an address that is a multiple of 16 bytes; the storage's own is one."""
+    if tensor.numel() == 0:  # may be expanded, and counts as contiguous
+        return tensor.new_empty(tensor.shape)
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.storage_offset() * tensor.element_size() % ALIGNMENT else tensor
 
 
-class _AlignedGradient(torch.autograd.Function):
-    """The identity, whose gradient is aligned."""
+def _product_fake(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.view_as(y)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # an empty one may be expanded, and counts as contiguous
-        return (
-            _aligned(gradient)
-            if gradient.numel()
-            else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        )
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, counts = ctx.saved_tensors
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    return (
+        _gradient_of_x(gradient, weight, counts) if needs_x else None,
+        _gradient_of_weight(gradient, x, counts) if needs_weight else None,
+        None,
+    )
+
+
+# Operators, since torch's function knows only shapes of bf16 products (torch 2.13), and reads addresses here.
+_product = operators.define(
+    "grouped_matmul_torch(Tensor x, Tensor weight, Tensor counts) -> Tensor", _by_offsets, _product_fake
+)
+_product_by_group = operators.define(
+    "grouped_matmul_torch_by_group(Tensor x, Tensor weight, Tensor counts) -> Tensor",
+    _by_group,
+    _product_fake,
+    is_constant=True,
+)
+_gradient_of_x = operators.define(
+    "grouped_matmul_torch_backward_x(Tensor gradient, Tensor weight, Tensor counts) -> Tensor",
+    _x_gradient,
+    lambda gradient, weight, counts: gradient.new_empty(gradient.shape[0], weight.shape[1]),
+)
+_gradient_of_weight = operators.define(
+    "grouped_matmul_torch_backward_weight(Tensor gradient, Tensor x, Tensor counts) -> Tensor",
+    _weight_gradient,
+    lambda gradient, x, counts: x.new_empty(counts.shape[0], x.shape[1], gradient.shape[1]),
+)
+operators.differentiate(_product, _keep, _gradients, _gradient_of_x, _gradient_of_weight)

@@ -38,5 +38,5 @@ def rms_norm(
     require_same_dtype("rms_norm", x.dtype, (("residual", residual),))
     if weight.dtype not in (x.dtype, torch.float32):
         raise UserError(f"rms_norm: weight is {weight.dtype}, and must be {x.dtype} like x, or torch.float32")
-    _, function = choose("rms_norm", x.device.type, x.dtype, backend, d)
+    _, function = choose("rms_norm", x.device.type, x.dtype, backend, weight.shape[0])
     return function(x, weight, epsilon, residual)

@@ -6,16 +6,13 @@ programs' sums up, always in the same order.
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
+from moe_mamba.kernels.rms_norm.operator import define_norm, new_outputs
 
 SUMS = (
     1024  # programs of the backward pass at most: enough to fill a GPU, few beside the rows, to keep their sums cheap
@@ -66,59 +63,40 @@ def _backward_kernel(stream, weight, scale, y_gradient, stream_gradient, gradien
     tl.store(sums + tl.program_id(0).to(tl.int64) * d + columns, total, mask=inside)
 
 
-@torch.compiler.disable
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.rms_norm``; d up to 16,384, computes in fp32."""
-    if residual is None:
-        return _RMSNorm.apply(x, weight, epsilon, None), x
-    return _RMSNorm.apply(x, weight, epsilon, residual)
+def _forward(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, ...]:
+    outputs = y, stream, scale = new_outputs(x, weight, epsilon, residual)
+    rows, weight = _rows(x), weight.contiguous()
+    count, d = rows.shape
+    added = rows if residual is None else _rows(residual)
+    block = next_power_of_2(d)
+    if count:
+        with on_device(x):
+            _forward_kernel[(count,)](
+                rows, weight, added, y, stream, scale, rows.stride(0), added.stride(0), d, epsilon,
+                HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+    return outputs
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Any:
-        ctx.set_materialize_grads(False)
-        rows, weight = _rows(x), weight.contiguous()
-        count, d = rows.shape
-        added = None if residual is None else _rows(residual)
-        y, scale = x.new_empty(x.shape), x.new_empty(count, dtype=torch.float32)
-        stream = x if added is None else x.new_empty(x.shape)
-        block = next_power_of_2(d)
-        if count:
-            with on_device(x):
-                _forward_kernel[(count,)](
-                    rows, weight, rows if added is None else added, y, stream, scale, rows.stride(0),
-                    0 if added is None else added.stride(0), d, epsilon, HAS_RESIDUAL=added is not None, BLOCK=block,
-                    num_warps=_warps(block),
-                )  # fmt: skip
-        ctx.save_for_backward(stream, weight, scale)  # a view of an output would keep the graph alive for ever
-        return y if residual is None else (y, stream)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, y_gradient: Tensor | None, stream_gradient: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        if y_gradient is None:
-            return stream_gradient, None, None, stream_gradient
-        stream, weight, scale = ctx.saved_tensors
-        stream = _rows(stream)
-        rows, d = stream.shape
-        given = _rows(y_gradient)
-        added = None if stream_gradient is None else _rows(stream_gradient)
-        gradient = stream.new_empty(y_gradient.shape)
-        count = ceil_divide(rows, SUMS)
-        programs = ceil_divide(rows, count) if rows else 0
-        sums = scale.new_empty(programs, d)
-        block = next_power_of_2(d)
-        if rows:
-            with on_device(stream):
-                _backward_kernel[(programs,)](
-                    stream, weight, scale, given, given if added is None else added, gradient, sums, rows, count,
-                    stream.stride(0), given.stride(0), 0 if added is None else added.stride(0), d,
-                    HAS_STREAM_GRADIENT=added is not None, BLOCK=block, num_warps=_warps(block),
-                )  # fmt: skip
-        return gradient, sums.sum(0).to(weight.dtype), None, gradient if ctx.needs_input_grad[3] else None
+def _backward(
+    y_gradient: Tensor, stream_gradient: Tensor | None, stream: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    gradient = stream.new_empty(stream.shape)
+    stream, given, weight = _rows(stream), _rows(y_gradient), weight.contiguous()
+    rows, d = stream.shape
+    added = given if stream_gradient is None else _rows(stream_gradient)
+    count = ceil_divide(rows, SUMS)
+    programs = ceil_divide(rows, count) if rows else 0
+    sums = scale.new_empty(programs, d)
+    block = next_power_of_2(d)
+    if rows:
+        with on_device(stream):
+            _backward_kernel[(programs,)](
+                stream, weight, scale, given, added, gradient, sums, rows, count, stream.stride(0), given.stride(0),
+                0 if stream_gradient is None else added.stride(0), d,
+                HAS_STREAM_GRADIENT=stream_gradient is not None, BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+    return gradient, sums.sum(0).to(weight.dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -129,6 +107,10 @@ def _rows(tensor: Tensor) -> Tensor:
 def _warps(block: int) -> int:
     """16 elements a lane, which is two loads of 16 bytes in bf16; at least one warp, at most 32."""
     return min(max(block // 512, 1), 32)
+
+
+rms_norm = define_norm("rms_norm_triton", _forward, _backward)
+"""See ``moe_mamba.kernels.rms_norm``; d up to 16,384, computes in fp32."""
 
 
 def specimens() -> list[Specimen]:

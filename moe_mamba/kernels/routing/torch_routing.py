@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_mamba.kernels.routing.function import Combine, Gather
+from moe_mamba.kernels.routing.operator import define_combine, define_gather
 
 # Beyond so many choices per token (expert choice: one for each expert, nearly all empty) a CPU adds up what there is.
 MOST_CHOICES = 8
@@ -36,25 +36,7 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
     return token, slot.view(k, tokens).t().contiguous(), torch.full_like(assigned, capacity), assigned, dropped
 
 
-def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.routing``."""
-    if not torch.is_grad_enabled():  # a token of generation is too short for what autograd costs
-        return _gather(x, token)
-    return Gather.apply(x, token, slot, _gather, _sum)
-
-
-def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.routing``."""
-    if not torch.is_grad_enabled():
-        return _sum(rows, weight, slot)
-    return Combine.apply(rows, weight, token, slot, _sum, _spread)
-
-
-def _gather(x: Tensor, token: Tensor) -> Tensor:
-    return x.index_select(0, token)
-
-
-def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _spread(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
     gradient = gradient.to(torch.promote_types(rows.dtype, weight.dtype)).index_select(0, token)  # (rows, d)
     weight_gradient = (rows * gradient).sum(1)
     return gradient.mul_(weight[:, None]).to(rows.dtype), weight_gradient.to(weight.dtype)
@@ -75,3 +57,21 @@ def _sum(rows: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:
     padded[count] = 0
     shares = None if weight is None else F.pad(weight.to(work), (0, 1))[place]  # (tokens, k)
     return F.embedding_bag(place, padded, mode="sum", per_sample_weights=shares).to(rows.dtype)
+
+
+_gather_operator = define_gather("torch", lambda x, token: x.index_select(0, token), _sum)
+_combine_operator = define_combine("torch", _sum, _spread)
+
+
+def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    """See ``moe_mamba.kernels.routing``."""
+    if not torch.is_grad_enabled():  # a token of generation is too short for what an operator costs
+        return x.index_select(0, token)
+    return _gather_operator(x, token, slot)
+
+
+def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
+    """See ``moe_mamba.kernels.routing``."""
+    if not torch.is_grad_enabled():
+        return _sum(rows, weight, slot)
+    return _combine_operator(rows, weight, token, slot)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_mamba.kernels import operators
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
-from moe_mamba.kernels.routing.function import Combine, Gather
+from moe_mamba.kernels.routing.operator import define_combine, define_gather
 
 CHOICES = 256  # of a block of the sort
 EXPERTS = 32  # that one program of the sort counts
@@ -152,20 +153,12 @@ def _spread_kernel(
     tl.store(dweight + row, tl.sum(total, 1).to(dweight.dtype.element_ty), mask=inside)
 
 
-@torch.compiler.disable
-def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[Tensor, ...]:
-    """See ``moe_mamba.kernels.routing``: the fields of its ``Order``."""
+def _sort(chosen: Tensor, experts: int, capacity: int | None) -> tuple[Tensor, ...]:
+    outputs = token, slot, counts, assigned, dropped = _sort_fake(chosen, experts, capacity)
     tokens, k = chosen.shape
-    choices, device = tokens * k, chosen.device
-    rows = choices if capacity is None else experts * capacity
+    choices, rows = tokens * k, len(token)
     blocks, tiles = ceil_divide(choices, CHOICES), ceil_divide(experts, EXPERTS)
-    before = torch.empty(blocks, experts, dtype=torch.int32, device=device)
-    assigned, counts, begins = torch.empty(3, experts, dtype=torch.int64, device=device)
-    token, slot, dropped = (
-        chosen.new_empty(rows),
-        torch.empty_like(chosen, memory_format=torch.contiguous_format),
-        chosen.new_empty(()),
-    )
+    before, begins = chosen.new_empty(blocks, experts, dtype=torch.int32), chosen.new_empty(experts)
     with on_device(chosen):
         where = tokens, choices
         _count_kernel[(blocks, tiles)](chosen, before, *where, experts, *chosen.stride(), CHOICES, EXPERTS)
@@ -176,19 +169,14 @@ def sort_by_expert(chosen: Tensor, experts: int, capacity: int | None) -> tuple[
             chosen, before, assigned, counts, begins, token, slot, *where, k, experts, rows, capacity or 0,
             *chosen.stride(), CHOICES, PEERS,
         )  # fmt: skip
-    return token, slot, counts, assigned, dropped
+    return outputs
 
 
-@torch.compiler.disable
-def gather_rows(x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.routing``; any row stride."""
-    return Gather.apply(x, token.contiguous(), slot.contiguous(), _gather, _sum)
-
-
-@torch.compiler.disable
-def combine_rows(rows: Tensor, weight: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-    """See ``moe_mamba.kernels.routing``; computes in fp32, any row stride."""
-    return Combine.apply(rows, weight.contiguous(), token.contiguous(), slot.contiguous(), _sum, _spread)
+def _sort_fake(chosen: Tensor, experts: int, capacity: int | None) -> tuple[Tensor, ...]:
+    """Room for the fields of ``Order``."""
+    rows = chosen.shape[0] * chosen.shape[1] if capacity is None else experts * capacity
+    counts, assigned = chosen.new_empty(experts), chosen.new_empty(experts)
+    return chosen.new_empty(rows), chosen.new_empty(chosen.shape), counts, assigned, chosen.new_empty(())
 
 
 def _gather(x: Tensor, token: Tensor) -> Tensor:
@@ -197,14 +185,14 @@ def _gather(x: Tensor, token: Tensor) -> Tensor:
     out = x.new_empty(rows, d)
     with on_device(x):
         grid = ceil_divide(rows, height), ceil_divide(d, width)
-        _gather_kernel[grid](x, token, out, rows, d, x.stride(0), height, width)
+        _gather_kernel[grid](x, token.contiguous(), out, rows, d, x.stride(0), height, width)
     return out
 
 
-def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    rows, gradient = unit_stride(rows), unit_stride(gradient)
+def _spread(gradient: Tensor, rows: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    rows, gradient, weight, token = unit_stride(rows), unit_stride(gradient), weight.contiguous(), token.contiguous()
     (count, d), (height, width) = rows.shape, _tile(rows.shape[1])
-    drows, dweight = rows.new_empty(count, d), torch.empty_like(weight)
+    drows, dweight = rows.new_empty(count, d), weight.new_empty(count)
     with on_device(rows):
         _spread_kernel[(ceil_divide(count, height),)](
             gradient, rows, weight, token, drows, dweight, count, d, gradient.stride(0), rows.stride(0),
@@ -215,7 +203,8 @@ def _spread(rows: Tensor, weight: Tensor, token: Tensor, gradient: Tensor) -> tu
 
 def _sum(rows: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:
     """The sum over each token's slots of its (weighted) rows, (tokens, d) in the dtype of ``rows`` (rows, d)."""
-    rows, (height, width) = unit_stride(rows), _tile(rows.shape[1])
+    rows, slot, (height, width) = unit_stride(rows), slot.contiguous(), _tile(rows.shape[1])
+    weight = None if weight is None else weight.contiguous()
     (tokens, k), d = slot.shape, rows.shape[1]
     out = rows.new_empty(tokens, d)
     with on_device(rows):
@@ -231,6 +220,19 @@ def _tile(d: int) -> tuple[int, int]:
     """Rows and columns of a program's tile."""
     width = min(next_power_of_2(d), WIDEST)
     return min(ELEMENTS // width, TALLEST), width
+
+
+sort_by_expert = operators.define(
+    "sort_by_expert_triton(Tensor chosen, SymInt experts, SymInt? capacity) -> "
+    "(Tensor token, Tensor slot, Tensor counts, Tensor assigned, Tensor dropped)",
+    _sort,
+    _sort_fake,
+)
+"""See ``moe_mamba.kernels.routing``: the fields of its ``Order``."""
+gather_rows = define_gather("triton", _gather, _sum)
+"""See ``moe_mamba.kernels.routing``; any row stride."""
+combine_rows = define_combine("triton", _sum, _spread)
+"""See ``moe_mamba.kernels.routing``; computes in fp32, any row stride."""
 
 
 def specimens() -> list[Specimen]:

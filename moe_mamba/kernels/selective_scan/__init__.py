@@ -90,7 +90,6 @@ def selective_scan(
     return function(Operands(x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state))
 
 
-@torch.no_grad()
 def selective_scan_step(
     x: Tensor,
     delta: Tensor,

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_mamba.kernels.extension import TYPES, Strided, fill, library, sum_in_order
 from moe_mamba.kernels.launch import unit_stride
-from moe_mamba.kernels.selective_scan.operands import Operands
+from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
 
 CHUNK = 16  # time steps from one kept state to the next, STEPS in C++
 GROUP = 128  # channels of a task, GROUP in C++
@@ -36,88 +35,89 @@ class _Scan(ctypes.Structure):
     )
 
 
-@torch.compiler.disable
-def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32.
-
-    Keeps its inputs and (batch, ceil(length / 16), d_state, d_inner) states for the backward pass.
-    """
-    return _SelectiveScan.apply(*operands)
+def _outputs(x: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """Room for y, the final state, what is kept (batch, ceil(length / 16), d_state, d_inner), and nothing."""
+    state = new_states(x, A)
+    kept = state.new_empty(x.shape[0], -(-x.shape[1] // CHUNK), *state.shape[1:])
+    return x.new_empty(x.shape), state.transpose(1, 2), kept, x.new_empty(0)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
-        work = torch.promote_types(x.dtype, torch.float32)
-        batch, length, d_inner = x.shape
-        tensors = {
-            "x": unit_stride(x),
-            "delta": unit_stride(delta),
-            "z": None if z is None else unit_stride(z),
-            "B": unit_stride(B),
-            "C": unit_stride(C),
-            "starts": None if document_starts is None else document_starts.contiguous(),
-            "decay": (A.to(work).t() * math.log2(math.e)).contiguous(),  # (d_state, d_inner)
-            "D": D.to(work).contiguous(),
-            "delta_bias": None if delta_bias is None else delta_bias.to(work).contiguous(),
-            "kept": x.new_empty(batch, -(-length // CHUNK), A.shape[1], d_inner, dtype=work),
-        }
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        final_state = x.new_empty(batch, A.shape[1], d_inner, dtype=work)
-        state = None if initial_state is None else _states_first(initial_state, work)
-        outputs = {"initial_state": state, "y": y, "final_state": final_state}
-        library().selective_scan_forward(_arguments({**tensors, **outputs}))
-        ctx.dtypes = A.dtype, D.dtype, delta_bias.dtype if delta_bias is not None else None
-        ctx.state_dtype = None if initial_state is None else initial_state.dtype
-        ctx.names = tuple(tensors)
-        ctx.save_for_backward(*tensors.values())
-        return y, final_state.transpose(1, 2)
+def _fake(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _outputs(x, A)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        x, B, z, decay = (tensors[name] for name in ("x", "B", "z", "decay"))
-        batch, length, d_inner = x.shape
-        groups = -(-d_inner // GROUP)
 
-        def like(tensor: Tensor) -> Tensor:
-            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+def _inputs(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    document_starts: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """The operands as C++ takes them, by the names of ``_Scan``."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    return {
+        "x": unit_stride(x),
+        "delta": unit_stride(delta),
+        "z": None if z is None else unit_stride(z),
+        "B": unit_stride(B),
+        "C": unit_stride(C),
+        "starts": None if document_starts is None else document_starts.contiguous(),
+        "decay": (A.to(work).t() * math.log2(math.e)).contiguous(),  # (d_state, d_inner)
+        "D": D.to(work).contiguous(),
+        "delta_bias": None if delta_bias is None else delta_bias.to(work).contiguous(),
+    }
 
-        gradients = {
-            "x_gradient": like(x),
-            "delta_gradient": like(x),
-            "z_gradient": None if z is None else like(x),
-            "initial_gradient": decay.new_empty(batch, *decay.shape),
-            "A_gradient": decay.new_empty(batch, *decay.shape),
-            "D_gradient": decay.new_empty(batch, d_inner),
-            "bias_gradient": decay.new_empty(batch, d_inner),
-            "B_gradient": decay.new_empty(batch, groups, length, decay.shape[0]),
-            "C_gradient": decay.new_empty(batch, groups, length, decay.shape[0]),
-        }
-        inputs = {
-            "y_gradient": unit_stride(y_gradient),
-            "final_gradient": _states_first(final_gradient, decay.dtype),
-        }
-        library().selective_scan_backward(_arguments({**tensors, **inputs, **gradients}))
-        A_dtype, D_dtype, bias_dtype = ctx.dtypes
-        bias_gradient = None if bias_dtype is None else sum_in_order(gradients["bias_gradient"], 0).to(bias_dtype)
-        initial_gradient = None
-        if ctx.state_dtype is not None:
-            initial_gradient = gradients["initial_gradient"].transpose(1, 2).to(ctx.state_dtype)
-        return (
-            gradients["x_gradient"],
-            gradients["delta_gradient"],
-            sum_in_order(gradients["A_gradient"], 0).t().to(A_dtype),
-            sum_in_order(gradients["B_gradient"], 1).to(B.dtype),
-            sum_in_order(gradients["C_gradient"], 1).to(B.dtype),
-            sum_in_order(gradients["D_gradient"], 0).to(D_dtype),
-            gradients["z_gradient"],
-            bias_gradient,
-            None,
-            initial_gradient,
-        )
+
+def _forward(x: Tensor, delta: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *others, initial_state, _ = given
+    outputs = y, final_state, kept, _ = _outputs(x, A)
+    states = {
+        "initial_state": None if initial_state is None else _states_first(initial_state, kept.dtype),
+        "final_state": final_state.transpose(1, 2),
+    }
+    _call("selective_scan_forward", {**_inputs(x, delta, A, *others), **states, "kept": kept, "y": y})
+    return outputs
+
+
+def _backward(y_gradient: Tensor, final_gradient: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *operands, kept, _ = given
+    inputs = _inputs(*operands)
+    x, A, D, z, delta_bias = (operands[place] for place in (0, 2, 5, 6, 7))
+    batch, length, d_inner = x.shape
+    d_state, groups = A.shape[1], -(-d_inner // GROUP)
+    gradients = {
+        "x_gradient": x.new_empty(x.shape),
+        "delta_gradient": x.new_empty(x.shape),
+        "z_gradient": None if z is None else x.new_empty(x.shape),
+        "initial_gradient": kept.new_empty(batch, d_state, d_inner),
+        "A_gradient": kept.new_empty(batch, d_state, d_inner),
+        "D_gradient": kept.new_empty(batch, d_inner),
+        "bias_gradient": kept.new_empty(batch, d_inner),
+        "B_gradient": kept.new_empty(batch, groups, length, d_state),
+        "C_gradient": kept.new_empty(batch, groups, length, d_state),
+    }
+    arriving = {
+        "y_gradient": unit_stride(y_gradient),
+        "final_gradient": _states_first(final_gradient, kept.dtype),
+        "kept": kept,
+    }
+    _call("selective_scan_backward", {**inputs, **arriving, **gradients})
+    bias_gradient = sum_in_order(gradients["bias_gradient"], 0)
+    return (
+        gradients["x_gradient"],
+        gradients["delta_gradient"],
+        sum_in_order(gradients["A_gradient"], 0).t().to(A.dtype),
+        sum_in_order(gradients["B_gradient"], 1).to(x.dtype),
+        sum_in_order(gradients["C_gradient"], 1).to(x.dtype),
+        sum_in_order(gradients["D_gradient"], 0).to(D.dtype),
+        x.new_empty(0) if z is None else gradients["z_gradient"],
+        x.new_empty(0) if delta_bias is None else bias_gradient.to(delta_bias.dtype),
+        gradients["initial_gradient"].transpose(1, 2),
+    )
 
 
 def _states_first(state: Tensor, work: torch.dtype) -> Tensor:
@@ -125,11 +125,19 @@ def _states_first(state: Tensor, work: torch.dtype) -> Tensor:
     return state.transpose(1, 2).to(work).contiguous()
 
 
-def _arguments(tensors: dict[str, Tensor | None]) -> Any:
-    """``Scan`` for these tensors, by reference."""
+def _call(function: str, tensors: dict[str, Tensor | None]) -> None:
+    """Call C++ with a ``Scan`` for these tensors, which live until it returns."""
     x, decay = tensors["x"], tensors["decay"]
     assert x is not None and decay is not None
     batch, length, d_inner = x.shape
     chunks, groups = -(-length // CHUNK), -(-d_inner // GROUP)
     threads = torch.get_num_threads()
-    return fill(_Scan(batch, length, d_inner, decay.shape[0], groups, chunks, TYPES[x.dtype], threads), tensors)
+    scan = _Scan(batch, length, d_inner, decay.shape[0], groups, chunks, TYPES[x.dtype], threads)
+    getattr(library(), function)(fill(scan, tensors))
+
+
+selective_scan = define_scan("selective_scan_cpu", _forward, _backward, _fake, "CPU")
+"""See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32.
+
+Keeps its inputs and (batch, ceil(length / 16), d_state, d_inner) states for the backward pass.
+"""

@@ -21,24 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moe_mamba.kernels.selective_scan.operands import Operands
+from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
 
 CHUNK = 16  # time steps from one kept state to the next
 BLOCK = 32768  # elements of the states of one time step that a thread works on at once
 
 
-@torch.compiler.disable
-def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32.
-
-    Keeps its inputs and (batch, ceil(length / 16), d_state, d_inner) states for the backward pass. Left out of
-    torch.compile, which would unroll the loop over time.
-    """
-    return _SelectiveScan.apply(*operands)
-
-
+@torch.no_grad()
 def selective_scan_step(
     x: Tensor,
     delta: Tensor,
@@ -186,51 +176,54 @@ class _Gradients:
         self.initial_state = decay.new_empty(x.shape[0], *decay.shape)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
-        blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, document_starts)
-        dtype = blocks[0][1].dtype
-        batch, length, d_inner = x.shape
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        kept = x.new_empty(batch, -(-length // CHUNK), A.shape[1], d_inner, dtype=dtype)
-        final = x.new_empty(batch, A.shape[1], d_inner, dtype=dtype)
-        for rows, block in blocks:
-            if initial_state is None:
-                h = final.new_zeros(final[rows].shape)
-            else:
-                h = initial_state[rows].transpose(1, 2).to(dtype)
-            for i, steps in enumerate(block.chunks):
-                kept[rows, i] = h
-                chunk = block.run(steps, kept[rows, i])
-                read = block.read(chunk)
-                y[rows, steps] = read if block.z is None else read.mul_(F.silu(block.z[:, steps].to(dtype)))
-                h = chunk.states[:, -1]
-            final[rows] = h
-        ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, initial_state, document_starts, kept)
-        return y, final.transpose(1, 2)
+def _outputs(x: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """Room for y, the final state, what is kept (batch, ceil(length / 16), d_state, d_inner), and nothing."""
+    state = new_states(x, A)
+    kept = state.new_empty(x.shape[0], -(-x.shape[1] // CHUNK), *state.shape[1:])
+    return x.new_empty(x.shape), state.transpose(1, 2), kept, x.new_empty(0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, A, B, C, D, z, delta_bias, initial_state, document_starts, kept = ctx.saved_tensors
-        blocks = _blocks(x, delta, A, B, C, D, z, delta_bias, document_starts)
-        gradients = _Gradients(x, B, z, blocks[0][1].decay)
-        for rows, block in blocks:
-            _backward_block(rows, block, kept[rows], y_gradient[rows], final_gradient[rows], gradients)
-        return (
-            gradients.x,
-            gradients.delta,
-            gradients.A.t().to(A.dtype),
-            gradients.B,
-            gradients.C,
-            gradients.D.to(D.dtype),
-            gradients.z,
-            None if delta_bias is None else gradients.delta_bias.to(delta_bias.dtype),
-            None,
-            None if initial_state is None else gradients.initial_state.transpose(1, 2).to(initial_state.dtype),
-        )
+
+def _fake(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _outputs(x, A)
+
+
+def _forward(x: Tensor, delta: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *others, initial_state, _ = given
+    outputs = y, final_state, kept, _ = _outputs(x, A)
+    final, dtype = final_state.transpose(1, 2), kept.dtype
+    for rows, block in _blocks(x, delta, A, *others):
+        if initial_state is None:
+            h = final.new_zeros(final[rows].shape)
+        else:
+            h = initial_state[rows].transpose(1, 2).to(dtype)
+        for i, steps in enumerate(block.chunks):
+            kept[rows, i] = h
+            chunk = block.run(steps, kept[rows, i])
+            read = block.read(chunk)
+            y[rows, steps] = read if block.z is None else read.mul_(F.silu(block.z[:, steps].to(dtype)))
+            h = chunk.states[:, -1]
+        final[rows] = h
+    return outputs
+
+
+def _backward(y_gradient: Tensor, final_gradient: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *operands, kept, _ = given
+    x, _, A, B, _, D, z, delta_bias, _ = operands
+    blocks = _blocks(*operands)
+    gradients = _Gradients(x, B, z, blocks[0][1].decay)
+    for rows, block in blocks:
+        _backward_block(rows, block, kept[rows], y_gradient[rows], final_gradient[rows], gradients)
+    return (
+        gradients.x,
+        gradients.delta,
+        gradients.A.t().to(A.dtype),
+        gradients.B,
+        gradients.C,
+        gradients.D.to(D.dtype),
+        x.new_empty(0) if gradients.z is None else gradients.z,
+        x.new_empty(0) if delta_bias is None else gradients.delta_bias.to(delta_bias.dtype),
+        gradients.initial_state.transpose(1, 2),
+    )
 
 
 def _backward_block(
@@ -316,3 +309,11 @@ def _over_channels(weight: Tensor, states: Tensor) -> Tensor:
     rows, steps, d_state, d_inner = states.shape
     total = torch.bmm(weight.reshape(-1, 1, d_inner), states.reshape(-1, d_state, d_inner).transpose(1, 2))
     return total.view(rows, steps, d_state)
+
+
+selective_scan = define_scan("selective_scan_torch", _forward, _backward, _fake)
+"""See ``moe_mamba.kernels.selective_scan``; computes in fp64 for fp64 inputs, else in fp32.
+
+Keeps its inputs and (batch, ceil(length / 16), d_state, d_inner) states for the backward pass. An operator, since what
+traces it would unroll the loop over time.
+"""

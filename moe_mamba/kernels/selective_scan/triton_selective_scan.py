@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 from moe_mamba.kernels.selective_scan import triton_backward, triton_forward, triton_segments
-from moe_mamba.kernels.selective_scan.operands import Operands
+from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
 from moe_mamba.kernels.selective_scan.triton_backward import INTERVAL, backward_kernel
 from moe_mamba.kernels.selective_scan.triton_forward import forward_kernel
 from moe_mamba.kernels.selective_scan.triton_step import selective_scan_step, step_specimen
@@ -30,16 +29,6 @@ SEGMENTS: int | None = None  # number of segments that the length is split into;
 RESIDENT = 8  # programs of the backward pass that a multiprocessor holds at once, by their registers
 SHORTEST = 128  # time steps of a segment: its states are handed on through memory
 STATES_OF_A_WARP = 16  # that fit into its registers
-
-
-@torch.compiler.disable
-def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.selective_scan``; computes in fp32, d_state up to 256.
-
-    Keeps its inputs and (batch, ceil(length / 32), d_state, d_inner) states for the backward pass.
-    """
-    is_trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands)
-    return _SelectiveScan.apply(*operands, is_trained)
 
 
 @dataclass(frozen=True)
@@ -101,80 +90,111 @@ class _Launch:
         return like.new_empty(shape, dtype=torch.float32)
 
 
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
-        x, delta, A, B, C, D, z, delta_bias, starts, initial_state, is_trained = operands
-        x, delta, D = unit_stride(x), unit_stride(delta), D.contiguous()
-        z = None if z is None else unit_stride(z)
-        bc = torch.cat((B, C), -1).float()  # (batch, length, 2 d_state)
-        delta_bias = None if delta_bias is None else delta_bias.contiguous()
-        starts = None if starts is None else starts.contiguous().view(torch.uint8)
-        launch = _Launch.of(x, A)
-        dtypes = A.dtype, B.dtype, None if initial_state is None else initial_state.dtype
-        A = A.float().t().contiguous()  # (d_state, d_inner)
-        batch, length, channels, states = launch.batch, launch.length, launch.channels, launch.states
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        final = launch.new(x, batch, states, channels)
-        kept = launch.new(x, batch, ceil_divide(length, INTERVAL), states, channels) if is_trained else None
-        before, totals = _channels_last(initial_state), None
-        with on_device(x):
-            if launch.segments > 1:
-                before, totals = _carry_states(launch, x, delta, A, bc, delta_bias, starts, before)
-            forward_kernel[launch.grid](
-                x, delta, A, bc, D, z, delta_bias, starts, before, y, kept, final, length, launch.segment_length,
-                x.stride(0), delta.stride(0), _stride(z, 0), 0, x.stride(1), delta.stride(1),
-                _stride(z, 1),
-                **launch.options(triton_forward.STEPS), INTERVAL=INTERVAL,
-            )  # fmt: skip
-        ctx.save_for_backward(x, delta, A, bc, D, z, delta_bias, starts, kept, totals)
-        ctx.launch, ctx.dtypes = launch, dtypes
-        return y, final.transpose(1, 2)
+def _outputs(x: Tensor, A: Tensor, is_trained: bool, segments: int) -> tuple[Tensor, ...]:
+    """Room for y, the final state, and what is kept: one state in INTERVAL, and with segments their sums of steps."""
+    state = new_states(x, A)
+    batch, length, channels = x.shape
+    kept = state.new_empty(batch, ceil_divide(length, INTERVAL), *state.shape[1:]) if is_trained else state.new_empty(0)
+    totals = state.new_empty(batch, segments, channels) if segments > 1 else state.new_empty(0)
+    return x.new_empty(x.shape), state.transpose(1, 2), kept, totals
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, A, bc, D, z, delta_bias, starts, kept, totals = ctx.saved_tensors
-        launch: _Launch = ctx.launch
-        A_dtype, B_dtype, state_dtype = ctx.dtypes
-        batch, length, channels, states = launch.batch, launch.length, launch.channels, launch.states
-        segments, options = launch.segments, launch.options(triton_backward.STEPS)
-        y_gradient = unit_stride(y_gradient)
-        gradients = [
-            None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            for tensor in (x, delta, z)
-        ]
-        bc_partial = launch.new(x, launch.blocks, batch, length, 2 * states)
-        A_partial = launch.new(x, batch, segments, states, channels)
-        D_partial, bias_partial = (launch.new(x, batch, segments, channels) for _ in range(2))
-        initial_gradient = launch.new(x, batch, states, channels)
-        chunks = INTERVAL // triton_backward.STEPS
-        scratch = launch.new(x, launch.grid[0] * segments, chunks, options["N"], BLOCK)
-        with on_device(x):
-            after = final_gradient.transpose(1, 2).contiguous()
-            if segments > 1:
-                after = _carry_gradients(launch, delta, A, bc, z, delta_bias, starts, y_gradient, totals, after)
-            backward_kernel[launch.grid](
-                x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient, after, scratch, *gradients, bc_partial,
-                A_partial, D_partial, bias_partial, initial_gradient, length, launch.segment_length, x.stride(0),
-                delta.stride(0), _stride(z, 0), y_gradient.stride(0), 0,
-                x.stride(1), delta.stride(1), _stride(z, 1),
-                y_gradient.stride(1), **options, INTERVAL=INTERVAL,
-            )  # fmt: skip
-        B_gradient, C_gradient = bc_partial.sum(0).to(B_dtype).split(states, -1)
-        return (
-            gradients[0],
-            gradients[1],
-            A_partial.sum((0, 1)).t().to(A_dtype),
-            B_gradient,
-            C_gradient,
-            D_partial.sum((0, 1)).to(D.dtype),
-            gradients[2],
-            None if delta_bias is None else bias_partial.sum((0, 1)).to(delta_bias.dtype),
-            None,
-            None if state_dtype is None else initial_gradient.transpose(1, 2).to(state_dtype),
-            None,
-        )
+
+def _fake(x: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _outputs(x, A, others[-1], _Launch.of(x, A).segments)
+
+
+def _forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    document_starts: Tensor | None,
+    initial_state: Tensor | None,
+    is_trained: bool,
+) -> tuple[Tensor, ...]:
+    launch = _Launch.of(x, A)
+    outputs = y, final_state, kept, totals = _outputs(x, A, is_trained, launch.segments)
+    x, delta, A, bc, D, z, delta_bias, starts = _inputs(x, delta, A, B, C, D, z, delta_bias, document_starts)
+    before = _channels_last(initial_state)
+    with on_device(x):
+        if launch.segments > 1:
+            before = _carry_states(launch, x, delta, A, bc, delta_bias, starts, before, totals)
+        forward_kernel[launch.grid](
+            x, delta, A, bc, D, z, delta_bias, starts, before, y, kept if is_trained else None,
+            final_state.transpose(1, 2), launch.length, launch.segment_length,
+            x.stride(0), delta.stride(0), _stride(z, 0), 0, x.stride(1), delta.stride(1),
+            _stride(z, 1),
+            **launch.options(triton_forward.STEPS), INTERVAL=INTERVAL,
+        )  # fmt: skip
+    return outputs
+
+
+def _backward(y_gradient: Tensor, final_gradient: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *operands, kept, totals = given
+    A_dtype, B_dtype, D_dtype, bias = operands[2].dtype, operands[3].dtype, operands[5].dtype, operands[7]
+    launch = _Launch.of(operands[0], operands[2])
+    x, delta, A, bc, D, z, delta_bias, starts = _inputs(*operands)
+    batch, length, channels, states = launch.batch, launch.length, launch.channels, launch.states
+    segments, options = launch.segments, launch.options(triton_backward.STEPS)
+    y_gradient = unit_stride(y_gradient)
+    gradients = [x.new_empty(x.shape), x.new_empty(x.shape), None if z is None else x.new_empty(x.shape)]
+    bc_partial = launch.new(x, launch.blocks, batch, length, 2 * states)
+    A_partial = launch.new(x, batch, segments, states, channels)
+    D_partial, bias_partial = (launch.new(x, batch, segments, channels) for _ in range(2))
+    initial_gradient = launch.new(x, batch, states, channels)
+    chunks = INTERVAL // triton_backward.STEPS
+    scratch = launch.new(x, launch.grid[0] * segments, chunks, options["N"], BLOCK)
+    with on_device(x):
+        after = final_gradient.transpose(1, 2).contiguous()
+        if segments > 1:
+            after = _carry_gradients(launch, delta, A, bc, z, delta_bias, starts, y_gradient, totals, after)
+        backward_kernel[launch.grid](
+            x, delta, A, bc, D, z, delta_bias, starts, kept, y_gradient, after, scratch, *gradients, bc_partial,
+            A_partial, D_partial, bias_partial, initial_gradient, length, launch.segment_length, x.stride(0),
+            delta.stride(0), _stride(z, 0), y_gradient.stride(0), 0,
+            x.stride(1), delta.stride(1), _stride(z, 1),
+            y_gradient.stride(1), **options, INTERVAL=INTERVAL,
+        )  # fmt: skip
+    B_gradient, C_gradient = bc_partial.sum(0).to(B_dtype).split(states, -1)
+    return (
+        gradients[0],
+        gradients[1],
+        A_partial.sum((0, 1)).t().to(A_dtype),
+        B_gradient.contiguous(),
+        C_gradient.contiguous(),
+        D_partial.sum((0, 1)).to(D_dtype),
+        x.new_empty(0) if gradients[2] is None else gradients[2],
+        x.new_empty(0) if bias is None else bias_partial.sum((0, 1)).to(bias.dtype),
+        initial_gradient.transpose(1, 2),
+    )
+
+
+def _inputs(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    document_starts: Tensor | None,
+) -> tuple[Any, ...]:
+    """The operands as the kernels take them: A (d_state, d_inner) and B beside C in fp32, starts as bytes."""
+    return (
+        unit_stride(x),
+        unit_stride(delta),
+        A.float().t().contiguous(),
+        torch.cat((B, C), -1).float(),  # (batch, length, 2 d_state)
+        D.contiguous(),
+        None if z is None else unit_stride(z),
+        None if delta_bias is None else delta_bias.contiguous(),
+        None if document_starts is None else document_starts.contiguous().view(torch.uint8),
+    )
 
 
 def _carry_states(
@@ -186,16 +206,16 @@ def _carry_states(
     delta_bias: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The state before each segment (batch, segments, d_state, d_inner) and the segments' sums of step sizes."""
+    totals: Tensor,
+) -> Tensor:
+    """The state before each segment (batch, segments, d_state, d_inner); writes the segments' sums of step sizes."""
     ends = launch.new(x, launch.batch, launch.segments, launch.states, launch.channels)
-    totals = launch.new(x, launch.batch, launch.segments, launch.channels)
     triton_segments.states_from_zero_kernel[launch.grid](
         x, delta, A, bc, delta_bias, starts, ends, totals, launch.length, launch.segment_length, x.stride(0),
         delta.stride(0), 0, x.stride(1), delta.stride(1),
         **launch.options(triton_forward.STEPS),
     )  # fmt: skip
-    return _carry(launch, A, ends, totals, initial_state, False), totals
+    return _carry(launch, A, ends, totals, initial_state, False)
 
 
 def _carry_gradients(
@@ -235,6 +255,13 @@ def _channels_last(state: Tensor | None) -> Tensor | None:
 
 def _stride(tensor: Tensor | None, dimension: int) -> int:
     return 0 if tensor is None else tensor.stride(dimension)
+
+
+selective_scan = define_scan("selective_scan_triton", _forward, _backward, _fake)
+"""See ``moe_mamba.kernels.selective_scan``; computes in fp32, d_state up to 256.
+
+Keeps its inputs and (batch, ceil(length / 32), d_state, d_inner) states for the backward pass.
+"""
 
 
 def specimens() -> list[Specimen]:

@@ -2,13 +2,13 @@
 
 # mypy: disable-error-code="no-untyped-def"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
+from moe_mamba.kernels.selective_scan.operator import define_step
 from moe_mamba.kernels.selective_scan.triton_tiles import LOG2E, step_sizes
 
 BLOCK = 32  # channels of a program, which has all their states
@@ -43,8 +43,7 @@ def step_kernel(x, delta, A, B, C, D, z, delta_bias, state, y, new_state, x_row,
     tl.store(y + row * CHANNELS + c, out.to(y.dtype.element_ty), mask=inside)
 
 
-@torch.compiler.disable
-def selective_scan_step(
+def _step(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -55,12 +54,10 @@ def selective_scan_step(
     delta_bias: Tensor | None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.selective_scan_step``; without a backward pass."""
     (batch, channels), states = x.shape, A.shape[1]
     x, delta, B, C, D = (unit_stride(tensor) for tensor in (x, delta, B, C, D))
     z, delta_bias = (None if tensor is None else unit_stride(tensor) for tensor in (z, delta_bias))
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    new_state = torch.empty_like(state, memory_format=torch.contiguous_format)
+    y, new_state = x.new_empty(x.shape), state.new_empty(state.shape)
     with on_device(x):
         step_kernel[(batch, ceil_divide(channels, BLOCK))](
             x, delta, A, B, C, D, z, delta_bias, state, y, new_state, x.stride(0), delta.stride(0), B.stride(0),
@@ -68,6 +65,15 @@ def selective_scan_step(
             CHANNELS=channels, STATES=states, N=next_power_of_2(states), BLOCK=BLOCK,
         )  # fmt: skip
     return y, new_state
+
+
+def _fake(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+          delta_bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+selective_scan_step = define_step("selective_scan_step_triton", _step, _fake)
+"""See ``moe_mamba.kernels.selective_scan_step``; without a backward pass."""
 
 
 def step_specimen() -> Specimen:

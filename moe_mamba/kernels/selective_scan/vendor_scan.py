@@ -1,7 +1,8 @@
 """The CUDA scan of Mamba's authors, package mamba-ssm, behind our signature: a choice, never picked by ``auto``.
 
 Their layout is (batch, channels, length), so every operand is copied once. Their backward pass adds by atomics: its
-results vary from run to run in the last bits.
+results vary from run to run in the last bits. What its forward pass keeps for it differs between versions, so our
+backward operator runs that again.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moe_mamba.errors import UserError
+from moe_mamba.kernels import operators
 from moe_mamba.kernels.selective_scan.operands import Operands
 
 FIX = "choose --run.kernels=auto"
 
 
-@torch.compiler.disable
 def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.selective_scan``; states in fp32.
 
@@ -24,26 +25,53 @@ def selective_scan(operands: Operands) -> tuple[Tensor, Tensor]:
         UserError: for starts and initial_state, which their kernel does not know, and in the backward pass for a
             gradient of the final state; where deterministic results are asked for; or where the package does not load.
     """
-    x, delta, A, B, C, D, z, delta_bias, document_starts, initial_state = operands
-    for name, argument in (("document_starts", document_starts), ("initial_state", initial_state)):
-        if argument is not None:
+    for name in ("document_starts", "initial_state"):
+        if getattr(operands, name) is not None:
             raise UserError(f"selective_scan: mamba-ssm's kernel (kernels=vendor) does not take {name}: {FIX}")
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         raise UserError(
             f"selective_scan: mamba-ssm's gradients (kernels=vendor) vary from run to run, and train.deterministic "
             f"forbids that: {FIX}"
         )
-    y, final_state = _their_scan()(
-        *(_channels_first(tensor) for tensor in (x, delta)),
-        A.float(),
-        *(_channels_first(tensor) for tensor in (B, C)),
-        D.float(),
-        z=None if z is None else _channels_first(z),
-        delta_bias=None if delta_bias is None else delta_bias.float(),
-        delta_softplus=True,
-        return_last_state=True,
-    )
-    return y.transpose(1, 2), _WithoutGradient.apply(final_state)
+    return _scan(*operands[:8])
+
+
+def _forward(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        y, final_state = _call(_theirs(*operands))
+    return y.transpose(1, 2).contiguous(), final_state.clone(memory_format=torch.contiguous_format)
+
+
+def _forward_fake(x: Tensor, delta: Tensor, A: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)
+
+
+def _backward(y_gradient: Tensor, *operands: Tensor | None) -> list[Tensor]:
+    theirs = [None if one is None else one.detach().requires_grad_() for one in _theirs(*operands)]
+    with torch.enable_grad():
+        y, _ = _call(theirs)
+    made = torch.autograd.grad(y, [one for one in theirs if one is not None], y_gradient.transpose(1, 2))
+    given = [one for one in operands if one is not None]
+    turned = (one.transpose(1, 2) if one.dim() == 3 else one for one in made)  # all with a length, and only they
+    return [one.to(like.dtype).contiguous() for one, like in zip(turned, given, strict=True)]
+
+
+def _backward_fake(y_gradient: Tensor, *operands: Tensor | None) -> list[Tensor]:
+    return [one.new_empty(one.shape) for one in operands if one is not None]
+
+
+def _theirs(*operands: Tensor | None) -> list[Tensor | None]:
+    """The operands as their function takes them."""
+    x, delta, A, B, C, D, z, delta_bias = operands
+    narrow = [None if one is None else _channels_first(one) for one in (x, delta, B, C, z)]
+    wide = [None if one is None else one.float() for one in (A, D, delta_bias)]
+    return [*narrow[:2], wide[0], *narrow[2:4], wide[1], narrow[4], wide[2]]
+
+
+def _call(theirs: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Their function, which is one autograd function: it records what it did even where torch's own do not."""
+    *others, z, delta_bias = theirs
+    return _their_scan()(*others, z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=True)
 
 
 def _channels_first(tensor: Tensor) -> Tensor:
@@ -59,15 +87,26 @@ def _their_scan() -> Callable[..., Any]:
     return selective_scan_fn
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """The final state, whose gradient their backward pass would drop silently."""
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def forward(ctx: Any, final_state: Tensor) -> Tensor:
-        return final_state.clone()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> None:
+def _gradients(ctx: Any, y_gradient: Tensor | None, final_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if final_gradient is not None:  # their backward pass would drop it silently
         raise UserError(
             f"selective_scan: mamba-ssm's kernel (kernels=vendor) has no gradient of the final state: {FIX}"
         )
+    operands = ctx.saved_tensors
+    made = iter(_gradients_of(y_gradient, *operands))
+    return tuple(None if one is None else next(made) for one in operands)
+
+
+_OPERANDS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor? delta_bias"
+_scan = operators.define(
+    f"selective_scan_vendor({_OPERANDS}) -> (Tensor y, Tensor final_state)", _forward, _forward_fake
+)
+_gradients_of = operators.define(
+    f"selective_scan_vendor_backward(Tensor y_gradient, {_OPERANDS}) -> Tensor[]", _backward, _backward_fake
+)
+operators.differentiate(_scan, _keep, _gradients, _gradients_of)
