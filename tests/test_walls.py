@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels", "config"},
     "hf": {"safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"checkpoint", "model", "config"},
-    "planning": {"parallel", "model", "config"},
+    "planning": {"parallel", "model", "kernels", "config"},
     "preflight": {
         *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
         *("config", "installation"),
