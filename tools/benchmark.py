@@ -18,7 +18,8 @@ from benchmarks.profiling import Profile
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import UserError
 
-CPU_ROWS = ("scan", "step", "prefill", "decode", "context", "profile", "moe", "designs", "scaling", "preprocess")
+CPU_ROWS = ("scan", "step", "head", "prefill", "decode", "context", "profile")
+CPU_ROWS = (*CPU_ROWS, "moe", "designs", "scaling", "preprocess")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
@@ -34,9 +35,9 @@ def main(
     """Compare with the peers found here, and print a table; a peer that is not installed leaves a gap in it.
 
     Args:
-        only: rows to measure, separated by commas: of scan, step, prefill, decode, context, profile, moe, designs,
-            scaling and preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of the
-            device's.
+        only: rows to measure, separated by commas: of scan, step, head, prefill, decode, context, profile, moe,
+            designs, scaling and preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None:
+            all of the device's.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         device: cuda measures a GPU's kernels and steps.
@@ -79,6 +80,10 @@ def _measure(
 
         shapes = step.StepShapes.choose(tiny)
         return [step.step_profile(shapes)] if name == "profile" else [step.step_row(shapes, repeats)]
+    if name == "head":
+        from benchmarks import head, step
+
+        return head.head_rows(head.HeadShapes.choose(tiny), step.StepShapes.choose(tiny), repeats)
     if name in ("prefill", "decode", "context"):
         from benchmarks import generation
 
