@@ -177,7 +177,7 @@ def test_layers_sharded_by_tensor(world: Processes, pattern: str, tensor: int, p
 
 def micro_step_in_chunks(config: Config) -> list[Collective]:
     """In a worker: as ``micro_step``, with the head in four chunks of tokens."""
-    with mock.patch.object(linear, "CHUNK", 30_000):  # 192 tokens x 151 words x 4 bytes
+    with mock.patch.object(linear, "CHUNK", 50_000):  # 192 tokens x 256 words, padding included, x 4 bytes
         return micro_step(config)
 
 
