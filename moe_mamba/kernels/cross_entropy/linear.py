@@ -117,7 +117,7 @@ class _ChunkedHead(torch.autograd.Function):
                 total.add(gradient, stream[chunk])
             del gradient  # or it would stand beside the next chunk's
         ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(stream_gradient, total and total.sum())
+        ctx.save_for_backward(stream_gradient, None if total is None else total.sum())
         return _sum(losses, stream)
 
     @staticmethod
