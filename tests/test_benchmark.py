@@ -38,7 +38,8 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
 GENERATION = {"reading 32 tokens", "decoding 2 tokens of 1 sequence", "decoding 2 tokens of 2 sequences"}
 GENERATION |= {"8 tokens after 64", "states after 64 tokens"}
 DESIGNS = {"parallel layers", "Routing Mamba"}
-ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | GENERATION | DESIGNS
+HEAD = {"head", "head in a training step"}
+ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | HEAD | GENERATION | DESIGNS
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | 
     [
         # Processes that import torch again take most of the time: of the rows that start some, one.
         pytest.param(
-            ("--only=prefill,decode,context,profile,designs,scaling",),
-            {"weak scaling"} | GENERATION | DESIGNS,
+            ("--only=head,prefill,decode,context,profile,designs,scaling",),
+            {"weak scaling"} | HEAD | GENERATION | DESIGNS,
             marks=pytest.mark.slow,
         ),
         pytest.param((), ALL, marks=pytest.mark.long),
@@ -66,7 +67,10 @@ def test_table_and_json(flags: tuple[str, ...], measured: set[str], tmp_path: Pa
     assert all(row["ours"] > 0 for row in rows)
     compared = [row for row in rows if not row["skipped"]]
     assert all(row["theirs"] > 0 and row["ratio"] > 0 for row in compared)
-    assert {row["against"] for row in rows if row["skipped"]} <= {"mamba.py's parallel scan"}
+    assert {row["against"] for row in rows if row["skipped"]} <= {
+        "mamba.py's parallel scan",
+        "torch's linear_cross_entropy",
+    }
     tables = done.stdout.strip().split("\n\n")
     assert tables[0].count("\n") == len(rows) + 1
     profile, routed, dense = content["profiles"]
@@ -155,7 +159,7 @@ def test_preprocessing_of_the_built_in_corpus() -> None:
 
 
 def test_unknown_row_is_one_line() -> None:
-    known = "scan, step, prefill, decode, context, profile, moe, designs, scaling, preprocess"
+    known = "scan, step, head, prefill, decode, context, profile, moe, designs, scaling, preprocess"
     with pytest.raises(UserError, match=f"^--only=speed: no row is called 'speed': choose among {known}$"):
         main(only="speed")
 

@@ -72,6 +72,7 @@ ELSEWHERE = {
     "python tools/status.py runs/site": "tests/run/test_status.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
+    "python tools/benchmark.py --only=head": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scaling": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=designs --repeats=20": "tests/test_benchmark.py",

@@ -19,7 +19,8 @@ from moe_mamba.command_line import run_command
 from moe_mamba.config_types import Positive
 from moe_mamba.errors import UserError
 
-CPU_ROWS = ("scan", "step", "prefill", "decode", "context", "profile", "moe", "designs", "scaling", "preprocess")
+CPU_ROWS = ("scan", "step", "head", "prefill", "decode", "context", "profile")
+CPU_ROWS = (*CPU_ROWS, "moe", "designs", "scaling", "preprocess")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
@@ -35,9 +36,9 @@ def main(
     """Compare with the peers found here, and print a table; a peer that is not installed leaves a gap in it.
 
     Args:
-        only: rows to measure, separated by commas: of scan, step, prefill, decode, context, profile, moe, designs,
-            scaling and preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of the
-            device's.
+        only: rows to measure, separated by commas: of scan, step, head, prefill, decode, context, profile, moe,
+            designs, scaling and preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None:
+            all of the device's.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         device: cuda measures a GPU's kernels and steps.
@@ -78,6 +79,10 @@ def _measure(
 
         shapes = step.StepShapes.choose(tiny)
         return [step.step_profile(shapes)] if name == "profile" else [step.step_row(shapes, repeats)]
+    if name == "head":
+        from benchmarks import head, step
+
+        return head.head_rows(head.HeadShapes.choose(tiny), step.StepShapes.choose(tiny), repeats)
     if name in ("prefill", "decode", "context"):
         from benchmarks import generation
 

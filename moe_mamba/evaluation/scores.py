@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from moe_mamba.data.loader import Batch
+from moe_mamba.kernels.cross_entropy import IGNORED
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.distributed import reduce_over_data
 from moe_mamba.parallel.topology import Topology
@@ -66,10 +67,9 @@ def evaluate(
             model.train(was_training)
             return None
         batch = batch.to(device)
-        logits = model(batch.tokens, batch.document_starts).logits
-        loss, count = model.cross_entropy(logits, batch.targets)
-        right = (model.argmax(logits) == batch.targets).sum()  # no id is -100
-        sums += torch.stack([loss.double(), count.double(), right.double()])
+        output = model(batch.tokens, batch.document_starts, targets=batch.targets)
+        count = (batch.targets != IGNORED).sum()
+        sums += torch.stack([output.cross_entropy.double(), count.double(), output.right.double()])
     model.train(was_training)
     loss, targets, right = reduce_over_data(sums, topology).tolist()
     return Scores(loss / max(1.0, targets), round(targets), right / max(1.0, targets))

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels.cross_entropy.linear import linear_cross_entropy, linear_scores
 from moe_mamba.model.initialize import Initializer, embedding_weight, head_weight
 from moe_mamba.model.layer import build_layers, fp32_parameter_names, initial_states, run_layers
-from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.mixers.routing import Router, unchanged
 from moe_mamba.model.names import logical_names
@@ -26,14 +26,19 @@ class Output:
     """What a pass gives.
 
     Attributes:
-        logits: (batch, length, vocab).
+        logits: (batch, length, vocab); None where targets were passed in.
         statistics: of each router, by its full name, in order.
         states: one for each mixer, where states were passed in; else None.
+        cross_entropy: where targets were passed in, the sum of the loss over those that count, in nats, () in fp32
+            (float64 for a float64 model).
+        right: where targets were passed in and no gradient is asked for, how many of them are the argmax, () int64.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     statistics: Statistics
     states: list[State | None] | None
+    cross_entropy: Tensor | None = None
+    right: Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -44,8 +49,8 @@ class LanguageModel(nn.Module):
     Attributes:
         recompute: in training keep only each layer's input, and compute the rest again in the backward pass.
         project: turns a normalised stream and the (vocab, d_model) weight into logits (tokens, vocab).
-        cross_entropy: sums the loss over logits and targets, see ``loss.cross_entropy_sum``.
-        argmax: ids of the largest logits.
+        cross_entropy: of a normalised stream, the weight and targets (tokens): the loss's sum, by chunks of tokens.
+        scores: of the same, without gradients: that sum, and how many targets are the argmax.
         gather_logits: turns logits into those of the whole vocabulary, (..., vocab). A layout that shards the
             vocabulary puts other functions in the place of these four, and its logits are a rank's part.
     """
@@ -57,10 +62,10 @@ class LanguageModel(nn.Module):
         self.kernels = kernels
         self.recompute = False
         self.project: Callable[[Tensor, Tensor], Tensor] = functional.linear
-        self.cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = partial(
-            cross_entropy_sum, backend=kernels
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(linear_cross_entropy, backend=kernels)
+        self.scores: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = partial(
+            linear_scores, argmax=partial(torch.argmax, dim=-1), backend=kernels
         )
-        self.argmax: Callable[[Tensor], Tensor] = partial(Tensor.argmax, dim=-1)
         self.gather_logits: Callable[[Tensor], Tensor] = unchanged
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.layers = build_layers(model, moe, kernels)
@@ -89,18 +94,26 @@ class LanguageModel(nn.Module):
         return initial_states(self.layers, batch, weight.dtype, weight.device)
 
     def forward(
-        self, tokens: Tensor, document_starts: Tensor | None = None, states: Sequence[State | None] | None = None
+        self,
+        tokens: Tensor,
+        document_starts: Tensor | None = None,
+        states: Sequence[State | None] | None = None,
+        targets: Tensor | None = None,
     ) -> Output:
-        """Predict the token after each one.
+        """Predict the token after each one, or compare it with what should come.
 
         Args:
             tokens: (batch, length) int64.
             document_starts: (batch, length) bool, True where a document starts: nothing before it is seen. None: each
                 sequence is one document, or goes on from its state.
             states: from ``initial_states`` or an earlier pass; None: start anew, and keep no states.
+            targets: (batch, length) int64, the token after each one, -100 where nothing is counted. With them there
+                is a loss and no logits, which never stand in memory for all tokens.
         """
         stream, statistics, new_states = self.hidden(tokens, document_starts, states)
-        return Output(self.logits(stream).unflatten(0, tokens.shape), statistics, new_states)
+        if targets is None:
+            return Output(self.logits(stream).unflatten(0, tokens.shape), statistics, new_states)
+        return Output(None, statistics, new_states, *self.losses(stream, targets.flatten()))
 
     def hidden(
         self, tokens: Tensor, document_starts: Tensor | None = None, states: Sequence[State | None] | None = None
@@ -117,9 +130,19 @@ class LanguageModel(nn.Module):
 
     def logits(self, stream: Tensor) -> Tensor:
         """Turn (tokens, d_model) from the last layer into logits (tokens, vocab)."""
+        return self.project(*self._head(stream))
+
+    def losses(self, stream: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Turn (tokens, d_model) from the last layer and targets (tokens) into ``cross_entropy`` and ``right``."""
+        if torch.is_grad_enabled():
+            return self.cross_entropy(*self._head(stream), targets), None
+        return self.scores(*self._head(stream), targets)
+
+    def _head(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised stream (tokens, d_model), and the weight (vocab, d_model) that turns it into logits."""
         if self.final_norm is not None:
             stream, _ = self.final_norm(stream)
-        return self.project(stream, self.embedding.weight if self.head is None else self.head.weight)
+        return stream, self.embedding.weight if self.head is None else self.head.weight
 
     def routers(self) -> dict[str, Router]:
         """Routers by their full names, as a pass's statistics are."""

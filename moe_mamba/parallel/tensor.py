@@ -25,7 +25,6 @@ from torch.nn import functional
 from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
-from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
 from moe_mamba.model.mixers.routing import Router
@@ -241,14 +240,14 @@ def _shard_vocabulary(
     if model.head is not None:
         model.head = _column_linear(model.head, shards["head.weight"])
     (segment,) = shard.segments[0]
-    model.project = partial(project, rows=segment.length, group=group if sequence_parallel else None)
-    model.cross_entropy = partial(
-        cross_entropy_sum,
-        first=group.rank() * shard.local_shape[0],
-        reduce=partial(_reduce, group=group),
-        backend=model.kernels,
-    )
-    model.argmax = partial(_argmax, first=group.rank() * shard.local_shape[0], group=group)
+    sequence_group, first = group if sequence_parallel else None, group.rank() * shard.local_shape[0]
+    model.project = partial(project, rows=segment.length, group=sequence_group)
+    part: dict[str, Any] = {"first": first, "rows": segment.length, "reduce": partial(_reduce, group=group)}
+    cross_entropy = partial(model.cross_entropy, **part)
+    argmax = partial(_argmax, first=first, group=group)
+    scores = partial(model.scores, argmax=argmax, **part)  # type: ignore[call-arg]
+    model.cross_entropy = partial(_of_all_tokens, cross_entropy, sequence_group)
+    model.scores = partial(_of_all_tokens, scores, sequence_group)
     model.gather_logits = partial(_gather_logits, vocabulary=shard.shape[0], group=group)
 
 
@@ -272,11 +271,23 @@ def project(
     Returns:
         (tokens, rows of a rank).
     """
-    if group is not None:
-        stream = gather_from_sequence_parallel_region(stream, group=group)
-    logits = product(stream, weight)
+    logits = _of_all_tokens(product, group, stream, weight)
     logits[:, rows:] = -torch.inf
     return logits
+
+
+def _of_all_tokens(function: Callable[..., Any], group: ProcessGroup | None, stream: Tensor, *arguments: Tensor) -> Any:
+    """What a function makes of the stream of all tokens, (tokens, d_model).
+
+    Args:
+        function: of that stream and the other arguments.
+        group: the tensor-parallel ranks, which share the tokens; None: each has all.
+        stream: (tokens / tensor, d_model), or all.
+        arguments: of the function.
+    """
+    if group is not None:
+        stream = gather_from_sequence_parallel_region(stream, group=group)
+    return function(stream, *arguments)
 
 
 def _gather_logits(logits: Tensor, *, vocabulary: int, group: ProcessGroup) -> Tensor:

@@ -59,7 +59,7 @@ def partition_model(model: LanguageModel, plan: RunPlan, groups: Groups) -> None
         deepspeed.zero.Init(
             module=module, data_parallel_group=groups.data, dtype=torch.float32, mem_efficient_linear=False
         )
-    _give_logits_a_module(model)
+    _give_the_head_modules(model)
     if in_bf16:
         model.embedding.register_forward_hook(_to_bf16)
 
@@ -107,22 +107,22 @@ class GatheredLinear(nn.Linear):
         return _Product.apply(x, self.weight, self.bias)
 
 
-class Logits(nn.Module):
+class Head(nn.Module):
     """The end of a model as a module of its own, so that the vocabulary's weight is gathered there and nowhere else.
 
     Args:
-        compute: the model's method ``logits``.
+        compute: a method of the model's.
         weight: what it reads.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], weight: nn.Parameter) -> None:
+    def __init__(self, compute: Callable[..., Any], weight: nn.Parameter) -> None:
         super().__init__()
         self._compute = compute
         deepspeed.zero.register_external_parameter(self, weight)
 
-    def forward(self, stream: Tensor) -> Tensor:
-        """Turn (tokens, d_model) into logits (tokens, vocab)."""
-        return self._compute(stream)
+    def forward(self, *arguments: Tensor) -> Any:
+        """What the method makes of a stream (tokens, d_model) and what else it takes."""
+        return self._compute(*arguments)
 
 
 def _replace_products(model: LanguageModel) -> None:
@@ -141,12 +141,13 @@ def _replace_products(model: LanguageModel) -> None:
         model.project = partial(model.project, product=_Product.apply)  # type: ignore[call-arg]
 
 
-def _give_logits_a_module(model: LanguageModel) -> None:
+def _give_the_head_modules(model: LanguageModel) -> None:
     """Make known where the vocabulary's weight is read, which is not in its owner's forward."""
     (weight,) = (model.embedding if model.head is None else model.head).parameters()
-    logits = Logits(model.logits, weight)
-    model.add_module("output", logits)
-    model.logits = logits.__call__  # type: ignore[method-assign]
+    for name in ("logits", "losses"):
+        head = Head(getattr(model, name), weight)
+        model.add_module(f"output_{name}", head)
+        setattr(model, name, head.__call__)
 
 
 def gathered_shape(parameter: nn.Parameter) -> torch.Size:

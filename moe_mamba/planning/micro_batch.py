@@ -3,6 +3,7 @@
 import torch
 
 from moe_mamba.config import Config
+from moe_mamba.kernels.cross_entropy.linear import CHUNK
 from moe_mamba.model.pattern import layer_specs
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.memory import per_device
@@ -28,6 +29,7 @@ def choose_micro_batch(plan: RunPlan) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         state = per_device(plan)
         free -= sum(state[kind] for kind in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
+        free -= head_bytes(config, topology.tensor)
         most = free * GPU_SHARE / (length * activation_bytes_per_token(config, topology.tensor))
     else:
         most = CPU_TOKENS / length
@@ -48,5 +50,14 @@ def activation_bytes_per_token(config: Config, tensor: int = 1) -> int:
     kept = 0 if recompute else sum(mixer.activation_bytes(model, config.moe, width) for mixer in mixers)
     layers = 3 * model.d_model * width * len(specs) + kept
     gathered = 0 if tensor == 1 or recompute else model.d_model * width * len(specs)
-    # Logits, their fp32 copy and its gradient.
-    return (layers + model.vocab_size * (width + 8)) // tensor + gathered
+    head = 2 * model.d_model * width  # the normalised stream and its gradient; logits are in chunks
+    return (layers + head) // tensor + gathered
+
+
+def head_bytes(config: Config, tensor: int = 1) -> int:
+    """What the head and the loss hold on a device, whatever the number of tokens.
+
+    Two chunks, of logits and of their gradient, and the weight's gradient, in fp32 and as the engine takes it over.
+    """
+    model = config.model
+    return 2 * CHUNK + 2 * 4 * model.vocab_size * model.d_model // tensor

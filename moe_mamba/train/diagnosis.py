@@ -21,7 +21,7 @@ def first_bad_place(model: LanguageModel, batches: Sequence[Batch]) -> tuple[str
     is_in_parameter = any(places)
     if not is_in_parameter:
         for batch in batches:
-            places += from_all(first_bad_output(model, batch.tokens, batch.document_starts))
+            places += from_all(first_bad_output(model, batch))
     return next((f"; the first bad value is in {place}" for place in places if place), ""), is_in_parameter
 
 
@@ -35,15 +35,14 @@ def first_bad_parameter(model: LanguageModel) -> str | None:
 
 
 @torch.no_grad()
-def first_bad_output(model: LanguageModel, tokens: Tensor, document_starts: Tensor | None) -> str | None:
+def first_bad_output(model: LanguageModel, batch: Batch) -> str | None:
     """Name the module whose output is the first to hold a NaN or infinity on a micro-batch; or None.
 
     All ranks call it together, since they may share layers.
 
     Args:
         model: the model, as it is in the broken step.
-        tokens: (batch, length) the micro-batch that gave the bad loss.
-        document_starts: (batch, length) document starts, or None.
+        batch: the micro-batch that gave the bad loss.
     """
     bad: list[str] = []
     hooks = [
@@ -51,7 +50,7 @@ def first_bad_output(model: LanguageModel, tokens: Tensor, document_starts: Tens
         for name, module in model.named_modules()
         if name
     ]
-    model(tokens, document_starts)
+    model(batch.tokens, batch.document_starts, targets=batch.targets)
     for hook in hooks:
         hook.remove()
     return f"the output of {bad[0]}" if bad else None

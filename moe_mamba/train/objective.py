@@ -1,6 +1,6 @@
 """What a step minimises: cross entropy by the number of targets, and the routers' losses over all ranks."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,7 +29,6 @@ class Objective:
 
     Args:
         config: weights of the routers' losses.
-        cross_entropy: the model's sum of the loss over its logits, and of the targets.
         targets: number of targets in the global batch, at least 1.
         micro_steps: of the step; the engine divides by them and by the data ranks, and a sum by targets must not be.
         topology: the ranks to take the routers' statistics over.
@@ -37,30 +36,21 @@ class Objective:
     """
 
     def __init__(
-        self,
-        config: MoEConfig,
-        cross_entropy: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        targets: int,
-        micro_steps: int,
-        topology: Topology,
-        balanced: Collection[str],
+        self, config: MoEConfig, targets: int, micro_steps: int, topology: Topology, balanced: Collection[str]
     ) -> None:
         self._config = config
         self._balanced = frozenset(balanced)
-        self._cross_entropy = cross_entropy
         self._scale = micro_steps * topology.data / targets
         self._topology = topology
         self.sums: StepSums | None = None
 
-    def __call__(self, logits: Tensor, targets: Tensor, statistics: Statistics) -> Tensor:
+    def __call__(self, cross_entropy: Tensor, statistics: Statistics) -> Tensor:
         """Loss to give to the engine's backward.
 
         Args:
-            logits: (batch, length, vocab) of the micro-batch; a tensor-parallel rank's part of the vocabulary.
-            targets: (batch, length) token ids, -100 where nothing is counted.
+            cross_entropy: the model's, summed over the targets of the micro-batch, ().
             statistics: of each router, on this rank.
         """
-        cross_entropy, _ = self._cross_entropy(logits, targets)
         shared = over_all_ranks(statistics, self._topology)
         balance, z = _losses_of_each(shared)
         self._add(cross_entropy, _mean(balance.values(), cross_entropy), _mean(z.values(), cross_entropy), shared)

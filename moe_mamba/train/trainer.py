@@ -239,12 +239,10 @@ class Trainer:
     def _gradient(self, batches: list[Batch], targets: int) -> tuple[StepSums, float]:
         """Forward and backward of all micro-steps; their sums, and the loss over all ranks in nats/token."""
         balanced = self.model.balanced_routers()
-        objective = Objective(
-            self.config.moe, self.model.cross_entropy, targets, self.micro_steps, self.topology, balanced
-        )
+        objective = Objective(self.config.moe, targets, self.micro_steps, self.topology, balanced)
         for number, batch in enumerate(batches, 1):
-            output = self.engine(batch.tokens, batch.document_starts)
-            self.engine.backward(objective(output.logits, batch.targets, output.statistics))
+            output = self.engine(batch.tokens, batch.document_starts, targets=batch.targets)
+            self.engine.backward(objective(output.cross_entropy, output.statistics))
             if number < len(batches):
                 self.engine.step()
         sums = objective.sums

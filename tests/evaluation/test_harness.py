@@ -17,6 +17,7 @@ from moe_mamba.evaluation.harness import HarnessModel
 from moe_mamba.model.generation import generate
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.loss import cross_entropy_sum
 from moe_mamba.run.restore import Restored
 
 END = 256
@@ -56,12 +57,12 @@ def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 
 def alone(model: HarnessModel, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One pass over one request: what `model.cross_entropy` says, and whether greedy text is the continuation."""
+    """One pass over one request: its cross entropy, and whether greedy text is the continuation."""
     network = model._model
     tokens = torch.tensor([[*context, *continuation]])
     with torch.no_grad():
         logits = network(tokens[:, :-1]).logits[0, len(context) - 1 :]
-    loss, count = network.cross_entropy(logits, tokens[0, len(context) :])
+    loss, count = cross_entropy_sum(logits, tokens[0, len(context) :])
     assert count == len(continuation)
     return -loss.item(), logits.argmax(-1).tolist() == continuation
 

@@ -1,9 +1,13 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels.cross_entropy import linear
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.loss import cross_entropy_sum
 
@@ -61,6 +65,43 @@ def test_stepping_equals_the_parallel_pass(tiny: Tiny, pattern: str, prefill: in
             states = output.states
             logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=0, atol=1e-5)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operator gives, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_with_targets_no_logits_stand_in_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tied_head: bool) -> None:
+    """Loss, accuracy and gradients are those of the logits, in training and evaluation."""
+    model = tiny("M-", tied_head=tied_head, vocab_size=1009)
+    weights = list(model.parameters())
+    tokens = torch.randint(1009, (4, 64))
+    targets = torch.randint(1009, (4, 64)).masked_fill(torch.rand(4, 64) < 0.2, -100)
+    logits = model(tokens).logits
+    targets[0, :9] = logits[0, :9].argmax(-1)
+    expected, counted = cross_entropy_sum(logits, targets)
+    monkeypatch.setattr(linear, "CHUNK", 40 * 1009 * 4)  # of 40 tokens
+    with _Largest() as largest:
+        output = model(tokens, targets=targets)
+        gradients = torch.autograd.grad(output.cross_entropy / counted, weights)
+        with torch.no_grad():
+            scored = model.eval()(tokens, targets=targets)
+    assert largest.elements < 64 * 1009 < logits.numel()
+    assert output.logits is scored.logits is output.right is None
+    assert scored.right == (logits.argmax(-1) == targets).sum() >= 9
+    torch.testing.assert_close(output.cross_entropy, expected)
+    torch.testing.assert_close(scored.cross_entropy, expected.detach())
+    for one, two in zip(gradients, torch.autograd.grad(expected / counted, weights), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -220,14 +220,14 @@ def train(config: Config, steps: int) -> Trained:
             tokens, targets, document_starts = batch_of(step, config)
             counted = int((targets != -100).sum())
             balanced = built.model.balanced_routers()
-            objective = Objective(config.moe, built.model.cross_entropy, counted, micro_steps, built.topology, balanced)
+            objective = Objective(config.moe, counted, micro_steps, built.topology, balanced)
             for number in range(micro_steps):
                 mine = [
                     share_of(v, built.topology, number, config.train.micro_batch)
                     for v in (tokens, targets, document_starts)
                 ]
-                output = engine(mine[0], mine[2])
-                engine.backward(objective(output.logits, mine[1], output.statistics))
+                output = engine(mine[0], mine[2], targets=mine[1])
+                engine.backward(objective(output.cross_entropy, output.statistics))
                 if number < micro_steps - 1:
                     engine.step()
             norms.append(engines.step(engine, config.train.gradient_clip))

@@ -8,16 +8,19 @@ rank.
 """
 
 from collections import Counter
+from unittest import mock
 
 import pytest
+import torch
 
 from moe_mamba.config import Config
+from moe_mamba.kernels.cross_entropy import linear
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.optimizer import parameter_groups
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
 from tests.parallel.communication import Collective, counting
-from tests.parallel.layouts import Layout, batch_of, build, config_of, share_of
+from tests.parallel.layouts import GLOBAL_BATCH, LENGTH, Layout, batch_of, build, config_of, share_of
 from tests.world import World as Processes
 
 FP32, INT64 = 4, 8
@@ -29,10 +32,10 @@ def micro_step(config: Config) -> list[Collective]:
     tokens, targets, document_starts = (
         share_of(values, built.topology, 0, config.train.micro_batch) for values in batch_of(0, config)
     )
-    objective = Objective(config.moe, built.model.cross_entropy, 100, 1, built.topology, built.model.balanced_routers())
+    objective = Objective(config.moe, 100, 1, built.topology, built.model.balanced_routers())
     with counting() as found:
-        output = built.model.train()(tokens, document_starts)
-        objective(output.logits, targets, output.statistics).backward()
+        output = built.model.train()(tokens, document_starts, targets=targets)
+        objective(output.cross_entropy, output.statistics).backward()
     return found
 
 
@@ -172,6 +175,40 @@ def test_layers_sharded_by_tensor(world: Processes, pattern: str, tensor: int, p
     compare(world.run(micro_step, config, ranks=tensor), config, layout)
 
 
+def micro_step_in_chunks(config: Config) -> list[Collective]:
+    """In a worker: as ``micro_step``, with the head in four chunks of tokens."""
+    with mock.patch.object(linear, "CHUNK", 50_000):  # 192 tokens x 256 words, padding included, x 4 bytes
+        return micro_step(config)
+
+
+def test_chunks_of_the_head_move_the_same_bytes_in_more_calls(world: Processes) -> None:
+    config = config_of("-", Layout(2, 2))
+    whole, chunked = (world.run(function, config, ranks=2) for function in (micro_step, micro_step_in_chunks))
+    tokens = GLOBAL_BATCH * LENGTH
+    for one, other in zip(whole, chunked, strict=True):
+        gone, came = Counter(one) - Counter(other), Counter(other) - Counter(one)
+        assert gone == {Collective("all-reduce", (0, 1), size * tokens * FP32): 1 for size in (1, 2)}
+        assert came == {Collective("all-reduce", (0, 1), size * tokens // 4 * FP32): 4 for size in (1, 2)}
+
+
+def validation(config: Config) -> list[Collective]:
+    """In a worker: what scores of a batch move, without gradients."""
+    built = build(config)
+    tokens, targets, document_starts = batch_of(0, config)
+    with counting() as found, torch.no_grad():
+        built.model.eval()(tokens, document_starts, targets=targets)
+    return found
+
+
+def test_scores_move_four_numbers_of_each_token(world: Processes) -> None:
+    """Of the loss the maximum, the target's logit and the sum; of the argmax the maximum, and an id of 8 bytes."""
+    config = config_of("-", Layout(2, 2))
+    tokens = GLOBAL_BATCH * LENGTH
+    sizes = Counter({tokens * FP32: 2, 2 * tokens * FP32: 1}) + Counter({tokens * INT64: 1})
+    for found in world.run(validation, config, ranks=2):
+        assert Counter(call.bytes for call in found if call.kind == "all-reduce") == sizes
+
+
 def test_key_heads_for_every_tensor_rank_have_no_gradients_to_sum(world: Processes) -> None:
     config = config_of("*", Layout(4, 4), model__kv_heads=4)
     compare(world.run(micro_step, config, ranks=4), config, Layout(4, 4))
@@ -235,13 +272,13 @@ def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dic
     with counting() as start:
         engine = engines.build_engine(built.model, config, built.groups, micro_batch)
     for step in range(2):
-        objective = Objective(config.moe, built.model.cross_entropy, 100, 2, topology, built.model.balanced_routers())
+        objective = Objective(config.moe, 100, 2, topology, built.model.balanced_routers())
         with counting() as found:
             for number in range(2):
                 values = (share_of(value, topology, number, micro_batch) for value in batch_of(step, config))
                 tokens, targets, document_starts = values
-                output = engine(tokens, document_starts)
-                engine.backward(objective(output.logits, targets, output.statistics))
+                output = engine(tokens, document_starts, targets=targets)
+                engine.backward(objective(output.cross_entropy, output.statistics))
                 if number == 0:
                     engine.step()
             engines.step(engine, config.train.gradient_clip)

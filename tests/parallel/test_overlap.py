@@ -13,10 +13,10 @@ def events(config: Config) -> list[str]:
     """In a worker: what happens in a step, forward and backward, by name in the order in which it begins."""
     built = build(config)
     mine = [share_of(values, built.topology, 0, config.train.micro_batch) for values in batch_of(0, config)]
-    objective = Objective(config.moe, built.model.cross_entropy, 1, 1, built.topology, built.model.balanced_routers())
+    objective = Objective(config.moe, 1, 1, built.topology, built.model.balanced_routers())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        output = built.model.train()(mine[0], mine[2])
-        objective(output.logits, mine[1], output.statistics).backward()
+        output = built.model.train()(mine[0], mine[2], targets=mine[1])
+        objective(output.cross_entropy, output.statistics).backward()
     return [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
 
 

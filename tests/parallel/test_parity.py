@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from torch import Tensor
 
 from moe_mamba.config import Config
+from moe_mamba.kernels.cross_entropy import linear
 from moe_mamba.train.objective import Objective
 from tests import ROOT
 from tests.parallel.layouts import (
@@ -62,16 +65,18 @@ def forward_and_backward(config: Config) -> tuple[Chunks, Chunks]:
     micro_steps = GLOBAL_BATCH // (micro_batch * built.topology.data)
     counted = int((targets != -100).sum())
     balanced = model.balanced_routers()
-    objective = Objective(config.moe, model.cross_entropy, counted, micro_steps, built.topology, balanced)
+    objective = Objective(config.moe, counted, micro_steps, built.topology, balanced)
     outputs: Chunks = []
     with routing_margins(model) as margins:
         for number in range(micro_steps):
             mine = [
                 share_of(values, built.topology, number, micro_batch) for values in (tokens, targets, document_starts)
             ]
-            output = model(mine[0], mine[2])
-            (objective(output.logits, mine[1], output.statistics) / micro_steps).backward()
-            outputs.append(logits_chunk(output.logits, built.topology, number))
+            with torch.no_grad():
+                logits = model(mine[0], mine[2]).logits
+            outputs.append(logits_chunk(logits, built.topology, number))
+            output = model(mine[0], mine[2], targets=mine[1])
+            (objective(output.cross_entropy, output.statistics) / micro_steps).backward()
     assert min(margins, default=1.0) >= MARGIN_FLOAT64, "a routing decision lies near a tie: take another seed"
     gradients = {name: mean_over_data_ranks(built, parameter) for name, parameter in model.named_parameters()}
     return outputs, chunks_of(gradients, built.held)
@@ -228,6 +233,30 @@ def test_outputs_and_gradients_in_float64(world: World, pattern: str) -> None:
 def test_every_router_and_option_in_float64(world: World, layout: Layout, keys: dict[str, Any]) -> None:
     for cell, (error, name) in float64_error(world, "MEM-*E", [layout], **keys).items():
         assert error <= 1e-10, f"{cell}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"),
+    [
+        (Layout(4, 4), {}),
+        pytest.param(Layout(4, 2), {"model__tied_head": True, "accumulation": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_chunks_of_the_head_in_float64(world: World, layout: Layout, keys: dict[str, Any]) -> None:
+    """One process in one chunk, against tensor-parallel ranks in many."""
+    accumulation = keys.pop("accumulation", 1)
+    single, config = (config_of("-", one, accumulation, **keys) for one in (Layout(1), layout))
+    expected = world.run(forward_and_backward, single, ranks=1)
+    ranks = world.run(forward_and_backward_in_chunks, config, ranks=layout.ranks)
+    for part in (0, 1):
+        error, name = worst(*(assemble([rank[part] for rank in each]) for each in (ranks, expected)))
+        assert error <= 1e-10, name
+
+
+def forward_and_backward_in_chunks(config: Config) -> tuple[Chunks, Chunks]:
+    """In a worker: with chunks of a few tokens, of which the number of tokens is no multiple."""
+    with mock.patch.object(linear, "CHUNK", 5000):
+        return forward_and_backward(config)
 
 
 def test_balance_over_devices_sees_each_devices_own_tokens(world: World) -> None:

@@ -29,14 +29,12 @@ def poisoned(
     current = [0]
 
     class Poisoned(loop.Objective):
-        def __init__(self, config: Any, cross_entropy: Any, *rest: Any) -> None:
-            factor = factor_of(current[0]) if int(os.environ["RANK"]) == rank else 1.0
+        def __init__(self, *arguments: Any) -> None:
+            self.factor = factor_of(current[0]) if int(os.environ["RANK"]) == rank else 1.0
+            super().__init__(*arguments)
 
-            def multiplied(*parts: Any) -> Any:
-                loss, count = cross_entropy(*parts)
-                return loss * factor, count
-
-            super().__init__(config, multiplied, *rest)
+        def __call__(self, cross_entropy: Any, statistics: Any) -> Any:
+            return super().__call__(cross_entropy * self.factor, statistics)
 
     def note(trainer: Any) -> None:
         current[0] = trainer.recovery.after(trainer.recovery.position)

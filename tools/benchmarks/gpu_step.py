@@ -84,10 +84,9 @@ def our_model(config: Config, device: torch.device) -> LanguageModel:
 
 def our_loss(model: LanguageModel, config: Config, tokens: Tensor) -> Tensor:
     """Mean cross entropy of the next tokens, and the balance loss."""
-    output = model(tokens)
-    total, count = model.cross_entropy(output.logits, tokens.roll(-1, 1))
+    output = model(tokens, targets=tokens.roll(-1, 1))
     balance = torch.stack([balance_loss(layer) for layer in output.statistics.values()]).mean()
-    return total / count + config.moe.balance_weight * balance
+    return output.cross_entropy / tokens.numel() + config.moe.balance_weight * balance
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:

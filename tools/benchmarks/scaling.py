@@ -211,9 +211,9 @@ def training_step(config: Config, world: World) -> Callable[[], None]:
     counted = config.train.global_batch * config.data.sequence_length
 
     def step() -> None:
-        objective = Objective(config.moe, model.cross_entropy, counted, 1, topology, model.balanced_routers())
-        output = engine(tokens)
-        engine.backward(objective(output.logits, targets, output.statistics))
+        objective = Objective(config.moe, counted, 1, topology, model.balanced_routers())
+        output = engine(tokens, targets=targets)
+        engine.backward(objective(output.cross_entropy, output.statistics))
         engines.step(engine, config.train.gradient_clip)
 
     return step
