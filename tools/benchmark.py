@@ -18,8 +18,8 @@ from benchmarks.profiling import Profile
 from moe_mamba.command_line import run_command
 from moe_mamba.errors import UserError
 
-CPU_ROWS = ("scan", "step", "head", "prefill", "decode", "context", "profile")
-CPU_ROWS = (*CPU_ROWS, "moe", "designs", "scaling", "preprocess")
+CPU_ROWS: tuple[str, ...] = ("scan", "step", "head", "prefill", "decode", "context", "profile")
+CPU_ROWS += ("moe", "designs", "scaling", "preprocess")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
