@@ -20,7 +20,7 @@ from moe_mamba.config_types import Positive
 from moe_mamba.errors import UserError
 
 CPU_ROWS: tuple[str, ...] = ("scan", "step", "head", "prefill", "decode", "context", "profile")
-CPU_ROWS = (*CPU_ROWS, "moe", "designs", "scaling", "preprocess")
+CPU_ROWS += ("moe", "designs", "scaling", "preprocess")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
