@@ -1,13 +1,14 @@
 """How every command of the project starts: a Fire function, and one line and exit code 2 for the user's mistakes."""
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import fire
@@ -18,6 +19,17 @@ from moe_mamba.config_types import allowed
 from moe_mamba.errors import LocalError, RunStopped, UserError, shown
 from moe_mamba.parallel.launcher import is_first_process
 from moe_mamba.standard_streams import standard_streams
+
+
+SCARCE = {
+    errno.EMFILE: "allow more open files (ulimit -n 4096)",
+    errno.ENFILE: "let other programs of this machine close files",
+    errno.ENOMEM: "free memory, or allow more (ulimit -v)",
+    errno.ENOSPC: "free the disk",
+    errno.EDQUOT: "free the disk, or ask for a larger quota",
+    errno.EFBIG: "allow larger files (ulimit -f unlimited)",
+}
+"""What a machine may not have enough of -> the fix, where an error does not say for what."""
 
 
 def run_command(function: Callable[..., None]) -> None:
@@ -48,7 +60,9 @@ def run_to_one_line(call: Callable[[], None]) -> None:
             _end(LocalError(f"{shown(error.object)}: this locale's encoding is {encoding}: set PYTHONUTF8=1"), 2)
         except OSError as error:
             if error.filename is None:
-                raise
+                if error.errno not in SCARCE:
+                    raise
+                _end(LocalError(f"{error.strerror}: {SCARCE[error.errno]}, and give the same command again"), 2)
             path = os.fsdecode(error.filename)
             _end(LocalError(f"{path}: {error.strerror}: correct this, or give another path"), 2)
         except KeyboardInterrupt:
@@ -92,23 +106,43 @@ def parse(function: Callable[..., None]) -> Callable[[], None]:
 
 def _check_arguments(arguments: Sequence[str]) -> None:
     """Refuse what could not be read as it is meant: bytes that are no text, and a flag with two values."""
-    given: dict[str, str] = {}
     for argument in arguments:
         if not argument.isascii() and re.search("[\ud800-\udfff]", argument):
             raise UserError(f"{shown(argument)} is not UTF-8 text here: type it in UTF-8, or set PYTHONUTF8=1")
         if argument == "--":  # after it Fire takes orders of its own
             raise UserError("-- alone is no flag: leave it out; --help lists the flags")
-        flag, _, value = argument.partition("=")
-        if flag.startswith("--") and given.setdefault(name := flag.replace("-", "_"), value) != value:
+    given: dict[str, str] = {}
+    for flag, name, value in _flags(arguments):
+        if given.setdefault(name, value) != value:
             raise UserError(
                 f"{shown(flag)[1:-1]} is given twice, as {shown(given[name])} and {shown(value)}: give it once"
             )
 
 
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Flags as they are typed, their names, and their values, which may be the argument behind them, as Fire does."""
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--"):
+            continue
+        name = flag.lstrip("-").replace("-", "_")
+        if equals:
+            yield flag, name, value
+        elif not _is_flag(following):
+            yield flag, name, following
+        else:
+            is_no = name.startswith("no")
+            yield flag, name.removeprefix("no"), "False" if is_no else "True"
+
+
+def _is_flag(argument: str) -> bool:
+    return argument.startswith("--") or re.fullmatch(r"-[A-Za-z]", argument) is not None
+
+
 def _literal(argument: str) -> str:
     """Quote a value, of which Fire would make a number, a tuple, a name or an operator."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    if (flag and not equals) or re.fullmatch(r"-[A-Za-z]", value):
+    if (flag and not equals) or (not flag and _is_flag(value)):
         return argument
     return f"{flag}{equals}{value!r}"
 

@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,11 @@ def command(checkpoint: str, prompt: str = "a", count: int = 3, json: bool = Fal
     calls.append((checkpoint, prompt, count, json, overrides))
 
 
+def starving(number: int) -> None:
+    """Want more than the machine has."""
+    raise OSError(number, os.strerror(number))
+
+
 def strict(checkpoint: str) -> None:
     """Take only one flag."""
 
@@ -44,6 +51,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, function=command) -> N
 def test_text_reaches_the_command_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     run(monkeypatch, "--checkpoint=x", f"--prompt={text}", "--json", "--count", "-5", f"--model.pattern={text}")
     assert calls == [("x", text, -5, True, {"model.pattern": text})]
+
+
+@pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EFBIG"])
+def test_what_a_machine_lacks_is_one_line_also_where_no_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    number = getattr(errno, name)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, f"--number={number}", function=starving)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith(f"error: {os.strerror(number)}: ") and line.count("\n") == 1
 
 
 def test_separate_values_are_text_too(monkeypatch: pytest.MonkeyPatch) -> None:

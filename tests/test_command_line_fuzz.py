@@ -114,6 +114,9 @@ def test_a_flag_with_two_values_is_refused_and_with_one_twice_is_not(
     plan = import_module("moe_mamba.commands.plan").main
     assert "--train.steps is given twice, as '5' and '6'" in refusal(plan, "--train.steps=5", "--train.steps=6")
     assert "is given twice" in refusal(plan, "--run-folder=a", "--run_folder=b")
+    assert "--train.steps is given twice, as '5' and '6'" in refusal(plan, "--train.steps", "5", "--train.steps", "6")
+    assert "is given twice, as 'a' and 'b'" in refusal(plan, "--config=a", "---config", "b")
+    assert "is given twice, as 'True' and 'False'" in refusal(plan, "--json", "--nojson")
     assert ends_well(commands()["moe_mamba.commands.plan"], ["--json", "--json"], monkeypatch, capsys)
 
 

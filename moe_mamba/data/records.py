@@ -108,8 +108,15 @@ def text_of_row(row: Any, file: str, number: int, key: str, raw: bytes) -> str |
     text = row.get(key) if isinstance(row, dict) else None
     if isinstance(text, str):
         return text
-    found = _names(row) if isinstance(row, dict) else f"no fields, but a {type(row).__name__}"
-    return NoText(file, number, f"no field {key} that holds a string; there: {found}", raw)
+    found = _names(row) if isinstance(row, dict) else f"no fields, but a {_kind(row)}"
+    held = f" ({key} holds a {_kind(row[key])})" if isinstance(row, dict) and key in row else ""
+    return NoText(file, number, f"no field {key} that holds a string{held}; there: {found}", raw)
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls it."""
+    kinds = {dict: "object", list: "list", str: "string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "number")
 
 
 def parquet_rows(path: Path, skip: int, key: str) -> Records:
@@ -121,7 +128,11 @@ def parquet_rows(path: Path, skip: int, key: str) -> Records:
     try:
         table = pyarrow.parquet.ParquetFile(path)
         schema = table.schema_arrow
-        if key not in schema.names or not _holds_text(schema.field(key).type):
+        places = schema.get_all_field_indices(key)
+        if len(places) > 1:
+            yield Reject(file, 0, f"{len(places)} columns are named {key}: rename all but one", b"")
+            return
+        if not places or not _holds_text(schema.field(places[0]).type):
             yield NoText(file, 0, f"no column {key} that holds strings; there: {_names(schema.names)}", b"")
             return
         row = 0
@@ -145,7 +156,9 @@ def _holds_text(kind: Any) -> bool:
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_binary, types.is_null))
+    texts = types.is_string, types.is_large_string, types.is_string_view
+    others = types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null
+    return any(is_kind(kind) for is_kind in texts + others)
 
 
 def _names(fields: Iterable[str]) -> str:

@@ -75,7 +75,7 @@ def test_the_whole_source_counts_as_read_at_its_end(source: Path) -> None:
     [
         (b"{not json}", "not JSON"),
         (b'{"url": "x"}', "no field text"),
-        (b'{"text": 3}', "no field text"),
+        (b'{"text": 3}', "no field text that holds a string (text holds a number); there: text"),
         (b"[1]", "no field text"),
         (b'{"text": "caf\xe9"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "not UTF-8"),
@@ -123,6 +123,26 @@ def test_damaged_gzip_keeps_the_lines_before_and_reports_the_rest(tmp_path: Path
         assert found[:-1] == texts[: len(found) - 1]
         assert rejects[-1].line == len(found)
         assert len(found) > (500 if damage == "truncated" else 2000)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"])
+def test_every_kind_of_text_in_parquet_is_read(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.array(["one", "two"]).cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == (["one", "two"], [])
+
+
+def test_two_columns_of_one_name_are_a_reject(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array(["one"]), pyarrow.array(["other"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="2 columns are named text: rename all but one"):
+        read(tmp_path / "a.parquet")
 
 
 def test_damaged_parquet_and_rows_without_text(tmp_path: Path) -> None:
