@@ -1,0 +1,43 @@
+"""What a run does not use is not imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+IMPORT = """
+import sys, torch
+compile_ = torch.compile
+from moe_mamba.data.quiet import indexed_dataset
+indexed_dataset()
+import moe_mamba.parallel.tensor, moe_mamba.parallel.expert, moe_mamba.parallel.engine
+assert torch.compile is compile_
+loaded = [name for name in ("torch._inductor.compile_fx", "wandb", "torch.utils.tensorboard") if name in sys.modules]
+assert not loaded, loaded
+import wandb  # whoever asks for it gets it
+"""
+RUN = """
+import sys
+from moe_mamba.command_line import run_command
+from moe_mamba.commands.train import main
+run_command(main)
+unused = ("wandb", "tensorboard", "torch._inductor.compile_fx", "transformers", "datasets", "matplotlib", "lm_eval")
+loaded = [name for name in unused if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+def test_megatron_and_deepspeed_bring_no_compiler_and_no_service() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_imports_nothing_that_it_does_not_use(tiny: Path, tmp_path: Path) -> None:
+    flags = ("--train.steps=1", "--train.sample_tokens=0", "--logging.plots=false")
+    command = [sys.executable, "-c", RUN, f"--config={tiny}", f"--run.folder={tmp_path / 'run'}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
