@@ -20,7 +20,6 @@ from moe_mamba.errors import LocalError, RunStopped, UserError, shown
 from moe_mamba.parallel.launcher import is_first_process
 from moe_mamba.standard_streams import standard_streams
 
-
 SCARCE = {
     errno.EMFILE: "allow more open files (ulimit -n 4096)",
     errno.ENFILE: "let other programs of this machine close files",
