@@ -97,6 +97,7 @@ def test_speed_is_told_beside_the_text(plain: Path, many: str, capsys: pytest.Ca
     [
         ({}, None, "^give --prompt, or --prompts_file"),
         ({"prompt": "a", "prompts_file": "b"}, None, "^give --prompt, or --prompts_file"),
+        ({"prompts_file": "{folder}/a.jsonl"}, b'{"prompt": "\\ud800"}', r'line 1: write {"prompt"'),
         ({"prompts_file": "{folder}/none.txt"}, None, r"none.txt cannot be read \(No such file"),
         ({"prompts_file": "{folder}/a.txt"}, b"\n \n", "a.txt has no prompts"),
         ({"prompts_file": "{folder}/a.txt"}, b"\xff", r"a.txt cannot be read \(it is not UTF-8"),

@@ -89,6 +89,7 @@ def _prompts(prompt: str | None, path: str | None) -> list[str]:
     for number, line in lines.items():
         try:
             text = json_format.loads(line)["prompt"]
+            str(text).encode()  # half of a surrogate pair is no text
         except (ValueError, TypeError, KeyError, RecursionError):
             text = None
         if not text or not isinstance(text, str):

@@ -10,6 +10,8 @@ from moe_mamba.errors import UserError
 
 CANDIDATES = 256  # most probable tokens among which top_p is looked for before the whole vocabulary is sorted
 
+COLD = 1e-6  # a temperature below it takes the argmax: quotients by it overflow, and the best token has all the share
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,7 +48,7 @@ class Sampling:
         Raises:
             UserError: the logits are NaN or Inf.
         """
-        if self.temperature == 0:
+        if self.temperature < COLD:
             best, argmax = logits.max(dim=-1)
             _require_finite(best)
             return argmax.tolist()

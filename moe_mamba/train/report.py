@@ -1,5 +1,6 @@
 """What a run says about itself: the header at its start, and the summary at its end."""
 
+import shlex
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -170,15 +171,21 @@ def finish(
         if (entropy := source.unigram_entropy()) is not None:
             screen.say(f"          {against_unigram(score, entropy)}")
     if config.logging.plots:
-        screen.say(f"pictures  {', '.join(map(str, draw_pictures(config, folder)))}")
+        screen.say(f"pictures  {draw_pictures(config, folder)}")
     if config.train.sample_tokens and not topology.is_sharded and config.parallel.zero < 3:  # else no single device can
         screen.say(f"sample    {sample_text(config, model, corpora)}")
     source = next(iter(corpora.validation.values()))
     if not source.is_text:
-        screen.say(f"next      {command('evaluate')} --checkpoint {folder.path} --input {source.name}")
+        place, name = _quoted(folder.path), _quoted(source.name)
+        screen.say(f"next      {command('evaluate')} --checkpoint {place} --input {name}")
         return
-    line = f"{command('generate')} --checkpoint {folder.path} --prompt {PROMPT!r} --max_new_tokens 100"
+    line = f"{command('generate')} --checkpoint {_quoted(folder.path)} --prompt {PROMPT!r} --max_new_tokens 100"
     screen.say(f"next      {line}")
+
+
+def _quoted(word: object) -> str:
+    """A word of a command as a shell takes it: a folder's name may have spaces."""
+    return shlex.quote(str(word))
 
 
 def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, world: World) -> None:
@@ -188,16 +195,22 @@ def finished(config: Config, folder: RunFolder, screen: Screen, steps: int, worl
         "train.on_longer_budget says with which learning rate."
     )
     if world.is_first and config.logging.plots and not all(picture.exists() for picture in _pictures(config, folder)):
-        draw_pictures(config, folder)
+        screen.say(f"pictures  {draw_pictures(config, folder)}")
 
 
-def draw_pictures(config: Config, folder: RunFolder) -> list[Path]:
-    """Draw the run's curves and, where it has experts, their load; the files drawn."""
+def draw_pictures(config: Config, folder: RunFolder) -> str:
+    """Draw the run's curves and, where it has experts, their load; the files drawn, or why there are none.
+
+    A run has not failed where its steps had no loss, or its metrics were damaged.
+    """
     loss, *load = _pictures(config, folder)
-    plot_loss({folder.path.name: folder.path}, loss)
-    for picture in load:
-        plot_expert_load(folder.path, picture)
-    return [loss, *load]
+    try:
+        plot_loss({folder.path.name: folder.path}, loss)
+        for picture in load:
+            plot_expert_load(folder.path, picture)
+    except UserError as error:
+        return f"none: {error}"
+    return ", ".join(map(str, [loss, *load]))
 
 
 def _pictures(config: Config, folder: RunFolder) -> list[Path]:

@@ -29,6 +29,7 @@ def test_top_k_and_top_p_draw_from_the_most_probable(candidates: int, monkeypatc
     assert drawn(top_k=3, top_p=0.75) == {2, 3}
     assert drawn(top_k=100) == {0, 1, 2, 3}
     assert drawn(temperature=0) == drawn(temperature=1e-3) == {2}
+    assert drawn(temperature=1e-6) == drawn(temperature=1e-40) == drawn(temperature=5e-324) == {2}
 
 
 @pytest.mark.parametrize("keys", [{}, {"top_k": 3}, {"top_p": 0.999999}])
