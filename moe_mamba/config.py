@@ -17,8 +17,10 @@ from moe_mamba.config_types import (
     NonNegative,
     NonNegativeFloat,
     Numbers,
+    OptionalPath,
     OptionalPositive,
     OptionalText,
+    PathText,
     Positive,
     Projections,
     Range,
@@ -51,7 +53,7 @@ MOST_SEQUENCES = 2**42  # of a run: the order of the data counts them in 43 bits
 class RunConfig(Section):
     """Where the run lies, and the seed that all its randomness comes from."""
 
-    folder: FilledText = Field("runs/default", description="folder of the run; the same folder again resumes it")
+    folder: PathText = Field("runs/default", description="folder of the run; the same folder again resumes it")
     seed: Seed = Field(0, description="seed of the weights and of the order of the data")
     kernels: Literal["auto", "reference", "torch", "cpu", "triton", "vendor"] = Field(
         "auto", description="which kernels, where an operation has them; auto: the fastest; vendor: for training"
@@ -71,11 +73,11 @@ class DataConfig(Section):
     validation: ValidationSources = Field(
         {"validation": "builtin:validation"}, description="sources to validate on; a mapping names each set"
     )
-    tokenizer: FilledText = Field(
+    tokenizer: PathText = Field(
         "sentencepiece",
         description="gpt2, bytes, a folder, a .model file, symbols (for tasks), or sentencepiece (from data.train)",
     )
-    cache: FilledText = Field("data/cache", description="where shards of sources given as documents are kept")
+    cache: PathText = Field("data/cache", description="where shards of sources given as documents are kept")
     verify: bool = Field(True, description="compare every shard with its checksum before the run starts")
     max_documents: OptionalPositive = Field(None, description="documents to take of each source of them; null: all")
     text_key: FilledText = Field("text", description="field that holds a document's text, where a source has fields")
@@ -170,7 +172,7 @@ class TrainConfig(Section):
     sample_tokens: Annotated[int, Range(0, 1_000_000)] = Field(
         64, description="tokens of sample text at the end; 0: none"
     )
-    warm_start: OptionalText = Field(
+    warm_start: OptionalPath = Field(
         None, description="run or step folder whose weights to start from, optimizer fresh"
     )
     on_nan: Literal["stop", "skip", "rewind"] = Field(

@@ -6,6 +6,7 @@ is refused is refused with what is allowed instead; ``config_file.py`` puts the 
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,6 +159,11 @@ def _filled_text(value: object) -> str:
     return text
 
 
+def _path(value: object) -> str:
+    """As ``_filled_text``, where ``~`` is the home folder: shells leave it alone behind ``=``, and YAML does."""
+    return os.path.expanduser(_filled_text(value))
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which no key is lost."""
     _check_distinct([name for name, _ in pairs])
@@ -195,7 +201,7 @@ def _weights(value: object) -> object:
         weights = {}
         for source, weight in found.items():
             try:
-                weights[_filled_text(source)] = read(weight)
+                weights[_path(source)] = read(weight)
             except PydanticCustomError as error:
                 raise refused(f"the weight of {shown(source)} is {shown(weight)}: {error}") from None
         return weights
@@ -206,14 +212,14 @@ def _sets(value: object) -> object:
     """Sources to validate on: a list, or a mapping of a set's name to its source."""
     found = _structure_from_text(value)
     if isinstance(found, dict):
-        return {_filled_text(name): _filled_text(source) for name, source in found.items()}
+        return {_filled_text(name): _path(source) for name, source in found.items()}
     return _names(found, "sources, as a,b or as a mapping of a name to each")
 
 
 def _names(found: object, what: str) -> list[str]:
     if not isinstance(found, list | tuple):
         raise refused(f"{_missing(found)}give {what}")
-    names = [_filled_text(name) for name in found]
+    names = [_path(name) for name in found]
     _check_distinct(names)
     return names
 
@@ -253,6 +259,8 @@ VocabularySize = Annotated[
 ]
 Text = Annotated[str, BeforeValidator(_text)]
 FilledText = Annotated[str, BeforeValidator(_filled_text)]
+PathText = Annotated[str, BeforeValidator(_path)]
+OptionalPath = Annotated[str | None, BeforeValidator(_null_or(_path))]
 OptionalText = Annotated[str | None, BeforeValidator(_null_or(_text))]
 OptionalBalance = Annotated[Literal["loss", "bias", "none"] | None, BeforeValidator(_null_from_text)]
 Projections = Annotated[list[Literal["conv", "gate", "out"]], BeforeValidator(_projections)]

@@ -82,10 +82,11 @@ def is_plausible(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value) and abs(value) <= 2**63)
 
 
-def test_every_key_takes_every_odd_value_or_names_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_key_takes_every_odd_value_or_names_itself(tmp_path: Path, stride: int) -> None:
     tried = refused = 0
-    for key in KEYS:
-        for value in VALUES:
+    for place, key in enumerate(KEYS):
+        for value in VALUES[place % stride :: stride]:
             what = f"{key}={shown(value)}"
             result = outcome(partial(load_config, None, {key: value}), what)
             tried += 1
@@ -96,7 +97,7 @@ def test_every_key_takes_every_odd_value_or_names_itself(tmp_path: Path) -> None
                 save_config(result, tmp_path / "config.yaml")
                 assert load_config(tmp_path / "config.yaml") == result, what
     print(f"{tried} values of {len(KEYS)} keys, {refused} refused")
-    assert tried == len(KEYS) * len(VALUES) and refused > tried / 2, (tried, refused)
+    assert tried >= len(KEYS) * (len(VALUES) // stride) and refused > tried / 2, (tried, refused)
 
 
 def test_a_flag_without_its_value_is_no_number_and_no_text() -> None:

@@ -64,7 +64,7 @@ def test_a_byte_order_mark_is_no_prompt(run, many: str, tmp_path: Path, monkeypa
     for name, content in (("a.jsonl", lines), ("a.txt", "\n".join(PROMPTS))):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
         assert run(prompts_file=str(tmp_path / name)) == expected
-        monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + content))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(("\ufeff" + content).encode())))
         assert run(prompts_file="-") == expected
 
 

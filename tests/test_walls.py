@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "installation"),
     },
     "run": {
-        *("atomic_file", "file_lock", "json_file", "parallel", "checkpoint", "model", "data"),
+        *("atomic_file", "file_lock", "parallel", "checkpoint", "model", "data"),
         *("config", "config_file", "installation"),
     },
     "convert": {

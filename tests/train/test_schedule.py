@@ -71,7 +71,7 @@ def test_a_finished_cosine_goes_on_at_its_last_rate() -> None:
 def test_continue_never_raises_the_rate_whatever_changes_with_the_budget() -> None:
     draw = random.Random(0)
     tried = 0
-    for _ in range(3000):
+    for _ in range(400):
         shapes = [
             {
                 "schedule": draw.choice(["cosine", "wsd"]),
@@ -95,7 +95,7 @@ def test_continue_never_raises_the_rate_whatever_changes_with_the_budget() -> No
                 tried += 1
             curve = longer
     print(f"{tried} seams tried")
-    assert tried > 1000
+    assert tried > 150
 
 
 def test_a_warm_up_under_way_goes_on_as_it_was() -> None:
