@@ -248,3 +248,13 @@ def test_a_config_that_ships_is_found_by_its_name_anywhere(tmp_path: Path, monke
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").write_text("model: {d_model: 64}\n")
     assert load_config("configs/demo.yaml").model.d_model == 64, "the user's own file comes first"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it alone behind `=`, and YAML does."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "a.yaml").write_text("data: {cache: ~/cache, train: [~/a.jsonl, builtin]}\n")
+    config = load_config(tmp_path / "a.yaml", {"run.folder": "~/runs/x", "train.warm_start": "~/runs/y"})
+    assert config.data.cache == "/home/someone/cache"
+    assert config.data.train == ["/home/someone/a.jsonl", "builtin"]
+    assert (config.run.folder, config.train.warm_start) == ("/home/someone/runs/x", "/home/someone/runs/y")
