@@ -57,12 +57,11 @@ def _cut(text: str, most: int) -> str:
 class UserError(Exception):
     """Bad input. The command line prints it as one line on standard error and exits with code 2.
 
-    Args:
-        message: the line; what is no one line of at most 290 characters is made one.
+    What is no one line of at most 290 characters is printed as one.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __str__(self) -> str:  # not in __init__, which torch.compile could not trace
+        return one_line(super().__str__())
 
 
 class LocalError(UserError):

@@ -2522,13 +2522,15 @@ def read(
         raise ValueError(
             f"position_ids has {position_ids.shape[1]} columns for {length} new tokens: give one per token"
         )
+    if position_ids is not None:
+        position_ids = position_ids.expand(batch, -1)
     if is_traced:
         return _traced(new, position_ids, document_starts, cache, mask)
     if mask is not None and new is not None:
         new = _checked(mask, new, cache, past)
     restarts = document_starts
     if position_ids is not None:
-        restarts = _either(restarts, _restarts(position_ids.expand(batch, -1), new, past))
+        restarts = _either(restarts, _restarts(position_ids, new, past))
     if new is None:
         unread = (
             None if cache is None or cache.visible is None else ~cache.visible[:, :past].any(1)
@@ -2640,8 +2642,7 @@ def _traced(
             torch._assert_async((rises | is_start[:, 1:]).all(), POSITIONS)
         if not goes_on and new is None:
             torch._assert_async(is_start[:, 0].all(), BEGIN)
-        like = positions if new is None else new
-        document_starts = _either(document_starts, is_start.expand(like.shape[0], -1))
+        document_starts = _either(document_starts, is_start)
     if new is None or mask is None:
         return Reading(document_starts)
     torch._assert_async(_is_binary(mask), BINARY)

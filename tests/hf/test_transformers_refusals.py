@@ -63,6 +63,7 @@ def test_a_traced_program_reads_any_mask(model: Any, tokens: Tensor) -> None:
 @torch.no_grad()
 def test_a_compiled_pass_raises_where_it_cannot_look(model: Any, tokens: Tensor) -> None:
     traced = compiled(model)
+    _close(traced(tokens, position_ids=torch.arange(16)[None], use_cache=False).logits, model(tokens).logits)
     with pytest.raises(RuntimeError, match="position_ids must rise by one"):
         traced(tokens, position_ids=2 * torch.arange(16)[None], use_cache=False)
     with pytest.raises(RuntimeError, match="attention_mask must hold 1 for text and 0 for padding"):

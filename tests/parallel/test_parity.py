@@ -148,7 +148,7 @@ class Errors:
 
     def check(self, cell: object) -> None:
         assert self.loss <= 1e-5, f"{cell}: {self}"
-        assert self.norm <= 1e-5, f"{cell}: {self}"
+        assert self.norm <= 5e-5, f"{cell}: {self}"  # those of later steps follow the weights
         assert self.gradient <= 1e-5, f"{cell}: {self}"
         assert self.weight <= 1e-4, f"{cell}: {self}"
 
@@ -351,7 +351,7 @@ def keep(pattern: str, cells: dict[str, dict[str, float]]) -> None:
     about = {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
-        "bounds": {"float64": 1e-10, "loss": 1e-5, "norm": 1e-5, "gradient": 1e-5, "weight": 1e-4},
+        "bounds": {"float64": 1e-10, "loss": 1e-5, "norm": 5e-5, "gradient": 1e-5, "weight": 1e-4},
     }
     patterns = known.get("patterns", {}) | {pattern: cells}
     rows = {
