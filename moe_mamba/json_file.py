@@ -127,12 +127,3 @@ def check(value: Any, kind: TypeAdapter[Value], where: object, fix: str, error: 
             found = "" if first["type"] == "missing" else f" is {brief(first['input'], 40)}"
             message = f"{place or 'it'}{found}: {message[:1].lower()}{message[1:]}"
         raise error(f"{where}: {message}: {fix}") from None
-
-
-def is_a(value: Any, kind: TypeAdapter[Any]) -> bool:
-    """Whether `check` would take a value."""
-    try:
-        kind.validate_python(value)
-    except ValidationError:
-        return False
-    return True
