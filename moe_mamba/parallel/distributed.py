@@ -83,15 +83,6 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def number_from_first(value: float, device: torch.device) -> float:
-    """Rank 0's number, on every rank; quicker than `from_first`."""
-    if dist.get_world_size() == 1:
-        return value
-    number = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.broadcast(number, 0)
-    return float(number)
-
-
 def from_all(value: T) -> list[T]:
     """What every rank has, in the order of ranks."""
     values = [value] * dist.get_world_size()

@@ -1,14 +1,11 @@
 """From our configuration to DeepSpeed's engine, and from the engine's memory to logical tensors."""
 
-import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import is_moe_param
 from torch import Tensor, nn
 
 from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
@@ -16,6 +13,7 @@ from moe_mamba.config import Config
 from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import zero3
+from moe_mamba.parallel.gradients import squared_norm
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
 from moe_mamba.parallel.placement import ParameterShard
@@ -27,7 +25,7 @@ BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the
 
 
 def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_batch: int) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in DeepSpeed's engine with the optimizer, ZeRO, clipping and accumulation as the configuration says.
+    """Wrap `model` in DeepSpeed's engine with the optimizer, ZeRO and accumulation as the configuration says.
 
     DeepSpeed's own bf16 mode stays off: it would cast A_log and the router too. The model comes already cast, its
     fp32 parameters in groups of their own; ZeRO keeps fp32 masters and accumulates gradients in fp32.
@@ -42,14 +40,15 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "train_batch_size": train.global_batch,
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
-            # Without ZeRO DeepSpeed would clip by a mean of the ranks' norms, wrong where experts are spread.
-            "gradient_clipping": train.gradient_clip if config.parallel.zero else 0.0,
+            "gradient_clipping": 0.0,  # by `step`
             "zero_optimization": _zero_settings(config),
             "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
         },
     )
     _materialize_state(engine)
+    _leave_the_norm_to_us(engine)
     return engine
 
 
@@ -78,70 +77,55 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def _always(_: float) -> bool:
-    return True
+def is_not_finite(shared: Tensor) -> Tensor:
+    """1 where a step's norm or loss, or whatever else its ranks shared, has a NaN or Inf, else 0: () fp32."""
+    return (~shared.isfinite()).any().float()
 
 
-def step(engine: deepspeed.DeepSpeedEngine, gradient_clip: float, accept: Callable[[float], bool] = _always) -> float:
-    """Do the optimizer step, with clipping, if `accept` takes the norm of its gradient.
-
-    A step that is refused leaves weights and optimizer as they are; its gradient is gone.
+def step(
+    engine: deepspeed.DeepSpeedEngine,
+    gradient_clip: float,
+    figures: Tensor | None = None,
+    refuse: Callable[[Tensor], Tensor] = is_not_finite,
+) -> Tensor:
+    """Do the optimizer step, with clipping; nothing waits for the device.
 
     Args:
         engine: after the backward pass of the last micro-step.
         gradient_clip: largest norm; 0: no clipping.
-        accept: asked once on every rank, and must answer alike.
+        figures: (figures,) float64, what this rank has to say besides: its sum over all ranks travels with the norm.
+        refuse: of the result, whether to leave weights and optimizer as they are: () fp32 on its device, 1 or 0. It is
+            called on every rank, and must answer alike; the gradient is gone either way.
 
     Returns:
-        The norm of the whole gradient over all ranks, before clipping; NaN or Inf where the gradient has one.
+        (1 + figures,) float64 on the device, the same on every rank: the norm of the whole gradient over all ranks,
+        before clipping, NaN or Inf where the gradient has one; and the figures' sums.
     """
-    if engine.zero_optimization():
-        answer = functools.cache(lambda: accept(float(engine.optimizer._global_grad_norm)))
-        with _updating_if(base_optimizer(engine), answer):
-            engine.step()
-        answer()  # DeepSpeed leaves out the update of some gradients by itself, and then nobody has asked yet
-        return float(engine.optimizer._global_grad_norm)
-    norm = _gradient_norm(engine)
-    is_accepted = accept(float(norm))
-    if gradient_clip and is_accepted:
-        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), gradient_clip, norm)
-    with _updating_if(base_optimizer(engine), lambda: is_accepted):
-        engine.step()
-    return float(norm)
+    shared = squared_norm(engine)[None]
+    if figures is not None:
+        shared = torch.cat([shared, figures])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(shared)
+    norm = shared[:1].sqrt_()[0]
+    optimizer, device = base_optimizer(engine), _device_of_masters(engine)
+    # AdamW's fused kernel divides the gradient by the one, and does nothing where the other is not 0.
+    optimizer.found_inf = refuse(shared).to(device)  # type: ignore[attr-defined]
+    if gradient_clip:
+        optimizer.grad_scale = ((norm + 1e-6) / gradient_clip).clamp(min=1).float().to(device)  # type: ignore[attr-defined]
+    engine.step()
+    return shared
 
 
-@contextlib.contextmanager
-def _updating_if(optimizer: torch.optim.Optimizer, answer: Callable[[], bool]) -> Iterator[None]:
-    """Let `optimizer` update nothing unless `answer()`.
-
-    ZeRO knows the norm only in the middle of its step, just before it lets the optimizer inside update each group.
-    """
-    update = optimizer.step
-
-    def update_if(*arguments: Any, **options: Any) -> Any:
-        return update(*arguments, **options) if answer() else None
-
-    optimizer.step = update_if  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        optimizer.step = update  # type: ignore[method-assign]
+def _device_of_masters(engine: deepspeed.DeepSpeedEngine) -> torch.device:
+    return torch.device("cpu" if engine.zero_cpu_offload() else engine.device)
 
 
-def _gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
-    """Norm of the gradients that lie whole on their ranks (ZeRO 0); each part of a parameter counts once."""
-    counted = [p for p in engine.module.parameters() if p.grad is not None and p.tensor_model_parallel]
-    everywhere = torch.nn.utils.get_total_norm(p.grad for p in counted if not is_moe_param(p)) ** 2
-    if engine.mpu is not None:
-        dist.all_reduce(everywhere, group=engine.mpu.get_model_parallel_group())
-    total = everywhere
-    if engine.has_moe_layers:
-        for name, group in engine.expert_data_parallel_group.items():
-            own = (p.grad for p in counted if is_moe_param(p) and p.group_name == name)
-            experts = torch.nn.utils.get_total_norm(own) ** 2
-            dist.all_reduce(experts)
-            total = total + experts / dist.get_world_size(group)  # as many ranks have the same ones
-    return total.sqrt()
+def _leave_the_norm_to_us(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keep DeepSpeed from computing the norm: it would wait for it, and takes a mean where experts are spread."""
+    if engine.zero_optimization_partition_weights():
+        engine.optimizer._get_norm_groups = lambda: [1.0]  # it reads this, on the host
+    elif engine.zero_optimization():
+        engine.optimizer.compute_grad_norm = False  # its configuration refuses this beside offloading, which needs none
 
 
 def state_shards(engine: deepspeed.DeepSpeedEngine, held: dict[str, ParameterShard]) -> list[Shard]:

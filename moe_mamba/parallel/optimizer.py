@@ -18,6 +18,8 @@ from moe_mamba.parallel import zero3
 class Optimizer:
     """An optimizer of torch's, as engine and checkpoints know it.
 
+    A fused one: its kernel takes from the device a divisor of the gradient (clipping), and a flag to do nothing.
+
     Attributes:
         build: makes it of parameter groups and the configuration.
         state: kind of a logical tensor in a checkpoint (``moment1``) -> its key in the state of a parameter, as
@@ -30,12 +32,12 @@ class Optimizer:
     def initial_state(self, weights: Tensor) -> dict[str, Tensor]:
         """The state of ``weights`` before the first step."""
         moments = {key: torch.zeros_like(weights, requires_grad=False) for key in self.state.values()}
-        return {"step": torch.tensor(0.0), **moments}
+        return {"step": torch.zeros((), device=weights.device), **moments}
 
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
     betas = (train.beta1, train.beta2)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
 
 
 OPTIMIZER = Optimizer(_adamw, {"moment1": "exp_avg", "moment2": "exp_avg_sq"})

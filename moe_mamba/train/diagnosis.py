@@ -11,18 +11,23 @@ from moe_mamba.parallel.distributed import from_all
 
 
 def first_bad_place(model: LanguageModel, batches: Sequence[Batch]) -> tuple[str, bool]:
-    """Words for the first bad value that any rank has, and whether it is in a parameter; all ranks call it together.
+    """Words for the first bad value that any rank has, and whether it came from memory; all ranks call it together.
+
+    From memory it came where a parameter holds it, which what is saved does not; or where the passes are right now: the
+    step that was refused has gathered the weights anew from the optimizer's.
 
     Args:
-        model: as it is in the broken step.
+        model: as it is after the broken step.
         batches: micro-batches of that step; none: nothing is looked for.
     """
-    places = from_all(first_bad_parameter(model) if batches else None)
-    is_in_parameter = any(places)
-    if not is_in_parameter:
-        for batch in batches:
-            places += from_all(first_bad_output(model, batch))
-    return next((f"; the first bad value is in {place}" for place in places if place), ""), is_in_parameter
+    if not batches:
+        return "", False
+    if parameter := next(filter(None, from_all(first_bad_parameter(model))), None):
+        return f"; the first bad value is in {parameter}", True
+    for batch in batches:
+        if output := next(filter(None, from_all(first_bad_output(model, batch))), None):
+            return f"; the first bad value is in {output}", False
+    return "; made again, the pass is right: a weight was spoilt in memory", True
 
 
 def first_bad_parameter(model: LanguageModel) -> str | None:
@@ -36,12 +41,12 @@ def first_bad_parameter(model: LanguageModel) -> str | None:
 
 @torch.no_grad()
 def first_bad_output(model: LanguageModel, batch: Batch) -> str | None:
-    """Name the module whose output is the first to hold a NaN or infinity on a micro-batch; or None.
+    """Name the module whose output is the first to hold a NaN or infinity on a micro-batch, or the loss; or None.
 
     All ranks call it together, since they may share layers.
 
     Args:
-        model: the model, as it is in the broken step.
+        model: the model, as it is after the broken step.
         batch: the micro-batch that gave the bad loss.
     """
     bad: list[str] = []
@@ -50,10 +55,12 @@ def first_bad_output(model: LanguageModel, batch: Batch) -> str | None:
         for name, module in model.named_modules()
         if name
     ]
-    model(batch.tokens, batch.document_starts, targets=batch.targets)
+    loss = model(batch.tokens, batch.document_starts, targets=batch.targets).cross_entropy
     for hook in hooks:
         hook.remove()
-    return f"the output of {bad[0]}" if bad else None
+    if bad:
+        return f"the output of {bad[0]}"
+    return None if loss.isfinite() else "the loss"
 
 
 def _note(bad: list[str], name: str, output: object) -> None:

@@ -29,18 +29,23 @@ class Objective:
 
     Args:
         config: weights of the routers' losses.
-        targets: number of targets in the global batch, at least 1.
+        targets: number of targets in the global batch, at least 1; a tensor () float64 where no host has read it.
         micro_steps: of the step; the engine divides by them and by the data ranks, and a sum by targets must not be.
         topology: the ranks to take the routers' statistics over.
         balanced: names of the routers that have a balance loss.
     """
 
     def __init__(
-        self, config: MoEConfig, targets: int, micro_steps: int, topology: Topology, balanced: Collection[str]
+        self,
+        config: MoEConfig,
+        targets: int | Tensor,
+        micro_steps: int,
+        topology: Topology,
+        balanced: Collection[str],
     ) -> None:
         self._config = config
         self._balanced = frozenset(balanced)
-        self._scale = micro_steps * topology.data / targets
+        self._scale = torch.as_tensor(micro_steps * topology.data / targets, dtype=torch.float64)
         self._topology = topology
         self.sums: StepSums | None = None
 
@@ -59,7 +64,7 @@ class Objective:
             # Tensor-parallel ranks' gradients of the router are summed, and each has a loss of its own here.
             balance, z = _losses_of_each(statistics)
             share = 1.0 / self._topology.tensor
-        loss = cross_entropy * self._scale
+        loss = cross_entropy * self._scale.to(cross_entropy)
         if balanced := [balance[name] for name in balance if name in self._balanced]:
             loss = loss + self._config.balance_weight * (_mean(balanced, cross_entropy) * share)
         return loss + self._config.z_loss_weight * (_mean(z.values(), cross_entropy) * share)

@@ -1,20 +1,37 @@
 """Which rank holds the others up, and whether the data comes in time: seen from times that ranks take anyway."""
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median, median_low
 
 from moe_mamba.parallel.topology import Topology
 from moe_mamba.parallel.waiting import Waiting
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events
+from moe_mamba.train.reading import Moment
 
 MEASUREMENTS = 10  # that must agree before anything is said
 SLOWER = 1.25  # a rank is slow where it computes so many times as long as the usual one
 SLOWER_STILL = 1.1  # and remains so until it is below this: what varies around one limit would be said again and again
 STALLED = 0.2  # the data is slow where a step spends this share of its time waiting for it
+DELAY = 2  # steps: figures of a step travel so many steps later
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A step of this rank."""
+
+    begin: Moment
+    end: Moment
+    waiting: Waiting
+    data_seconds: float
+
+    def figures(self) -> list[float]:
+        """Seconds of computing, seconds in which the step waited for its data, seconds of the whole step."""
+        seconds = self.end.seconds_since(self.begin)
+        return [max(seconds - self.waiting.seconds(), 0.0), self.data_seconds, seconds + self.data_seconds]
 
 
 class Pace:
@@ -22,27 +39,26 @@ class Pace:
 
     The measure of a rank is its own seconds of a step: from where all ranks begin it together to the end of the
     optimizer's step, less its seconds in collectives (parallel/waiting.py). The slowest rank has the most of them, and
-    waits the least. A rank's figures travel with the next step's collective about targets and signals: no other one is
-    needed. What lasts is said once, and again when it comes back.
+    waits the least. A rank's figures travel with the collective of the step after the next one, when the device is done
+    with what is measured: nothing waits for them. What lasts is said once, and again when it comes back.
 
     Args:
         topology: the ranks.
-        every: steps between measurements, each of the step before one that is logged.
+        every: steps between measurements, each of a step two before one that is logged.
         hosts: rank -> name of its machine.
         screen: where a line is said.
         events: where it is noted.
 
     Attributes:
-        slowest: of the step before this one, for the metrics; None where it was not measured, or there is one rank.
+        slowest: of two steps before this one, for the metrics; None where it was not measured, or there is one rank.
     """
 
-    FIGURES = 3  # compute seconds, seconds in which the step waited for its data, seconds of the whole step
+    FIGURES = 3  # as `_Measured.figures` gives them
 
     def __init__(self, topology: Topology, every: int, hosts: Sequence[str], screen: Screen, events: Events) -> None:
         self.every, self.hosts, self.screen, self.events = every, hosts, screen, events
         self._topology = topology
-        self._own: list[float] = []
-        self._waiting = Waiting(topology.world.device)
+        self._measured: dict[int, _Measured] = {}
         self._data_seconds = 0.0
         self._ratios: list[deque[float]] = [deque(maxlen=MEASUREMENTS) for _ in hosts]
         self._stalls: deque[tuple[float, int]] = deque(maxlen=MEASUREMENTS)
@@ -57,23 +73,30 @@ class Pace:
     @contextmanager
     def measured(self, step: int) -> Iterator[None]:
         """Measure step number `step` while the block lasts, if it is one of those that are."""
-        if (step + 1) % self.every:
+        if (step + DELAY) % self.every:
             yield
             return
-        begin = time.perf_counter()
-        with self._waiting.measured():
+        device = self._topology.world.device
+        waiting, begin = Waiting(device), Moment(device)
+        with waiting.measured():
             yield
-        seconds = time.perf_counter() - begin
-        compute = max(seconds - self._waiting.seconds(), 0.0)
-        self._own = [compute, self._data_seconds, seconds + self._data_seconds]
+        self._measured[step] = _Measured(begin, Moment(device), waiting, self._data_seconds)
 
-    def row(self) -> list[float]:
-        """This rank's figures, among zeros for the other ranks', for a sum over ranks; nothing if none were taken.
+    def row(self, step: int) -> list[float]:
+        """What this rank has to tell with step number `step`, for a sum over ranks; nothing if nothing was measured.
 
-        They are of one rank alone: taken so many times as `reduce_over_data` will divide by.
+        Zeros stand for the other ranks' figures. Its own are of one rank alone: taken so many times as the sum over
+        tensor-parallel ranks will be divided by.
         """
-        own, world = [figure * self._topology.tensor for figure in self._own], self._topology.world
+        measured = self._measured.pop(step - DELAY, None)
+        if measured is None:
+            return []
+        own, world = [figure * self._topology.tensor for figure in measured.figures()], self._topology.world
         return [0.0] * len(own) * world.rank + own + [0.0] * len(own) * (world.size - world.rank - 1)
+
+    def forget(self) -> None:
+        """Leave out what was measured and not told yet."""
+        self._measured.clear()
 
     def judge(self, step: int, figures: Sequence[float]) -> None:
         """Take in the figures of all ranks, one rank's after the other's, and find the slowest.
@@ -82,7 +105,7 @@ class Pace:
             step: steps made.
             figures: `FIGURES` for each rank, the same on all; none: nothing was measured.
         """
-        self._own, self.slowest = [], None
+        self.slowest = None
         if not figures:
             return
         compute, data, whole = (list(figures[number :: self.FIGURES]) for number in range(self.FIGURES))

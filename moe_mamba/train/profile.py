@@ -18,8 +18,11 @@ class _NoProfiler:
         """Nothing is traced."""
 
 
+Trace = torch.profiler.profile | _NoProfiler
+
+
 @contextlib.contextmanager
-def profiler(steps: int, folder: Path, world: World) -> Iterator[torch.profiler.profile | _NoProfiler]:
+def profiler(steps: int, folder: Path, world: World) -> Iterator[Trace]:
     """Trace `steps` steps of this process, after two that warm up, into `folder`; `step()` marks a step's end."""
     if not steps:
         yield _NoProfiler()

@@ -3,7 +3,6 @@
 import shlex
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from moe_mamba.installation import command
 from moe_mamba.kernels.backends import choose
 from moe_mamba.model.generation import generate
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.mixers.routing import Router
 from moe_mamba.model.pattern import describe, has_experts, kernel_operations
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
@@ -25,7 +23,6 @@ from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.plots import plot_expert_load, plot_loss
 from moe_mamba.train.corpora import Corpora
-from moe_mamba.train.objective import StepSums
 from moe_mamba.train.schedule import RateCurve
 
 PROMPT = "The"
@@ -114,39 +111,6 @@ def against_unigram(scores: Scores, entropy: float) -> str:
     """How much of the text's structure was learnt, beyond how often each token comes."""
     side = "below" if scores.loss < entropy else "above"
     return f"{abs(entropy - scores.loss):.2f} nats/token {side} the unigram entropy of its tokens ({entropy:.4f})"
-
-
-def routing_metrics(routers: Mapping[str, Router], sums: StepSums, micro_steps: int) -> dict[str, Any]:
-    """What the routers did in a step: their losses, the dropped share, each router's load and entropy.
-
-    Dropped is a share of the assignments; where experts choose, of the tokens, those that none took.
-    """
-    names, found = [_router_label(name) for name in sums.statistics], list(sums.statistics.values())
-    totals = torch.stack([router.assigned.sum() for router in found])  # (routers,)
-    tokens, dropped, entropy = (
-        torch.stack([getattr(router, name) for router in found]) for name in ("tokens", "dropped", "entropy")
-    )
-    is_choice = torch.tensor([routers[name].config.router == "expert_choice" for name in sums.statistics])
-    dropped = dropped / torch.where(is_choice.to(tokens.device), tokens, totals)
-    load = torch.cat([router.assigned / router.assigned.sum() for router in found])
-    shares = load.split([len(router.assigned) for router in found])
-    return {
-        "balance_loss": float(sums.balance) / micro_steps,
-        "z_loss": float(sums.z) / micro_steps,
-        "dropped": float(dropped.mean()),
-        "expert_load": {
-            name: [round(share, 5) for share in row.tolist()] for name, row in zip(names, shares, strict=True)
-        },
-        "moe": {
-            "dropped": dict(zip(names, dropped.tolist(), strict=True)),
-            "router_entropy": dict(zip(names, (entropy / tokens).tolist(), strict=True)),
-        },
-    }
-
-
-def _router_label(name: str) -> str:
-    """A router's name in metrics: its layer's index, and what of the name says more where a layer has several."""
-    return name.removeprefix("layers.").replace(".mixer", "").removesuffix(".router")
 
 
 def validation_metrics(step: int, tokens: int, corpora: Corpora, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -4,33 +4,25 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 from moe_mamba.checkpoint import store
 from moe_mamba.checkpoint.divergence import NextStep
 from moe_mamba.checkpoint.saver import Saver
 from moe_mamba.checkpoint.shards import Shard
-from moe_mamba.data.loader import Batch, evaluation_batches
+from moe_mamba.data.batch import Batch
+from moe_mamba.data.loader import evaluation_batches
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.evaluation.scores import Scores, evaluate
-from moe_mamba.faults.signals import REASONS
 from moe_mamba.faults.watchdog import Watch
 from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.distributed import (
-    from_all,
-    limit_collectives,
-    number_from_first,
-    reduce_over_data,
-)
+from moe_mamba.parallel.distributed import from_all, limit_collectives
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
@@ -41,13 +33,14 @@ from moe_mamba.run.metrics import MetricsWriter
 from moe_mamba.train import report
 from moe_mamba.train.corpora import Corpora
 from moe_mamba.train.diagnosis import first_bad_place
-from moe_mamba.train.objective import Objective, StepSums
+from moe_mamba.train.feed import Feed, GlobalBatch
 from moe_mamba.train.pace import Pace
-from moe_mamba.train.profile import profiler
+from moe_mamba.train.profile import Trace, profiler
 from moe_mamba.train.recovery import Recovery
 from moe_mamba.train.restarts import note_start
 from moe_mamba.train.schedule import RateCurve
 from moe_mamba.train.setup import StartState, accumulation_changes
+from moe_mamba.train.steps import Outcome, Step, Steps
 from moe_mamba.train.verification import Verification
 from moe_mamba.train.ways_on import newest_kept, way_on_line
 
@@ -82,7 +75,9 @@ class Trainer:
         self.world = world = topology.world
         self.corpora = corpora
         self.watch = watch
-        self.begun = self.step = self.saved = watch.step = start.done
+        self.begun = self.step = self.made = self.saved = watch.step = start.done
+        self.reason: str | None = None
+        self.scores: dict[str, Scores] = {}
         self.events = Events(folder.path, world.is_first)
         self.pace = Pace(topology, config.logging.every, from_all(socket.gethostname()), screen, self.events)
         self.recovery = Recovery(config.train, start.done, start.description)
@@ -96,12 +91,12 @@ class Trainer:
             screen.say(line)
         groups = start_groups(plan)
         self.engine = engines.build_engine(build_model(plan, groups), config, groups, self.micro_batch)
+        self.steps = Steps(self.engine, plan, self.micro_steps, watch.stop, self.pace)
         if start.warm:
             store.load(start.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
         if start.newest:
-            store.load(start.newest, self._state())
-            engines.finish_loading(self.engine, self.step)
+            self._load(start.newest)
             screen.say(f"resumed   {start.newest}, step {self.step:,}")
             for line in accumulation_changes(config, start, self.micro_steps):
                 screen.say(line)
@@ -132,97 +127,120 @@ class Trainer:
         if late := self.recovery.too_late:
             self.screen.say(f"note      train.skip_batches: {late} were trained on before, and stay")
         self.screen.start_bar(self.step, steps)
-        scores: dict[str, Scores] = {}
+        feed = Feed(self.corpora.loader, self.topology, self.micro_batch, self.micro_steps)
         profile = profiler(train.profile, self.folder.profile, self.world)
-        with ThreadPoolExecutor(1) as reader, profile as trace, self.saver:
-            number = self.recovery.after(self.recovery.position)
-            upcoming = reader.submit(self._read, number)
-            while self.step < steps:
-                begin = time.perf_counter()
-                following = self.recovery.after(number)
-                batches, upcoming = upcoming.result(), reader.submit(self._read, following)
-                self.pace.waited_for_data(time.perf_counter() - begin)
-                targets, reason = self._agree(sum(batch.counted for batch in batches), self.pace.row())
-                if reason is not None:
-                    if self.saved < self.step:
-                        self._save({})
-                    break
-                is_made = self._train_step(number, batches, targets, begin) if targets else self._pass_step(number)
-                number = following
-                trace.step()
-                if not is_made:
-                    continue
-                is_last = self.step == steps
-                if is_last or (train.validate_every and self.step % train.validate_every == 0):
-                    scores = self._validate()
-                every = self.config.checkpoint.every
-                if is_last or (every and self.step % every == 0):
-                    if self.verification:
-                        self.verification.finish()
-                    self._save(scores)
-                scores = scores if is_last else {}
+        with profile as trace, self.saver:
+            while self.step < steps and self.reason is None:
+                with closing(feed.ahead(self._numbers())) as batches:
+                    self._train_on(batches, trace)
+            if self.saved < self.step:
+                self._save({})
         self.screen.stop_bar()
         self.watch.is_done = True
         self.metrics.close()
         if self.step < steps:
-            self.events.write("stop", self.step, reason=f"stopped by {reason}")
-            self.screen.say(f"stopped by {reason} at step {self.step:,}: saved; the same command resumes the run")
+            self.events.write("stop", self.step, reason=f"stopped by {self.reason}")
+            self.screen.say(f"stopped by {self.reason} at step {self.step:,}: saved; the same command resumes the run")
             return
         self.events.write("finish", self.step)
         if without := self.recovery.without_targets:
             self.screen.say(f"note      {without:,} of {steps:,} steps had no target to count, and changed nothing")
         if self.world.is_first:
-            report.finish(self.config, self.folder, self.screen, self.model, self.corpora, scores, self.topology)
+            report.finish(self.config, self.folder, self.screen, self.model, self.corpora, self.scores, self.topology)
 
-    def _read(self, number: int) -> list[Batch]:
-        """This rank's micro-batches of global batch `number`, counted from 1.
+    def _train_on(self, batches: Iterator[GlobalBatch], trace: Trace) -> None:
+        """Make steps until one is refused, or the run is to end: the device works on one while the last is read."""
+        unread: Step | None = None
+        following = next(batches)
+        self.made, self.reason = self.step, self.steps.begin(following)
+        while self.made < self.config.steps and self.reason is None:
+            batch, following = following, self._wait_for(batches)
+            step = self._make(batch, following)
+            trace.step()
+            if unread is not None and not self._take(unread):
+                return  # and `step` has changed nothing
+            unread = step
+            is_pause = self._is_pause(step.number)
+            if is_pause or self.reason is not None or self._is_read_at_once:
+                if not self._take(step):
+                    return
+                unread = None
+            if is_pause:
+                self._pause()
 
-        Each micro-step takes the next sequences of the global batch, whatever the layout that shares them.
-        """
-        first = (number - 1) * self.config.train.global_batch + self.topology.data_rank * self.micro_batch
-        together = self.micro_batch * self.topology.data
-        starts = range(first, first + self.micro_steps * together, together)
-        return [self.corpora.loader.batch(start, self.micro_batch) for start in starts]
+    def _wait_for(self, batches: Iterator[GlobalBatch]) -> GlobalBatch:
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.pace.waited_for_data(time.perf_counter() - begin)
+        return batch
 
-    def _agree(self, counted: int, figures: Sequence[float] = ()) -> tuple[int, str | None]:
-        """The sum over data ranks, and why to stop before this step, if any rank is asked to; the same on all ranks.
+    def _make(self, batch: GlobalBatch, following: GlobalBatch) -> Step:
+        """Give the device the next step."""
+        number = self.made + 1
+        judge = self.recovery.judge if self._is_read_at_once else None
+        step = self.steps.make(number, batch, following, self.rates.rate(number), judge)
+        self.made = number
+        return step
 
-        Figures of the ranks' pace, if there are any, are shared on the way.
-        """
-        values = torch.tensor([counted, *self.watch.stop.asked, *figures], dtype=torch.float64)
-        total, *rest = reduce_over_data(values.to(self.world.device), self.topology).tolist()
-        reason = next((reason for reason, share in zip(REASONS, rest, strict=False) if share), None)
-        self.pace.judge(self.step, rest[len(REASONS) :])
-        return round(total), reason
+    @property
+    def _is_read_at_once(self) -> bool:
+        """Whether a step may be refused for what only the host knows."""
+        return self.config.train.on_spike != "log"
 
-    def _train_step(self, number: int, batches: list[Batch], targets: int, begin: float) -> bool:
-        """One optimizer step with batch `number`, unless it is spoilt; whether it was made.
+    def _is_pause(self, step: int) -> bool:
+        """Whether something is to be done after a step, with the model as it leaves it."""
+        spacings = (self.config.train.validate_every, self.config.checkpoint.every)
+        return step == self.config.steps or any(every and step % every == 0 for every in spacings)
 
-        `begin` is when it began, in seconds of the performance counter.
-        """
-        batches = [batch.to(self.world.device) for batch in batches]
-        rate = self.rates.rate(self.step + 1)
-        engines.set_learning_rate(self.engine, rate)
-        with self.pace.measured(self.step + 1):
-            sums, loss = self._gradient(batches, targets)
-            norm = engines.step(
-                self.engine, self.config.train.gradient_clip, lambda norm: self.recovery.judge(loss, self._alike(norm))
-            )
-        next_step = NextStep(loss, norm if math.isfinite(loss) else None)
+    def _pause(self) -> None:
+        """Validate, and save, where it is time to."""
+        is_last, every = self.step == self.config.steps, self.config.checkpoint.every
+        validate_every = self.config.train.validate_every
+        scores = {}
+        if is_last or (validate_every and self.step % validate_every == 0):
+            scores = self.scores = self._validate()
+        if is_last or (every and self.step % every == 0):
+            if self.verification:
+                self.verification.finish()
+            self._save(scores)
+        self._is_asked_to_stop()  # meanwhile
+        self.steps.pause()
+
+    def _numbers(self) -> Iterator[int]:
+        """Of the batches that are trained on from here."""
+        number = self.recovery.position
+        while True:
+            number = self.recovery.after(number)
+            yield number
+
+    def _take(self, step: Step) -> bool:
+        """Read a step that the device was given; whether it is one of the run's, and not refused."""
+        outcome = step.read()
+        self.pace.judge(self.step, outcome.pace)
+        self.reason = self.reason or outcome.reason
+        if not outcome.targets:
+            self._pass_step(step.batch.number)
+            return True
+        next_step = NextStep(outcome.loss, outcome.norm if math.isfinite(outcome.loss) else None)
+        if not self._is_read_at_once:
+            self.recovery.judge(outcome.loss, outcome.norm)
         if self.recovery.is_refused:
-            self._recover(number, batches, next_step)
+            self._recover(step.batch, next_step)
+            self.steps.forget()
             return False
         if self.saved == self.step and self.world.is_first:
             self.saver.note_next_step(self.step, next_step)
-        self._note_batches(number)
-        self._update_balance_biases(sums)
-        self.step += 1
-        self.watch.step = self.step
-        self._log(loss, rate, norm, sums, time.perf_counter() - begin)
+        self._note_batches(step.batch.number)
+        self._advance()
+        self._log(step, outcome)
         return True
 
-    def _pass_step(self, number: int) -> bool:
-        """A step whose batch has no target to count, on no rank: it is one of the run's, and changes nothing."""
+    def _advance(self) -> None:
+        self.step += 1
+        self.watch.step = self.step
+
+    def _pass_step(self, number: int) -> None:
+        """A step whose batch has no target to count, on no rank: it is one of the run's, and changed nothing."""
         if not self.recovery.without_targets:
             self.events.write("no_targets", self.step, batch=number)
             self.screen.say(
@@ -230,28 +248,9 @@ class Trainer:
                 "step without loss; all such steps are in metrics.jsonl"
             )
         self._note_told(self.recovery.passed(number))
-        self.step += 1
-        self.watch.step = self.step
+        self._advance()
         self.screen.advance(None, 0)
         self.metrics.write({"step": self.step, "tokens": self.step * self.tokens_per_step, "targets": 0})
-        return True
-
-    def _gradient(self, batches: list[Batch], targets: int) -> tuple[StepSums, float]:
-        """Forward and backward of all micro-steps; their sums, and the loss over all ranks in nats/token."""
-        balanced = self.model.balanced_routers()
-        objective = Objective(self.config.moe, targets, self.micro_steps, self.topology, balanced)
-        for number, batch in enumerate(batches, 1):
-            output = self.engine(batch.tokens, batch.document_starts, targets=batch.targets)
-            self.engine.backward(objective(output.cross_entropy, output.statistics))
-            if number < len(batches):
-                self.engine.step()
-        sums = objective.sums
-        assert sums is not None
-        return sums, float(reduce_over_data(sums.cross_entropy.double(), self.topology)) / targets
-
-    def _alike(self, norm: float) -> float:
-        """Rank 0's norm where a step may be refused for it: sums of several groups may differ in their last bits."""
-        return norm if self.config.train.on_spike == "log" else number_from_first(norm, self.world.device)
 
     def _note_batches(self, number: int) -> None:
         """Note that the step of batch `number` was made, a spike that begins, and what was left out as told."""
@@ -265,8 +264,9 @@ class Trainer:
         if batches:
             self.events.write("skip", self.step, batches=batches, reason="train.skip_batches")
 
-    def _recover(self, number: int, batches: Sequence[Batch], next_step: NextStep) -> None:
-        """Go on from a step that was not made, as the configuration says: leave its batch out, or rewind, or end."""
+    def _recover(self, batch: GlobalBatch, next_step: NextStep) -> None:
+        """Go on from a step that was refused, as the configuration says: leave its batch out, or rewind, or end."""
+        number = batch.number
         fault, action = self.recovery.fault, self.recovery.action(self.step)
         assert fault is not None
         figures = {"loss": next_step.loss, "gradient_norm": next_step.gradient_norm}
@@ -276,7 +276,7 @@ class Trainer:
             if self.recovery.is_exhausted:
                 text += f", and train.skip_limit={self.config.train.skip_limit} bad batches were left out"
             is_nan = fault.kind == "nan"
-            self._stop(text, next_step if is_nan else None, batches if not math.isfinite(next_step.loss) else ())
+            self._stop(text, next_step if is_nan else None, batch.parts if not math.isfinite(next_step.loss) else ())
         kept = None
         if action == "rewind":
             self.saver.wait()
@@ -294,9 +294,8 @@ class Trainer:
         """Go back to a checkpoint, and leave out every batch since it."""
         before, self.step = self.step, store.step_of(kept)
         self.saved = self.watch.step = self.step
-        store.load(kept, self._state())
-        engines.finish_loading(self.engine, self.step)
         left_out = self.recovery.rewind(number, self.step, store.read_description(kept))
+        self._load(kept)
         self.metrics.close()
         self.metrics = self._open_metrics()
         self.screen.stop_bar()
@@ -304,11 +303,10 @@ class Trainer:
         self.screen.start_bar(self.step, self.config.steps)
         self.events.write("rewind", before, to=self.step, batches=left_out, reason=text)
 
-    def _update_balance_biases(self, sums: StepSums) -> None:
-        for name, router in self.model.routers().items():
-            if router.config.balance == "bias":
-                # Ranks that count the same tokens answer for shares, whose sum may be a rounding away from a number.
-                update_balance_bias(router, sums.statistics[name].assigned.round(), router.config.bias_rate)
+    def _load(self, checkpoint: Path) -> None:
+        """Take the state of a checkpoint, of `step` steps; those without targets were none of the optimizer's."""
+        store.load(checkpoint, self._state())
+        engines.finish_loading(self.engine, self.step - self.recovery.without_targets)
 
     def _state(self) -> list[Shard]:
         """What this rank owns of the run's state."""
@@ -332,23 +330,22 @@ class Trainer:
         way_on = way_on_line(self.folder.checkpoints, self.config, self.begun, self.step, next_step)
         raise RunStopped(f"{fault}{place}. {way_on}")
 
-    def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
-        speed = self.tokens_per_step / seconds
-        self.screen.advance(loss, speed)
+    def _log(self, step: Step, outcome: Outcome) -> None:
+        speed = self.tokens_per_step / outcome.seconds
+        self.screen.advance(outcome.loss, speed)
         if self.step % self.config.logging.every and self.step != self.config.steps:
             return
         line: dict[str, Any] = {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
-            "loss": loss,
-            "learning_rate": rate,
-            "gradient_norm": norm,
+            "loss": outcome.loss,
+            "learning_rate": step.rate,
+            "gradient_norm": outcome.norm,
             "tokens_per_second": round(speed, 1),
         }
-        if sums.statistics:
-            line |= report.routing_metrics(self.model.routers(), sums, self.micro_steps)
+        line |= self.steps.routing.describe(outcome.routing)
         if self.pace.slowest is not None:
-            line["pace"] = self.pace.slowest  # of the step before
+            line["pace"] = self.pace.slowest  # of two steps before
         self.metrics.write(line)
 
     def _validate(self) -> dict[str, Scores]:
@@ -366,7 +363,7 @@ class Trainer:
             )
             if limit:
                 batches = islice(batches, limit * self.config.train.global_batch // self.micro_batch)
-            score = evaluate(self.model, batches, self.topology, lambda: self._agree(0)[1] is not None)
+            score = evaluate(self.model, batches, self.topology, self._is_asked_to_stop)
             if score is None:
                 return {}
             if not math.isfinite(score.loss):
@@ -375,6 +372,10 @@ class Trainer:
             self.screen.say(f"step {self.step:>6,}  {report.validation_line(name, score, corpus)}")
         self.metrics.write(report.validation_metrics(self.step, self.step * self.tokens_per_step, self.corpora, scores))
         return scores
+
+    def _is_asked_to_stop(self) -> bool:
+        self.reason = self.reason or self.steps.asked()
+        return self.reason is not None
 
     def _save(self, scores: dict[str, Scores]) -> None:
         description = {

@@ -24,7 +24,7 @@ def starts_of(folder: Path) -> list[dict]:
 
 
 def break_off(trainer: Any) -> None:
-    if trainer.step == 3 and trainer.world.rank == trainer.world.size - 1:
+    if trainer.made == 3 and trainer.world.rank == trainer.world.size - 1:
         raise RuntimeError("the roof fell in")
 
 

@@ -230,7 +230,7 @@ def train(config: Config, steps: int) -> Trained:
                 engine.backward(objective(output.cross_entropy, output.statistics))
                 if number < micro_steps - 1:
                     engine.step()
-            norms.append(engines.step(engine, config.train.gradient_clip))
+            norms.append(float(engines.step(engine, config.train.gradient_clip)[0]))
             loss = reduce_over_data(objective.sums.cross_entropy.double(), built.topology)
             losses.append(float(loss) / counted)
             if config.moe.balance == "bias":

@@ -1,5 +1,6 @@
 """Batches that spoil a step: the loss of chosen ones is multiplied, by NaN or by much, on one rank."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch.train import train
+from moe_mamba.model.language_model import LanguageModel
 from tests.train.seams import stepping_in
 
 
@@ -23,26 +25,30 @@ def poisoned(
         rank: whose part of the batch it is.
         stop_at: ask to stop where the step after so many steps begins.
     """
-    from moe_mamba.train import trainer as loop
+    from moe_mamba.train import steps
 
     factor_of = factors if callable(factors) else lambda number: factors.get(number, 1.0)
-    current = [0]
+    known: dict[int, float] = {}  # where a micro-batch lies -> its factor
+    make, forward = steps.Steps.make, LanguageModel.forward
 
-    class Poisoned(loop.Objective):
-        def __init__(self, *arguments: Any) -> None:
-            self.factor = factor_of(current[0]) if int(os.environ["RANK"]) == rank else 1.0
-            super().__init__(*arguments)
-
-        def __call__(self, cross_entropy: Any, statistics: Any) -> Any:
-            return super().__call__(cross_entropy * self.factor, statistics)
-
-    def note(trainer: Any) -> None:
-        current[0] = trainer.recovery.after(trainer.recovery.position)
-        if trainer.step == stop_at:
+    def stop(trainer: Any) -> None:
+        if trainer.made == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, stepping_in("step", note):
-        patch.setattr(loop, "Objective", Poisoned)
+    def make_known(self: Any, number: int, batch: Any, *rest: Any) -> Any:
+        if int(os.environ["RANK"]) == rank:
+            known.update((part.tokens.data_ptr(), factor_of(batch.number)) for part in batch.parts)
+        return make(self, number, batch, *rest)
+
+    def forward_poisoned(model: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+        output = forward(model, tokens, *rest, **options)
+        if model.training:
+            output = dataclasses.replace(output, cross_entropy=output.cross_entropy * known.get(tokens.data_ptr(), 1.0))
+        return output
+
+    with pytest.MonkeyPatch.context() as patch, stepping_in("step", stop):
+        patch.setattr(LanguageModel, "forward", forward_poisoned)
+        patch.setattr(steps.Steps, "make", make_known)
         yield
 
 

@@ -110,7 +110,7 @@ def train_with_a_flipped_bit(rank: int, **arguments: Any) -> None:
     flipped = []
 
     def flip(trainer: Any) -> None:
-        if trainer.step == 3 and trainer.world.rank == rank and not flipped:
+        if trainer.made == 3 and trainer.world.rank == rank and not flipped:
             flipped.append(True)
             trainer.model.get_parameter("layers.0.mixer.x_proj.weight").data.view(-1)[0] = NAN
 

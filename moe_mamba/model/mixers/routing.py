@@ -237,12 +237,12 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_balance_bias(router: Router, assigned: Tensor, rate: float) -> None:
+def update_balance_bias(router: Router, assigned: Tensor, rate: float | Tensor) -> None:
     """Raise the bias of experts with less than the mean load, lower the others' (DeepSeek-V3, section 2.1.2).
 
     Args:
         router: one with ``moe.balance=bias``.
         assigned: (experts,) assignments in the last update's batch, over all ranks.
-        rate: by how much.
+        rate: by how much; a tensor () where the device decides it.
     """
     router.balance_bias += rate * torch.sign(assigned.mean() - assigned)
