@@ -126,6 +126,7 @@ def _leave_the_norm_to_us(engine: deepspeed.DeepSpeedEngine) -> None:
         engine.optimizer._get_norm_groups = lambda: [1.0]  # it reads this, on the host
     elif engine.zero_optimization():
         engine.optimizer.compute_grad_norm = False  # its configuration refuses this beside offloading, which needs none
+        engine.optimizer.update_offload_overflow_tracker = lambda _: None  # it would wait for each gradient
 
 
 def state_shards(engine: deepspeed.DeepSpeedEngine, held: dict[str, ParameterShard]) -> list[Shard]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,19 +18,16 @@ class GlobalBatch:
     Attributes:
         number: of the batch, from 1, in the order of the data.
         parts: its micro-batches.
+        counted: targets of this part that the loss counts.
     """
 
     number: int
     parts: list[Batch]
-
-    @property
-    def counted(self) -> int:
-        """Targets of this part that the loss counts."""
-        return sum(part.counted for part in self.parts)
+    counted: int
 
     def to(self, device: torch.device) -> "GlobalBatch":
         """The same on another device."""
-        return GlobalBatch(self.number, [part.to(device) for part in self.parts])
+        return replace(self, parts=[part.to(device) for part in self.parts])
 
 
 class Feed:
@@ -61,4 +58,5 @@ class Feed:
         size = self._micro_steps * together
         first = (number - 1) * size + self._topology.data_rank * self._micro_batch
         starts = range(first, first + size, together)
-        return GlobalBatch(number, [self._loader.batch(start, self._micro_batch) for start in starts])
+        parts = [self._loader.batch(start, self._micro_batch) for start in starts]
+        return GlobalBatch(number, parts, sum(part.counted for part in parts))

@@ -18,8 +18,8 @@ def stepping_in(place: str, before: Act = _nothing, after: Act = _nothing) -> It
     """In a worker: call `before(trainer)` and `after(trainer)` around one place of the loop, each time it is passed.
 
     Args:
-        place: ``step``, where one begins, when ``trainer.made`` are begun; ``made``, where one was read, but is not saved
-            yet, when ``trainer.step`` are read; ``validation``; ``save``.
+        place: ``step``, where one begins, when ``trainer.made`` are begun; ``made``, where one was read, but not
+            saved, when ``trainer.step`` are read; ``validation``; ``save``.
         before: gets the trainer when the place is reached; what it raises ends the run as a fault of that place would.
         after: gets the trainer when the place is left.
     """
