@@ -252,7 +252,8 @@ class CheckpointConfig(Section):
         description="newest checkpoints kept (2 until a step follows the newest); besides, the best by validation loss",
     )
     grace: Annotated[int, Range(1, 10**7)] = Field(
-        20, description="seconds to end the step and save in, when SIGTERM asks to stop; launchers kill after 30"
+        20,
+        description="seconds to end the steps under way and save in, if SIGTERM asks to stop; launchers kill after 30",
     )
     asynchronous: bool = Field(
         False, description="write while training goes on, from a copy of this process's state in the CPU's memory"

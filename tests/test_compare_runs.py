@@ -79,7 +79,20 @@ NAN, ZERO = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
     ],
 )
 def test_first_difference(before: dict[str, Any], after: dict[str, Any], difference: str | None) -> None:
-    assert compare_runs.first_difference(before, after) == difference
+    assert compare_runs.compare_values(before, after)[0] == difference
+
+
+def test_a_difference_within_a_bound_is_told_and_allowed() -> None:
+    before = {"loss": 2.0, "a": torch.tensor([4.0, 0.5]), "count": 3}
+    after = {"loss": 2.0 + 2e-6, "a": torch.tensor([4.0, 0.5 + 2.0**-18]), "count": 3}
+    assert compare_runs.compare_values(before, after, 1e-5) == (None, pytest.approx(1e-6))
+    difference, largest = compare_runs.compare_values(before, after, 9e-7)
+    assert difference is not None and difference.startswith("loss is 2.0 before")
+    assert largest == pytest.approx(1e-6)
+    for name, value in (("count", 4), ("loss", float("nan")), ("a", torch.zeros(3))):
+        difference, _ = compare_runs.compare_values(before, before | {name: value}, 1e-5)
+        assert difference is not None and difference.startswith(name)
+    assert compare_runs.compare_values({"a": torch.zeros(2)}, {"a": -torch.zeros(2)}, 1e-5)[0] is None
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:

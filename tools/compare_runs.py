@@ -1,10 +1,13 @@
-"""Compare two checkouts of this project bit for bit: a refactor must move no loss, no weight and no export.
+"""Compare two checkouts of this project: a refactor must move no loss, no weight and no export by a bit.
+
+Where a change moves the order of sums, ``--within`` says how far values may be apart, relative to their tensor's largest.
 
 Each checkout trains the same tiny models with its own code, in processes of its own: fp32 on the CPU, one thread, the
 built-in corpus. Kernels for GPUs and bf16 are not looked at.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -102,21 +105,24 @@ class Checkout:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, how many values or tensors of it there are, and the first difference; None: all are equal."""
+    """What was compared, and how many values or tensors of it there are.
+
+    Attributes:
+        difference: the first that is not allowed; None: all are equal, or near enough.
+        largest: how far values are apart at most, relative to the largest of their tensor; 0: equal to the bit.
+    """
 
     pattern: str
     layout: str
     what: str
     count: int
     difference: str | None
-
-    @classmethod
-    def of(cls, pattern: str, layout: Layout, what: str, before: dict[str, Any], after: dict[str, Any]) -> "Comparison":
-        """Compare values and tensors by name."""
-        return cls(pattern, layout.name, what, len(before), first_difference(before, after))
+    largest: float
 
     def __str__(self) -> str:
-        result = "equal" if self.difference is None else f"DIFFERS: {self.difference}"
+        result = f"within {self.largest:.1e}" if self.largest else "equal"
+        if self.difference is not None:
+            result = f"DIFFERS: {self.difference}"
         return f"{self.pattern:<8}{self.layout:<13}{self.what:<12}{self.count:>4} compared: {result}"
 
 
@@ -128,9 +134,10 @@ def main(
     layouts: str = "single,tp2_ep2",
     output: str | None = None,
     folder: str | None = None,
+    within: Annotated[float, Range(0, 1)] = 0.0,
     **overrides: Any,
 ) -> None:
-    """Train with the code of both and compare losses, checkpoints and exports, bit for bit.
+    """Train with the code of both and compare losses, checkpoints and exports.
 
     Ends with exit code 1 and a line that names the first difference where there is one.
 
@@ -142,6 +149,7 @@ def main(
         layouts: single, tp2_ep2 (tensor 2 without expert 2 where a pattern has no experts), or both.
         output: file to write the comparisons to, as JSON.
         folder: a new folder that keeps the runs; by default they are removed at the end.
+        within: how far values may be apart, relative to the largest of their tensor; 0: not by a bit.
         overrides: any key of the configuration, for all runs, such as --moe.balance=bias.
     """
     if unknown := [name for name in layouts.split(",") if name not in LAYOUTS]:
@@ -153,7 +161,8 @@ def main(
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as work:
         for pattern in patterns.split(","):
             for layout in layouts.split(","):
-                for comparison in compare(*sides, Path(work).resolve(), pattern, LAYOUTS[layout], steps, overrides):
+                shapes = pattern, LAYOUTS[layout], steps
+                for comparison in compare(*sides, Path(work).resolve(), *shapes, overrides, within):
                     print(comparison, flush=True)
                     found.append(comparison)
     if output is not None:
@@ -162,6 +171,7 @@ def main(
             "after": sides[1].commit,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "steps": steps,
+            "within": within,
             "overrides": overrides,
             "comparisons": [vars(comparison) for comparison in found],
         }
@@ -172,7 +182,8 @@ def main(
             f"{len(different)} of {len(found)} comparisons differ, the first in the {first.what} of {first.pattern}, "
             f"{first.layout}: {first.difference}"
         )
-    print(f"equal in all {len(found)} comparisons, {steps} steps per run")
+    largest = max(comparison.largest for comparison in found)
+    print(f"{f'within {largest:.1e}' if largest else 'equal'} in all {len(found)} comparisons, {steps} steps per run")
 
 
 def compare(
@@ -183,6 +194,7 @@ def compare(
     layout: Layout,
     steps: int,
     overrides: Mapping[str, Any],
+    within: float = 0.0,
 ) -> Iterator[Comparison]:
     """Train a pattern in a layout with both, and compare what they leave.
 
@@ -194,7 +206,13 @@ def compare(
         layout: of the processes.
         steps: of each run, 2 or more.
         overrides: key, such as ``moe.balance``, -> value.
+        within: how far values may be apart, as in `main`.
     """
+
+    def comparison(what: str, truth: dict[str, Any], found: dict[str, Any]) -> Comparison:
+        difference, largest = compare_values(truth, found, within)
+        return Comparison(pattern, layout.name, what, len(truth), difference, largest)
+
     saved = steps - min(RESUMED, steps // 2)
     name = f"{pattern.replace('*', 'A')}_{layout.processes}"
     config = work / f"{name}.yaml"
@@ -205,40 +223,56 @@ def compare(
     before.train(config, first, layout.processes)
     after.train(config, second, layout.processes)
     figures, tensors = _figures(first), _checkpoint(first)
-    yield Comparison.of(pattern, layout, "losses", figures, _figures(second))
-    yield Comparison.of(pattern, layout, "checkpoint", tensors, _checkpoint(second))
+    yield comparison("losses", figures, _figures(second))
+    yield comparison("checkpoint", tensors, _checkpoint(second))
 
     shutil.copytree(first, resumed, ignore=shutil.ignore_patterns(name_of(steps), "best.json", "metrics.jsonl"))
     after.train(config, resumed, layout.processes)
-    yield Comparison.of(
-        pattern, layout, "resume", _figures(first, saved) | tensors, _figures(resumed) | _checkpoint(resumed)
-    )
+    yield comparison("resume", _figures(first, saved) | tensors, _figures(resumed) | _checkpoint(resumed))
 
     before.export(first, first / "export")
     after.export(second, second / "export")
-    yield Comparison.of(pattern, layout, "export", _export(first / "export"), _export(second / "export"))
+    yield comparison("export", _export(first / "export"), _export(second / "export"))
 
 
-def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """What differs first, by name, in values and tensors; None where all are the same, to the bit."""
+def compare_values(
+    before: Mapping[str, Any], after: Mapping[str, Any], within: float = 0.0
+) -> tuple[str | None, float]:
+    """Compare values and tensors by name.
+
+    Returns:
+        What differs first by more than `within`, None where nothing does; and the largest difference of all.
+    """
+    first, largest = None, 0.0
     for name, value in before.items():
         if name not in after:
-            return f"{name} is missing after"
-        if difference := _difference(value, after[name]):
-            return f"{name} {difference}"
-    return next((f"{name} is new after" for name in after if name not in before), None)
+            return f"{name} is missing after", largest
+        words, distance = _difference(value, after[name])
+        largest = max(largest, distance)
+        if first is None and words and not distance <= within:
+            first = f"{name} {words}"
+    return first or next((f"{name} is new after" for name in after if name not in before), None), largest
 
 
-def _difference(before: Any, after: Any) -> str | None:
+def _difference(before: Any, after: Any) -> tuple[str | None, float]:
+    """Words for a difference, None for none; and how large it is, infinite where that makes no sense."""
     if not isinstance(before, torch.Tensor):
-        return None if before == after else f"is {before!r} before and {after!r} after"
+        distance = 0.0 if before == after else math.inf
+        if distance and isinstance(before, float) and isinstance(after, float):
+            distance = abs(before - after) / max(abs(before), abs(after))
+        return f"is {before!r} before and {after!r} after" if distance else None, distance
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         kinds = [f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in (before, after)]
-        return f"is {kinds[0]} before and {kinds[1]} after"
+        return f"is {kinds[0]} before and {kinds[1]} after", math.inf
     bits = [tensor.reshape(-1).view(torch.uint8).view(-1, tensor.itemsize) for tensor in (before, after)]
     count = int((bits[0] != bits[1]).any(1).sum())
-    largest = (before.double() - after.double()).abs().max() if count else 0
-    return f"differs in {count:,} of {before.numel():,} values, by at most {largest:.2e}" if count else None
+    if not count:
+        return None, 0.0
+    largest = float((before.double() - after.double()).abs().max())
+    words = f"differs in {count:,} of {before.numel():,} values, by at most {largest:.2e}"
+    if not largest:  # -0.0 is none of 0.0's bits
+        return words, math.ulp(0.0)
+    return words, largest / float(before.double().abs().max()) if before.any() else math.inf
 
 
 def _config(
