@@ -1,6 +1,7 @@
 """Compare two checkouts of this project: a refactor must move no loss, no weight and no export by a bit.
 
-Where a change moves the order of sums, ``--within`` says how far values may be apart, relative to their tensor's largest.
+Where a change moves the order of sums, ``--within`` says how far values may be apart, relative to the largest of their
+tensor.
 
 Each checkout trains the same tiny models with its own code, in processes of its own: fp32 on the CPU, one thread, the
 built-in corpus. Kernels for GPUs and bf16 are not looked at.
@@ -161,8 +162,8 @@ def main(
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as work:
         for pattern in patterns.split(","):
             for layout in layouts.split(","):
-                shapes = pattern, LAYOUTS[layout], steps
-                for comparison in compare(*sides, Path(work).resolve(), *shapes, overrides, within):
+                found_here = compare(*sides, Path(work).resolve(), pattern, LAYOUTS[layout], steps, overrides, within)
+                for comparison in found_here:
                     print(comparison, flush=True)
                     found.append(comparison)
     if output is not None:
