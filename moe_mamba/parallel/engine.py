@@ -19,6 +19,7 @@ from moe_mamba.parallel import zero3
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
 from moe_mamba.parallel.placement import ParameterShard
+from moe_mamba.parallel.replicas import reduce_replicas
 
 with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
@@ -95,6 +96,7 @@ def step(engine: deepspeed.DeepSpeedEngine, gradient_clip: float, accept: Callab
     Returns:
         The norm of the whole gradient over all ranks, before clipping; NaN or Inf where the gradient has one.
     """
+    reduce_replicas(engine)
     if engine.zero_optimization():
         answer = functools.cache(lambda: accept(float(engine.optimizer._global_grad_norm)))
         with _updating_if(base_optimizer(engine), answer):
