@@ -94,7 +94,9 @@ def _offloaded_gradients(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[nn
                 yield parameter, master.grad.narrow(0, first, count)  # type: ignore[union-attr]
         return
     optimizer._wait_for_offload_copies()
-    for parameters, master in zip(optimizer.params_in_partition, optimizer.single_partition_of_fp32_groups, strict=True):
+    for parameters, master in zip(
+        optimizer.params_in_partition, optimizer.single_partition_of_fp32_groups, strict=True
+    ):
         for parameter in parameters:
             _, _, first, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
             yield parameter, master.grad.narrow(0, first, count)
