@@ -24,7 +24,7 @@ from moe_mamba.parallel.replicas import reduce_replicas
 with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
 
-BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
+BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device, or two on a GPU
 
 
 def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_batch: int) -> deepspeed.DeepSpeedEngine:
@@ -45,19 +45,30 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
             # Without ZeRO DeepSpeed would clip by a mean of the ranks' norms, wrong where experts are spread.
             "gradient_clipping": train.gradient_clip if config.parallel.zero else 0.0,
-            "zero_optimization": _zero_settings(config),
+            "zero_optimization": _zero_settings(model, config, groups.topology.world.device),
             "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,
         },
     )
     _materialize_state(engine)
+    if engine.zero_optimization():
+        engine.module.register_forward_pre_hook(functools.partial(_tell_zero_of_the_last_micro_step, engine))
     return engine
 
 
-def _zero_settings(config: Config) -> dict[str, Any]:
+def _tell_zero_of_the_last_micro_step(engine: deepspeed.DeepSpeedEngine, *_: object) -> None:
+    """Tell ZeRO, before a pass, what its hooks ask when a bucket is full: whether the update comes after this one.
+
+    DeepSpeed tells it by hooks on the outputs of the forward pass, and finds none in our ``Output``; then ZeRO would
+    believe what was true of the micro-step before.
+    """
+    engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+
+
+def _zero_settings(model: LanguageModel, config: Config, device: torch.device) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
-        "overlap_comm": False,
+        "overlap_comm": _reduces_beside_backward(model, config.parallel.zero, device),
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
@@ -66,6 +77,19 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return zero
+
+
+def _reduces_beside_backward(model: LanguageModel, stage: int, device: torch.device) -> bool:
+    """Whether ZeRO reduces a full bucket of gradients while the backward pass goes on, on a stream of its own.
+
+    There are streams on GPUs alone. With gloo nothing would run beside the backward pass, and a bucket would be what
+    hooks have filled it with, in their order; without, sums have the order of the parameters. A gradient that fits in
+    no bucket would be freed, at ZeRO 1 and 2, while that stream still reads it: DeepSpeed notes it with the allocator
+    only where it offloads.
+    """
+    if device.type != "cuda" or stage == 0:
+        return False
+    return stage == 3 or all(parameter.numel() <= BUCKET for parameter in model.parameters())
 
 
 def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
