@@ -141,6 +141,7 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
             if enters:
                 y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=group)
             elif not self.gathers_tokens:
+                assert group is not None  # experts are sharded by tensor
                 y = sum_over_ranks(y, group)
             return y, statistics
 

@@ -18,6 +18,7 @@ from moe_mamba.config import Config
 from moe_mamba.kernels.cross_entropy import linear
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.optimizer import parameter_groups
+from moe_mamba.parallel.replicas import group_of_replicas
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.parallel.zero3 import gathered_shape
 from moe_mamba.train.objective import Objective
@@ -303,7 +304,7 @@ def engine_step(config: Config) -> tuple[list[Collective], list[Collective], Par
 
 
 def replicas_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    group = parameter.replica_group  # type: ignore[attr-defined]
+    group = group_of_replicas(parameter)
     return () if group is None else tuple(dist.get_process_group_ranks(group))
 
 

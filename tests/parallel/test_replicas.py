@@ -10,7 +10,8 @@ import torch.distributed as dist
 from moe_mamba.config import Config
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel import replicas, zero3
-from moe_mamba.parallel.replicas import accumulated_gradients, sum_over_replicas
+from moe_mamba.parallel.gradients import held_gradients
+from moe_mamba.parallel.replicas import group_of_replicas, sum_over_replicas
 from moe_mamba.train.objective import Objective
 from tests.parallel.layouts import Layout, batch_of, build, config_of, share_of
 from tests.world import World
@@ -41,14 +42,14 @@ def parts(config: Config) -> tuple[list[Part], list[Part], set[torch.dtype]]:
     built, engine = after_backward(config)
     names = {id(parameter): name for name, parameter in built.model.named_parameters()}
     found, dtypes, owned = [], set(), []
-    for parameter, gradient in accumulated_gradients(engine):
-        if parameter.replica_group is not None:
-            ranks = tuple(dist.get_process_group_ranks(parameter.replica_group))
+    for parameter, gradient in held_gradients(engine):
+        if (group := group_of_replicas(parameter)) is not None:
+            ranks = tuple(dist.get_process_group_ranks(group))
             found.append((names[id(parameter)], ranks, first_element(engine, parameter), gradient.numel()))
             dtypes.add(gradient.dtype)
     for parameter in built.model.parameters():
-        if parameter.replica_group is not None:
-            ranks = tuple(dist.get_process_group_ranks(parameter.replica_group))
+        if (group := group_of_replicas(parameter)) is not None:
+            ranks = tuple(dist.get_process_group_ranks(group))
             for kind, start, flat in engines._owned_ranges(engine, parameter):
                 if kind == "weights" and flat.numel():
                     owned.append((names[id(parameter)], ranks, start, flat.numel()))
