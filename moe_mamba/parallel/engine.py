@@ -1,6 +1,7 @@
 """From our configuration to DeepSpeed's engine, and from the engine's memory to logical tensors."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -17,11 +18,12 @@ from moe_mamba.parallel.gradients import squared_norm
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
 from moe_mamba.parallel.placement import ParameterShard
+from moe_mamba.parallel.replicas import reduce_replicas
 
 with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
 
-BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
+BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device, or two on a GPU
 
 
 def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_batch: int) -> deepspeed.DeepSpeedEngine:
@@ -41,7 +43,7 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
             "gradient_clipping": 0.0,  # by `step`
-            "zero_optimization": _zero_settings(config),
+            "zero_optimization": _zero_settings(model, config, groups.topology.world.device),
             "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
@@ -49,13 +51,24 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
     )
     _materialize_state(engine)
     _leave_the_norm_to_us(engine)
+    if engine.zero_optimization():
+        engine.module.register_forward_pre_hook(partial(_tell_zero_of_the_last_micro_step, engine))
     return engine
 
 
-def _zero_settings(config: Config) -> dict[str, Any]:
+def _tell_zero_of_the_last_micro_step(engine: deepspeed.DeepSpeedEngine, *_: object) -> None:
+    """Tell ZeRO, before a pass, what its hooks ask when a bucket is full: whether the update comes after this one.
+
+    DeepSpeed tells it by hooks on the outputs of the forward pass, and finds none in our ``Output``; then ZeRO would
+    believe what was true of the micro-step before.
+    """
+    engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+
+
+def _zero_settings(model: LanguageModel, config: Config, device: torch.device) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
-        "overlap_comm": False,
+        "overlap_comm": _reduces_beside_backward(model, config.parallel.zero, device),
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
@@ -64,6 +77,19 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return zero
+
+
+def _reduces_beside_backward(model: LanguageModel, stage: int, device: torch.device) -> bool:
+    """Whether ZeRO reduces a full bucket of gradients while the backward pass goes on, on a stream of its own.
+
+    There are streams on GPUs alone. With gloo nothing would run beside the backward pass, and a bucket would be what
+    hooks have filled it with, in their order; without, sums have the order of the parameters. A gradient that fits in
+    no bucket would be freed, at ZeRO 1 and 2, while that stream still reads it: DeepSpeed notes it with the allocator
+    only where it offloads.
+    """
+    if device.type != "cuda" or stage == 0:
+        return False
+    return stage == 3 or all(parameter.numel() <= BUCKET for parameter in model.parameters())
 
 
 def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -101,6 +127,7 @@ def step(
         (1 + figures,) float64 on the device, the same on every rank: the norm of the whole gradient over all ranks,
         before clipping, NaN or Inf where the gradient has one; and the figures' sums.
     """
+    reduce_replicas(engine)
     shared = squared_norm(engine)[None]
     if figures is not None:
         shared = torch.cat([shared, figures])

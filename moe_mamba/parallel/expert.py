@@ -28,6 +28,7 @@ from moe_mamba.model.mixers.routed_mamba import RoutedMamba
 from moe_mamba.model.mixers.routing import RouterStatistics, Routing
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.parallel.groups import Groups, expert_group_name
+from moe_mamba.parallel.mappings import sum_over_ranks
 from moe_mamba.parallel.placement import ParameterShard
 
 with lean_import():
@@ -140,7 +141,8 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
             if enters:
                 y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=group)
             elif not self.gathers_tokens:
-                y = mappings.reduce_from_tensor_model_parallel_region(y, group=group)
+                assert group is not None  # experts are sharded by tensor
+                y = sum_over_ranks(y, group)
             return y, statistics
 
         return finish_sums

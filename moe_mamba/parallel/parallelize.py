@@ -3,12 +3,8 @@
 import copy
 import itertools
 import shutil
-from functools import partial
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import TrainConfig
@@ -17,6 +13,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups, expert_group_name
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.placement import ParameterShard
+from moe_mamba.parallel.replicas import mark_replica
 from moe_mamba.parallel.run_plan import RunPlan
 
 
@@ -97,7 +94,7 @@ def shard(
 
 
 def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, ParameterShard]) -> None:
-    """Tell DeepSpeed what each parameter is, and sum the gradients of tensor-parallel ranks' replicas.
+    """Tell DeepSpeed what each parameter is, and the optimizer step which ranks hold replicas of it.
 
     DeepSpeed wants `allreduce=False` and a group's name on experts; in the norm of the gradient it counts a parameter
     on the first tensor-parallel rank, and on the others where it is marked as `tensor_model_parallel`: each replica
@@ -109,15 +106,7 @@ def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, Parame
         if shard.experts is not None and groups.topology.is_sharded:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = expert_group_name(groups.topology, shard.experts)  # type: ignore[attr-defined]
-        if shard.replicas > 1:
-            parameter.register_hook(partial(_summed, group=groups.replicas[shard.replicas]))
-
-
-def _summed(gradient: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the ranks that hold the same weights: each saw other tokens, or other heads' use of them."""
-    gradient = gradient.clone()
-    dist.all_reduce(gradient, group=group)
-    return gradient
+        mark_replica(parameter, groups.replicas[shard.replicas] if shard.replicas > 1 else None)
 
 
 def check_compiler(config: TrainConfig) -> None:

@@ -29,15 +29,14 @@ from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
 from moe_mamba.model.mixers.routing import Router
 from moe_mamba.parallel.groups import Groups
+from moe_mamba.parallel.mappings import share_with_ranks, sum_over_ranks
 from moe_mamba.parallel.placement import ParameterShard
 
 with lean_import():
     from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
     from megatron.core.tensor_parallel.mappings import (
-        copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
-        reduce_from_tensor_model_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
     )
 
@@ -144,13 +143,12 @@ def _gather_units(hidden: Tensor, *, group: ProcessGroup) -> Tensor:
 
 def _leave(sequence_parallel: bool) -> Callable[..., Tensor]:
     """How partial sums leave a mixer: each rank gets the sums of its tokens, or all of them."""
-    return reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
+    return reduce_scatter_to_sequence_parallel_region if sequence_parallel else sum_over_ranks
 
 
 def _reduce_for_all(partial_sums: Tensor, *, group: ProcessGroup) -> Tensor:
     """The whole sum on all ranks, and the sum of what each of them does with it."""
-    reduced = reduce_from_tensor_model_parallel_region(partial_sums, group=group)
-    return copy_to_tensor_model_parallel_region(reduced, group=group)
+    return share_with_ranks(sum_over_ranks(partial_sums, group), group)
 
 
 def _reduce_units(partial_sums: Tensor, *, units: int, group: ProcessGroup) -> Tensor:
@@ -199,10 +197,10 @@ class ReducedLinear(RowLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's ``x`` (..., in / tensor) to (..., out), the same on all ranks."""
-        return copy_to_tensor_model_parallel_region(super().forward(x), group=self.group)
+        return share_with_ranks(super().forward(x), self.group)
 
     def _reduce(self, partial_sums: Tensor) -> Tensor:
-        return reduce_from_tensor_model_parallel_region(partial_sums, group=self.group)
+        return sum_over_ranks(partial_sums, self.group)
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):

@@ -21,6 +21,7 @@ from moe_mamba.parallel.distributed import reduce_over_data, start_world
 from moe_mamba.parallel.groups import Groups, start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.placement import ParameterShard, check_shards
+from moe_mamba.parallel.replicas import group_of_replicas, sum_over_replicas
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.train.objective import Objective
@@ -179,6 +180,12 @@ def assemble(ranks: list[Chunks]) -> dict[str, Tensor]:
 def difference(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm."""
     return float((found.double() - expected.double()).norm() / (expected.double().norm() + 1e-30))
+
+
+def sum_replicas(model: LanguageModel) -> None:
+    """Sum the gradients of a model without an engine over the tensor-parallel ranks that hold the same parameters."""
+    groups = [(parameter.grad, group_of_replicas(parameter)) for parameter in model.parameters()]
+    sum_over_replicas([(gradient, group) for gradient, group in groups if group is not None], torch.device("cpu"))
 
 
 def mean_over_data_ranks(built: Built, parameter: Tensor) -> Tensor:

@@ -12,12 +12,15 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_mamba.config import Config
 from moe_mamba.kernels.cross_entropy import linear
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.optimizer import parameter_groups
+from moe_mamba.parallel.replicas import group_of_replicas
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.parallel.zero3 import gathered_shape
 from moe_mamba.train.objective import Objective
 from tests.parallel.communication import Collective, counting
 from tests.parallel.layouts import GLOBAL_BATCH, LENGTH, Layout, batch_of, build, config_of, share_of
@@ -40,7 +43,12 @@ def micro_step(config: Config) -> list[Collective]:
 
 
 class Expected:
-    """What a rank moves in a micro-step, written down layer by layer."""
+    """What a rank moves in a micro-step, written down layer by layer, and what it holds as other ranks do.
+
+    Attributes:
+        calls: of a micro-step.
+        replicas: ranks -> elements of the parameters that they hold alike.
+    """
 
     def __init__(self, config: Config, layout: Layout, rank: int) -> None:
         self.config = config
@@ -58,6 +66,7 @@ class Expected:
         self.w = 2 if config.train.precision == "bf16" else FP32
         self.tokens = config.train.micro_batch * config.data.sequence_length
         self.calls: Counter[Collective] = Counter()
+        self.replicas: Counter[tuple[int, ...]] = Counter()
 
     def micro_step(self) -> Counter[Collective]:
         """All of it; what comes back from the experts of a dropless layer depends on the data and is left out."""
@@ -76,11 +85,12 @@ class Expected:
         if len(group) > 1:
             self.calls[Collective(kind, group, size)] += times
 
-    def replica(self, numbers: int, width: int = FP32, ranks: int | None = None) -> None:
-        """Gradients of what ranks hold alike: summed over them once, numbers x width."""
+    def replica(self, numbers: int, ranks: int | None = None) -> None:
+        """What ranks hold alike: its gradient is summed over them once per step, and in no micro-step."""
         ranks = ranks or self.topology.tensor
         first = self.topology.tensor_rank // ranks * ranks
-        self.add("all-reduce", self.tensor_ranks[first : first + ranks], numbers * width)
+        if ranks > 1:
+            self.replicas[self.tensor_ranks[first : first + ranks]] += numbers
 
     def entry_and_exit(self) -> None:
         """T d w gathered at the entry and T d w reduce-scattered at the exit; backward the other way round."""
@@ -113,14 +123,13 @@ class Expected:
             self.replica(numbers)
 
     def attention(self) -> None:
-        """Besides entry and exit: gradients of key and value heads that several ranks hold."""
+        """Entry and exit, and no more; key and value heads may be held by several ranks."""
         model = self.config.model
         self.entry_and_exit()
         copies = max(1, self.topology.tensor // model.resolved_kv_heads)
         if copies > 1:
             numbers = model.d_model * model.d_model // model.heads
-            self.replica(numbers, self.w, copies)
-            self.replica(numbers, self.w, copies)
+            self.replica(2 * numbers, copies)
 
     def experts(self) -> None:
         """Dispatch and combine, twice: T/tensor k d w with a dropless router, K x capacity x d w with a capacity.
@@ -265,48 +274,94 @@ def test_replicas_of_data_parallelism_say_nothing_before_the_step(world: Process
         assert len(found) == ("E" in pattern)  # the statistics
 
 
-def engine_step(config: Config) -> tuple[list[Collective], list[Collective], dict[str, int]]:
-    """In a worker: what starting the engine moves, what its second step of two micro-steps does, and its parameters."""
+Parameters = list[list[tuple[int, tuple[int, ...]]]]
+"""Of each group of the engine's: elements of its parameters on a rank, and the ranks that hold the same ones."""
+
+
+def engine_step(config: Config) -> tuple[list[Collective], list[Collective], Parameters]:
+    """In a worker: what starting the engine moves, what its second step does, and its parameters."""
     built = build(config)
     topology, micro_batch = built.topology, config.train.micro_batch
+    micro_steps = topology.sequences_per_data_rank(config.train.global_batch, micro_batch) // micro_batch
+    groups = [
+        [(gathered_shape(p).numel(), replicas_of(p)) for p in group["params"]]
+        for group in parameter_groups(built.model, config)
+    ]
     with counting() as start:
         engine = engines.build_engine(built.model, config, built.groups, micro_batch)
     for step in range(2):
-        objective = Objective(config.moe, 100, 2, topology, built.model.balanced_routers())
+        objective = Objective(config.moe, 100, micro_steps, topology, built.model.balanced_routers())
         with counting() as found:
-            for number in range(2):
+            for number in range(micro_steps):
                 values = (share_of(value, topology, number, micro_batch) for value in batch_of(step, config))
                 tokens, targets, document_starts = values
                 output = engine(tokens, document_starts, targets=targets)
                 engine.backward(objective(output.cross_entropy, output.statistics))
-                if number == 0:
+                if number < micro_steps - 1:
                     engine.step()
             engines.step(engine, config.train.gradient_clip)
-    groups = parameter_groups(built.model, config)
-    sizes = {group["name"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
-    return start, found, sizes
+    return start, found, groups
 
 
-def whole_step(config: Config, layout: Layout, rank: int, sizes: dict[str, int]) -> Counter[Collective]:
-    """What the engine moves besides the micro-steps' own; `sizes`: its groups of parameters, the experts' last.
+def replicas_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    group = group_of_replicas(parameter)
+    return () if group is None else tuple(dist.get_process_group_ranks(group))
+
+
+def owned_replicas(groups: Parameters, layout: Layout, data_rank: int) -> Counter[tuple[int, ...]]:
+    """Ranks -> elements of the replicas whose gradients lie on a data rank before a step.
+
+    At ZeRO 0 all of them. At ZeRO 1 and 2 a group's parameters lie one after the other, padded to a multiple of two
+    numbers per rank, and each data rank has one of as many parts. At ZeRO 3 it has a part of each parameter, padded.
+    """
+    found: Counter[tuple[int, ...]] = Counter()
+    for group in groups:
+        part, end = -(-sum(numbers for numbers, _ in group) // (2 * layout.data)) * 2, 0
+        for numbers, replicas in group:
+            begin, end = end, end + numbers
+            mine = {
+                0: numbers,
+                3: -(-numbers // layout.data),
+            }.get(layout.zero, max(0, min(end, part * (data_rank + 1)) - max(begin, part * data_rank)))
+            if replicas and mine:
+                found[replicas] += mine
+    return found
+
+
+def add_replicas(expected: Expected, groups: Parameters, layout: Layout) -> None:
+    """One all-reduce of each group of ranks with what the data rank has of their replicas, in fp32."""
+    data_ranks = [owned_replicas(groups, layout, rank) for rank in range(layout.data)]
+    total = sum(data_ranks, Counter())
+    copies = layout.data if layout.zero == 0 else 1
+    padding = layout.data * sum(map(len, groups)) if layout.zero == 3 else 0
+    for ranks, numbers in expected.replicas.items():
+        assert numbers * copies <= total[ranks] <= numbers * copies + padding
+    for ranks, numbers in data_ranks[expected.topology.data_rank].items():
+        expected.add("all-reduce", ranks, numbers * FP32)
+
+
+def whole_step(config: Config, layout: Layout, rank: int, groups: Parameters) -> Counter[Collective]:
+    """What the engine moves in a step, the micro-steps' own included; the last of its groups is the experts'.
 
     At ZeRO 0 and 1 gradients are all-reduced once per step, at ZeRO 2 in each micro-step: V x 4, in one bucket for
     experts and one for all else. DeepSpeed's ZeRO all-reduces where a reduce-scatter would do: it is half of the bytes
-    that the links carry. ZeRO then gathers the new weights of each group of parameters, padded to a multiple of two
-    numbers per rank.
+    that the links carry. Then come the replicas'. ZeRO then gathers the new weights of each group of parameters, padded
+    to a multiple of two numbers per rank.
     """
     expected = Expected(config, layout, rank)
     lane, total = expected.lane, Counter(expected.micro_step())
     total = total + total
-    *common, experts = sizes.values()
+    sizes = [sum(numbers for numbers, _ in group) for group in groups]
+    *common, experts = sizes
     expected.calls = Counter()
     times = 2 if layout.zero == 2 else 1
     expected.add("all-reduce", lane, sum(common) * FP32, times)
     expected.add("all-reduce", lane, experts * FP32, times)  # the ranks with the same experts are those of a lane here
+    add_replicas(expected, groups, layout)
     expected.add("all-reduce", expected.world, FP64)  # the norm; in a run the loss and what the ranks tell, too
     if layout.zero:
         unit = 2 * len(lane)
-        for size in sizes.values():
+        for size in sizes:
             expected.add("all-gather", lane, -(-size // unit) * unit * FP32)
     return total + expected.calls
 
@@ -315,9 +370,56 @@ def whole_step(config: Config, layout: Layout, rank: int, sizes: dict[str, int])
 def test_a_whole_step_of_the_engine_moves_nothing_else(world: Processes, zero: int) -> None:
     layout = Layout(4, 2, 2, zero)
     config = config_of("ME", layout, 2, moe__capacity_factor=1.0)
-    for rank, (start, found, sizes) in enumerate(world.run(engine_step, config, ranks=4)):
-        assert Counter(found) == whole_step(config, layout, rank, sizes)
+    for rank, (start, found, groups) in enumerate(world.run(engine_step, config, ranks=4)):
+        assert Counter(found) == whole_step(config, layout, rank, groups)
         lane = Expected(config, layout, rank).lane
         # DeepSpeed sends every parameter once, though all ranks have made the same numbers.
         assert {(kind, group) for kind, group, _ in start} == {("broadcast", lane)}
-        assert sum(call.bytes for call in start) == sum(sizes.values()) * FP32
+        assert sum(call.bytes for call in start) == sum(numbers for group in groups for numbers, _ in group) * FP32
+
+
+def all_reduces(calls: Counter[Collective]) -> Counter[Collective]:
+    """Those between ranks of more than a number or two, which are norms."""
+    return Counter(
+        {
+            call: times
+            for call, times in calls.items()
+            if call.kind == "all-reduce" and len(call.group) > 1 and call.bytes > 16
+        }
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tensor_ranks_under_zero_3_sum_their_parts_of_replicas(world: Processes, precision: str) -> None:
+    layout = Layout(4, 2, zero=3)
+    config = config_of("M-", layout, 2, train__precision=precision)
+    for rank, (_, found, groups) in enumerate(world.run(engine_step, config, ranks=4)):
+        expected = Expected(config, layout, rank)
+        in_micro_steps = Counter(expected.micro_step())
+        expected.calls = Counter()
+        add_replicas(expected, groups, layout)
+        calls = Counter(call for call in found if call.group == expected.tensor_ranks)
+        assert all_reduces(calls) == all_reduces(in_micro_steps + in_micro_steps + expected.calls)
+
+
+@pytest.mark.parametrize(
+    ("zero", "pattern", "micro_steps"),
+    [
+        (1, "*", 1),
+        (1, "*-**", 3),
+        *(pytest.param(zero, "*-**", 3, marks=pytest.mark.slow) for zero in (0, 2, 3)),
+    ],
+)
+def test_replicas_take_one_all_reduce_of_each_group_per_step(
+    world: Processes, zero: int, pattern: str, micro_steps: int
+) -> None:
+    """Whatever the layers and micro-steps: here all four ranks hold norms alike, and pairs of them key heads."""
+    layout = Layout(4, 4, zero=zero)
+    config = config_of(pattern, layout, micro_steps, train__precision="bf16" if zero else "fp32")
+    for rank, (_, found, _) in enumerate(world.run(engine_step, config, ranks=4)):
+        expected = Expected(config, layout, rank)
+        in_micro_step = expected.micro_step()
+        in_micro_steps = Counter({call: times * micro_steps for call, times in in_micro_step.items()})
+        pairs = {Collective("all-reduce", ranks, numbers * FP32): 1 for ranks, numbers in expected.replicas.items()}
+        assert len(pairs) == 2
+        assert all_reduces(Counter(found) - in_micro_steps) == pairs

@@ -1,9 +1,19 @@
-import torch
+from typing import Any
+from unittest import mock
 
+import pytest
+import torch
+from torch import nn
+
+from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.optimizer import parameter_groups
 from moe_mamba.parallel.parallelize import cast_to_bf16
+from tests.parallel.layouts import Layout, Trained, assemble, config_of, train
+from tests.parallel.test_parity import worst
+from tests.world import World
 
 
 def decayed(**keys: object) -> dict[str, tuple[float, torch.dtype]]:
@@ -54,3 +64,59 @@ def test_designs_keep_their_routers_in_fp32_and_their_experts_decay() -> None:
     assert experts <= found.keys() - fp32
     assert {found[name][0] for name in experts | routers} == {0.1}
     assert {found[name][0] for name in ("layers.0.mixer.0.A_log", "layers.1.mixer.A_log", "layers.1.mixer.D")} == {0.0}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_zero_reduces_beside_the_backward_pass_on_gpus(zero: int, device: str) -> None:
+    config = load_config(None, {"parallel.zero": zero, "model.pattern": "M-", "model.d_model": 32})
+    with torch.device("meta"):
+        model = LanguageModel(config.model, config.moe)
+        settings = engines._zero_settings(model, config, torch.device(device))
+        assert settings["overlap_comm"] is (device == "cuda" and zero > 0)
+        model.extra = nn.Parameter(torch.empty(engines.BUCKET + 1))
+    settings = engines._zero_settings(model, config, torch.device(device))
+    assert settings["overlap_comm"] is (device == "cuda" and zero == 3), "its gradient fits in no bucket"
+
+
+def train_in_small_buckets(config: Config, steps: int, beside: bool) -> Trained:
+    """In a worker: train with buckets that are full before a backward pass ends, reduced as on a GPU or not."""
+    with (
+        mock.patch.object(engines, "_reduces_beside_backward", return_value=beside),
+        mock.patch.object(engines, "BUCKET", 4096),
+    ):
+        return train(config, steps)
+
+
+OFFLOAD = {"parallel__offload_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layout", "beside", "keys"),
+    [
+        ("ME", Layout(4, 2, 2), True, {}),
+        ("M-", Layout(2, zero=2), False, OFFLOAD),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("ME", Layout(4, 2, 2), True, {"train__precision": "bf16"}),
+                ("ME", Layout(4, 2, 2, zero=2), True, {}),
+                ("ME", Layout(4, 2, 2, zero=2), True, {"train__precision": "bf16"} | OFFLOAD),
+                ("M-", Layout(4, 2, zero=3), True, {}),
+                ("M-", Layout(2, zero=3), False, OFFLOAD),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_buckets_that_are_full_during_a_backward_pass_train_alike(
+    world: World, pattern: str, layout: Layout, beside: bool, keys: dict[str, Any]
+) -> None:
+    """What NCCL's streams would do is not seen here, but which gradients travel, when, and where their sums go."""
+    config = config_of(pattern, layout, 3, train__learning_rate=1e-4, **keys)
+    plain = world.run(train, config, 3, ranks=layout.ranks)
+    found = world.run(train_in_small_buckets, config, 3, beside, ranks=layout.ranks)
+    bound = 1e-2 if config.train.precision == "bf16" else 1e-5
+    assert found[0].norms == pytest.approx(plain[0].norms, rel=bound)
+    error, name = worst(*(assemble([rank.gradients for rank in ranks]) for ranks in (found, plain)))
+    assert error <= bound, name

@@ -12,8 +12,8 @@ from tests.world import World
 
 STEPS = 10
 LAYOUTS = {
-    "M-": [Layout(2), Layout(2, zero=2), Layout(2, zero=3)],
-    "ME": [Layout(2, expert=2), Layout(2, expert=2, zero=2)],
+    "M-": [Layout(2), Layout(2, zero=2), Layout(2, zero=3), *(Layout(4, 2, zero=zero) for zero in (1, 2, 3))],
+    "ME": [Layout(2, expert=2), Layout(2, expert=2, zero=2), Layout(2, 2, 2)],
 }
 
 
@@ -22,7 +22,8 @@ def test_same_curve_as_on_the_device(world: World, pattern: str) -> None:
     for layout in LAYOUTS[pattern]:
         keys: dict[str, Any] = {"train__learning_rate": 1e-3, "train__gradient_clip": 0.3}
         keys["run__seed"], here = train_far_from_ties(world, pattern, layout, STEPS, 2, **keys)
-        offloaded = world.run(train, config_of(pattern, layout, 2, parallel__offload_optimizer=True, **keys), STEPS)
+        config = config_of(pattern, layout, 2, parallel__offload_optimizer=True, **keys)
+        offloaded = world.run(train, config, STEPS, ranks=layout.ranks)
         assert offloaded[0].losses == pytest.approx(here[0].losses, rel=1e-5), layout
         assert offloaded[0].norms == pytest.approx(here[0].norms, rel=1e-5), layout
         error, name = worst(assemble([r.weights for r in offloaded]), assemble([r.weights for r in here]))

@@ -33,6 +33,7 @@ from tests.parallel.layouts import (
     mean_over_data_ranks,
     routing_margins,
     share_of,
+    sum_replicas,
     train,
     train_far_from_ties,
 )
@@ -78,6 +79,7 @@ def forward_and_backward(config: Config) -> tuple[Chunks, Chunks]:
             output = model(mine[0], mine[2], targets=mine[1])
             (objective(output.cross_entropy, output.statistics) / micro_steps).backward()
     assert min(margins, default=1.0) >= MARGIN_FLOAT64, "a routing decision lies near a tie: take another seed"
+    sum_replicas(model)
     gradients = {name: mean_over_data_ranks(built, parameter) for name, parameter in model.named_parameters()}
     return outputs, chunks_of(gradients, built.held)
 

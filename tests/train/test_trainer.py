@@ -53,14 +53,26 @@ def test_a_finished_run_says_so_and_stays_as_it_is(world: World, tiny: Path, pla
     assert (plain / "metrics.jsonl").read_bytes() == before
 
 
+TENSOR_RANKS = {"ranks": 4, "parallel__tensor": 2, "train__micro_batch": 2}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         {},
         *(
             pytest.param(keys, marks=pytest.mark.slow)
-            for keys in ({"train__precision": "bf16"}, {"parallel__zero": 0}, {"parallel__zero": 2})
+            for keys in (
+                {"train__precision": "bf16"},
+                {"parallel__zero": 0},
+                {"parallel__zero": 2},
+                {"parallel__zero": 3, "model__pattern": "*-"} | TENSOR_RANKS,
+                {"train__precision": "bf16", "parallel__zero": 2} | TENSOR_RANKS,
+                {"parallel__zero": 0, "parallel__expert": 2} | TENSOR_RANKS,
+                {"parallel__offload_optimizer": True} | TENSOR_RANKS,
+            )
         ),
+        {"model__pattern": "*E"} | TENSOR_RANKS,
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
