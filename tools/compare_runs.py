@@ -1,7 +1,7 @@
 """Compare two checkouts of this project: a refactor must move no loss, no weight and no export by a bit.
 
 Where a change moves the order of sums, ``--within`` says how far values may be apart, relative to the largest of their
-tensor.
+tensor where that is above 1.
 
 Each checkout trains the same tiny models with its own code, in processes of its own: fp32 on the CPU, one thread, the
 built-in corpus. Kernels for GPUs and bf16 are not looked at.
@@ -110,7 +110,8 @@ class Comparison:
 
     Attributes:
         difference: the first that is not allowed; None: all are equal, or near enough.
-        largest: how far values are apart at most, relative to the largest of their tensor; 0: equal to the bit.
+        largest: how far values are apart at most, relative to the largest of their tensor where that is above 1; 0: equal
+            to the bit.
     """
 
     pattern: str
@@ -150,7 +151,7 @@ def main(
         layouts: single, tp2_ep2 (tensor 2 without expert 2 where a pattern has no experts), or both.
         output: file to write the comparisons to, as JSON.
         folder: a new folder that keeps the runs; by default they are removed at the end.
-        within: how far values may be apart, relative to the largest of their tensor; 0: not by a bit.
+        within: how far values may be apart, relative to the largest of their tensor where that is above 1; 0: not by a bit.
         overrides: any key of the configuration, for all runs, such as --moe.balance=bias.
     """
     if unknown := [name for name in layouts.split(",") if name not in LAYOUTS]:
@@ -260,7 +261,7 @@ def _difference(before: Any, after: Any) -> tuple[str | None, float]:
     if not isinstance(before, torch.Tensor):
         distance = 0.0 if before == after else math.inf
         if distance and isinstance(before, float) and isinstance(after, float):
-            distance = abs(before - after) / max(abs(before), abs(after))
+            distance = abs(before - after) / max(1.0, abs(before))
         return f"is {before!r} before and {after!r} after" if distance else None, distance
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         kinds = [f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in (before, after)]
@@ -273,7 +274,7 @@ def _difference(before: Any, after: Any) -> tuple[str | None, float]:
     words = f"differs in {count:,} of {before.numel():,} values, by at most {largest:.2e}"
     if not largest:  # -0.0 is none of 0.0's bits
         return words, math.ulp(0.0)
-    return words, largest / float(before.double().abs().max()) if before.any() else math.inf
+    return words, largest / max(1.0, float(before.double().abs().max()))
 
 
 def _config(
