@@ -150,7 +150,7 @@ def main(
         layouts: single, tp2_ep2 (tensor 2 without expert 2 where a pattern has no experts), or both.
         output: file to write the comparisons to, as JSON.
         folder: a new folder that keeps the runs; by default they are removed at the end.
-        within: how far values may be apart, relative to the largest of their tensor where that is above 1; 0: not at all.
+        within: how far values may be apart, relative to their tensor's largest where that is above 1; 0: not at all.
         overrides: any key of the configuration, for all runs, such as --moe.balance=bias.
     """
     if unknown := [name for name in layouts.split(",") if name not in LAYOUTS]:
