@@ -22,6 +22,8 @@ from moe_mamba.parallel.placement import ParameterShard
 
 with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
+with lean_import("triton"):
+    import deepspeed.ops.triton_ops  # as every engine does
 
 BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device
 
@@ -44,6 +46,7 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
             # Without ZeRO DeepSpeed would clip by a mean of the ranks' norms, wrong where experts are spread.
             "gradient_clipping": train.gradient_clip if config.parallel.zero else 0.0,
+            "zero_allow_untested_optimizer": True,  # a subclass of AdamW
             "zero_optimization": _zero_settings(config),
             "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,

@@ -25,12 +25,7 @@ from moe_mamba.kernels.extension import announce_by
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.routing import update_balance_bias
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.distributed import (
-    from_all,
-    limit_collectives,
-    number_from_first,
-    reduce_over_data,
-)
+from moe_mamba.parallel.distributed import from_all, limit_collectives, number_from_first, reduce_over_data
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import build_model
 from moe_mamba.parallel.run_plan import RunPlan
@@ -45,9 +40,11 @@ from moe_mamba.train.objective import Objective, StepSums
 from moe_mamba.train.pace import Pace
 from moe_mamba.train.profile import profiler
 from moe_mamba.train.recovery import Recovery
-from moe_mamba.train.restarts import note_start
+from moe_mamba.train.restarts import note_first_step, note_start
 from moe_mamba.train.schedule import RateCurve
 from moe_mamba.train.setup import StartState, accumulation_changes
+from moe_mamba.train.start_up import StartUp
+from moe_mamba.train.throughput import Throughput
 from moe_mamba.train.verification import Verification
 from moe_mamba.train.ways_on import newest_kept, way_on_line
 
@@ -64,6 +61,7 @@ class Trainer:
         corpora: what is read.
         start: what rank 0 prepared.
         watch: knows when to stop.
+        start_up: knows where the time until now went.
     """
 
     def __init__(
@@ -74,6 +72,7 @@ class Trainer:
         corpora: Corpora,
         start: StartState,
         watch: Watch,
+        start_up: StartUp,
     ) -> None:
         self.plan = plan
         self.config, self.topology = config, topology = plan.config, plan.topology
@@ -81,7 +80,7 @@ class Trainer:
         self.screen = screen
         self.world = world = topology.world
         self.corpora = corpora
-        self.watch = watch
+        self.watch, self.start_up = watch, start_up
         self.begun = self.step = self.saved = watch.step = start.done
         self.events = Events(folder.path, world.is_first)
         self.pace = Pace(topology, config.logging.every, from_all(socket.gethostname()), screen, self.events)
@@ -94,8 +93,11 @@ class Trainer:
         announce_by(screen.shout)  # the rank that builds is not always the first
         for line in report.header(plan, corpora, self.micro_batch, self.rates):
             screen.say(line)
+        start_up.reached("kernels")
         groups = start_groups(plan)
+        start_up.reached("groups")
         self.engine = engines.build_engine(build_model(plan, groups), config, groups, self.micro_batch)
+        start_up.reached("engine")
         if start.warm:
             store.load(start.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
@@ -111,7 +113,9 @@ class Trainer:
             folder.save_config(config)
         self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
         self.verification = None if start.is_verified else Verification(corpora, folder, world)
+        self.throughput = Throughput.of(plan)
         self.metrics = self._open_metrics()
+        start_up.reached("checkpoint")
 
     def _open_metrics(self) -> MetricsWriter:
         config = self.config
@@ -148,6 +152,7 @@ class Trainer:
                         self._save({})
                     break
                 is_made = self._train_step(number, batches, targets, begin) if targets else self._pass_step(number)
+                note_first_step(self.start_up, self.events, self.screen, self.step)
                 number = following
                 trace.step()
                 if not is_made:
@@ -334,7 +339,8 @@ class Trainer:
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
         speed = self.tokens_per_step / seconds
-        self.screen.advance(loss, speed)
+        used = self.throughput.figures(speed)
+        self.screen.advance(loss, speed, **used)
         if self.step % self.config.logging.every and self.step != self.config.steps:
             return
         line: dict[str, Any] = {
@@ -344,7 +350,7 @@ class Trainer:
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": round(speed, 1),
-        }
+        } | used
         if sums.statistics:
             line |= report.routing_metrics(self.model.routers(), sums, self.micro_steps)
         if self.pace.slowest is not None:
