@@ -182,12 +182,12 @@ class Trainer:
     def _read(self, number: int) -> list[Batch]:
         """This rank's micro-batches of global batch `number`, counted from 1.
 
-        Each micro-step takes the next sequences of the global batch, whatever the layout that shares them.
+        Each micro-step takes its next sequences, whatever the layout that shares them; pinned, where there is a GPU.
         """
         first = (number - 1) * self.config.train.global_batch + self.topology.data_rank * self.micro_batch
         together = self.micro_batch * self.topology.data
         starts = range(first, first + self.micro_steps * together, together)
-        return [self.corpora.loader.batch(start, self.micro_batch) for start in starts]
+        return [self.corpora.loader.batch(at, self.micro_batch).pinned_for(self.world.device) for at in starts]
 
     def _agree(self, counted: int, figures: Sequence[float] = ()) -> tuple[int, str | None]:
         """The sum over data ranks, and why to stop before this step, if any rank is asked to; the same on all ranks.
