@@ -57,7 +57,7 @@ _INITIALIZERS = (
 )
 DECLARED = (
     *("shard_specs", "hidden_specs", "kernel_operations", "activation_bytes"),
-    *("idle_parameters", "flops_per_token", "depends_on_batch"),
+    *("idle_parameters", "experts_per_token", "flops_per_token", "depends_on_batch"),
 )
 """What mixers declare that Transformers never asks for."""
 
