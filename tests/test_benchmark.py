@@ -225,11 +225,11 @@ def test_all_rows_of_this_checkout_against_itself() -> None:
 
 
 def test_older_code_is_asked_for_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^--only=step,head_before: head_before needs --before=FOLDER: make one with "):
+    with pytest.raises(UserError, match=r"^--only=step,head_before: head_before needs --before=FOLDER: make one with "):
         main(only="step,head_before")
     with pytest.raises(UserError, match=f"^--before={tmp_path} is no checkout of this project: make one with git "):
         main(only="head_before", before=str(tmp_path))
-    with pytest.raises(UserError, match="^--before=.*: no row of --only=step needs it: leave it out, or add"):
+    with pytest.raises(UserError, match=r"^--before=.*: no row of --only=step needs it: leave it out, or add"):
         main(only="step", before=str(ROOT))
 
 

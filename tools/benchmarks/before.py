@@ -1,4 +1,4 @@
-"""The benchmark's rows against older code of ours: ``step_before``, ``decode_before``, ``head_before``, ``startup_before``.
+"""The benchmark's rows against older code of ours: ``step_before``, ``decode_before`` and the others so named.
 
 Each side is a process of its own with the code of its checkout (``in_checkout.py``), and only one works at a time: they
 take turns step by step, text by text or start by start. Milliseconds are the processor's, which other work on the
