@@ -32,13 +32,15 @@ class Throughput:
         return cls(plan.model.flops_per_token(config.data.sequence_length), world.size, peak)
 
     def figures(self, tokens_per_second: float) -> dict[str, float]:
-        """``tflops``: the model's operations per second and device, in units of 10^12; ``mfu``: the share of the peak.
+        """What metrics and bar have of a speed: ``tokens_per_second`` of all devices, ``tflops`` and ``mfu`` of one.
 
-        What is computed twice (recomputation) counts once, and empty slots of experts do not count: it is the model's
-        work. ``mfu`` is left out where the peak is not known.
+        ``tflops`` are the model's operations per second, in units of 10^12: what is computed twice (recomputation)
+        counts once, and empty slots of experts do not count. ``mfu``, their share of the peak, is left out where that
+        is not known.
         """
         flops = self.flops_per_token * tokens_per_second / self.devices
-        found = {"tflops": flops / TERA}
+        used = {"tflops": flops / TERA}
         if self.peak is not None:
-            found["mfu"] = flops / self.peak
-        return {name: float(f"{value:.4g}") for name, value in found.items()}
+            used["mfu"] = flops / self.peak
+        figures = {name: float(f"{value:.4g}") for name, value in used.items()}
+        return {"tokens_per_second": round(tokens_per_second, 1)} | figures

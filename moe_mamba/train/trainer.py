@@ -338,9 +338,8 @@ class Trainer:
         raise RunStopped(f"{fault}{place}. {way_on}")
 
     def _log(self, loss: float, rate: float, norm: float, sums: StepSums, seconds: float) -> None:
-        speed = self.tokens_per_step / seconds
-        used = self.throughput.figures(speed)
-        self.screen.advance(loss, speed, **used)
+        rates = self.throughput.figures(self.tokens_per_step / seconds)
+        self.screen.advance(loss, **rates)
         if self.step % self.config.logging.every and self.step != self.config.steps:
             return
         line: dict[str, Any] = {
@@ -349,8 +348,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": rate,
             "gradient_norm": norm,
-            "tokens_per_second": round(speed, 1),
-        } | used
+        } | rates
         if sums.statistics:
             line |= report.routing_metrics(self.model.routers(), sums, self.micro_steps)
         if self.pace.slowest is not None:

@@ -12,8 +12,9 @@ from moe_mamba.train.throughput import Throughput
 
 
 def test_figures_are_a_devices_and_without_a_peak_there_is_no_mfu() -> None:
-    assert Throughput(6_000_000, 4, 989e12).figures(1e8) == {"tflops": 150.0, "mfu": 0.1517}
-    assert Throughput(6_000_000, 1, None).figures(1e8) == {"tflops": 600.0}
+    found = Throughput(6_000_000, 4, 989e12).figures(1e8)
+    assert found == {"tokens_per_second": 1e8, "tflops": 150.0, "mfu": 0.1517}
+    assert Throughput(6_000_000, 1, None).figures(1e8) == {"tokens_per_second": 1e8, "tflops": 600.0}
 
 
 @pytest.mark.parametrize(("precision", "peak"), [("bf16", 989e12), ("fp32", 67e12)])
