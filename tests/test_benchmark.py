@@ -229,7 +229,9 @@ def test_older_code_is_asked_for_in_one_line(tmp_path: Path) -> None:
         main(only="step,head_before")
     with pytest.raises(UserError, match=f"^--before={tmp_path} is no checkout of this project: make one with git "):
         main(only="head_before", before=str(tmp_path))
-    with pytest.raises(UserError, match=r"^--before=.*: no row of --only=step needs it: leave it out, or add"):
+    with pytest.raises(
+        UserError, match=r"^--before=.*: no row of --only=step needs it: leave it out, or choose step_before$"
+    ):
         main(only="step", before=str(ROOT))
 
 

@@ -92,7 +92,8 @@ def _choose(only: str | None, device: str, before: str | None, tiny: bool) -> li
 
         check_checkout(Path(before))
         if not against:
-            raise UserError(f"--before={before}: no row of --only={only} needs it: leave it out, or add {usual[-1]}")
+            rows = f"--only={only}" if only else f"--device={device}"
+            raise UserError(f"--before={before}: no row of {rows} needs it: leave it out, or choose {BEFORE_ROWS[0]}")
     return chosen
 
 
