@@ -189,16 +189,16 @@ def older(folder: Path, seconds: float) -> Path:
 def test_older_code_is_measured_in_turns_each_with_its_own_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(before, "ROOT", older(tmp_path / "ours", 0.01))
-    theirs = older(tmp_path / "theirs", 0.02)
+    monkeypatch.setattr(before, "ROOT", older(tmp_path / "ours", 0.02))
+    theirs = older(tmp_path / "theirs", 0.04)
     rows = before.step_rows(theirs, before.BeforeShapes.choose(tiny=True), 1)
     time, memory = before.head_rows(theirs, before.BeforeShapes.choose(tiny=True), 1)
     for row in (*rows, time):
-        assert row.unit == "ms" and row.ours == pytest.approx(10, rel=0.2) and row.ratio == pytest.approx(2, rel=0.2)
-        assert row.interval is not None and row.interval[0] <= 2.4
+        assert row.unit == "ms" and row.ours == pytest.approx(20, rel=0.3) and row.ratio == pytest.approx(2, rel=0.3)
+        assert row.interval is not None and row.interval[0] <= row.ratio <= row.interval[1]
     assert memory.unit == "MiB" and memory.ours == pytest.approx(memory.theirs, rel=0.2)
-    (started,) = before.startup_rows(theirs, 1)
-    assert started.ratio is not None and started.ratio > 1.05  # Python's own start is in both
+    (started,) = before.startup_rows(older(theirs, 0.5), 1)
+    assert started.ours < 500 < started.theirs and started.ratio > 1.5  # Python's own start is in both
 
 
 def test_older_code_that_cannot_do_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
