@@ -3,7 +3,7 @@
 megatron-core and DeepSpeed's optimizer Muon hand functions to torch.compile when they are defined, which loads torch's
 compilers; megatron-core looks for services (Weights & Biases, TensorBoard) besides. We use megatron-core's groups,
 mappings, embedding and data files (docs/design.md), none of which is among those functions or knows those services, and
-not Muon, which DeepSpeed imports with every engine.
+neither Muon nor the kernels in Triton, both of which DeepSpeed imports with every engine.
 """
 
 import logging
@@ -19,9 +19,9 @@ SERVICES = ("wandb", "tensorboard", "torch.utils.tensorboard")
 
 
 @contextmanager
-def lean_import() -> Iterator[None]:
-    """Import such modules inside; what they warn of is not said."""
-    hidden = [name for name in SERVICES if name not in sys.modules]
+def lean_import(*without: str) -> Iterator[None]:
+    """Import such modules inside, also ``without`` other packages; what they warn of is not said."""
+    hidden = [name for name in (*SERVICES, *without) if name not in sys.modules]
     compile_, logger = torch.compile, logging.getLogger("torch.utils.cpp_extension")  # warns of CUDA without a GPU
     level = logger.level
     try:

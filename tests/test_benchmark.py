@@ -10,10 +10,11 @@ import pytest
 import torch
 from benchmark import main
 
+from benchmarks import before
 from benchmarks.designs import DesignShapes, active, model_of
 from benchmarks.gpu_clock import Rates
 from benchmarks.pairs import Absent, median_interval, pair_row, peer, table
-from moe_mamba.errors import UserError
+from moe_mamba.errors import RunStopped, UserError
 from tests import ROOT
 
 WITH_STAND_INS = """
@@ -158,8 +159,85 @@ def test_preprocessing_of_the_built_in_corpus() -> None:
     assert "| preprocessing, " in done.stdout
 
 
+OLDER = {
+    "command_line.py": "def run_command(main):\n    main()\n",
+    "run/metrics.py": "class MetricsWriter:\n    def write(self, line):\n        print(line)\n",
+    "commands/train.py": """
+import sys, time
+from moe_mamba.run.metrics import MetricsWriter
+def main():
+    folders = [argument for argument in sys.argv if argument.startswith("--run.folder=")]
+    assert len(folders) == 1 and "--model.pattern=ME" in sys.argv
+    for step in range(10**6):
+        until = time.process_time() + SECONDS
+        while time.process_time() < until:
+            pass
+        MetricsWriter().write({"step": step})
+""",
+}
+
+
+def older(folder: Path, seconds: float) -> Path:
+    """A checkout whose step takes so many seconds of the processor."""
+    for name, text in OLDER.items():
+        path = folder / "moe_mamba" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("SECONDS", str(seconds)), encoding="utf-8")
+    return folder
+
+
+def test_older_code_is_measured_in_turns_each_with_its_own_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before, "ROOT", older(tmp_path / "ours", 0.02))
+    theirs = older(tmp_path / "theirs", 0.04)
+    rows = before.step_rows(theirs, before.BeforeShapes.choose(tiny=True), 1)
+    time, memory = before.head_rows(theirs, before.BeforeShapes.choose(tiny=True), 1)
+    for row in (*rows, time):
+        assert row.unit == "ms" and row.ours == pytest.approx(20, rel=0.3) and row.ratio == pytest.approx(2, rel=0.3)
+        assert row.interval is not None and row.interval[0] <= row.ratio <= row.interval[1]
+    assert memory.unit == "MiB" and memory.ours == pytest.approx(memory.theirs, rel=0.2)
+    (started,) = before.startup_rows(older(theirs, 0.5), 1)
+    assert started.ours < 500 < started.theirs and started.ratio > 1.5  # Python's own start is in both
+
+
+def test_older_code_that_cannot_do_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "ROOT", older(tmp_path / "ours", 0.01))
+    theirs = older(tmp_path / "theirs", 0.01)
+    (theirs / "moe_mamba" / "run" / "metrics.py").write_text("")
+    said = f"^the code in {theirs} does not do this: ImportError: cannot import name 'MetricsWriter'"
+    with pytest.raises(RunStopped, match=said):
+        before.step_rows(theirs, before.BeforeShapes.choose(tiny=True), 1)
+
+
+@pytest.mark.slow
+def test_this_checkout_against_itself() -> None:
+    done = benchmark("--tiny", "--repeats=1", "--only=decode_before,head_before", f"--before={ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| the older checkout | ") == 4
+
+
+@pytest.mark.long
+def test_all_rows_of_this_checkout_against_itself() -> None:
+    done = benchmark("--tiny", "--repeats=1", "--only=step_before,startup_before", f"--before={ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| the older checkout | ") == 3
+
+
+def test_older_code_is_asked_for_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--only=step,head_before: head_before needs --before=FOLDER: make one with "):
+        main(only="step,head_before")
+    with pytest.raises(UserError, match=f"^--before={tmp_path} is no checkout of this project: make one with git "):
+        main(only="head_before", before=str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^--before=.*: no row of --only=step needs it: leave it out, or choose step_before$"
+    ):
+        main(only="step", before=str(ROOT))
+
+
 def test_unknown_row_is_one_line() -> None:
     known = "scan, step, head, prefill, decode, context, profile, moe, designs, scaling, preprocess"
+    known += ", step_before, decode_before, head_before, startup_before"
     with pytest.raises(UserError, match=f"^--only=speed: no row is called 'speed': choose among {known}$"):
         main(only="speed")
 

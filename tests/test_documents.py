@@ -74,6 +74,9 @@ ELSEWHERE = {
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=head": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=moe": "tests/test_benchmark.py",
+    "python tools/benchmark.py --only=startup_before,step_before,decode_before,head_before --before=../before": (
+        "tests/test_benchmark.py"
+    ),
     "python tools/benchmark.py --only=scaling": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=designs --repeats=20": "tests/test_benchmark.py",
     "python tools/build_kernels.py --output=kernels": "tests/kernels/test_levels.py",

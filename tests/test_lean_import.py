@@ -1,7 +1,10 @@
 """What a run does not use is not imported."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from moe_mamba.data.quiet import indexed_dataset
 indexed_dataset()
 import moe_mamba.parallel.tensor, moe_mamba.parallel.expert, moe_mamba.parallel.engine
 assert torch.compile is compile_
-loaded = [name for name in ("torch._inductor.compile_fx", "wandb", "torch.utils.tensorboard") if name in sys.modules]
+unused = ("torch._dynamo", "torch._inductor.compile_fx", "wandb", "torch.utils.tensorboard")
+loaded = [name for name in unused if name in sys.modules]
 assert not loaded, loaded
 import wandb  # whoever asks for it gets it
 """
@@ -24,7 +28,7 @@ import sys
 from moe_mamba.command_line import run_command
 from moe_mamba.commands.train import main
 run_command(main)
-unused = ("wandb", "tensorboard", "torch._inductor.compile_fx", "transformers", "datasets", "matplotlib", "lm_eval")
+unused = ("wandb", "tensorboard", "torch._dynamo", "triton", "setuptools", "transformers", "datasets", "matplotlib")
 loaded = [name for name in unused if name in sys.modules]
 assert not loaded, loaded
 """
@@ -36,8 +40,16 @@ def test_megatron_and_deepspeed_bring_no_compiler_and_no_service() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plain")  # its text is sharded, for which megatron-core is imported
 def test_a_run_imports_nothing_that_it_does_not_use(tiny: Path, tmp_path: Path) -> None:
     flags = ("--train.steps=1", "--train.sample_tokens=0", "--logging.plots=false")
     command = [sys.executable, "-c", RUN, f"--config={tiny}", f"--run.folder={tmp_path / 'run'}", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    begin = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    seconds = time.perf_counter() - begin
     assert done.returncode == 0, done.stdout + done.stderr
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (parts,) = (event["seconds"] for event in events if event["event"] == "first_step")
+    assert 0.5 * seconds < sum(parts.values()) < seconds + 0.05
+    assert parts["imports"] == max(parts.values())

@@ -21,6 +21,7 @@ from moe_mamba.errors import UserError
 
 CPU_ROWS: tuple[str, ...] = ("scan", "step", "head", "prefill", "decode", "context", "profile")
 CPU_ROWS += ("moe", "designs", "scaling", "preprocess")
+BEFORE_ROWS = ("step_before", "decode_before", "head_before", "startup_before")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
 
@@ -31,29 +32,32 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     documents: str = "builtin",
     tokenizer: str = "sentencepiece",
+    before: str | None = None,
     tiny: bool = False,
 ) -> None:
     """Compare with the peers found here, and print a table; a peer that is not installed leaves a gap in it.
 
     Args:
         only: rows to measure, separated by commas: of scan, step, head, prefill, decode, context, profile, moe,
-            designs, scaling and preprocess; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None:
-            all of the device's.
+            designs, scaling and preprocess; with --before of step_before, decode_before, head_before and
+            startup_before; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of these.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
         device: cuda measures a GPU's kernels and steps.
         documents: what preprocess reads, in the syntax of data.train; builtin is taken 20 times over.
         tokenizer: what preprocess encodes with: gpt2, bytes, a folder, a .model file, or sentencepiece to train one.
+        before: folder with an older checkout of this project, against which the rows named so are measured on a CPU.
         tiny: shapes so small that the figures mean nothing, to try the tool; the GPU's rows then run on a CPU too.
     """
-    known = GPU_ROWS if device == "cuda" else CPU_ROWS + GPU_ROWS * tiny
-    chosen = only.split(",") if only else list(GPU_ROWS if device == "cuda" else CPU_ROWS)
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        raise UserError(f"--only={only}: no row is called {unknown[0]!r}: choose among {', '.join(known)}")
+    chosen = _choose(only, device, before, tiny)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: torch finds no GPU: leave it out")
-    measured = [one for name in chosen for one in _measure(name, repeats, device, documents, tokenizer, tiny)]
+    measured: list[Row | Profile] = []
+    for name in chosen:
+        if name in BEFORE_ROWS and before is not None:
+            measured += _measure_before(name, Path(before), tiny, repeats)
+        else:
+            measured += _measure(name, repeats, device, documents, tokenizer, tiny)
     rows = [one for one in measured if isinstance(one, Row)]
     profiles = [one for one in measured if isinstance(one, Profile)]
     print("\n\n".join(([table(rows)] if rows else []) + [one.table() for one in profiles]))
@@ -64,6 +68,42 @@ def main(
             "profiles": [asdict(one) for one in profiles],
         }
         Path(output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _choose(only: str | None, device: str, before: str | None, tiny: bool) -> list[str]:
+    """Names of the rows to measure.
+
+    Raises:
+        UserError: one that does not exist, or that has nothing to be measured against.
+    """
+    usual = GPU_ROWS if device == "cuda" else CPU_ROWS + BEFORE_ROWS * (before is not None)
+    known = GPU_ROWS if device == "cuda" else CPU_ROWS + BEFORE_ROWS + GPU_ROWS * tiny
+    chosen = only.split(",") if only else list(usual)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise UserError(f"--only={only}: no row is called {unknown[0]!r}: choose among {', '.join(known)}")
+    against = [name for name in chosen if name in BEFORE_ROWS]
+    if against and before is None:
+        raise UserError(
+            f"--only={only}: {against[0]} needs --before=FOLDER: make one with git worktree add --detach FOLDER COMMIT"
+        )
+    if before is not None:
+        from benchmarks.before import check_checkout
+
+        check_checkout(Path(before))
+        if not against:
+            rows = f"--only={only}" if only else f"--device={device}"
+            raise UserError(f"--before={before}: no row of {rows} needs it: leave it out, or choose {BEFORE_ROWS[0]}")
+    return chosen
+
+
+def _measure_before(name: str, folder: Path, tiny: bool, repeats: int) -> Sequence[Row]:
+    from benchmarks import before
+
+    if name == "startup_before":
+        return before.startup_rows(folder, repeats)
+    rows = {"step_before": before.step_rows, "decode_before": before.decode_rows, "head_before": before.head_rows}
+    return rows[name](folder, before.BeforeShapes.choose(tiny), repeats)
 
 
 def _measure(

@@ -298,7 +298,7 @@ def _figures(folder: Path, after: int = 0) -> dict[str, float]:
         for line in read_metrics(folder)
         if line["step"] > after
         for name, value in line.items()
-        if isinstance(value, float) and name != "tokens_per_second"
+        if isinstance(value, float) and name not in ("tokens_per_second", "tflops", "mfu")
     }
 
 

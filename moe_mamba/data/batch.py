@@ -1,5 +1,6 @@
 """Windows of tokens with their targets, as every source of data gives them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,17 @@ class Batch:
         """The same windows, of which the loss counts nothing."""
         return Batch(self.tokens, torch.full_like(self.targets, UNCOUNTED), self.document_starts)
 
+    def pinned_for(self, device: torch.device) -> "Batch":
+        """The same batch in memory from which ``to`` copies without waiting: pinned for a GPU, as it is for a CPU.
+
+        To pin takes a copy by the processor: for whoever reads ahead, beside the steps.
+        """
+        return self._map(torch.Tensor.pin_memory) if device.type == "cuda" else self
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        tokens, targets = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.targets))
-        starts = None if self.document_starts is None else self.document_starts.to(device, non_blocking=True)
-        return Batch(tokens, targets, starts)
+        """The same batch on another device, on its way there; the caller waits only for memory that is not pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        starts = None if self.document_starts is None else change(self.document_starts)
+        return Batch(change(self.tokens), change(self.targets), starts)

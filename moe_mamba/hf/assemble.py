@@ -101,7 +101,7 @@ PARTS = (
     Part("model/initialize.py", only=_INITIALIZERS),
     Part("model/sequences.py"),
     Part("model/norm.py"),
-    Part("model/mixers/routing.py", without=("update_balance_bias",)),
+    Part("model/mixers/routing.py", without=("update_balance_bias", "Router.experts_per_token")),
     Part("model/mixers/dispatch.py"),
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
     *_mixer_parts(),

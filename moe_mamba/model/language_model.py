@@ -67,7 +67,8 @@ class LanguageModel(nn.Module):
             linear_scores, argmax=partial(torch.argmax, dim=-1), backend=kernels
         )
         self.gather_logits: Callable[[Tensor], Tensor] = unchanged
-        self.embedding = nn.Embedding(model.vocab_size, model.d_model)
+        # Its own start would be thrown away; on the meta device it would import torch's compiler, besides.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(model.vocab_size, model.d_model), freeze=False)
         self.layers = build_layers(model, moe, kernels)
         self.final_norm = build_norm(model, kernels) if model.final_norm else None
         self.head = None if model.tied_head else nn.Linear(model.d_model, model.vocab_size, bias=False)

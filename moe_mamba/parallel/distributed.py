@@ -39,8 +39,9 @@ def start_world(world: World) -> None:
     import deepspeed
     import deepspeed.ops
 
-    # Its shared-memory op is compiled at first start (20 s) and dies without a C++ compiler; gloo does the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its shared-memory op is compiled at first start (20 s) and dies without a C++ compiler; gloo does the work. To
+    # learn which ops could be compiled, as whoever reads this table does, it would run a compiler on each.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if (store := agent_store(world, JOIN_TIMEOUT)) is not None:
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=JOIN_TIMEOUT)

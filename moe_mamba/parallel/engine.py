@@ -22,6 +22,8 @@ from moe_mamba.parallel.replicas import reduce_replicas
 
 with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
+with lean_import("triton"):
+    import deepspeed.ops.triton_ops  # as every engine does
 
 BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device, or two on a GPU
 
@@ -43,6 +45,7 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
             "gradient_clipping": 0.0,  # by `step`
+            "zero_allow_untested_optimizer": True,  # a subclass of AdamW
             "zero_optimization": _zero_settings(model, config, groups.topology.world.device),
             "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,

@@ -1,5 +1,6 @@
 """The optimizer: what it steps in groups, how it is made, and the state that checkpoints hold of it."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,9 +36,19 @@ class Optimizer:
         return {"step": torch.zeros((), device=weights.device), **moments}
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without its wrappers for torch.compile, which nobody lets see an optimizer here.
+
+    Their first call imports the compiler, which would take a quarter of a command's start.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+
+
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
     betas = (train.beta1, train.beta2)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
+    return AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=True)
 
 
 OPTIMIZER = Optimizer(_adamw, {"moment1": "exp_avg", "moment2": "exp_avg_sq"})

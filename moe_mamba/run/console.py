@@ -119,14 +119,25 @@ class Screen(contextlib.AbstractContextManager["Screen"]):
             disable=self._silent,
             dynamic_ncols=True,
             mininterval=SECONDS_BETWEEN_BARS[is_terminal],
-            bar_format="{percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}  {desc}  {remaining} left",
+            bar_format="{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}  {desc}  {remaining} left",
         )
 
-    def advance(self, loss: float | None, tokens_per_second: float) -> None:
-        """Move the bar by one step; None: one without loss, of which the bar says nothing."""
+    def advance(
+        self, loss: float | None, tokens_per_second: float, tflops: float | None = None, mfu: float | None = None
+    ) -> None:
+        """Move the bar by one step.
+
+        Args:
+            loss: nats/token; None: a step without loss, of which the bar says nothing.
+            tokens_per_second: of all devices.
+            tflops: of a device, as in the metrics; None: not said.
+            mfu: of a device, a share of 1; None: not known.
+        """
         assert self._bar is not None
         if loss is not None:
-            self._bar.set_description_str(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", refresh=False)
+            used = "" if tflops is None else f"  {tflops:.3g} TFLOP/s"
+            used += "" if mfu is None else f" ({mfu:.0%} MFU)"
+            self._bar.set_description_str(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s{used}", refresh=False)
         self._bar.update()
 
     def stop_bar(self) -> None:

@@ -53,10 +53,11 @@ class Feed:
                 yield batch
 
     def _read(self, number: int) -> GlobalBatch:
-        """Each micro-step takes the next sequences of the global batch, whatever the layout that shares them."""
+        """Each micro-step takes the next sequences, whatever the layout that shares them; pinned for a GPU."""
         together = self._micro_batch * self._topology.data
         size = self._micro_steps * together
         first = (number - 1) * size + self._topology.data_rank * self._micro_batch
         starts = range(first, first + size, together)
-        parts = [self._loader.batch(start, self._micro_batch) for start in starts]
+        device = self._topology.world.device
+        parts = [self._loader.batch(start, self._micro_batch).pinned_for(device) for start in starts]
         return GlobalBatch(number, parts, sum(part.counted for part in parts))

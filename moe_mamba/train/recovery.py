@@ -9,7 +9,7 @@ from values that are the same on every rank, and is kept in the checkpoints' des
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
@@ -118,6 +118,13 @@ class Recovery:
         while number in self.told:
             number += 1
         return number
+
+    def numbers(self) -> Iterator[int]:
+        """Of the batches that are trained on from here, if none is bad."""
+        number = self.position
+        while True:
+            number = self.after(number)
+            yield number
 
     def judge(self, loss: float, norm: float) -> bool:
         """Whether a step is to be made, from its loss and gradient norm over all ranks; see `fault`.

@@ -8,6 +8,7 @@ from moe_mamba.run.console import Screen
 from moe_mamba.run.events import STARTS, Events, read_events, why_ended
 from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.heartbeats import forget_machines
+from moe_mamba.train.start_up import StartUp
 
 # How often a launcher says that it has started this job again: torchrun's agent and SLURM.
 COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -48,3 +49,12 @@ def note_start(events: Events, folder: RunFolder, screen: Screen, step: int, ste
     was = starts[-1].get("processes")
     if was != len(hosts):
         screen.say(f"world     {was} processes before, {len(hosts)} now, on {', '.join(machines)}")
+
+
+def note_first_step(start_up: StartUp, events: Events, screen: Screen, step: int) -> None:
+    """Note, once, that this start's first step is over, and where the time until then went."""
+    if "first step" in start_up.seconds:
+        return
+    start_up.reached("first step")
+    events.write("first_step", step, seconds={part: round(seconds, 3) for part, seconds in start_up.seconds.items()})
+    screen.say(f"start     {start_up.describe()}")

@@ -18,6 +18,7 @@ from moe_mamba.run.folder import RunFolder
 from moe_mamba.train import report
 from moe_mamba.train.corpora import open_corpora
 from moe_mamba.train.setup import check, prepare_run
+from moe_mamba.train.start_up import StartUp
 from moe_mamba.train.trainer import Trainer
 
 
@@ -31,6 +32,8 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
         UserError: the input is wrong; raised before any process group is made.
         RunStopped: the run has diverged, or the disk or a GPU's memory is full.
     """
+    start_up = StartUp()
+    start_up.reached("imports")
     world = World.from_environment()
     topology = check(config, world)
     if config.train.deterministic:
@@ -40,13 +43,16 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
     alone = folder.locked(screen.say) if world.is_first else nullcontext()
     with Meeting(world, screen.shout) as meeting, alone, Watch(config, screen, world) as watch:
         check_machines(config, world, meeting.store, screen.say)
+        start_up.reached("machines")
         start, plan, corpora = prepare_run(config, folder, screen, topology) if world.is_first else (None, None, None)
+        start_up.reached("corpora")
         meeting.start()
         start_world(world)
         with stopping(folder, world):
             watch.join()
             start = from_first(start)
             assert start is not None
+            start_up.reached("groups")
             config = start.config
             if start.done >= config.steps:
                 watch.is_done = True
@@ -54,5 +60,6 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
                 return True
             corpora = corpora or open_corpora(config, folder, screen.say)
             plan = plan or RunPlan.of(config, topology)
-            Trainer(plan, folder, screen, corpora, start, watch).run()
+            start_up.reached("corpora")
+            Trainer(plan, folder, screen, corpora, start, watch, start_up).run()
         return watch.step == config.steps

@@ -40,7 +40,9 @@ from moe_mamba.train.recovery import Recovery
 from moe_mamba.train.restarts import note_start
 from moe_mamba.train.schedule import RateCurve
 from moe_mamba.train.setup import StartState, accumulation_changes
+from moe_mamba.train.start_up import StartUp
 from moe_mamba.train.steps import Outcome, Step, Steps
+from moe_mamba.train.throughput import Throughput
 from moe_mamba.train.verification import Verification
 from moe_mamba.train.ways_on import newest_kept, way_on_line
 
@@ -57,6 +59,7 @@ class Trainer:
         corpora: what is read.
         start: what rank 0 prepared.
         watch: knows when to stop.
+        start_up: knows where the time until now went.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Trainer:
         corpora: Corpora,
         start: StartState,
         watch: Watch,
+        start_up: StartUp,
     ) -> None:
         self.plan = plan
         self.config, self.topology = config, topology = plan.config, plan.topology
@@ -74,7 +78,7 @@ class Trainer:
         self.screen = screen
         self.world = world = topology.world
         self.corpora = corpora
-        self.watch = watch
+        self.watch, self.start_up = watch, start_up
         self.begun = self.step = self.made = self.saved = watch.step = start.done
         self.reason: str | None = None
         self.scores: dict[str, Scores] = {}
@@ -89,9 +93,12 @@ class Trainer:
         announce_by(screen.shout)  # the rank that builds is not always the first
         for line in report.header(plan, corpora, self.micro_batch, self.rates):
             screen.say(line)
+        start_up.reached("kernels")
         groups = start_groups(plan)
+        start_up.reached("groups")
         self.engine = engines.build_engine(build_model(plan, groups), config, groups, self.micro_batch)
         self.steps = Steps(self.engine, plan, self.micro_steps, watch.stop, self.pace)
+        start_up.reached("engine")
         if start.warm:
             store.load(start.warm, [shard for shard in self._state() if shard.name.startswith("weights/")])
             engines.finish_loading(self.engine, 0)
@@ -106,7 +113,9 @@ class Trainer:
             folder.save_config(config)
         self.saver = Saver(folder.checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous)
         self.verification = None if start.is_verified else Verification(corpora, folder, world)
+        self.throughput = Throughput.of(plan)
         self.metrics = self._open_metrics()
+        start_up.reached("checkpoint")
 
     def _open_metrics(self) -> MetricsWriter:
         config = self.config
@@ -131,7 +140,7 @@ class Trainer:
         profile = profiler(train.profile, self.folder.profile, self.world)
         with profile as trace, self.saver:
             while self.step < steps and self.reason is None:
-                with closing(feed.ahead(self._numbers())) as batches:
+                with closing(feed.ahead(self.recovery.numbers())) as batches:
                     self._train_on(batches, trace)
             if self.saved < self.step:
                 self._save({})
@@ -161,10 +170,11 @@ class Trainer:
                 return  # and `step` has changed nothing
             unread = step
             is_pause = self._is_pause(step.number)
-            if is_pause or self.reason is not None or self._is_read_at_once:
+            if is_pause or self.reason is not None or self._is_read_at_once or self.step == self.begun:
                 if not self._take(step):
                     return
                 unread = None
+            note_first_step(self.start_up, self.events, self.screen, self.step)
             if is_pause:
                 self._pause()
 
@@ -205,13 +215,6 @@ class Trainer:
             self._save(scores)
         self._is_asked_to_stop()  # meanwhile
         self.steps.pause()
-
-    def _numbers(self) -> Iterator[int]:
-        """Of the batches that are trained on from here."""
-        number = self.recovery.position
-        while True:
-            number = self.recovery.after(number)
-            yield number
 
     def _take(self, step: Step) -> bool:
         """Read a step that the device was given; whether it is one of the run's, and not refused."""
@@ -331,8 +334,8 @@ class Trainer:
         raise RunStopped(f"{fault}{place}. {way_on}")
 
     def _log(self, step: Step, outcome: Outcome) -> None:
-        speed = self.tokens_per_step / outcome.seconds
-        self.screen.advance(outcome.loss, speed)
+        rates = self.throughput.figures(self.tokens_per_step / outcome.seconds)
+        self.screen.advance(outcome.loss, **rates)
         if self.step % self.config.logging.every and self.step != self.config.steps:
             return
         line: dict[str, Any] = {
@@ -341,8 +344,7 @@ class Trainer:
             "loss": outcome.loss,
             "learning_rate": step.rate,
             "gradient_norm": outcome.norm,
-            "tokens_per_second": round(speed, 1),
-        }
+        } | rates
         line |= self.steps.routing.describe(outcome.routing)
         if self.pace.slowest is not None:
             line["pace"] = self.pace.slowest  # of two steps before

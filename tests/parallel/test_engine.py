@@ -9,7 +9,7 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel.optimizer import parameter_groups
+from moe_mamba.parallel.optimizer import AdamW, parameter_groups
 from moe_mamba.parallel.parallelize import cast_to_bf16
 from tests.parallel.layouts import Layout, Trained, assemble, config_of, train
 from tests.parallel.test_parity import worst
@@ -120,3 +120,24 @@ def test_buckets_that_are_full_during_a_backward_pass_train_alike(
     assert found[0].norms == pytest.approx(plain[0].norms, rel=bound)
     error, name = worst(*(assemble([rank.gradients for rank in ranks]) for ranks in (found, plain)))
     assert error <= bound, name
+
+
+def test_adamw_is_torchs() -> None:
+    """Only without what torch.compile would want of it: values, state and what it saves are the same to the bit."""
+    weights = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kind in (AdamW, torch.optim.AdamW):
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = kind([{"params": parameters[:1], "weight_decay": 0.1}], lr=0.1, betas=(0.8, 0.9))
+        optimizer.add_param_group({"params": parameters[1:], "weight_decay": 0.0})
+        for _ in range(3):
+            sum(parameter.square().sum() for parameter in parameters).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not any(parameter.grad for parameter in parameters)
+        found.append((parameters, optimizer.state_dict()))
+    (ours, state), (theirs, their_state) = found
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert state["param_groups"] == their_state["param_groups"]
+    for place, kept in their_state["state"].items():
+        assert all(torch.equal(state["state"][place][key], value) for key, value in kept.items())

@@ -20,7 +20,7 @@ with Screen(Path(sys.argv[1])) as screen:
     screen.shout("error: something happened")
     if sys.argv[2] == "whole":
         screen.advance(2.0, 100.0)
-        screen.advance(1.5, 100.0)
+        screen.advance(1.5, 100.0, tflops=412.34, mfu=0.4169)
         screen.stop_bar()
 """
 
@@ -41,7 +41,7 @@ def test_an_error_begins_a_line_and_is_the_last_one_of_a_run_that_ends_with_it(t
 
 
 def test_the_bar_of_a_whole_run_ends_full(tmp_path: Path) -> None:
-    assert "3/3  loss 1.500" in shown(tmp_path, "whole")[-1]
+    assert "3/3  loss 1.500  100 tokens/s  412 TFLOP/s (42% MFU)" in shown(tmp_path, "whole")[-1]
 
 
 def test_a_terminal_has_one_bar_that_is_drawn_over(tmp_path: Path) -> None:

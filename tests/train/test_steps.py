@@ -105,12 +105,12 @@ def order(**arguments: Any) -> list[tuple[str, int]]:
     return found
 
 
-def test_a_step_is_read_once_the_next_one_is_ordered_and_before_a_pause(
+def test_a_step_is_read_once_the_next_one_is_ordered_but_for_the_first_and_before_a_pause(
     world: World, tiny: Path, tmp_path: Path
 ) -> None:
     keys = {"run.folder": str(tmp_path / "run"), "train.validate_every": 0, "checkpoint.every": 4}
     (found,) = world.run(order, config=str(tiny), ranks=1, **keys)
-    words = "make 1, make 2, take 1, make 3, take 2, make 4, take 3, take 4, make 5, make 6, take 5, take 6"
+    words = "make 1, take 1, make 2, make 3, take 2, make 4, take 3, take 4, make 5, make 6, take 5, take 6"
     assert ", ".join(f"{what} {number}" for what, number in found) == words
 
 

@@ -20,6 +20,7 @@ from moe_mamba.command_line import run_command
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import RunStopped
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.planning.devices import peak_flops
 from moe_mamba.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +28,6 @@ CONFIG = ROOT / "configs" / "paper" / "moe_mamba_25m.yaml"
 STEPS = 200
 INTERVAL = 5.0  # seconds between two writings of the figures
 WARM_UP = 0.1  # share of the steps that the speed is not taken from
-# bf16 operations per second without sparsity, from the makers' data sheets; the first name that fits counts.
-DATA_SHEETS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 TINY = {
     "model.repeat": 1,
     "model.d_model": 32,
@@ -147,7 +146,7 @@ def figures(
     curve = losses(lines)
     timed = [line["tokens_per_second"] for line in steps[int(WARM_UP * len(steps)) :]]
     speed = statistics.median(timed) if timed else 0.0
-    sheet = _data_sheet(torch.cuda.get_device_name()) if device == "cuda" else None
+    sheet = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if device == "cuda" else None
     shown = {
         "steps": f"{len(steps)} of {config.train.global_batch} x {config.data.sequence_length:,} tokens",
         "data": ", ".join(config.data.train_weights),
@@ -172,10 +171,6 @@ def figures(
         "losses": [round(loss, 4) for loss in curve],
         "each_tokens_per_second": [line["tokens_per_second"] for line in steps],
     }
-
-
-def _data_sheet(name: str) -> float | None:
-    return next((rate for part, rate in DATA_SHEETS.items() if part in name), None)
 
 
 if __name__ == "__main__":

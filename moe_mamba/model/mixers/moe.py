@@ -116,7 +116,7 @@ class MoE(Mixer):
     def idle_parameters(self) -> int:
         """Those of the routed experts that did not get the token."""
         routed = sum(weight.numel() for weight in self.experts.parameters())
-        return routed - routed * self.router.config.top_k // self.router.config.experts
+        return routed - round(routed * self.router.experts_per_token / self.router.config.experts)
 
     @classmethod
     def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:

@@ -165,6 +165,15 @@ class Router(nn.Module):
             self.register_buffer("balance_bias", torch.zeros(moe.experts))
         self.fp32_names = ("weight", "balance_bias") if moe.balance == "bias" else ("weight",)
 
+    @property
+    def experts_per_token(self) -> float:
+        """How many experts work on a token, on average, where none is dropped."""
+        moe = self.config
+        if moe.router != "expert_choice":
+            return moe.top_k
+        assert moe.capacity_factor is not None, "expert choice without a capacity is refused by the config"
+        return min(moe.capacity_factor * moe.top_k, moe.experts)
+
     def initializers(self) -> dict[str, Initializer]:
         """How this module's own parameters and buffers start."""
         weight = {"weight": truncated_normal(self.weight.shape[1])}
