@@ -37,7 +37,7 @@ from moe_mamba.train.feed import Feed, GlobalBatch
 from moe_mamba.train.pace import Pace
 from moe_mamba.train.profile import Trace, profiler
 from moe_mamba.train.recovery import Recovery
-from moe_mamba.train.restarts import note_start
+from moe_mamba.train.restarts import note_first_step, note_start
 from moe_mamba.train.schedule import RateCurve
 from moe_mamba.train.setup import StartState, accumulation_changes
 from moe_mamba.train.start_up import StartUp

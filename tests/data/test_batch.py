@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_mamba.data.batch import Batch
-from moe_mamba.train.trainer import Trainer
+from moe_mamba.train.feed import Feed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -53,17 +53,11 @@ def test_a_batch_moves_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("device", "count"), [(CPU, 0), (GPU, 6)])
-def test_the_trainer_reads_pinned_batches(pinned: list[torch.Tensor], device: torch.device, count: int) -> None:
+def test_a_run_reads_pinned_batches(pinned: list[torch.Tensor], device: torch.device, count: int) -> None:
     """Two micro-steps of three tensors."""
-    trainer: Any = SimpleNamespace(
-        config=SimpleNamespace(train=SimpleNamespace(global_batch=4)),
-        topology=SimpleNamespace(data_rank=0, data=1),
-        corpora=SimpleNamespace(loader=SimpleNamespace(batch=lambda first, count: batch())),
-        world=SimpleNamespace(device=device),
-        micro_batch=2,
-        micro_steps=2,
-    )
-    assert len(Trainer._read(trainer, 1)) == 2
+    loader: Any = SimpleNamespace(batch=lambda first, count: batch())
+    topology: Any = SimpleNamespace(data_rank=0, data=1, world=SimpleNamespace(device=device))
+    assert len(Feed(loader, topology, 2, 2)._read(1).parts) == 2
     assert len(pinned) == count
 
 
