@@ -283,12 +283,8 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks
     """The known fault of others: each rank keeps its own gradient of what x_proj gave."""
     from moe_mamba.parallel import tensor
 
-    right = tensor.copy_to_tensor_model_parallel_region
-    tensor.copy_to_tensor_model_parallel_region = lambda x, group: x  # type: ignore[assignment]
-    try:
+    with mock.patch.object(tensor, "share_with_ranks", lambda x, group: x):
         return forward_and_backward(config)
-    finally:
-        tensor.copy_to_tensor_model_parallel_region = right  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
