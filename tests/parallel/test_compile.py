@@ -23,7 +23,8 @@ def train_compiled(config: Config, steps: int) -> tuple[Trained, int, int]:
 @pytest.mark.parametrize(
     ("pattern", "layout", "is_whole"),
     [
-        pytest.param("M*-", Layout(2, 2), True, marks=pytest.mark.slow),
+        pytest.param("M", Layout(2, 2), True, marks=pytest.mark.slow),
+        pytest.param("M*-", Layout(2, 2), True, marks=pytest.mark.long),
         pytest.param("(M*)-", Layout(4, 4), True, marks=pytest.mark.long),
         pytest.param("(ME)", Layout(2, 2, 2), False, marks=pytest.mark.long),
         pytest.param("ME", Layout(4, 2, 2, expert_tensor=True), False, marks=pytest.mark.long),
