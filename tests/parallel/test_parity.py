@@ -283,17 +283,8 @@ def gradients_without_the_sum_over_peers(config: Config) -> tuple[Chunks, Chunks
     """The known fault of others: each rank keeps its own gradient of what x_proj gave."""
     from moe_mamba.parallel import tensor
 
-<<<<<<< HEAD
-    right = tensor.share_with_ranks
-    tensor.share_with_ranks = lambda x, group: x  # type: ignore[assignment]
-    try:
-        return forward_and_backward(config)
-    finally:
-        tensor.share_with_ranks = right  # type: ignore[assignment]
-=======
     with mock.patch.object(tensor, "share_with_ranks", lambda x, group: x):
         return forward_and_backward(config)
->>>>>>> replicas
 
 
 @pytest.mark.parametrize(
