@@ -116,7 +116,14 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "cpu": _cpu("causal_conv", "cpu_step", "causal_conv_step"),
         "torch": Backend("causal_conv.torch_conv", "causal_conv_step", WIDE),
     },
+    "linear": {
+        "cpu": Backend("linear.cpu_linear", "linear", (torch.bfloat16,), "cpu", missing=requirements.cpu),
+        "torch": Backend("linear.torch_linear", "linear", WIDE),
+    },
     "grouped_matmul": {
+        "cpu": Backend(
+            "grouped_matmul.cpu_grouped", "grouped_matmul", (torch.bfloat16,), "cpu", missing=requirements.cpu
+        ),
         "torch": Backend("grouped_matmul.torch_grouped", "grouped_matmul", FLOATS),
         "reference": Backend("grouped_matmul.reference", "grouped_matmul", WIDE),
     },
