@@ -81,6 +81,10 @@ def _cpu(folder: str, module: str, function: str, sizes: tuple[int, int] | None 
     return Backend(f"{folder}.{module}", function, WIDE, "cpu", sizes, requirements.cpu, gain)
 
 
+def _narrow(folder: str, module: str, function: str) -> Backend:
+    return Backend(f"{folder}.{module}", function, (torch.bfloat16,), "cpu", missing=requirements.cpu)
+
+
 def _vendor(folder: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
     return Backend(f"{folder}.{module}", folder, FLOATS, "cuda", sizes, missing, is_automatic=False)
 
@@ -117,13 +121,11 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "torch": Backend("causal_conv.torch_conv", "causal_conv_step", WIDE),
     },
     "linear": {
-        "cpu": Backend("linear.cpu_linear", "linear", (torch.bfloat16,), "cpu", missing=requirements.cpu),
+        "cpu": _narrow("linear", "cpu_linear", "linear"),
         "torch": Backend("linear.torch_linear", "linear", WIDE),
     },
     "grouped_matmul": {
-        "cpu": Backend(
-            "grouped_matmul.cpu_grouped", "grouped_matmul", (torch.bfloat16,), "cpu", missing=requirements.cpu
-        ),
+        "cpu": _narrow("grouped_matmul", "cpu_grouped", "grouped_matmul"),
         "torch": Backend("grouped_matmul.torch_grouped", "grouped_matmul", FLOATS),
         "reference": Backend("grouped_matmul.reference", "grouped_matmul", WIDE),
     },
@@ -148,6 +150,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
     "rms_norm": {
         "triton": _triton("rms_norm", "rms_norm", ROW, "without it the norm takes several passes over memory"),
+        "cpu": _narrow("rms_norm", "cpu_rms_norm", "rms_norm"),
         "torch": Backend("rms_norm.torch_rms_norm", "rms_norm", WIDE),
         "reference": Backend("rms_norm.reference", "rms_norm", WIDE),
     },

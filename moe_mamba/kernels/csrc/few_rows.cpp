@@ -20,6 +20,7 @@ using V = Vector<float>;
 constexpr int LANES = WIDTH<float>;
 constexpr int LINES = 8;                          // of the matrix that are read side by side
 constexpr int ROWS = VECTOR_BYTES == 64 ? 4 : 2;  // of x that a widened vector serves: LINES x ROWS sums in registers
+constexpr int64_t AHEAD = 512;                    // elements of a line that are asked for before they are read
 constexpr int64_t SHARE = 1 << 18;                // elements of a matrix that a thread is worth starting for
 
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
@@ -71,6 +72,7 @@ void dot(const FewRows& product, const Rows& rows, int64_t row, int64_t first, i
     const auto add = [&](int64_t tile, auto weights_of) {
         UNROLL for (int l = 0; l < LINES; ++l) {
             const V weights = weights_of(lines[l] + tile * LANES);
+            __builtin_prefetch(lines[l] + tile * LANES + AHEAD);
             UNROLL for (int r = 0; r < COUNT; ++r) sums[l][r] += weights * rows.row(row + r)[tile];
         }
     };
@@ -96,6 +98,7 @@ void add_lines(const FewRows& product, const Rows& rows, int64_t row, int64_t li
         UNROLL for (int r = 0; r < COUNT; ++r) total[r] = sums[r * tiles + tile];
         UNROLL for (int l = 0; l < LINES; ++l) {
             const V weights = weights_of(lines[l] + tile * LANES);
+            __builtin_prefetch(lines[l] + tile * LANES + AHEAD);
             UNROLL for (int r = 0; r < COUNT; ++r) total[r] += weights * factors[l][r];
         }
         UNROLL for (int r = 0; r < COUNT; ++r) sums[r * tiles + tile] = total[r];
