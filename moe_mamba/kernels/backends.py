@@ -42,7 +42,7 @@ class Backend:
         sizes: smallest and largest of what ``SIZES`` names; None: any.
         missing: gives the reason why this machine cannot run it, and the fix; None: it can.
         gain: what is lost without it, where that is worth a warning.
-        is_automatic: whether ``auto`` may pick it.
+        automatic: dtypes for which ``auto`` may pick it; None: all of them.
     """
 
     module: str
@@ -52,7 +52,7 @@ class Backend:
     sizes: tuple[int, int] | None = None
     missing: Callable[[], str | None] = lambda: None
     gain: str = ""
-    is_automatic: bool = True
+    automatic: tuple[torch.dtype, ...] | None = None
 
     def takes(self, device: str, dtype: torch.dtype) -> bool:
         """Whether it computes on such tensors, if their sizes suit it."""
@@ -82,11 +82,13 @@ def _cpu(folder: str, module: str, function: str, sizes: tuple[int, int] | None 
 
 
 def _narrow(folder: str, module: str, function: str) -> Backend:
-    return Backend(f"{folder}.{module}", function, (torch.bfloat16,), "cpu", missing=requirements.cpu)
+    """C++ for bf16; what else is asked of it torch does."""
+    taken, own = FLOATS if folder == "grouped_matmul" else WIDE, (torch.bfloat16,)
+    return Backend(f"{folder}.{module}", function, taken, "cpu", missing=requirements.cpu, automatic=own)
 
 
 def _vendor(folder: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
-    return Backend(f"{folder}.{module}", folder, FLOATS, "cuda", sizes, missing, is_automatic=False)
+    return Backend(f"{folder}.{module}", folder, FLOATS, "cuda", sizes, missing, automatic=())
 
 
 STATES, WIDTHS, ROW = (1, 256), (2, 4), (1, 16_384)  # that kernels keep in registers
@@ -214,7 +216,8 @@ def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int
         return _load(operation, forced)
     for name, backend in table.items():
         is_wrong = is_interpreted() and backend.device not in (None, device)  # the interpreter is for who asks for it
-        if is_wrong or not backend.is_automatic or not backend.takes(device, dtype):
+        is_for_others = backend.automatic is not None and dtype not in backend.automatic
+        if is_wrong or is_for_others or not backend.takes(device, dtype):
             continue
         fault = _fault(operation, name, device, dtype, size)
         if fault is None:

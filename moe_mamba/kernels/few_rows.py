@@ -1,4 +1,4 @@
-"""Products of a few bf16 rows with bf16 matrices in C++ (``csrc/few_rows.cpp``): each matrix is read once, as it lies."""
+"""Products of a few bf16 rows with a bf16 matrix in C++ (``csrc/few_rows.cpp``), which is read once, as it lies."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Products of two bf16 matrices on a CPU: as they are where the processor multiplies bf16, else in fp32.
+"""Products of two matrices: torch's, but in fp32 for bf16 on a CPU that does not multiply bf16.
 
 Without such instructions torch's products of bf16 take from four times (AVX-512) to fifty times (AVX2) as long as those
 of fp32. So both matrices are widened there, which costs a pass over them. What is widened is not kept.
@@ -24,15 +24,20 @@ def multiplies_bf16() -> bool:
     return bool(MULTIPLIES & processor_flags()) and (most in ("ALL", "DEFAULT") or "AMX" in most)
 
 
+def is_bf16_on_cpu(tensor: Tensor) -> bool:
+    """Whether its products have a way of their own."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b``, (rows, inner) and (inner, columns), both bf16 on a CPU, in bf16; sums are in fp32.
+    """``a @ b``, (rows, inner) and (inner, columns), in their dtype.
 
     Args:
         a: may be transposed in memory, as ``b`` may.
         b: see there.
         out: where to write it.
     """
-    if multiplies_bf16():
+    if not is_bf16_on_cpu(a) or multiplies_bf16():
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     made = torch.mm(a.float(), b.float())
     return made.to(a.dtype) if out is None else out.copy_(made)

@@ -12,7 +12,7 @@ from moe_mamba.kernels.launch import unit_stride
 
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
         return torch_grouped.grouped_matmul(x, weight, counts, capacity)
     return _product(x, weight, counts)
 

@@ -41,14 +41,17 @@ def product_of_rows(x: Tensor, rows: slice, matrix: Tensor, y: Tensor) -> None:
 
 def weight_gradient_by_group(gradient: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """(rows, out), (rows, in), (groups) -> (groups, in, out)."""
-    made = x.new_zeros(len(counts), x.shape[1], gradient.shape[1])
+    made = x.new_empty(len(counts), x.shape[1], gradient.shape[1])
+    made[counts == 0] = 0
     for group, rows in for_groups(counts):
         some, incoming = x[rows], gradient[rows]
+        transposed = some.t()
         if multiplies_bf16():
             size = window(len(some))
-            some, incoming = _with_zeros(some, size), _with_zeros(incoming, size)
-        # A product of rows that lie side by side is quicker, by more than laying out the smaller of the two takes.
-        product(some.t().contiguous(), incoming, out=made[group])
+            incoming = _with_zeros(incoming, size)
+            # oneDNN is quicker by more than this copy takes where its first operand has rows without gaps.
+            transposed = _with_zeros(some, size).t().contiguous()
+        product(transposed, incoming, out=made[group])
     return made
 
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from moe_mamba.kernels import operators
 from moe_mamba.kernels.grouped_matmul import loop
-from moe_mamba.kernels.products import multiplies_bf16
+from moe_mamba.kernels.products import is_bf16_on_cpu, multiplies_bf16
 
 ALIGNMENT = 16  # bytes
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
-    if capacity is not None and not (_is_narrow(x) and not multiplies_bf16()):
+    if capacity is not None and (multiplies_bf16() or not is_bf16_on_cpu(x)):
         return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
     is_plain = x.device.type == "cpu" and not torch.is_grad_enabled()
     return _product_by_group(x, weight, counts) if is_plain else _product(x, weight, counts)
@@ -36,7 +36,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | No
 
 def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One product for each group that has rows: the few tokens of a step of generation go to a few of the experts."""
-    if _is_narrow(x):
+    if is_bf16_on_cpu(x):
         return loop.product_by_group(x, weight, counts)
     y = x.new_empty(len(x), weight.shape[2])
     for group, rows in loop.for_groups(counts):
@@ -44,13 +44,8 @@ def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-def _is_narrow(x: Tensor) -> bool:
-    """Whether the products are of bf16 on a CPU, which has a way of its own."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
 def _by_offsets(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    if _is_narrow(x):
+    if is_bf16_on_cpu(x):
         return loop.product_by_group(x, weight, counts)
     y = F.grouped_mm(_aligned(_padded(x)), _aligned(_padded(weight, 1)), offs=_offsets(counts))
     return _cropped(y, weight.shape[2])
@@ -58,7 +53,7 @@ def _by_offsets(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def _x_gradient(gradient: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The gradient of the rows, by transposed views of the matrices as they lie."""
-    if _is_narrow(gradient):
+    if is_bf16_on_cpu(gradient):
         return loop.product_by_group(gradient, weight.transpose(1, 2), counts)
     x_gradient = F.grouped_mm(
         _aligned(_padded(gradient)), _aligned(_padded(weight, 1)).transpose(1, 2), offs=_offsets(counts)
@@ -68,7 +63,7 @@ def _x_gradient(gradient: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def _weight_gradient(gradient: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """The gradient of the matrices, (groups, in, out)."""
-    if _is_narrow(x):
+    if is_bf16_on_cpu(x):
         return loop.weight_gradient_by_group(gradient, x, counts)
     made = F.grouped_mm(_aligned(_padded(x)).t(), _aligned(_padded(gradient)), offs=_offsets(counts))
     return _cropped(made[:, : x.shape[1]], gradient.shape[1])

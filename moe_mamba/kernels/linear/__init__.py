@@ -1,4 +1,4 @@
-"""A linear layer: torch's, but for bf16 on a CPU, where torch's is slow for a few rows, and on some processors for all."""
+"""A linear layer: torch's, but for bf16 on a CPU, where that is slow for a few rows, and on some processors for all."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_mamba.kernels import operators
-from moe_mamba.kernels.products import multiplies_bf16, product
+from moe_mamba.kernels.products import is_bf16_on_cpu, multiplies_bf16, product
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See ``moe_mamba.kernels.linear``."""
-    if x.dtype != torch.bfloat16 or multiplies_bf16():
+    if multiplies_bf16() or not is_bf16_on_cpu(x):
         return F.linear(x, weight, bias)
     y = _widened(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

@@ -52,7 +52,7 @@ _norm = operators.define(
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """See ``moe_mamba.kernels.rms_norm``."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
         return torch_rms_norm.rms_norm(x, weight, epsilon, residual)
     y, stream = _norm(x, weight, epsilon, residual)
     return y, x if residual is None else stream
