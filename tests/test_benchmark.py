@@ -36,11 +36,21 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
     return run("tools/benchmark.py", *flags)
 
 
-GENERATION = {"reading 32 tokens", "decoding 2 tokens of 1 sequence", "decoding 2 tokens of 2 sequences"}
+GENERATION = {
+    "reading 32 tokens",
+    "decoding 2 tokens of 1 sequence",
+    "decoding 2 tokens of 2 sequences",
+    "decoding 2 tokens of 1 sequence in bf16",
+}
 GENERATION |= {"8 tokens after 64", "states after 64 tokens"}
 DESIGNS = {"parallel layers", "Routing Mamba"}
 HEAD = {"head", "head in a training step"}
-ALL = {"scan", "training step", "MoE layer", "weak scaling", "preprocessing"} | HEAD | GENERATION | DESIGNS
+ALL = (
+    {"scan", "training step", "training step in bf16", "MoE layer", "weak scaling", "preprocessing"}
+    | HEAD
+    | GENERATION
+    | DESIGNS
+)
 
 
 @pytest.mark.parametrize(

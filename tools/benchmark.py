@@ -118,7 +118,9 @@ def _measure(
         from benchmarks import step
 
         shapes = step.StepShapes.choose(tiny)
-        return [step.step_profile(shapes)] if name == "profile" else [step.step_row(shapes, repeats)]
+        if name == "profile":
+            return [step.step_profile(shapes)]
+        return [step.step_row(shapes, repeats), step.bf16_row(tiny, repeats)]
     if name == "head":
         from benchmarks import head, step
 

@@ -507,6 +507,16 @@ class Plain:
         return plain_selective_scan_step(x, delta, A, B, C, D, z, delta_bias, state)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Torch's own: what quantises a model or adapts it knows this one."""
+    return functional.linear(x, weight, bias)
+
+
+def build_linear(in_features: int, out_features: int, bias: bool = False, kernels: str = "auto") -> nn.Linear:
+    """Torch's own layer, which such libraries look for."""
+    return nn.Linear(in_features, out_features, bias=bias)
+
+
 try:
     from moe_mamba import kernels as operations
 except ImportError:
@@ -1209,15 +1219,16 @@ class StepProjection(nn.Module):
 
     fp32_names = ("bias",)
 
-    def __init__(self, dt_rank: int, d_inner: int) -> None:
+    def __init__(self, dt_rank: int, d_inner: int, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(d_inner, dt_rank))
         self.bias = nn.Parameter(torch.empty(d_inner))
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``dt`` (..., dt_rank) to (..., d_inner), in its dtype; beside it the bias (d_inner)."""
         # A view, since what shards or offloads a module's weights may take them back when this returns.
-        return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
+        return linear(dt, self.weight.to(dt.dtype), backend=self.kernels), self.bias.view_as(self.bias)
 
 
 class Projected(NamedTuple):
@@ -1240,16 +1251,16 @@ class Mamba(Mixer):
         self.kernels = kernels
         self.fp32_names = ("A_log", "D") if config.selective else ("A_log", "D", "dt_B_C")
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.in_proj = build_linear(config.d_model, 2 * d_inner, kernels=kernels)
         self.conv1d = DepthwiseConv(d_inner, config.d_conv, kernels)
         if config.selective:
-            self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+            self.x_proj = build_linear(d_inner, dt_rank + 2 * d_state, kernels=kernels)
         else:
             self.dt_B_C = nn.Parameter(torch.empty(dt_rank + 2 * d_state))  # the same for every token
-        self.dt_proj = StepProjection(dt_rank, d_inner)
+        self.dt_proj = StepProjection(dt_rank, d_inner, kernels)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.out_proj = build_linear(d_inner, config.d_model, kernels=kernels)
         if config.mamba_norms:
             self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, kernels)
             self.B_norm = RMSNorm(d_state, config.norm_epsilon, kernels)
@@ -1531,20 +1542,20 @@ class Attention(Mixer):
         *("positions", "rope_base", "rope_type"),
     )
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.head_dim, bias = config.resolved_head_dim, config.attention_bias
         width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
+        self.q_proj = build_linear(config.d_model, width, bias, kernels)
+        self.k_proj = build_linear(config.d_model, kv_width, bias, kernels)
+        self.v_proj = build_linear(config.d_model, kv_width, bias, kernels)
+        self.o_proj = build_linear(width, config.d_model, bias, kernels)
 
     @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Attention":
         """See ``Mixer``."""
-        return cls(config)
+        return cls(config, kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""
@@ -1696,8 +1707,8 @@ class FeedForward(Mixer):
         self.config = config
         self.kernels = kernels
         self.width = width or config.resolved_d_ff
-        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
-        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
+        self.in_proj = build_linear(config.d_model, input_width(config.activation, self.width), bias, kernels)
+        self.out_proj = build_linear(self.width, config.d_model, bias, kernels)
 
     @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "FeedForward":
@@ -1921,7 +1932,7 @@ class RoutedMamba(Mamba):
         self.reduce: Callable[[Tensor], Tensor] = unchanged
         plain = [name for name in ENTRIES if name not in self.inner.projections]
         width = len(plain) * config.d_inner
-        self.in_proj = nn.Linear(config.d_model, width, bias=False) if plain else None  # type: ignore[assignment]
+        self.in_proj = build_linear(config.d_model, width, kernels=kernels) if plain else None  # type: ignore[assignment]
         if "out" in self.inner.projections:
             self.out_proj = None  # type: ignore[assignment]
         if self.inner.router == "shared":

@@ -4,6 +4,7 @@ from moe_mamba.kernels.activation import activation
 from moe_mamba.kernels.causal_conv import causal_conv, causal_conv_step
 from moe_mamba.kernels.cross_entropy import cross_entropy
 from moe_mamba.kernels.grouped_matmul import grouped_matmul
+from moe_mamba.kernels.linear import linear
 from moe_mamba.kernels.rms_norm import rms_norm
 from moe_mamba.kernels.routing import Order, combine_rows, gather_rows, sort_by_expert
 from moe_mamba.kernels.selective_scan import selective_scan, selective_scan_step
@@ -17,6 +18,7 @@ __all__ = [
     "cross_entropy",
     "gather_rows",
     "grouped_matmul",
+    "linear",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",

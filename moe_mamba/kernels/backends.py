@@ -42,7 +42,7 @@ class Backend:
         sizes: smallest and largest of what ``SIZES`` names; None: any.
         missing: gives the reason why this machine cannot run it, and the fix; None: it can.
         gain: what is lost without it, where that is worth a warning.
-        is_automatic: whether ``auto`` may pick it.
+        automatic: dtypes for which ``auto`` may pick it; None: all of them.
     """
 
     module: str
@@ -52,7 +52,7 @@ class Backend:
     sizes: tuple[int, int] | None = None
     missing: Callable[[], str | None] = lambda: None
     gain: str = ""
-    is_automatic: bool = True
+    automatic: tuple[torch.dtype, ...] | None = None
 
     def takes(self, device: str, dtype: torch.dtype) -> bool:
         """Whether it computes on such tensors, if their sizes suit it."""
@@ -81,8 +81,14 @@ def _cpu(folder: str, module: str, function: str, sizes: tuple[int, int] | None 
     return Backend(f"{folder}.{module}", function, WIDE, "cpu", sizes, requirements.cpu, gain)
 
 
+def _narrow(folder: str, module: str, function: str) -> Backend:
+    """C++ for bf16; what else is asked of it torch does."""
+    taken, own = FLOATS if folder == "grouped_matmul" else WIDE, (torch.bfloat16,)
+    return Backend(f"{folder}.{module}", function, taken, "cpu", missing=requirements.cpu, automatic=own)
+
+
 def _vendor(folder: str, module: str, sizes: tuple[int, int], missing: Callable[[], str | None]) -> Backend:
-    return Backend(f"{folder}.{module}", folder, FLOATS, "cuda", sizes, missing, is_automatic=False)
+    return Backend(f"{folder}.{module}", folder, FLOATS, "cuda", sizes, missing, automatic=())
 
 
 STATES, WIDTHS, ROW = (1, 256), (2, 4), (1, 16_384)  # that kernels keep in registers
@@ -116,7 +122,12 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "cpu": _cpu("causal_conv", "cpu_step", "causal_conv_step"),
         "torch": Backend("causal_conv.torch_conv", "causal_conv_step", WIDE),
     },
+    "linear": {
+        "cpu": _narrow("linear", "cpu_linear", "linear"),
+        "torch": Backend("linear.torch_linear", "linear", WIDE),
+    },
     "grouped_matmul": {
+        "cpu": _narrow("grouped_matmul", "cpu_grouped", "grouped_matmul"),
         "torch": Backend("grouped_matmul.torch_grouped", "grouped_matmul", FLOATS),
         "reference": Backend("grouped_matmul.reference", "grouped_matmul", WIDE),
     },
@@ -141,6 +152,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
     "rms_norm": {
         "triton": _triton("rms_norm", "rms_norm", ROW, "without it the norm takes several passes over memory"),
+        "cpu": _narrow("rms_norm", "cpu_rms_norm", "rms_norm"),
         "torch": Backend("rms_norm.torch_rms_norm", "rms_norm", WIDE),
         "reference": Backend("rms_norm.reference", "rms_norm", WIDE),
     },
@@ -208,7 +220,8 @@ def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int
         return _load(operation, forced)
     for name, backend in table.items():
         is_wrong = is_interpreted() and backend.device not in (None, device)  # the interpreter is for who asks for it
-        if is_wrong or not backend.is_automatic or not backend.takes(device, dtype):
+        is_for_others = backend.automatic is not None and dtype not in backend.automatic
+        if is_wrong or is_for_others or not backend.takes(device, dtype):
             continue
         fault = _fault(operation, name, device, dtype, size)
         if fault is None:

@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels import linear
 from moe_mamba.kernels.cross_entropy.linear import linear_cross_entropy, linear_scores
 from moe_mamba.model.initialize import Initializer, embedding_weight, head_weight
 from moe_mamba.model.layer import build_layers, fp32_parameter_names, initial_states, run_layers
+from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.mixers.routing import Router, unchanged
 from moe_mamba.model.names import logical_names
@@ -61,7 +62,7 @@ class LanguageModel(nn.Module):
         self.moe_config = moe
         self.kernels = kernels
         self.recompute = False
-        self.project: Callable[[Tensor, Tensor], Tensor] = functional.linear
+        self.project: Callable[[Tensor, Tensor], Tensor] = partial(linear, backend=kernels)
         self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(linear_cross_entropy, backend=kernels)
         self.scores: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = partial(
             linear_scores, argmax=partial(torch.argmax, dim=-1), backend=kernels
@@ -71,7 +72,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(torch.empty(model.vocab_size, model.d_model), freeze=False)
         self.layers = build_layers(model, moe, kernels)
         self.final_norm = build_norm(model, kernels) if model.final_norm else None
-        self.head = None if model.tied_head else nn.Linear(model.d_model, model.vocab_size, bias=False)
+        self.head = None if model.tied_head else build_linear(model.d_model, model.vocab_size, kernels=kernels)
 
     @classmethod
     def on_meta(cls, model: ModelConfig, moe: MoEConfig, kernels: str = "auto") -> "LanguageModel":

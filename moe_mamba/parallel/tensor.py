@@ -25,6 +25,7 @@ from torch.nn import functional
 from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
+from moe_mamba.model.linear import Linear
 from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
 from moe_mamba.model.mixers.routing import Router
@@ -127,7 +128,8 @@ def _shard_linear(
 
 def _column_linear(linear: nn.Linear, shard: ParameterShard) -> nn.Linear:
     """Each rank has some outputs, of all tokens; the entry's gather sums the gradient of the input."""
-    return nn.Linear(linear.in_features, shard.local_shape[0], bias=linear.bias is not None)
+    sizes, has_bias = (linear.in_features, shard.local_shape[0]), linear.bias is not None
+    return Linear(*sizes, has_bias, linear.product) if isinstance(linear, Linear) else nn.Linear(*sizes, has_bias)
 
 
 def _gather_tokens(group: ProcessGroup, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -170,7 +172,7 @@ class RowLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, shard: ParameterShard, group: ProcessGroup) -> None:
         super().__init__(shard.local_shape[1], linear.out_features, bias=linear.bias is not None)
         self.group = group
-        self.product = functional.linear
+        self.product = linear.product if isinstance(linear, Linear) else functional.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Map this rank's ``x`` (tokens, in / tensor) to (tokens / tensor, out)."""
@@ -239,7 +241,7 @@ def _shard_vocabulary(
         model.head = _column_linear(model.head, shards["head.weight"])
     (segment,) = shard.segments[0]
     sequence_group, first = group if sequence_parallel else None, group.rank() * shard.local_shape[0]
-    model.project = partial(project, rows=segment.length, group=sequence_group)
+    model.project = partial(project, rows=segment.length, group=sequence_group, product=model.project)
     part: dict[str, Any] = {"first": first, "rows": segment.length, "reduce": partial(_reduce, group=group)}
     cross_entropy = partial(model.cross_entropy, **part)
     argmax = partial(_argmax, first=first, group=group)
@@ -255,7 +257,7 @@ def project(
     *,
     rows: int,
     group: ProcessGroup | None,
-    product: Callable[[Tensor, Tensor], Tensor] = functional.linear,
+    product: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Logits of this rank's part of the vocabulary.
 

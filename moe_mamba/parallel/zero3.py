@@ -19,8 +19,8 @@ import deepspeed
 import deepspeed.runtime.zero.utils
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from moe_mamba.kernels import linear
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -133,12 +133,12 @@ def _replace_products(model: LanguageModel) -> None:
             model.set_submodule(
                 name, GatheredLinear(module.in_features, module.out_features, bias=has_bias, device="meta")
             )
-        elif hasattr(module, "product"):  # tensor.RowLinear
+        elif hasattr(module, "product"):  # Linear, tensor.RowLinear
             module.product = _Product.apply
-    if model.project is functional.linear:
-        model.project = _Product.apply
-    else:  # tensor.project
-        model.project = partial(model.project, product=_Product.apply)  # type: ignore[call-arg]
+    project = model.project
+    assert isinstance(project, partial)
+    # Of tensor parallelism, or the model's own.
+    model.project = partial(project, product=_Product.apply) if "product" in project.keywords else _Product.apply
 
 
 def _give_the_head_modules(model: LanguageModel) -> None:

@@ -92,6 +92,16 @@ def grouped_arguments(is_full: bool) -> list[Any]:
     return [leaf(6, 3), leaf(4, 3, 5), torch.tensor([2, 0, 3, 1])]
 
 
+def linear_arguments(is_full: bool) -> list[Any]:
+    return [leaf(6, 3), leaf(5, 3)]
+
+
+def in_bf16(arguments: list[Any]) -> list[Any]:
+    return [
+        one.detach().bfloat16() if isinstance(one, Tensor) and one.is_floating_point() else one for one in arguments
+    ]
+
+
 def norm_arguments(is_full: bool) -> list[Any]:
     return [leaf(5, CHANNELS), leaf(CHANNELS), 1e-5, leaf(5, CHANNELS) if is_full else None]
 
@@ -107,6 +117,7 @@ FORWARD: dict[str, tuple[tuple[str, ...], Callable[[bool], list[Any]]]] = {
     "causal_conv": (("cpu", "torch", "triton", "vendor"), conv_arguments),
     "causal_conv_step": (("cpu", "triton"), conv_step_arguments),
     "grouped_matmul": (("torch",), grouped_arguments),
+    "linear": (("torch",), linear_arguments),
     "activation": (("triton",), lambda is_full: [leaf(3, 8), "swiglu" if is_full else "gelu"]),
     "rms_norm": (("torch", "triton"), norm_arguments),
     "sort_by_expert": (("triton",), lambda is_full: [torch.tensor([[0, 2], [1, 0]]), 3, 1 if is_full else None]),
@@ -117,11 +128,17 @@ FORWARD: dict[str, tuple[tuple[str, ...], Callable[[bool], list[Any]]]] = {
     "combine_rows": (("torch", "triton"), combine_arguments),
     "cross_entropy": (("torch", "triton"), logits_arguments),
 }
+# In bf16 and without gradients, as in generation.
+NARROW = {"linear": linear_arguments, "grouped_matmul": grouped_arguments, "rms_norm": norm_arguments}
 VENDOR_SCAN = ("selective_scan_vendor", lambda is_full: scan_arguments(is_full)[:8])
 CASES = [
     pytest.param(f"{name}_{backend}", make, id=f"{name}_{backend}", marks=BACKEND_MARKS.get(backend, []))
     for name, (backends, make) in FORWARD.items()
     for backend in backends
+]
+CASES += [
+    pytest.param(f"{name}_cpu", lambda is_full, make=make: in_bf16(make(is_full)), id=f"{name}_cpu", marks=needs_cpp)
+    for name, make in NARROW.items()
 ]
 CASES += [
     pytest.param("grouped_matmul_torch_by_group", lambda is_full: [one.detach() for one in grouped_arguments(True)]),

@@ -86,6 +86,22 @@ def test_values_are_the_references_to_the_last_bit(dtype: torch.dtype, d: int) -
     assert actual[0].equal(expected[0]) and actual[1].equal(expected[1])
 
 
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("d", [1, 7, 40, 770])
+@pytest.mark.parametrize(("backend", "on"), cases("rms_norm"))
+def test_bf16_without_gradients(backend: str, on: str, d: int, has_residual: bool) -> None:
+    """As in generation; the stream is rounded before it is normalised. Rows apart in memory."""
+    x, residual = torch.randn(2, 5, 2 * d, device=on).bfloat16().chunk(2, dim=-1)
+    weight, residual = torch.randn(d, device=on), residual if has_residual else None
+    expected = rms_norm(x.double(), weight.double(), EPSILON, None, "reference")[0]
+    if residual is not None:
+        expected = rms_norm((x + residual).double(), weight.double(), EPSILON, None, "reference")[0]
+    with torch.no_grad():
+        y, stream = rms_norm(x, weight, EPSILON, residual, backend)
+    assert y.dtype == torch.bfloat16 and stream.equal(x if residual is None else x + residual)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize(("backend", "on"), cases("rms_norm"))
 def test_strided_inputs_equal_dense_ones(backend: str, on: str) -> None:
     """Half of a wider row, columns apart in memory, an expanded gradient."""

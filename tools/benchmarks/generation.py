@@ -1,4 +1,4 @@
-"""The benchmark's rows ``prefill``, ``decode`` and ``context``: generation on a CPU, in fp32."""
+"""The benchmark's rows ``prefill``, ``decode`` and ``context``: generation on a CPU, in fp32 and bf16."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.pairs import Row, Run, pair_row, peer
+from benchmarks.step import bf16_goal
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.hf.formats import NATIVE
 from moe_mamba.model.generation import read
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers.base import State
+from moe_mamba.parallel.parallelize import cast_to_bf16
 
 MAMBA = ("MambaConfig", "MambaForCausalLM")
 CONTEXT_PAIRS = 8  # times as many pairs: a run is short, and two of the same differ by a tenth on a busy machine
@@ -34,11 +36,13 @@ class GenerationShapes:
     contexts: tuple[int, int] = (1024, 2**20)
     context_layers: int = 4
     context_d_model: int = 128
+    bf16_layers: int = 24  # more weights than a cache holds
+    bf16_d_model: int = 768
 
     @staticmethod
     def choose(tiny: bool) -> "GenerationShapes":
         """The shapes that docs/measurements.md reports, or tiny ones."""
-        return GenerationShapes(2, 32, 32, 32, (1, 2), 2, (32, 64), 2, 32) if tiny else GenerationShapes()
+        return GenerationShapes(2, 32, 32, 32, (1, 2), 2, (32, 64), 2, 32, 2, 32) if tiny else GenerationShapes()
 
 
 def build(pattern: str, layers: int, d_model: int, vocab_size: int, kernels: str = "auto") -> LanguageModel:
@@ -110,7 +114,17 @@ def decode_rows(shapes: GenerationShapes, repeats: int) -> list[Row]:
         )
         ours, name = decode(mixture, tokens), f"{what}, ME x {shapes.layers // 2}"
         rows.append(pair_row(name, "our torch version", ours, partial(decode, plain, tokens), repeats, 1.0))
-    return rows
+    return rows + [_bf16_row(pattern, shapes, repeats) for pattern in ("M", "ME")]
+
+
+def _bf16_row(pattern: str, shapes: GenerationShapes, repeats: int) -> Row:
+    """One sequence in bf16 against fp32, the same model: half the bytes of weights."""
+    layers, d_model = shapes.bf16_layers, shapes.bf16_d_model
+    wide, narrow = (build(pattern, layers, d_model, shapes.vocab_size) for _ in range(2))
+    cast_to_bf16(narrow)
+    tokens = torch.randint(shapes.vocab_size, (1, shapes.steps))
+    name = f"decoding {shapes.steps} tokens of 1 sequence in bf16, d {d_model}, {pattern} x {layers // len(pattern)}"
+    return pair_row(name, "fp32", decode(narrow, tokens), partial(decode, wide, tokens), repeats, bf16_goal(1.5))
 
 
 def decode(model: LanguageModel, tokens: Tensor, states: list[State | None] | None = None) -> Callable[[], Tensor]:

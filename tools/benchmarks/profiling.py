@@ -27,7 +27,15 @@ MODULES = {
 # Part of the name of an autograd function, in small letters -> operation.
 FUNCTIONS = {"scan": "scan", "conv": "convolution", "crossentropy": "loss", "norm": "norms"}
 FUNCTIONS |= {"gather": "routing", "combine": "routing"}
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::matmul", "aten::baddbmm")
+PRODUCTS = (
+    "aten::mm",
+    "aten::bmm",
+    "aten::addmm",
+    "aten::linear",
+    "aten::matmul",
+    "aten::baddbmm",
+    "moe_mamba::linear_cpu",
+)
 LOSSES = ("aten::cross_entropy_loss", "NllLoss", "LogSoftmax")
 REST = "rest"
 KERNELS = 25  # that the table names

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -53,6 +53,7 @@ class ScalingShapes:
     worlds: tuple[int, ...] = (2, 4)
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     timed: int = 3  # steps in which collectives are timed
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @staticmethod
     def choose(tiny: bool) -> "ScalingShapes":
@@ -67,7 +68,9 @@ class ScalingShapes:
             model=ModelConfig(pattern="ME", repeat=self.pairs, d_model=self.d_model, vocab_size=512),
             moe=MoEConfig(experts=8, capacity_factor=None),
             data=DataConfig(sequence_length=self.length),
-            train=TrainConfig(global_batch=micro_batch * ranks // tensor, micro_batch=micro_batch),
+            train=TrainConfig(
+                global_batch=micro_batch * ranks // tensor, micro_batch=micro_batch, precision=self.precision
+            ),
             parallel=ParallelConfig(tensor=tensor, expert=ranks if layout == "expert" else 1, zero=1),
         )
 
@@ -79,7 +82,7 @@ def scaling_rows(shapes: ScalingShapes, repeats: int) -> list[Row]:
     are fewer cores, is what processes that never wait for one another could reach. The first row measures one process
     against itself: how far it is from 1 is noise.
     """
-    _start_server(shapes)
+    start_server(shapes)
     with Processes(1, "data", shapes) as single:
         rows = [_row(single, single, shapes, repeats)]
         for layout in shapes.layouts:
@@ -150,7 +153,7 @@ class Processes:
         return [connection.recv() for connection in self._connections]
 
 
-def _start_server(shapes: ScalingShapes) -> None:
+def start_server(shapes: ScalingShapes) -> None:
     """Start the server that processes are forked from: only on CPUs, and what DeepSpeed says goes to standard error.
 
     Only the table goes to standard output.

@@ -1,7 +1,7 @@
-"""The benchmark's row ``step`` and its ``profile``: training steps of whole models on a CPU, in fp32."""
+"""The benchmark's rows ``step`` and its ``profile``: training steps of whole models on a CPU, in fp32 and bf16."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.pairs import Elsewhere, Row, Run, pair_row, peer
 from benchmarks.profiling import Profile, profile
+from benchmarks.scaling import Processes, ScalingShapes, start_server
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.kernels.products import multiplies_bf16
 from moe_mamba.model.initialize import initialize
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.distributed import keep_freed_memory
@@ -52,6 +54,20 @@ def step_row(shapes: StepShapes, repeats: int) -> Row:
     our_step = training_step(ours, lambda: our_loss(ours, tokens))
     theirs = partial(Elsewhere, partial(jamba_step, shapes, sum(parameter.numel() for parameter in ours.parameters())))
     return pair_row(f"training step, {shapes.name}", "Transformers' Jamba", our_step, theirs, repeats, 40.0)
+
+
+def bf16_row(tiny: bool, repeats: int) -> Row:
+    """A step of the engine in bf16 against fp32, in a process each: forward, backward, AdamW on fp32 masters."""
+    wide = ScalingShapes.choose(True) if tiny else ScalingShapes(tokens=2048, d_model=512, layouts=("data",))
+    name = f"training step in bf16, ME x {wide.pairs}, d {wide.d_model}, {wide.tokens:,} tokens"
+    start_server(wide)
+    with Processes(1, "data", replace(wide, precision="bf16")) as ours, Processes(1, "data", wide) as theirs:
+        return pair_row(name, "fp32", ours.step, lambda: theirs.step, repeats, bf16_goal(1.7))
+
+
+def bf16_goal(goal: float) -> float:
+    """How many times faster than fp32: ``goal`` where the processor multiplies bf16, else as fast."""
+    return goal if multiplies_bf16() else 1.0
 
 
 def jamba_step(shapes: StepShapes, parameters: int) -> Run:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_mamba.hf.shell.grouped import plain_grouped_matmul
 from moe_mamba.kernels.activation.torch_activation import activation as plain_activation
@@ -128,6 +129,16 @@ class Plain:
     ) -> tuple[Tensor, Tensor]:
         """See ``moe_mamba.kernels.selective_scan_step``."""
         return plain_selective_scan_step(x, delta, A, B, C, D, z, delta_bias, state)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Torch's own: what quantises a model or adapts it knows this one."""
+    return functional.linear(x, weight, bias)
+
+
+def build_linear(in_features: int, out_features: int, bias: bool = False, kernels: str = "auto") -> nn.Linear:
+    """Torch's own layer, which such libraries look for."""
+    return nn.Linear(in_features, out_features, bias=bias)
 
 
 try:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy
+from moe_mamba.kernels.products import product
 from moe_mamba.kernels.validation import require_dimensions, require_shapes
 
 CHUNK = 2**28  # bytes of a chunk's logits; twice that is held, for the gradient of the logits lies beside them
@@ -112,7 +113,7 @@ class _ChunkedHead(torch.autograd.Function):
                 (gradient,) = torch.autograd.grad(one.sum(), logits)  # (tokens of the chunk, rows)
             losses.append(one.detach())
             if stream_gradient is not None:
-                torch.mm(gradient, matrix, out=stream_gradient[chunk])
+                product(gradient, matrix, out=stream_gradient[chunk])
             if total is not None:
                 total.add(gradient, stream[chunk])
             del gradient  # or it would stand beside the next chunk's
@@ -142,7 +143,7 @@ class _Total:
     def add(self, gradient: Tensor, stream: Tensor) -> None:
         """Add (tokens, rows)^T (tokens, d_model)."""
         if self._sum is None:
-            self._sum = gradient.t() @ stream  # of a single chunk, it stays in the stream's dtype
+            self._sum = product(gradient.t(), stream)  # of a single chunk, it stays in the stream's dtype
             return
         wide = torch.promote_types(stream.dtype, torch.float32)
         if stream.dtype == wide:
@@ -151,7 +152,7 @@ class _Total:
         self._sum = self._sum.to(wide)
         most = max(1, CHUNK // (stream.shape[1] * stream.itemsize))  # rows of a product, which is not in fp32
         for some, part in zip(self._sum.split(most), gradient.split(most, 1), strict=True):
-            some += part.t() @ stream
+            some += product(part.t(), stream)
 
     def sum(self) -> Tensor:
         """(rows, d_model)."""
@@ -176,7 +177,7 @@ def _chunks(stream: Tensor, weight: Tensor, rows: int) -> Iterator[tuple[slice, 
     buffer = stream.new_empty(min(size, tokens), weight.shape[0])
     for start in range(0, tokens, size):
         chunk = slice(start, min(start + size, tokens))
-        logits = torch.mm(stream[chunk], weight.t(), out=buffer[: chunk.stop - start])
+        logits = product(stream[chunk], weight.t(), out=buffer[: chunk.stop - start])
         logits[:, rows:] = -torch.inf
         yield chunk, logits.detach()
 

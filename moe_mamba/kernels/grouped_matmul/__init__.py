@@ -21,7 +21,7 @@ def grouped_matmul(
         counts: (groups) integers on the device of x: rows of each group, 0 included. They sum to ``rows``,
             which is not looked at, because that would wait for an accelerator.
         capacity: rows of every group, where all have as many: then no number is read from the device, whichever it is.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: ``auto``, or one of ``BACKENDS["grouped_matmul"]``.
 
     Returns:
         (rows, out) in the dtype of x.

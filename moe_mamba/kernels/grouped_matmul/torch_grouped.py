@@ -10,6 +10,7 @@ Read in torch's source (2.11 to 2.13), and what follows from it:
 - Row-major weights (groups, in, out) are taken as they lie, and transposed views of them in the gradient of x. The
   gradient of the weights multiplies x transposed, with columns together, by rows: the one layout in which a group may
   be empty and of any height.
+- On a CPU it multiplies one group after the other, as many rows as each has; see ``loop.py`` for bf16.
 """
 
 from typing import Any
@@ -19,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_mamba.kernels import operators
+from moe_mamba.kernels.grouped_matmul import loop
+from moe_mamba.kernels.products import is_bf16_on_cpu, multiplies_bf16
 
 ALIGNMENT = 16  # bytes
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
-    if capacity is not None:
+    if capacity is not None and (multiplies_bf16() or not is_bf16_on_cpu(x)):
         return torch.bmm(x.unflatten(0, (len(weight), capacity)), weight).flatten(0, 1)
     is_plain = x.device.type == "cpu" and not torch.is_grad_enabled()
     return _product_by_group(x, weight, counts) if is_plain else _product(x, weight, counts)
@@ -33,22 +36,25 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | No
 
 def _by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One product for each group that has rows: the few tokens of a step of generation go to a few of the experts."""
+    if is_bf16_on_cpu(x):
+        return loop.product_by_group(x, weight, counts)
     y = x.new_empty(len(x), weight.shape[2])
-    first = 0
-    for group, count in enumerate(counts.tolist()):
-        if count:
-            torch.mm(x[first : first + count], weight[group], out=y[first : first + count])
-            first += count
+    for group, rows in loop.for_groups(counts):
+        torch.mm(x[rows], weight[group], out=y[rows])
     return y
 
 
 def _by_offsets(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    if is_bf16_on_cpu(x):
+        return loop.product_by_group(x, weight, counts)
     y = F.grouped_mm(_aligned(_padded(x)), _aligned(_padded(weight, 1)), offs=_offsets(counts))
     return _cropped(y, weight.shape[2])
 
 
 def _x_gradient(gradient: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The gradient of the rows, by transposed views of the matrices as they lie."""
+    if is_bf16_on_cpu(gradient):
+        return loop.product_by_group(gradient, weight.transpose(1, 2), counts)
     x_gradient = F.grouped_mm(
         _aligned(_padded(gradient)), _aligned(_padded(weight, 1)).transpose(1, 2), offs=_offsets(counts)
     )
@@ -57,6 +63,8 @@ def _x_gradient(gradient: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def _weight_gradient(gradient: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """The gradient of the matrices, (groups, in, out)."""
+    if is_bf16_on_cpu(x):
+        return loop.weight_gradient_by_group(gradient, x, counts)
     made = F.grouped_mm(_aligned(_padded(x)).t(), _aligned(_padded(gradient)), offs=_offsets(counts))
     return _cropped(made[:, : x.shape[1]], gradient.shape[1])
 

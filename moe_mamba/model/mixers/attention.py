@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.initialize import Initializer, matrix, zeros
+from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, State, Statistics, choose_rows
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
@@ -156,20 +157,20 @@ class Attention(Mixer):
         *("positions", "rope_base", "rope_type"),
     )
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.head_dim, bias = config.resolved_head_dim, config.attention_bias
         width, kv_width = config.heads * self.head_dim, config.resolved_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, width, bias=bias)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
+        self.q_proj = build_linear(config.d_model, width, bias, kernels)
+        self.k_proj = build_linear(config.d_model, kv_width, bias, kernels)
+        self.v_proj = build_linear(config.d_model, kv_width, bias, kernels)
+        self.o_proj = build_linear(width, config.d_model, bias, kernels)
 
     @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "Attention":
         """See ``Mixer``."""
-        return cls(config)
+        return cls(config, kernels)
 
     def initializers(self) -> dict[str, Initializer]:
         """How this module's parameters start."""

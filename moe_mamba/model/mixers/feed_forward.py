@@ -1,10 +1,11 @@
 """Feed-forward layers."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation
 from moe_mamba.model.initialize import Initializer, matrix, zeros
+from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
@@ -28,8 +29,8 @@ class FeedForward(Mixer):
         self.config = config
         self.kernels = kernels
         self.width = width or config.resolved_d_ff
-        self.in_proj = nn.Linear(config.d_model, input_width(config.activation, self.width), bias=bias)
-        self.out_proj = nn.Linear(self.width, config.d_model, bias=bias)
+        self.in_proj = build_linear(config.d_model, input_width(config.activation, self.width), bias, kernels)
+        self.out_proj = build_linear(self.width, config.d_model, bias, kernels)
 
     @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "FeedForward":

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.kernels import causal_conv, causal_conv_step, selective_scan, selective_scan_step
+from moe_mamba.kernels import causal_conv, causal_conv_step, linear, selective_scan, selective_scan_step
 from moe_mamba.model.initialize import Initializer, ones, uniform
+from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.norm import RMSNorm
 from moe_mamba.model.sequences import Sequences
@@ -79,15 +79,16 @@ class StepProjection(nn.Module):
 
     fp32_names = ("bias",)
 
-    def __init__(self, dt_rank: int, d_inner: int) -> None:
+    def __init__(self, dt_rank: int, d_inner: int, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.empty(d_inner, dt_rank))
         self.bias = nn.Parameter(torch.empty(d_inner))
 
     def forward(self, dt: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``dt`` (..., dt_rank) to (..., d_inner), in its dtype; beside it the bias (d_inner)."""
         # A view, since what shards or offloads a module's weights may take them back when this returns.
-        return functional.linear(dt, self.weight.to(dt.dtype)), self.bias.view_as(self.bias)
+        return linear(dt, self.weight.to(dt.dtype), backend=self.kernels), self.bias.view_as(self.bias)
 
 
 class Projected(NamedTuple):
@@ -110,16 +111,16 @@ class Mamba(Mixer):
         self.kernels = kernels
         self.fp32_names = ("A_log", "D") if config.selective else ("A_log", "D", "dt_B_C")
         d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)
+        self.in_proj = build_linear(config.d_model, 2 * d_inner, kernels=kernels)
         self.conv1d = DepthwiseConv(d_inner, config.d_conv, kernels)
         if config.selective:
-            self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+            self.x_proj = build_linear(d_inner, dt_rank + 2 * d_state, kernels=kernels)
         else:
             self.dt_B_C = nn.Parameter(torch.empty(dt_rank + 2 * d_state))  # the same for every token
-        self.dt_proj = StepProjection(dt_rank, d_inner)
+        self.dt_proj = StepProjection(dt_rank, d_inner, kernels)
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.out_proj = build_linear(d_inner, config.d_model, kernels=kernels)
         if config.mamba_norms:
             self.dt_norm = RMSNorm(dt_rank, config.norm_epsilon, kernels)
             self.B_norm = RMSNorm(d_state, config.norm_epsilon, kernels)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
 from moe_mamba.model.initialize import Initializer, matrix, uniform
+from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import input_width
@@ -119,7 +120,7 @@ class RoutedMamba(Mamba):
         self.reduce: Callable[[Tensor], Tensor] = unchanged
         plain = [name for name in ENTRIES if name not in self.inner.projections]
         width = len(plain) * config.d_inner
-        self.in_proj = nn.Linear(config.d_model, width, bias=False) if plain else None  # type: ignore[assignment]
+        self.in_proj = build_linear(config.d_model, width, kernels=kernels) if plain else None  # type: ignore[assignment]
         if "out" in self.inner.projections:
             self.out_proj = None  # type: ignore[assignment]
         if self.inner.router == "shared":

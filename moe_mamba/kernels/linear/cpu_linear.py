@@ -1,0 +1,39 @@
+"""A linear layer of bf16 on a CPU: a few rows in C++, as in generation, and torch for many rows and for gradients."""
+
+import torch
+from torch import Tensor
+
+from moe_mamba.kernels import operators
+from moe_mamba.kernels.few_rows import few_rows, most_rows
+from moe_mamba.kernels.launch import unit_stride
+from moe_mamba.kernels.linear import torch_linear
+from moe_mamba.kernels.products import product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``moe_mamba.kernels.linear``."""
+    if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
+        return torch_linear.linear(x, weight, bias)
+    y = _product(x, weight)
+    return y if bias is None else y + bias
+
+
+def _run(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if y.numel() == 0:
+        return y
+    rows, made = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if len(rows) <= most_rows():
+        few_rows(unit_stride(rows), unit_stride(weight), True, made)
+    else:
+        product(rows, weight.t(), out=made)
+    return y
+
+
+_product = operators.define(
+    "linear_cpu(Tensor x, Tensor weight) -> Tensor",
+    _run,
+    lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    "CPU",
+    is_constant=True,
+)

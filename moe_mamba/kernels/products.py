@@ -1,0 +1,54 @@
+"""Products of two matrices: torch's, but in fp32 for bf16 on a CPU that does not multiply bf16.
+
+Without such instructions torch's products of bf16 take from four times (AVX-512) to fifty times (AVX2) as long as those
+of fp32. So both matrices are widened there, which costs a pass over them. What is widened is not kept.
+"""
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moe_mamba.kernels.levels import processor_flags
+
+# As Linux calls them on x86 and on ARM. AVX-512's bf16 alone is none: it multiplies no faster than fp32, and packs.
+MULTIPLIES = frozenset(["amx_bf16", "bf16"])
+ISA = "ONEDNN_MAX_CPU_ISA"  # environment variable: the most that oneDNN, which multiplies, may use
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices faster than fp32 ones, and oneDNN is free to use that."""
+    most = os.environ.get(ISA, "ALL").upper()
+    return bool(MULTIPLIES & processor_flags()) and (most in ("ALL", "DEFAULT") or "AMX" in most)
+
+
+def is_bf16_on_cpu(tensor: Tensor) -> bool:
+    """Whether its products have a way of their own."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b``, (rows, inner) and (inner, columns), in their dtype.
+
+    Args:
+        a: may be transposed in memory, as ``b`` may.
+        b: see there.
+        out: where to write it.
+    """
+    if not is_bf16_on_cpu(a) or multiplies_bf16():
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    made = torch.mm(a.float(), b.float())
+    return made.to(a.dtype) if out is None else out.copy_(made)
+
+
+def window(rows: int) -> int:
+    """How many rows to multiply where ``rows`` are wanted, so that few different numbers ever are.
+
+    oneDNN makes code for every new shape, which takes 20 ms where the product itself takes one, and keeps that of the
+    last 1,024. The numbers of rows that experts get change with every step: they are rounded up by 4 % on average, in
+    eight steps to the next power of two, and to whole tiles of AMX, 16 rows.
+    """
+    step = max(16, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
