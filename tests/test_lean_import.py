@@ -39,6 +39,14 @@ def test_megatron_and_deepspeed_bring_no_compiler_and_no_service() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_model_is_used_without_what_trains_it() -> None:
+    """Both speak on standard output when they are imported."""
+    script = "import sys, moe_mamba.commands.evaluate, moe_mamba.commands.generate, moe_mamba.run.inference\n"
+    script += "assert not {'deepspeed', 'megatron'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")  # its text is sharded, for which megatron-core is imported
 def test_a_run_imports_nothing_that_it_does_not_use(tiny: Path, tmp_path: Path) -> None:

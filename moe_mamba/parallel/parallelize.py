@@ -13,7 +13,6 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups, expert_group_name
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.placement import ParameterShard
-from moe_mamba.parallel.replicas import mark_replica
 from moe_mamba.parallel.run_plan import RunPlan
 
 
@@ -106,7 +105,8 @@ def mark_parameters(model: LanguageModel, groups: Groups, held: dict[str, Parame
         if shard.experts is not None and groups.topology.is_sharded:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = expert_group_name(groups.topology, shard.experts)  # type: ignore[attr-defined]
-        mark_replica(parameter, groups.replicas[shard.replicas] if shard.replicas > 1 else None)
+        group = groups.replicas[shard.replicas] if shard.replicas > 1 else None
+        parameter.replica_group = group  # type: ignore[attr-defined]
 
 
 def check_compiler(config: TrainConfig) -> None:

@@ -22,13 +22,8 @@ from torch.distributed import ProcessGroup
 from moe_mamba.parallel.gradients import held_gradients
 
 
-def mark_replica(parameter: nn.Parameter, group: ProcessGroup | None) -> None:
-    """Note which ranks hold the same part of a parameter, and sum its gradient; None: no other rank does."""
-    parameter.replica_group = group  # type: ignore[attr-defined]
-
-
 def group_of_replicas(parameter: nn.Parameter) -> ProcessGroup | None:
-    """The ranks that hold the same part of a marked parameter; None: no other rank does."""
+    """The ranks that hold the same part of a parameter (`parallelize.mark_parameters`); None: no other rank does."""
     return parameter.replica_group  # type: ignore[attr-defined, no-any-return]
 
 
