@@ -1,6 +1,7 @@
 """Products of a few bf16 rows with a bf16 matrix in C++ (``csrc/few_rows.cpp``), which is read once, as it lies."""
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def few_rows(x: Tensor, weight: Tensor, is_transposed: bool, y: Tensor) -> None:
     library().few_rows(ctypes.byref(arguments))
 
 
+@cache
 def most_rows() -> int:
     """Up to how many rows this is quicker than a library: those for bf16 win from 5 on, a detour over fp32 later."""
     return 4 if multiplies_bf16() else 16

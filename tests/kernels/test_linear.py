@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_mamba.kernels import grouped_matmul, linear, products, requirements
+from moe_mamba.kernels.few_rows import most_rows
 from moe_mamba.kernels.grouped_matmul.loop import product_by_group, weight_gradient_by_group
 from moe_mamba.kernels.products import ISA, multiplies_bf16, window
 from tests.kernels.available import typed_cases
@@ -23,9 +24,14 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     multiplies = request.param == "multiplies bf16"
     monkeypatch.setattr(products, "processor_flags", lambda: frozenset(["amx_bf16"] if multiplies else []))
     monkeypatch.delenv(ISA, raising=False)
-    multiplies_bf16.cache_clear()
+    forget()
     yield multiplies
+    forget()
+
+
+def forget() -> None:
     multiplies_bf16.cache_clear()
+    most_rows.cache_clear()
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -143,7 +149,7 @@ def test_a_group_sees_nothing_of_the_next_ones_nan(processor: bool) -> None:
 def test_what_one_dnn_may_not_use_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "processor_flags", lambda: frozenset(["amx_bf16"]))
     for most, expected in (("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", True), ("all", True)):
-        multiplies_bf16.cache_clear()
+        forget()
         monkeypatch.setenv(ISA, most)
         assert multiplies_bf16() is expected
-    multiplies_bf16.cache_clear()
+    forget()

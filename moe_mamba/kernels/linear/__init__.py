@@ -1,5 +1,6 @@
 """A linear layer: torch's, but for bf16 on a CPU, where that is slow for a few rows, and on some processors for all."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     Returns:
         (..., out) in the dtype of x.
     """
-    if x.device.type != "cpu" or weight.dtype != x.dtype:
+    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     _, function = choose("linear", "cpu", x.dtype, backend)
     return function(x, weight, bias)

@@ -19,14 +19,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _run(x: Tensor, weight: Tensor) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    if y.numel() == 0:
-        return y
-    rows, made = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    if len(rows) <= most_rows():
-        few_rows(unit_stride(rows), unit_stride(weight), True, made)
+    if x.dim() != 2:
+        return _run(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if 0 < x.shape[0] <= most_rows():
+        few_rows(unit_stride(x), unit_stride(weight), True, y)
     else:
-        product(rows, weight.t(), out=made)
+        product(x, weight.t(), out=y)
     return y
 
 

@@ -26,10 +26,10 @@ def _run(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> 
     if y.numel() == 0:
         return y, stream
     d, weight = x.shape[-1], dense(weight, torch.float32)
-    rows = unit_stride(x.reshape(-1, d))
-    others = rows if residual is None else unit_stride(residual.reshape(-1, d))
+    rows = unit_stride(x if x.dim() == 2 else x.reshape(-1, d))
+    others = rows if residual is None else unit_stride(residual if x.dim() == 2 else residual.reshape(-1, d))
     norm = _Norm(
-        len(rows), d, torch.get_num_threads(), rows.stride(0), others.stride(0), epsilon, rows.data_ptr(),
+        rows.shape[0], d, torch.get_num_threads(), rows.stride(0), others.stride(0), epsilon, rows.data_ptr(),
         None if residual is None else others.data_ptr(), weight.data_ptr(), y.data_ptr(),
         None if residual is None else stream.data_ptr(),
     )  # fmt: skip
