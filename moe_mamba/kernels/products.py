@@ -17,9 +17,15 @@ MULTIPLIES = frozenset(["amx_bf16", "bf16"])
 ISA = "ONEDNN_MAX_CPU_ISA"  # environment variable: the most that oneDNN, which multiplies, may use
 
 
-@cache
+@torch.compiler.assume_constant_result  # what traces a caller does not read files
 def multiplies_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices faster than fp32 ones, and oneDNN is free to use that."""
+    return read_processor()
+
+
+@cache
+def read_processor() -> bool:
+    """See ``multiplies_bf16``, which does not read it twice."""
     most = os.environ.get(ISA, "ALL").upper()
     return bool(MULTIPLIES & processor_flags()) and (most in ("ALL", "DEFAULT") or "AMX" in most)
 

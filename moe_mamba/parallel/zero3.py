@@ -19,8 +19,8 @@ import deepspeed
 import deepspeed.runtime.zero.utils
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from moe_mamba.kernels import linear
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_mamba.kernels import grouped_matmul, linear, products, requirements
 from moe_mamba.kernels.few_rows import most_rows
 from moe_mamba.kernels.grouped_matmul.loop import product_by_group, weight_gradient_by_group
-from moe_mamba.kernels.products import ISA, multiplies_bf16, window
+from moe_mamba.kernels.products import ISA, multiplies_bf16, read_processor, window
 from tests.kernels.available import typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -30,7 +30,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def forget() -> None:
-    multiplies_bf16.cache_clear()
+    read_processor.cache_clear()
     most_rows.cache_clear()
 
 
