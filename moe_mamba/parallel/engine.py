@@ -19,6 +19,7 @@ from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
 from moe_mamba.parallel.placement import ParameterShard
 from moe_mamba.parallel.replicas import reduce_replicas
+from moe_mamba.parallel.topology import World
 
 with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
@@ -46,7 +47,7 @@ def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_bat
             "gradient_accumulation_steps": train.global_batch // (micro_batch * data),
             "gradient_clipping": 0.0,  # by `step`
             "zero_allow_untested_optimizer": True,  # a subclass of AdamW
-            "zero_optimization": _zero_settings(model, config, groups.topology.world.device),
+            "zero_optimization": _zero_settings(model, config, groups.topology.world),
             "zero_force_ds_cpu_optimizer": False,  # it would be compiled at the start
             "steps_per_print": 2**31,
             "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
@@ -68,10 +69,10 @@ def _tell_zero_of_the_last_micro_step(engine: deepspeed.DeepSpeedEngine, *_: obj
     engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
 
 
-def _zero_settings(model: LanguageModel, config: Config, device: torch.device) -> dict[str, Any]:
+def _zero_settings(model: LanguageModel, config: Config, world: World) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
-        "overlap_comm": _reduces_beside_backward(model, config.parallel.zero, device),
+        "overlap_comm": _reduces_beside_backward(model, config.parallel.zero, world),
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
@@ -82,15 +83,15 @@ def _zero_settings(model: LanguageModel, config: Config, device: torch.device) -
     return zero
 
 
-def _reduces_beside_backward(model: LanguageModel, stage: int, device: torch.device) -> bool:
+def _reduces_beside_backward(model: LanguageModel, stage: int, world: World) -> bool:
     """Whether ZeRO reduces a full bucket of gradients while the backward pass goes on, on a stream of its own.
 
-    There are streams on GPUs alone. With gloo nothing would run beside the backward pass, and a bucket would be what
-    hooks have filled it with, in their order; without, sums have the order of the parameters. A gradient that fits in
-    no bucket would be freed, at ZeRO 1 and 2, while that stream still reads it: DeepSpeed notes it with the allocator
-    only where it offloads.
+    There are streams on GPUs alone, and one rank has nobody to reduce with: DeepSpeed would only wait for it. With gloo
+    nothing would run beside the backward pass, and a bucket would be what hooks have filled it with, in their order;
+    without, sums have the order of the parameters. A gradient that fits in no bucket would be freed, at ZeRO 1 and 2,
+    while that stream still reads it: DeepSpeed notes it with the allocator only where it offloads.
     """
-    if device.type != "cuda" or stage == 0:
+    if world.device.type != "cuda" or world.size == 1 or stage == 0:
         return False
     return stage == 3 or all(parameter.numel() <= BUCKET for parameter in model.parameters())
 

@@ -16,13 +16,16 @@ BEGIN = (
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_tensor_coalesced"),
     *("alltoall", "alltoall_base", "all_to_all_single"),
 )
+# On a GPU besides: where the host or a stream waits for other streams, as for ZeRO's, which reduces beside the passes.
+JOIN = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Stream, "wait_event"))
 
 
 class Waiting:
     """Seconds that this rank is in collectives, which are mostly seconds of waiting for the slowest rank.
 
-    On a CPU the time of the calls; on a GPU the time between events of the current stream, read only later, so that
-    nothing is synchronised: of a collective that runs beside the computing, what the stream waits for it at its end.
+    On a CPU the time of the calls; on a GPU the time between events of the stream that is current where measuring
+    begins, read only later, so that nothing is synchronised: of a collective that runs beside the computing, what this
+    stream waits for it at its end.
 
     Args:
         device: of this rank.
@@ -37,7 +40,11 @@ class Waiting:
     def measured(self) -> Iterator[None]:
         """Measure while the block lasts, from 0. torch has no hook at a collective: its methods are wrapped."""
         self._seconds, self._events = 0.0, []
-        methods = [(ProcessGroup, name) for name in BEGIN if name in vars(ProcessGroup)] + [(Work, "wait")]
+        methods: list[tuple[Any, str]] = [(ProcessGroup, name) for name in BEGIN if name in vars(ProcessGroup)]
+        methods.append((Work, "wait"))
+        if self._on_gpu:
+            self._stream = torch.cuda.current_stream()
+            methods += JOIN
         whole = [vars(owner)[name] for owner, name in methods]  # as they lie there, to be put back
         for owner, name in methods:
             setattr(owner, name, self._wrapped(getattr(owner, name)))
@@ -56,9 +63,9 @@ class Waiting:
         def timed(*arguments: Any, **options: Any) -> Any:
             if self._on_gpu:
                 pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                pair[0].record()  # type: ignore[no-untyped-call]
+                pair[0].record(self._stream)  # type: ignore[no-untyped-call]
                 result = method(*arguments, **options)
-                pair[1].record()  # type: ignore[no-untyped-call]
+                pair[1].record(self._stream)  # type: ignore[no-untyped-call]
                 self._events.append(pair)
                 return result
             begin = time.perf_counter()

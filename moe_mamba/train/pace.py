@@ -23,15 +23,18 @@ DELAY = 2  # steps: figures of a step travel so many steps later
 class _Measured:
     """A step of this rank."""
 
+    after: Moment | None
     begin: Moment
     end: Moment
     waiting: Waiting
     data_seconds: float
 
     def figures(self) -> list[float]:
-        """Seconds of computing, seconds in which the step waited for its data, seconds of the whole step."""
-        seconds = self.end.seconds_since(self.begin)
-        return [max(seconds - self.waiting.seconds(), 0.0), self.data_seconds, seconds + self.data_seconds]
+        """Seconds of computing, seconds in which the device waited for the step's data, seconds of the whole step."""
+        seconds, data = self.end.seconds_since(self.begin), self.data_seconds
+        if self.after is not None:  # while the host waited, a GPU may have been at the step before
+            data = min(data, self.begin.seconds_since(self.after))
+        return [max(seconds - self.waiting.seconds(), 0.0), data, seconds + data]
 
 
 class Pace:
@@ -67,12 +70,15 @@ class Pace:
         self.slowest: dict[str, float] | None = None
 
     def waited_for_data(self, seconds: float) -> None:
-        """Note how long the coming step waited for its batches."""
+        """Note how long the host waited for batches before the coming step."""
         self._data_seconds = seconds
 
     @contextmanager
-    def measured(self, step: int) -> Iterator[None]:
-        """Measure step number `step` while the block lasts, if it is one of those that are."""
+    def measured(self, step: int, after: Moment | None) -> Iterator[None]:
+        """Measure step number `step` while the block lasts, if it is one of those that are.
+
+        `after` is the end of the step before; None where it follows on none.
+        """
         if (step + DELAY) % self.every:
             yield
             return
@@ -80,7 +86,7 @@ class Pace:
         waiting, begin = Waiting(device), Moment(device)
         with waiting.measured():
             yield
-        self._measured[step] = _Measured(begin, Moment(device), waiting, self._data_seconds)
+        self._measured[step] = _Measured(after, begin, Moment(device), waiting, self._data_seconds)
 
     def row(self, step: int) -> list[float]:
         """What this rank has to tell with step number `step`, for a sum over ranks; nothing if nothing was measured.

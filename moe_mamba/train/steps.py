@@ -161,7 +161,7 @@ class Steps:
         targets, batch = self._targets, batch.to(self.device)
         pace = self.pace.row(number)
         engines.set_learning_rate(self.engine, rate)
-        with self.pace.measured(number):
+        with self.pace.measured(number, self._previous):
             sums = self._gradient(batch, targets)
             own = to_device([following.counted, *self.stop.asked, *pace], self.device)
             own = torch.cat([sums.cross_entropy.double()[None], own])

@@ -11,6 +11,7 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.optimizer import AdamW, parameter_groups
 from moe_mamba.parallel.parallelize import cast_to_bf16
+from moe_mamba.parallel.topology import World as Ranks
 from tests.parallel.layouts import Layout, Trained, assemble, config_of, train
 from tests.parallel.test_parity import worst
 from tests.world import World
@@ -67,16 +68,20 @@ def test_designs_keep_their_routers_in_fp32_and_their_experts_decay() -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_zero_reduces_beside_the_backward_pass_on_gpus(zero: int, device: str) -> None:
+@pytest.mark.parametrize(("device", "ranks"), [("cpu", 2), ("cuda", 2), ("cuda", 1)])
+def test_zero_reduces_beside_the_backward_pass_on_several_gpus(
+    zero: int, device: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(None, {"parallel.zero": zero, "model.pattern": "M-", "model.d_model": 32})
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe)
-        settings = engines._zero_settings(model, config, torch.device(device))
-        assert settings["overlap_comm"] is (device == "cuda" and zero > 0)
-        model.extra = nn.Parameter(torch.empty(engines.BUCKET + 1))
-    settings = engines._zero_settings(model, config, torch.device(device))
-    assert settings["overlap_comm"] is (device == "cuda" and zero == 3), "its gradient fits in no bucket"
+        large = nn.Parameter(torch.empty(engines.BUCKET + 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    several, processes = device == "cuda" and ranks > 1, Ranks(0, ranks, 0, ranks)
+    assert engines._zero_settings(model, config, processes)["overlap_comm"] is (several and zero > 0)
+    model.extra = large
+    settings = engines._zero_settings(model, config, processes)
+    assert settings["overlap_comm"] is (several and zero == 3), "its gradient fits in no bucket"
 
 
 def train_in_small_buckets(config: Config, steps: int, beside: bool) -> Trained:

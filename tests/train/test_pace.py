@@ -15,7 +15,8 @@ from moe_mamba.parallel.waiting import Waiting
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import Events, read_events
 from moe_mamba.run.metrics import read_metrics
-from moe_mamba.train.pace import MEASUREMENTS, Pace
+from moe_mamba.train.pace import DELAY, MEASUREMENTS, Pace
+from moe_mamba.train.reading import Moment
 from tests.train.seams import stepping_in
 from tests.world import World
 
@@ -90,6 +91,64 @@ def test_who_comes_late_waits_least(world: World) -> None:
     (early, whole), (late, _) = world.run(wait_for_each_other, 1)
     assert early > 0.5 > late  # 0.6 s of sleep, in which rank 0 can only wait
     assert whole
+
+
+class Stream:
+    """A GPU's stream, whose clock goes where something works on it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+
+def test_on_a_gpu_a_collective_beside_the_computing_counts_what_is_waited_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computing, beside = Stream(), Stream()
+    current = [computing]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Stream | None = None) -> None:
+            self.time = (stream or current[0]).now
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.time - self.time)
+
+    def work(seconds: float) -> None:
+        current[0].now += seconds
+
+    def synchronize() -> None:
+        computing.now = beside.now = max(computing.now, beside.now)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(dist.ProcessGroup, "allreduce", work)
+    waiting = Waiting(torch.device("cuda"))
+    with waiting.measured():
+        dist.ProcessGroup.allreduce(0.5)  # type: ignore[arg-type]
+        current[0] = beside
+        dist.ProcessGroup.allreduce(4.0)  # type: ignore[arg-type]
+        current[0] = computing
+        work(3.0)
+        torch.cuda.synchronize()
+    assert waiting.seconds() == pytest.approx(0.5 + 0.5)  # the second ends half a second after the computing
+    assert torch.cuda.synchronize is synchronize
+
+
+@pytest.mark.parametrize(("idle", "least", "most"), [(5.0, 0.5, 0.5), (0.0, 0.0, 0.2)])
+def test_data_that_the_host_waits_for_while_the_device_works_costs_nothing(
+    pace: Pace, idle: float, least: float, most: float
+) -> None:
+    before = Moment(torch.device("cpu"))
+    before._seconds -= idle
+    pace.waited_for_data(0.5)
+    with pace.measured(4, before):
+        pass
+    _, data, _ = pace.row(4 + DELAY)[: Pace.FIGURES]
+    assert least <= data / pace._topology.tensor <= most
 
 
 def train_with_a_slow_rank(rank: int, **arguments: Any) -> None:
