@@ -17,10 +17,13 @@ MULTIPLIES = frozenset(["amx_bf16", "bf16"])
 ISA = "ONEDNN_MAX_CPU_ISA"  # environment variable: the most that oneDNN, which multiplies, may use
 
 
-@torch.compiler.assume_constant_result  # what traces a caller does not read files
 def multiplies_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices faster than fp32 ones, and oneDNN is free to use that."""
     return read_processor()
+
+
+# What traces a caller does not read files. torch.compiler.assume_constant_result would import the compiler.
+multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
