@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.train import train
 from moe_mamba.checkpoint import divergence, store
@@ -23,6 +21,7 @@ from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.engine import state_shards
 from moe_mamba.run.metrics import read_metrics
+from tests.train.counting import Counted
 from tests.train.runs import STEPS, curve, run, same_weights, save_as_before
 from tests.train.seams import stepping_in
 from tests.world import WorkerError, World
@@ -418,22 +417,6 @@ def test_a_save_that_nothing_is_known_of_is_used(world: World, tiny: Path, tmp_p
 
 
 # What it costs
-
-
-class Counted(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host, and collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        name = function.name()
-        if "_local_scalar_dense" in name:
-            self.counts["reads"] += 1
-        elif name.startswith("c10d::"):
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def count(looks: bool, **arguments: Any) -> tuple[list[Counter], list[Counter]]:

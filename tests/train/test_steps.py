@@ -2,14 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.train import train
 from moe_mamba.parallel import engine as engines
@@ -18,30 +16,13 @@ from moe_mamba.train.reading import Reading
 from moe_mamba.train.steps import Steps
 from moe_mamba.train.trainer import Trainer
 from tests.parallel.layouts import Layout, batch_of, build, config_of
+from tests.train.counting import Counted
 from tests.train.poison import train_poisoned
 from tests.train.runs import STEPS, curve, read_metrics, same_weights
 from tests.train.seams import stepping_in
 from tests.world import WorkerError, World
 
 NAN = math.nan
-# Operations whose result the host waits for.
-READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "bincount")
-
-
-class Counted(TorchDispatchMode):
-    """Counts what the host reads of tensors, and the all-reduces that it orders."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        name = function.name()
-        if name.split("::")[1].split(".")[0] in READS:
-            self.counts["reads"] += 1
-        elif name == "c10d::allreduce_":
-            self.counts["all-reduces"] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def count(**arguments: Any) -> list[Counter[str]]:
@@ -84,7 +65,7 @@ def test_the_loop_reads_one_vector_a_step(world: World, tiny: Path, tmp_path: Pa
         for step in steps[2:]:
             assert step["steps read"] == 1
             assert step["reads"] == others
-            assert step["all-reduces"] == reduced
+            assert step["c10d::allreduce_"] == reduced
 
 
 def order(**arguments: Any) -> list[tuple[str, int]]:
