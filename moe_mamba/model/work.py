@@ -175,22 +175,16 @@ def layer_work(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Sh
     return work
 
 
-def layer_sends(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
-    """All that a layer sends from a rank.
+def layer_crossings(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share) -> Iterator[Sent]:
+    """What the mixers of a layer send at their entries and exits.
 
-    Mixers of one layer whose ranks have parts of their sums enter and leave together; see ``ParallelMixers``.
+    Those of several whose ranks have parts of their sums enter and leave together; see ``ParallelMixers``.
     """
-    sends = [sent for mixer in spec.mixers for sent in mixer.sends(config, moe, share)]
-    if len(spec.mixers) == 1:
-        sends += crossings(share, config.d_model, spec.mixers[0].crossings(config, moe, share))
-        return sends
-    apart = 0
-    together = False
-    for mixer in spec.mixers:
-        joins = mixer.gathers_tokens or (mixer.routes and share.expert_tensor)
-        together = together or joins
-        apart += 0 if joins else mixer.crossings(config, moe, share)
-    return sends + crossings(share, config.d_model, together + apart)
+    apart = [mixer.crossings(config, moe, share) for mixer in spec.mixers]
+    if len(apart) > 1:
+        joins = [mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in spec.mixers]
+        apart = [0 if joined else times for joined, times in zip(joins, apart, strict=True)] + [int(any(joins))]
+    return crossings(share, config.d_model, sum(apart))
 
 
 def crossings(share: Share, d_model: int, times: int) -> Iterator[Sent]:
