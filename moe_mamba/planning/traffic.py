@@ -5,24 +5,24 @@ written down here. Nothing is run: tests compare it, to the byte and to the call
 own step, at every stage of ZeRO.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 from moe_mamba.kernels.cross_entropy.linear import CHUNK
 from moe_mamba.model.pattern import layer_specs
 from moe_mamba.model.work import FP32, Rows, Sent, Share, crossings, layer_crossings
+from moe_mamba.parallel.buckets import BUCKET, LIVE, PERSISTENT, WHOLE_BUCKET
+from moe_mamba.parallel.grouping import OptimizerGroup, optimizer_groups
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology
 from moe_mamba.planning.load import Load
-from moe_mamba.planning.optimizer_groups import OptimizerGroup, optimizer_groups
 
 FP64 = 8
-BUCKET = 2**26  # elements: parallel.engine.BUCKET, whose module would import DeepSpeed
-ZERO_0_BUCKET = 500_000_000  # elements, DeepSpeed's
-FIGURES = 5  # that the trainer adds to a step's norm: loss, targets, and a flag for each reason to stop
+BF16 = 2
+GATHERED = 50_000_000  # elements that ZeRO-3 gathers ahead together, by DeepSpeed's default
+FIGURES = 7  # that the trainer adds to the norm: loss, targets of the next batch, and one for each reason to stop
 REDUCED_BESIDE = "gradients"
 BESIDE = "experts beside"
 
@@ -193,38 +193,43 @@ def _of_engine(plan: RunPlan, accumulation: int) -> Calls:
         yield "all-reduce", f"replicas {replicas}", "replicas", numbers * FP32, 1
     if zero in (1, 2):
         for group in groups:
-            yield "all-gather", group.sharing, "weights", group.padded * group.width, 1
+            yield "all-gather", sharing(group), "weights", group.padded * (FP32 if group.is_fp32 else BF16), 1
 
 
-def _of_gradients(groups: list[OptimizerGroup], zero: int, times: int) -> Calls:
+def sharing(group: OptimizerGroup) -> str:
+    """The ranks that hold a group's parameters: those whose gradients are averaged."""
+    return "data" if group.experts is None else f"{group.experts}_data"
+
+
+def _of_gradients(groups: Sequence[OptimizerGroup], zero: int, times: int) -> Calls:
     """All-reduces of gradients in fp32, in buckets; each bucket's experts by themselves.
 
     DeepSpeed's ZeRO all-reduces at stages 1 and 2, where a reduce-scatter would do.
     """
     if zero == 0:
-        for sharing in dict.fromkeys(group.sharing for group in groups):
-            sizes = [one.numbers for group in groups if group.sharing == sharing for one in group.held]
-            for bucket in _filled(sizes, ZERO_0_BUCKET):
-                yield "all-reduce", sharing, "gradients", bucket * FP32, times
+        for ranks in dict.fromkeys(map(sharing, groups)):
+            sizes = [size for group in groups if sharing(group) == ranks for size in group.sizes]
+            for together in _filled(sizes, WHOLE_BUCKET):
+                yield "all-reduce", ranks, "gradients", together * FP32, times
         return
-    bucket = Counter[str]()
+    bucket: Counter[str] = Counter()
     for group in groups:
-        for one in group.held:
-            if bucket and bucket.total() + one.numbers > BUCKET:
+        for size in group.sizes:
+            if bucket and bucket.total() + size > BUCKET:
                 yield from _reduced(bucket, times)
                 bucket.clear()
-            if one.numbers > BUCKET:  # travels by itself, in the parts that ranks own
-                owned = max(1, group.padded // group.ranks)
-                for part in _filled([min(owned, one.numbers - n) for n in range(0, one.numbers, owned)], BUCKET):
-                    yield "all-reduce", group.sharing, "gradients", part * FP32, times
+            if size > BUCKET:  # travels by itself, in the parts that ranks own
+                owned = [min(group.partition, size - first) for first in range(0, size, group.partition)]
+                for together in _filled(owned, BUCKET):
+                    yield "all-reduce", sharing(group), "gradients", together * FP32, times
             else:
-                bucket[group.sharing] += one.numbers
+                bucket[sharing(group)] += size
     yield from _reduced(bucket, times)
 
 
-def _reduced(bucket: Counter[str], times: int) -> Calls:
-    for sharing, numbers in bucket.items():
-        yield "all-reduce", sharing, "gradients", numbers * FP32, times
+def _reduced(bucket: Mapping[str, int], times: int) -> Calls:
+    for ranks, numbers in bucket.items():
+        yield "all-reduce", ranks, "gradients", numbers * FP32, times
 
 
 def _filled(sizes: list[int], most: int) -> Iterator[int]:
@@ -239,26 +244,49 @@ def _filled(sizes: list[int], most: int) -> Iterator[int]:
         yield total
 
 
-def _replicas(plan: RunPlan, groups: list[OptimizerGroup]) -> Counter[int]:
+def _replicas(plan: RunPlan, groups: Sequence[OptimizerGroup]) -> Counter[int]:
     """Ranks that hold the same -> elements of them whose gradients lie on this rank before the step.
 
     At ZeRO 0 all; at 1 and 2 those in its part of each flat group; at 3 its part of each parameter, padded.
     """
     found: Counter[int] = Counter()
-    zero = plan.config.parallel.zero
+    zero, rank = plan.config.parallel.zero, plan.topology.world.rank
     for group in groups:
-        part = group.padded // group.ranks
-        first = part * members(plan.topology, group.sharing).index(plan.topology.world.rank)
-        end = 0
-        for one in group.held:
-            begin, end = end, end + one.numbers
-            owned = max(0, min(end, first + part) - max(begin, first))
-            mine = {0: one.numbers, 3: math.ceil(one.numbers / group.ranks)}.get(zero, owned)
-            if one.replicas > 1 and mine:
-                found[one.replicas] += mine
+        first, end = group.partition * members(plan.topology, sharing(group)).index(rank), 0
+        for name, size in zip(group.names, group.sizes, strict=True):
+            begin, end = end, end + size
+            owned = max(0, min(end, first + group.partition) - max(begin, first))
+            mine = {0: size, 3: -(-size // group.ranks)}.get(zero, owned)
+            if (replicas := plan.shards[name].replicas) > 1 and mine:
+                found[replicas] += mine
     return found
 
 
-def _of_zero_3(plan: RunPlan, groups: list[OptimizerGroup], accumulation: int) -> Calls:
-    """Weights are gathered before each pass of a module, and gradients reduce-scattered, in each micro-step."""
-    raise NotImplementedError
+def _of_zero_3(plan: RunPlan, groups: Sequence[OptimizerGroup], accumulation: int) -> Calls:
+    """ZeRO-3's weights and gradients; each parameter is padded to a multiple of its ranks.
+
+    In each micro-step weights are gathered before a module's forward pass, in bf16 but for those that stay fp32, and
+    before its backward pass again, unless that is so near that DeepSpeed keeps them (``LIVE`` elements of modules in
+    between); and gradients are reduce-scattered in fp32. Small weights stay gathered, and are gathered after the update.
+    """
+    kept_fp32 = plan.model.fp32_parameter_names()
+    is_half = plan.config.train.precision == "bf16"
+    widths: Counter[int] = Counter()
+    whole = 0
+    for group in groups:
+        for name, size in zip(group.names, group.sizes, strict=True):
+            padded = -(-size // group.ranks) * group.ranks
+            whole += padded
+            if size <= PERSISTENT:
+                yield "all-gather", sharing(group), "weights", padded * FP32, 1
+            else:
+                widths[BF16 if is_half and name not in kept_fp32 else FP32] += padded
+    gathered = widths.total()
+    again = max(0, gathered - LIVE // 2)
+    for width, numbers in widths.items():
+        times = -(-numbers // GATHERED)
+        size = numbers * width * (gathered + again) // gathered
+        for part in range(times):
+            yield "all-gather", "data", "weights", size * (part + 1) // times - size * part // times, accumulation
+    for first in range(0, whole, BUCKET):
+        yield "reduce-scatter", "data", "gradients", min(BUCKET, whole - first) * FP32, accumulation
