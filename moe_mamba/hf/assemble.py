@@ -58,6 +58,7 @@ _INITIALIZERS = (
 DECLARED = (
     *("shard_specs", "hidden_specs", "kernel_operations", "activation_bytes"),
     *("idle_parameters", "flops_per_token", "depends_on_batch"),
+    *("work", "hidden_work", "inner_work", "sends", "_hidden_sends", "crossings", "_routed", "_rows", "_seen"),
 )
 """What mixers declare that Transformers never asks for."""
 
@@ -101,7 +102,7 @@ PARTS = (
     Part("model/initialize.py", only=_INITIALIZERS),
     Part("model/sequences.py"),
     Part("model/norm.py"),
-    Part("model/mixers/routing.py", without=("update_balance_bias", "Router.experts_per_token")),
+    Part("model/mixers/routing.py", without=("update_balance_bias", "capacity_of", "Router.experts_per_token")),
     Part("model/mixers/dispatch.py"),
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
     *_mixer_parts(),

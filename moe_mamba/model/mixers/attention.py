@@ -20,6 +20,7 @@ from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, State, Statistics, choose_rows
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.work import Attended, Pass, Product, Share, Work
 
 
 @dataclass(frozen=True)
@@ -318,12 +319,35 @@ class Attention(Mixer):
         """Queries, keys, values, outputs."""
         return config.d_model * 6 * width
 
+    @classmethod
+    def _seen(cls, config: ModelConfig, length: int) -> int:
+        """Twice the keys that all tokens of a sequence see together."""
+        window = min(config.sliding_window or length, length)
+        return 2 * window * length - window**2
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``; key and value heads, where there are fewer than ranks, are on several."""
+        head_dim, tokens = config.resolved_head_dim, share.tokens
+        query = config.heads // share.tensor * head_dim
+        key = max(1, config.resolved_kv_heads // share.tensor) * head_dim
+        seen = cls._seen(config, share.length)
+        size = tokens * (2 * query + 2 * key) * share.width
+        rotated = tokens * (query + key) * share.width if config.positions == "rope" else 0
+        return [
+            Product(tokens, config.d_model, query),
+            Product(tokens, config.d_model, key),
+            Product(tokens, config.d_model, key),
+            Pass(6 * rotated, 6 * rotated, 16 if rotated else 4),
+            Attended(2 * seen * share.batch * query, size),
+            Product(tokens, query, config.d_model),
+        ]
+
     def flops_per_token(self, length: int) -> int:
         """The matrices' and 6 x length x heads x head_dim: queries with keys, weights with values, half of them masked.
 
         With a sliding window of w < length tokens, 2 w - w^2 / length in the place of length.
         """
-        window = min(self.config.sliding_window or length, length)
-        seen = 2 * window * length - window**2  # twice the keys that a sequence's tokens see in all
+        seen = self._seen(self.config, length)
         products = 6 * seen * self.config.heads * self.head_dim // length
         return super().flops_per_token(length) + products

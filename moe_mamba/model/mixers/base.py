@@ -15,6 +15,7 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import ShardSpecs
+from moe_mamba.model.work import Sent, Share, Work
 
 Statistics = dict[str, RouterStatistics]
 """Name of a router inside the module that is asked -> what it measured."""
@@ -142,6 +143,21 @@ class Mixer(nn.Module):
     def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
         """What the backward pass needs of a token, roughly and generously, in bytes; ``width``: bytes of a number."""
         raise NotImplementedError
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """What a rank computes in a micro-step, of which it has ``share``."""
+        raise NotImplementedError
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """What a rank sends inside the mixer in a micro-step, of which it has ``share``; over groups of any size."""
+        return []
+
+    @classmethod
+    def crossings(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> int:
+        """How often a rank gathers the tokens of all tensor-parallel ranks, and reduce-scatters their sums."""
+        return int(cls.gathers_tokens)
 
     def idle_parameters(self) -> int:
         """Parameters that a token does not meet."""

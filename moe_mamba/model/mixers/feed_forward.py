@@ -9,6 +9,7 @@ from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.work import Product, Share, Work, activation_work
 
 
 def input_width(activation: str, width: int) -> int:
@@ -78,3 +79,18 @@ class FeedForward(Mixer):
             "in_proj.bias": inputs,
             "out_proj.weight": (ShardSpec(1, "tensor", (block,), key),),
         }
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``."""
+        return cls.hidden_work(config, config.resolved_d_ff, share)
+
+    @classmethod
+    def hidden_work(cls, config: ModelConfig, width: int, share: Share) -> list[Work]:
+        """Two products and an activation between them, of a hidden ``width`` that the ranks share."""
+        hidden, made = width // share.tensor, input_width(config.activation, width // share.tensor)
+        return [
+            Product(share.tokens, config.d_model, made),
+            activation_work(share.tokens, made, hidden, share.width),
+            Product(share.tokens, hidden, config.d_model),
+        ]

@@ -27,6 +27,7 @@ from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.norm import RMSNorm
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.work import Pass, Product, Scan, Sent, Share, Work, norm_work
 
 SMALLEST_DELTA, LARGEST_DELTA, DELTA_FLOOR = 1e-3, 1e-1, 1e-4  # at the start of training
 
@@ -271,6 +272,38 @@ class Mamba(Mixer):
     def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
         """x, z, convolution, delta, gate, scan's output in the compute dtype; the scan's inputs in fp32, too."""
         return config.d_inner * (8 * width + 8)
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``: the projections in and out, and what is between them."""
+        channels = config.d_inner // share.tensor
+        ways = [Product(share.tokens, config.d_model, 2 * channels), Product(share.tokens, channels, config.d_model)]
+        return [*ways, *cls.inner_work(config, share)]
+
+    @classmethod
+    def inner_work(cls, config: ModelConfig, share: Share) -> list[Work]:
+        """All but the projections in and out."""
+        tokens, width, channels = share.tokens, share.width, config.d_inner // share.tensor
+        low_rank, states = config.resolved_dt_rank, config.d_state
+        made, channel_bytes = low_rank + 2 * states, tokens * channels * width
+        work: list[Work] = [
+            Product(tokens, low_rank, channels),
+            Pass(2 * channel_bytes, 7 * channel_bytes, 3),  # convolution; backward x and z are joined again, too
+            Scan(tokens, channels, states, width),
+            Pass(0, 2 * tokens * made * width),  # delta, B and C are joined again
+        ]
+        if config.selective:
+            work.append(Product(tokens, channels, made))
+        if config.mamba_norms:
+            work.append(norm_work(tokens, made, width)._replace(operators=6))
+        return work
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """See ``Mixer``: what ``x_proj`` makes of all channels, and its gradient, are summed over the ranks."""
+        made = config.resolved_dt_rank + 2 * config.d_state
+        size = share.tokens * made * share.width
+        return [Sent("all-reduce", "tensor", size, forward=1, backward=1)] if config.selective else []
 
     def flops_per_token(self, length: int) -> int:
         """The matrices' and, for the scan, 9 a state forward (Mamba, section 4.5), three times that in all."""

@@ -12,9 +12,10 @@ from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import FeedForward, input_width
-from moe_mamba.model.mixers.routing import Router, RouterStatistics
+from moe_mamba.model.mixers.routing import Router, RouterStatistics, capacity_of
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs, prefixed
+from moe_mamba.model.work import Product, Rows, Sent, Share, Work, activation_work, counts_sent, exchange, routing_work
 
 
 class Experts(nn.Module):
@@ -141,3 +142,47 @@ class MoE(Mixer):
         """Of each expert that a token meets: its rows, and the hidden units before and after the activation."""
         hidden = (moe.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
         return (moe.top_k + moe.shared_experts) * (hidden + 2 * config.d_model) * width
+
+    @classmethod
+    def _routed(cls, moe: MoEConfig, share: Share) -> tuple[int, Rows]:
+        """Tokens that a rank routes, and the rows that it exchanges with the experts of its group."""
+        ranks = 1 if share.expert_tensor else share.tensor
+        tokens = share.tokens // ranks
+        if moe.router == "expert_choice":
+            capacity = capacity_of(moe, share.length)
+            rows = moe.experts * share.batch // ranks * (capacity or 0)
+        elif (capacity := capacity_of(moe, tokens)) is not None:
+            rows = moe.experts * capacity
+        else:
+            return tokens, share.rows_of("expert", "router", moe.experts, tokens * moe.top_k)
+        return tokens, Rows(rows, rows)
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``."""
+        tokens, rows = cls._routed(moe, share)
+        width = moe.d_expert or config.resolved_d_ff
+        hidden = width // share.tensor if share.expert_tensor else width
+        made, here = input_width(config.activation, hidden), moe.experts // share.expert
+        work: list[Work] = [
+            *routing_work(tokens, config.d_model, moe.experts, rows.received, share.width, share.expert),
+            Product(rows.received, config.d_model, made, here),
+            activation_work(rows.received, made, hidden, share.width),
+            Product(rows.received, hidden, config.d_model, here),
+        ]
+        if moe.shared_experts:
+            work += FeedForward.hidden_work(config, moe.shared_experts * width, share)
+        return work
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """See ``Mixer``: rows to their experts and back; without a capacity their numbers before."""
+        _, rows = cls._routed(moe, share)
+        counts = [counts_sent("expert", moe.experts)] if moe.capacity_factor is None else []
+        row = config.d_model * share.width
+        return [*counts, *exchange("expert", rows, row, row)]
+
+    @classmethod
+    def crossings(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> int:
+        """See ``Mixer``: of routed experts where tensor-parallel ranks share each, and of shared experts."""
+        return share.expert_tensor + bool(moe.shared_experts)

@@ -27,9 +27,21 @@ from moe_mamba.model.mixers.base import Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import input_width
 from moe_mamba.model.mixers.mamba import Mamba, out_scale
-from moe_mamba.model.mixers.routing import Router, unchanged
+from moe_mamba.model.mixers.routing import Router, capacity_of, unchanged
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.work import (
+    FP32,
+    Product,
+    Rows,
+    Sent,
+    Share,
+    Work,
+    activation_work,
+    counts_sent,
+    exchange,
+    routing_work,
+)
 
 ENTRIES = ("conv", "gate")  # the halves of in_proj, in their order
 PROJECTIONS = (*ENTRIES, "out")
@@ -247,3 +259,76 @@ class RoutedMamba(Mamba):
             hidden = (routing.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
         rows = len(inner.projections) * (config.d_model + config.d_inner + hidden)
         return super().activation_bytes(config, moe, width) + routing.top_k * rows * width
+
+    @classmethod
+    def _rows(cls, moe: MoEConfig, name: str, share: Share) -> Rows:
+        """Rows that a rank exchanges for a projection, and with which router's decision."""
+        routing = moe.inner_routing
+        router = "router" if moe.inner.router == "shared" else f"{name}_router"
+        if (capacity := capacity_of(routing, share.tokens)) is not None:
+            return Rows(routing.experts * capacity, routing.experts * capacity)
+        return share.rows_of("inner_expert", router, routing.experts, share.tokens * routing.top_k)
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``; the rows of a shared router are gathered once for both ways in."""
+        inner, routing, channels = moe.inner, moe.inner_routing, config.d_inner // share.tensor
+        here, work = routing.experts // share.inner_expert, cls.inner_work(config, share)
+        plain = [name for name in ENTRIES if name not in inner.projections]
+        if plain:
+            work.append(Product(share.tokens, config.d_model, len(plain) * channels))
+        if "out" not in inner.projections:
+            work.append(Product(share.tokens, channels, config.d_model))
+        for name in inner.projections:
+            rows = cls._rows(moe, name, share).received
+            read, made = (channels, config.d_model) if name == "out" else (config.d_model, channels)
+            is_first = inner.router == "own" or name == inner.projections[0]
+            routed = routing_work(share.tokens, read, routing.experts, rows, share.width, share.inner_expert)
+            work += routed if is_first else [one for one in routed if not isinstance(one, Product)]
+            if inner.expert == "linear":
+                work.append(Product(rows, read, made, here))
+                continue
+            # Where tensor-parallel ranks share what an expert reads, each makes its part of all hidden units' inputs.
+            hidden = routing.d_expert or config.resolved_d_ff
+            first, second = (hidden, hidden // share.tensor) if name == "out" else (hidden // share.tensor, hidden)
+            width = input_width(config.activation, first)
+            work += [
+                Product(rows, read, width, here),
+                activation_work(rows, input_width(config.activation, hidden // share.tensor), first, share.width),
+                Product(rows, second, made, here),
+            ]
+        return work
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """See ``Mixer``: as Mamba; rows of each routed projection, and what switch experts sum or gather inside."""
+        inner, routing, channels = moe.inner, moe.inner_routing, config.d_inner // share.tensor
+        sends, is_shared = super().sends(config, moe, share), inner.router == "shared"
+        ways = {name: (config.d_model, channels) for name in ENTRIES if name in inner.projections}
+        if is_shared and ways:  # one journey for all ways in
+            ways = {next(iter(ways)): (config.d_model, len(ways) * channels)}
+        if "out" in inner.projections:
+            ways["out"] = channels, config.d_model
+        if routing.capacity_factor is None:
+            sends += [counts_sent("inner_expert", routing.experts)] * (1 if is_shared else len(ways))
+        for name, (read, made) in ways.items():
+            rows = cls._rows(moe, name, share)
+            sends += exchange("inner_expert", rows, read * share.width, made * share.width, name != "out")
+        if "out" in inner.projections and not is_shared:
+            size = share.tokens * routing.experts * FP32
+            sends.append(Sent("all-reduce", "tensor", size, forward=1, backward=1))
+        if inner.expert == "switch":
+            sends += [sent for name in inner.projections for sent in cls._hidden_sends(config, moe, name, share)]
+        return sends
+
+    @classmethod
+    def _hidden_sends(cls, config: ModelConfig, moe: MoEConfig, name: str, share: Share) -> list[Sent]:
+        """The hidden units of switch experts: gathered on the ways in, their inputs' sums scattered on the way out."""
+        hidden = moe.inner_routing.d_expert or config.resolved_d_ff
+        size = cls._rows(moe, name, share).received * hidden * share.width
+        if name != "out":
+            gathered = Sent("all-gather", "tensor", size, forward=1)
+            return [gathered, Sent("reduce-scatter", "tensor", size, backward=1)]
+        size *= input_width(config.activation, 1)
+        scattered = Sent("reduce-scatter", "tensor", size, forward=1)
+        return [scattered, Sent("all-gather", "tensor", size, backward=1)]
