@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import describe, has_experts
-from moe_mamba.parallel.placement import ParameterShard, check_shards
+from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.load import Load
-
-FP32, BF16 = 4, 2  # bytes
+from moe_mamba.planning.state import FP32, state_of
 
 
 def plan(config: Config, gpus: int | None = None) -> dict[str, int]:
@@ -52,51 +51,25 @@ def layout(config: Config, gpus: int | None = None) -> Topology:
 
 
 def per_device(run_plan: RunPlan) -> dict[str, int]:
-    """What a device keeps from step to step; activations, and the buffers of gradients on their way, come on top.
-
-    Every rank's memory has the same shapes, padding included, so one rank speaks for all. ZeRO shares optimizer state
-    (1), gradients (2) and weights (3) among the devices that hold the same part of a parameter; the few weights that
-    ZeRO-3 leaves whole, because they are small, are counted as if it did not.
+    """What a device keeps from step to step; activations and buffers come on top. See ``state.py``.
 
     Returns:
         ``parameters_per_device``; ``weight_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` (AdamW's two moments
-        and, with ZeRO, fp32 masters) on the device; ``host_bytes`` of optimizer state that is offloaded.
+        and, with ZeRO, fp32 masters) on the device; ``host_bytes`` that an offloaded optimizer takes.
     """
-    config, model, topology = run_plan.config, run_plan.model, run_plan.topology
-    zero = config.parallel.zero
-    keep = model.fp32_parameter_names()
-    # ZeRO-3 cannot mix types, and keeps all in fp32.
-    is_half = config.train.precision == "bf16" and zero < 3
-    parameters = 0
-    weights = gradients = optimizer = 0.0
-    for name, _ in model.named_parameters():
-        count, sharing = math.prod(run_plan.shards[name].local_shape), _sharing(run_plan.shards[name], topology)
-        parameters += count
-        weights += count * (BF16 if is_half and name not in keep else FP32) / (sharing if zero == 3 else 1)
-        gradients += count * FP32 / (sharing if zero >= 2 else 1)
-        optimizer += count * (3 * FP32 / sharing if zero else 2 * FP32)
-    on_host = config.parallel.offload_optimizer
+    state = state_of(run_plan, "cuda")
     return {
-        "parameters_per_device": parameters,
-        "weight_bytes": math.ceil(weights),
-        "gradient_bytes": math.ceil(gradients),
-        "optimizer_bytes": 0 if on_host else math.ceil(optimizer),
-        "host_bytes": math.ceil(optimizer) if on_host else 0,
+        "parameters_per_device": state.parameters,
+        "weight_bytes": state.weights,
+        "gradient_bytes": state.gradients,
+        "optimizer_bytes": state.optimizer,
+        "host_bytes": state.host,
     }
 
 
 def checkpoint_bytes(model: LanguageModel) -> int:
     """What a checkpoint takes on the disk: fp32 weights and AdamW's two moments, each once, whatever the layout."""
     return 3 * FP32 * sum(parameter.numel() for parameter in model.parameters())
-
-
-def _sharing(shard: ParameterShard, topology: Topology) -> int:
-    """Devices among which ZeRO shares a parameter's state: those whose gradients of it are averaged."""
-    if shard.experts is None:
-        return topology.data
-    if shard.experts == "inner_expert":
-        return topology.data // topology.inner_expert
-    return (topology.data if topology.expert_tensor else topology.world.size) // topology.expert
 
 
 def table(config: Config, gpus: int | None = None) -> str:

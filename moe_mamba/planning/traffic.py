@@ -267,7 +267,7 @@ def _of_zero_3(plan: RunPlan, groups: Sequence[OptimizerGroup], accumulation: in
 
     In each micro-step weights are gathered before a module's forward pass, in bf16 but for those that stay fp32, and
     before its backward pass again, unless that is so near that DeepSpeed keeps them (``LIVE`` elements of modules in
-    between); and gradients are reduce-scattered in fp32. Small weights stay gathered, and are gathered after the update.
+    between); and gradients are reduce-scattered in fp32. Small weights stay gathered, and are so after the update.
     """
     kept_fp32 = plan.model.fp32_parameter_names()
     is_half = plan.config.train.precision == "bf16"

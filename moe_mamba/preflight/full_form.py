@@ -20,8 +20,9 @@ from moe_mamba.parallel.meeting import Meeting
 from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
-from moe_mamba.planning.memory import FP32, per_device
+from moe_mamba.planning.memory import per_device
 from moe_mamba.planning.micro_batch import choose_micro_batch
+from moe_mamba.planning.state import FP32
 from moe_mamba.preflight.checks import check_speed
 from moe_mamba.preflight.compute import measure_compute, measure_storage, sizes
 from moe_mamba.preflight.curves import measure_collective_curves, measure_compute_curves, median_curves
