@@ -30,7 +30,8 @@ def draw(estimates: Sequence[tuple[str, Estimate]], path: Path) -> None:
     for place, (_, one) in enumerate(estimates):
         time.text(101, place, f"{one.tokens_per_second:,.0f} tokens/s/GPU\nMFU {one.mfu:.0%}", va="center", fontsize=8)
     time.set_xlabel("share of a step's time, %")
-    time.set_xlim(0, 128)
+    time.set_xlim(0, 150)
+    time.set_xticks(range(0, 101, 20))
     memory.invert_yaxis()
     figure.savefig(path, dpi=110)
 

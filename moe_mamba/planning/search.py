@@ -8,6 +8,7 @@ micro-batch change none.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
@@ -134,12 +135,14 @@ def _yes(flag: bool) -> str:
 
 def margin_load(experts: int, ranks: int) -> Load:
     """A load of which the first of the ranks that share the experts gets ``MARGIN`` times the mean."""
-    if ranks == 1 or experts == ranks == 1:
+    if ranks == 1:
         return Load.parse("even")
     here = experts // ranks
     # Its first expert has all of the surplus; the others' share falls by what is taken from them.
     factor = 1 + (MARGIN - 1) * here * (experts - 1) / max(1, experts - here)
-    return Load.parse(f"skewed:{min(factor, experts):.6g}")
+    return Load(
+        f"even, and {MARGIN - 1:.0%} more on the fullest GPU", Fraction(min(factor, experts)).limit_denominator(10**4)
+    )
 
 
 def _layouts(config: Config, cluster: Cluster, gpus: int) -> Iterator[Config | None]:
@@ -181,9 +184,9 @@ def _is_possible(config: Config, gpus: int) -> bool:
 
 
 def _variants(plan: RunPlan) -> Iterator[RunPlan]:
-    """Stages of ZeRO, offloading and recomputation; ZeRO-3 knows no experts that DeepSpeed's engine would share."""
-    sharded = any(shard.experts is not None for shard in plan.shards.values()) and plan.topology.is_sharded
-    for zero, offload, recompute in itertools.product((1, 2) if sharded else (1, 2, 3), (False, True), (False, True)):
+    """Stages of ZeRO, offloading and recomputation; with experts the configuration refuses stage 3."""
+    stages = (1, 2) if has_experts(plan.config.model, plan.config.moe) else (1, 2, 3)
+    for zero, offload, recompute in itertools.product(stages, (False, True), (False, True)):
         yield with_keys(plan, parallel={"zero": zero, "offload_optimizer": offload}, train={"recompute": recompute})
 
 
