@@ -13,7 +13,8 @@ from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load, fullest_rank
-from moe_mamba.planning.memory import Memory, checkpoint_bytes, memory_of
+from moe_mamba.planning.memory import checkpoint_bytes
+from moe_mamba.planning.rough import Memory, memory_of
 from moe_mamba.planning.step_time import StepTime, step_time
 from moe_mamba.planning.traffic import Flow, traffic_of
 
