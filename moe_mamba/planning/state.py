@@ -4,10 +4,10 @@ Read off DeepSpeed 0.19's ``stage_1_and_2.py`` and ``stage3.py``, and compared w
 layout of the parity matrix (``tests/planning/test_state.py``). Groups and padding are those that the engine makes
 (``parallel/grouping.py``), so no rule is copied.
 
-ZeRO 0 keeps all of everything. ZeRO 1 and 2 lay each group's weights in one flat tensor, of which a rank updates a part:
-fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32. Under ZeRO 2 a rank keeps its
-part in fp32 where weights are bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients of all
-parameters of which the rank updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
+ZeRO 0 keeps all of everything. ZeRO 1 and 2 lay each group's weights in one flat tensor, of which a rank updates a
+part: fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32. Under ZeRO 2 a rank
+keeps its part in fp32 where weights are bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients
+of all parameters of which the rank updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
 """
 
 from dataclasses import dataclass, replace
