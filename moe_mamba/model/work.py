@@ -4,6 +4,7 @@ A mixer knows no rank. It is asked with the sizes of one rank's part (``Share``)
 passes over memory, and with collectives over groups that have names: those of ``model/sharding.py``.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -93,14 +94,14 @@ class Product(NamedTuple):
         rows: of all groups together.
         inner: summed over.
         out: columns.
-        groups: stacked experts that share the rows.
+        groups: stacked experts that share the rows; 0: it is no expert's.
         is_fp32: whether it is in fp32 whatever the stream is in (routers).
     """
 
     rows: int
     inner: int
     out: int
-    groups: int = 1
+    groups: int = 0
     is_fp32: bool = False
 
     @property
@@ -169,30 +170,37 @@ def activation_work(rows: int, made: int, hidden: int, width: int) -> Pass:
     return Pass(rows * (made + hidden) * width, rows * (2 * made + hidden) * width, 2)
 
 
-def layer_work(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
-    """All that a layer computes on a rank: its norm, and its mixers."""
-    work: list[Work] = [norm_work(share.tokens // share.tensor, config.d_model, share.width)]
-    for mixer in spec.mixers:
-        work += mixer.work(config, moe, share)
-    return work
+def layer_norm_work(config: ModelConfig, share: Share) -> Pass:
+    """What a layer computes beside its mixers."""
+    return norm_work(share.tokens // share.tensor, config.d_model, share.width)
 
 
-def layer_sends(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
-    """All that a layer sends from a rank.
+def vocabulary_work(config: ModelConfig, share: Share, rows: int) -> list[Work]:
+    """Embedding, final norm, head and loss, of a rank that holds ``rows`` of the vocabulary.
 
-    Mixers of one layer whose ranks have parts of their sums enter and leave together; see ``ParallelMixers``.
+    The head's gradients are made with its logits, which are written, read for the loss, and overwritten by theirs.
     """
-    sends = [sent for mixer in spec.mixers for sent in mixer.sends(config, moe, share)]
-    if len(spec.mixers) == 1:
-        sends += crossings(share, config.d_model, spec.mixers[0].crossings(config, moe, share))
-        return sends
-    apart = 0
-    together = False
-    for mixer in spec.mixers:
-        joins = mixer.gathers_tokens or (mixer.routes and share.expert_tensor)
-        together = together or joins
-        apart += 0 if joins else mixer.crossings(config, moe, share)
-    return sends + crossings(share, config.d_model, together + apart)
+    stream, logits = share.tokens // share.tensor * config.d_model * share.width, share.tokens * rows * share.width
+    return [
+        Pass(2 * stream, 3 * stream, 2),
+        norm_work(share.tokens // share.tensor, config.d_model, share.width),
+        Product(share.tokens, config.d_model, rows),
+        Pass(6 * logits, rows * config.d_model * FP32, 8),
+    ]
+
+
+def layer_crossings(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share) -> Iterator[Sent]:
+    """What the mixers of a layer send at their entries and exits.
+
+    Those of several whose ranks have parts of their sums enter and leave together; see ``ParallelMixers``.
+    """
+    times = [mixer.crossings(config, moe, share) for mixer in spec.mixers]
+    if len(times) == 1:
+        return crossings(share, config.d_model, times[0])
+    joins = [mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in spec.mixers]
+    apart = sum(one for one, joined in zip(times, joins, strict=True) if not joined)
+    # The exit of those that join comes last of all, behind the exit of the last that does not.
+    return itertools.chain(crossings(share, config.d_model, apart), crossings(share, config.d_model, int(any(joins))))
 
 
 def crossings(share: Share, d_model: int, times: int) -> Iterator[Sent]:

@@ -31,7 +31,7 @@ def check_fit(plan: RunPlan) -> str | None:
     host = host_bytes() // world.local_size
     device = torch.cuda.get_device_properties(world.device).total_memory if is_gpu else host
     batch, length = possible_micro_batches(plan)[0], config.data.sequence_length
-    memory = memory_of(plan, batch, Load(), world.device.type)
+    memory = memory_of(plan, batch, Load(), is_gpu=is_gpu)
     for needed, there in ((memory.state, device), (memory.host + (0 if is_gpu else memory.state), host)):
         if needed > there:
             raise UserError(

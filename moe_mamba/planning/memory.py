@@ -62,18 +62,19 @@ class Memory:
         return self.state + max(self.activations + self.communication, self.update) + self.fragmentation
 
 
-def memory_of(run_plan: RunPlan, micro_batch: int, load: Load, device: str = "cuda") -> Memory:
+def memory_of(run_plan: RunPlan, micro_batch: int, load: Load, *, is_gpu: bool = True) -> Memory:
     """What a rank needs: the one whose experts get most rows, and that keeps most gradients.
 
     Args:
         run_plan: of the run.
         micro_batch: sequences of a micro-step of a group of tensor-parallel ranks.
         load: how rows spread over experts.
-        device: type of the device that trains.
+        is_gpu: whether a GPU trains; else a CPU.
     """
+    device = "cuda" if is_gpu else "cpu"
     state = state_of(run_plan, device)
     activations = activations_of(run_plan, micro_batch, load, device).peak
-    share = FRAGMENTATION if device == "cuda" else 0.0
+    share = FRAGMENTATION if is_gpu else 0.0
     return Memory(
         weights=state.weights,
         gradients=state.gradients,

@@ -18,7 +18,7 @@ def plan(**keys: object) -> RunPlan:
 
 def test_what_fits_is_let_through_and_what_is_a_byte_too_large_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     run = plan(model__d_model=32, model__repeat=1)
-    memory = memory_of(run, 1, Load(), "cpu")
+    memory = memory_of(run, 1, Load(), is_gpu=False)
     state = memory.state
     assert check_fit(run) is None
     monkeypatch.setattr(fit, "host_bytes", lambda: state - 1)
