@@ -56,9 +56,10 @@ _INITIALIZERS = (
     *("embedding_weight", "head_weight"),
 )
 DECLARED = (
-    *("shard_specs", "hidden_specs", "kernel_operations", "activation_bytes"),
+    *("shard_specs", "hidden_specs", "kernel_operations"),
     *("idle_parameters", "flops_per_token", "depends_on_batch"),
     *("work", "hidden_work", "inner_work", "sends", "_hidden_sends", "crossings", "_routed", "_rows", "_seen"),
+    *("record", "record_hidden", "record_inner", "_record_ways", "_record_experts", "_record_rotated", "_masked"),
 )
 """What mixers declare that Transformers never asks for."""
 

@@ -40,6 +40,7 @@ class Share:
         expert: ranks that share the experts of a layer.
         inner_expert: ranks that share the experts inside a mixer.
         expert_tensor: whether each expert is shared by the tensor-parallel ranks.
+        resets: whether a sequence has several documents, which do not see one another.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class Share:
     expert: int = 1
     inner_expert: int = 1
     expert_tensor: bool = False
+    resets: bool = False
 
     @property
     def tokens(self) -> int:

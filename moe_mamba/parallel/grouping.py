@@ -4,11 +4,12 @@ ZeRO lays a group's parameters one behind the other, with padding at the end, an
 parameters updates one of as many equal parts.
 """
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
@@ -20,6 +21,9 @@ from moe_mamba.parallel.topology import Topology
 # Elements of a group of experts at most: ZeRO copies a group together when it starts, and whole at a step in fp32.
 LARGEST_OF_EXPERTS = 178_956_971
 ALIGNMENT = 2  # elements: ZeRO's parts of a group begin at multiples of four bytes, also in bf16
+
+
+_known: "weakref.WeakKeyDictionary[LanguageModel, dict[Any, tuple[OptimizerGroup, ...]]]" = weakref.WeakKeyDictionary()
 
 
 class Member(NamedTuple):
@@ -112,16 +116,25 @@ def optimizer_groups(plan: RunPlan) -> tuple[OptimizerGroup, ...]:
     Args:
         plan: of the run, on any rank: groups have the same sizes on all.
     """
-    config, topology = plan.config, plan.topology
+    config, known = plan.config, _known.setdefault(plan.model, {})
+    in_fp32 = config.train.precision == "fp32" or config.parallel.zero == 3
+    # All else that groups depend on; a search asks for the same ones many times.
+    key = plan.topology, in_fp32, config.train.weight_decay, config.train.decay_all
+    if key not in known:
+        known[key] = _groups_of(plan, in_fp32)
+    return known[key]
+
+
+def _groups_of(plan: RunPlan, in_fp32: bool) -> tuple[OptimizerGroup, ...]:
+    model, topology = plan.model, plan.topology
+    kept, not_decayed = model.fp32_parameter_names(), model.not_decayed()
     members = []
-    for name, is_kept, is_decayed in _facts(plan.model):
+    for name, parameter in model.named_parameters():
         shard = plan.shards[name]
-        size = 1
-        for length in shard.local_shape:
-            size *= length
-        is_fp32 = is_kept or config.train.precision == "fp32" or config.parallel.zero == 3
+        is_decayed = parameter.dim() >= 2 and name not in not_decayed
         experts = expert_group_name(topology, shard.experts) if shard.experts and topology.is_sharded else None
-        members.append(Member(name, size, is_fp32, decay(config, is_decayed), experts))
+        size = math.prod(shard.local_shape)
+        members.append(Member(name, size, in_fp32 or name in kept, decay(plan.config, is_decayed), experts))
     return tuple(
         OptimizerGroup(
             tuple(member.name for member in group),
@@ -147,18 +160,3 @@ def sharing_ranks(shard: ParameterShard, topology: Topology) -> int:
     if shard.experts == "inner_expert":
         return topology.data // topology.inner_expert
     return (topology.data if topology.expert_tensor else topology.world.size) // topology.expert
-
-
-Facts = tuple[tuple[str, bool, bool], ...]
-_known: "weakref.WeakKeyDictionary[LanguageModel, Facts]" = weakref.WeakKeyDictionary()
-
-
-def _facts(model: LanguageModel) -> Facts:
-    """Name of each parameter, whether it stays fp32, whether it is a matrix; found once for a model."""
-    if model not in _known:
-        kept, not_decayed = model.fp32_parameter_names(), model.not_decayed()
-        parameters = model.named_parameters()
-        _known[model] = tuple(
-            (name, name in kept, parameter.dim() >= 2 and name not in not_decayed) for name, parameter in parameters
-        )
-    return _known[model]

@@ -1,9 +1,16 @@
 """What a configuration means, before anything starts: parameters, FLOPs per token, and what each device holds.
 
 Arithmetic on the meta device: nothing is allocated and no process group is made.
+
+Of a GPU's memory a run cannot use all: the caching allocator keeps blocks that are larger than what they hold, and gaps
+between them. ``FRAGMENTATION`` is the share of what comes and goes (activations, gradients on their way, buffers) that
+is set aside for that. It is a choice, not a measurement of ours: PyTorch's allocator rounds a block of 1 to 10 MB up to
+20 MB and larger ones to 2 MB (``c10/cuda/CUDACachingAllocator.cpp``), and with
+``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`` mostly that rounding is left. A CPU's allocator gives pages back.
 """
 
 import math
+from dataclasses import dataclass
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
@@ -11,7 +18,74 @@ from moe_mamba.model.pattern import describe, has_experts
 from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.activations import activations_of
+from moe_mamba.planning.load import Load
 from moe_mamba.planning.state import FP32, state_of
+
+FRAGMENTATION = 0.1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a rank needs, by kind.
+
+    Attributes:
+        weights: with buffers, and what ZeRO-3 leaves gathered between passes.
+        gradients: as they are accumulated, from pass to pass.
+        optimizer: moments and masters on the device.
+        activations: of a micro-step, at their peak: what is kept, and gradients of activations on their way.
+        communication: ZeRO's buckets, what reducing one takes, and weights that ZeRO-3 has gathered.
+        update: what reducing gradients and stepping need when activations and the pass's buffers are gone.
+        fragmentation: a share set aside on GPUs.
+        host: of the CPU, for an offloaded optimizer.
+        parameters: how many the rank holds; no bytes.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+    update: int
+    fragmentation: int
+    host: int
+    parameters: int
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Of the device, at the peak of a step."""
+        return self.state + max(self.activations + self.communication, self.update) + self.fragmentation
+
+
+def memory_of(run_plan: RunPlan, micro_batch: int, load: Load, *, is_gpu: bool = True) -> Memory:
+    """What a rank needs: the one whose experts get most rows, and that keeps most gradients.
+
+    Args:
+        run_plan: of the run.
+        micro_batch: sequences of a micro-step of a group of tensor-parallel ranks.
+        load: how rows spread over experts.
+        is_gpu: whether a GPU trains; else a CPU.
+    """
+    device = "cuda" if is_gpu else "cpu"
+    state = state_of(run_plan, device)
+    activations = activations_of(run_plan, micro_batch, load, device).peak
+    share = FRAGMENTATION if is_gpu else 0.0
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=activations,
+        communication=state.buckets,
+        update=state.update,
+        fragmentation=math.ceil(share * max(activations + state.buckets, state.update)),
+        host=state.host,
+        parameters=state.parameters,
+    )
 
 
 def plan(config: Config, gpus: int | None = None) -> dict[str, int]:

@@ -4,12 +4,13 @@ Read off DeepSpeed 0.19's ``stage_1_and_2.py`` and ``stage3.py``, and compared w
 layout of the parity matrix (``tests/planning/test_state.py``). Groups and padding are those that the engine makes
 (``parallel/grouping.py``), so no rule is copied.
 
-ZeRO 0 keeps all of everything. ZeRO 1 and 2 lay each group's weights in one flat tensor, of which a rank updates a part:
-fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32. Under ZeRO 2 a rank keeps its
-part in fp32 where weights are bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients of all
-parameters of which the rank updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
+ZeRO 0 keeps all of everything. ZeRO 1 and 2 lay each group's weights in one flat tensor, of which a rank updates a
+part: fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32. Under ZeRO 2 a rank
+keeps its part in fp32 where weights are bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients
+of all parameters of which the rank updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -59,9 +60,10 @@ def _width(group: OptimizerGroup) -> int:
     return FP32 if group.is_fp32 else BF16
 
 
-def _buffers(plan: RunPlan) -> int:
-    """Bytes of the balancing biases, which every rank holds."""
-    return sum(FP32 * buffer.numel() for buffer in plan.model.buffers())
+def _buffers(plan: RunPlan, groups: tuple[OptimizerGroup, ...]) -> int:
+    """Bytes of the balancing biases, in fp32, which every rank holds: what no group has."""
+    buffers = plan.shards.keys() - {name for group in groups for name in group.names}
+    return sum(FP32 * math.prod(plan.shards[name].local_shape) for name in buffers)
 
 
 def _without_zero(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str) -> EngineState:
@@ -70,7 +72,7 @@ def _without_zero(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str
     together = min(count, WHOLE_BUCKET) if plan.topology.data > 1 else 0
     return EngineState(
         parameters=count,
-        weights=FP32 * count + _buffers(plan),
+        weights=FP32 * count + _buffers(plan, groups),
         gradients=FP32 * count,
         optimizer=2 * FP32 * count,
         buckets=0,
@@ -98,7 +100,7 @@ def _parts_of_groups(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: 
     host = _host(groups, first, touched, largest) if offloads else 0
     return EngineState(
         parameters=count,
-        weights=sum(group.padded * _width(group) for group in groups) + _buffers(plan),
+        weights=sum(group.padded * _width(group) for group in groups) + _buffers(plan, groups),
         gradients=gradients,
         optimizer=0 if offloads else 3 * FP32 * owned,
         buckets=standing + (copied if reduces_in_pass else 0) + (largest * first if offloads else 0),
@@ -154,7 +156,7 @@ def _parts_of_parameters(plan: RunPlan, groups: tuple[OptimizerGroup, ...], devi
     gathered = min(count - persistent, LIVE)
     return EngineState(
         parameters=count,
-        weights=FP32 * (owned + persistent) + _buffers(plan),
+        weights=FP32 * (owned + persistent) + _buffers(plan, groups),
         gradients=0 if offloads else FP32 * owned,
         optimizer=0 if offloads else 3 * FP32 * owned,
         buckets=FP32 * (BUCKET + min(count, BUCKET) + gathered),

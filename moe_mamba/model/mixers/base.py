@@ -15,6 +15,7 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
 from moe_mamba.model.work import Sent, Share, Work
 
 Statistics = dict[str, RouterStatistics]
@@ -140,8 +141,19 @@ class Mixer(nn.Module):
         return {}
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """What the backward pass needs of a token, roughly and generously, in bytes; ``width``: bytes of a number."""
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """Record on ``tape`` what a rank's forward pass makes and keeps of its input ``x``; returns its output.
+
+        Args:
+            config: of the model.
+            moe: of its experts.
+            share: sizes of the rank's part.
+            tape: where to record.
+            x: this rank's tokens, (tokens / tensor, d_model); those of all tensor-parallel ranks where it joins others.
+            joins: whether the layer gathers the tokens and reduces the sums of several mixers, this one among them.
+        """
         raise NotImplementedError
 
     @classmethod

@@ -8,6 +8,15 @@ from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
+from moe_mamba.model.costs import (
+    enter,
+    leave,
+    record_activation,
+    record_combination,
+    record_gather,
+    record_routing,
+    record_travel,
+)
 from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
@@ -15,6 +24,7 @@ from moe_mamba.model.mixers.feed_forward import FeedForward, input_width
 from moe_mamba.model.mixers.routing import Router, RouterStatistics, capacity_of
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs, prefixed
+from moe_mamba.model.tape import Recorded, Tape
 from moe_mamba.model.work import Product, Rows, Sent, Share, Work, activation_work, counts_sent, exchange, routing_work
 
 
@@ -138,10 +148,27 @@ class MoE(Mixer):
         return dict.fromkeys(("sort_by_expert", "gather_rows", "combine_rows", "grouped_matmul", "activation"), 0)
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """Of each expert that a token meets: its rows, and the hidden units before and after the activation."""
-        hidden = (moe.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
-        return (moe.top_k + moe.shared_experts) * (hidden + 2 * config.d_model) * width
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``."""
+        d_model, width = config.d_model, moe.d_expert or config.resolved_d_ff
+        tokens, rows = cls._routed(moe, share)
+        here, hidden = moe.experts // share.expert, width // share.tensor if share.expert_tensor else width
+        routed = enter(tape, x, share, d_model, joins or not share.expert_tensor)
+        decision = record_routing(tape, moe, routed, tokens, rows.sent)
+        y = record_gather(tape, routed, decision, rows.sent, d_model)
+        y = record_travel(tape, y, rows.received, d_model, share.expert)
+        y = tape.linear(y, rows.received, d_model, input_width(config.activation, hidden), here)
+        y = record_activation(tape, y, rows.received, hidden, config.activation)
+        y = tape.linear(y, rows.received, hidden, d_model, here)
+        y = record_travel(tape, y, rows.sent, d_model, share.expert, rows.received)
+        y = record_combination(tape, y, decision, tokens, d_model)
+        y = leave(tape, y, share, d_model, joins or not share.expert_tensor)
+        if moe.shared_experts:
+            shared = FeedForward.record_hidden(config, moe.shared_experts * width, share, tape, x, joins)
+            y = tape.add(y, shared)
+        return y
 
     @classmethod
     def _routed(cls, moe: MoEConfig, share: Share) -> tuple[int, Rows]:

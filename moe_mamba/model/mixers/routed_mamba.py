@@ -21,6 +21,15 @@ from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
+from moe_mamba.model.costs import (
+    enter,
+    leave,
+    record_activation,
+    record_combination,
+    record_gather,
+    record_routing,
+    record_travel,
+)
 from moe_mamba.model.initialize import Initializer, matrix, uniform
 from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Statistics
@@ -30,6 +39,7 @@ from moe_mamba.model.mixers.mamba import Mamba, out_scale
 from moe_mamba.model.mixers.routing import Router, capacity_of, unchanged
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
 from moe_mamba.model.work import (
     FP32,
     Product,
@@ -251,14 +261,90 @@ class RoutedMamba(Mamba):
         return super().kernel_operations(config, moe) | dict.fromkeys(used, 0)
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """Mamba's and, for each routed projection, the rows that its experts read and write, and their hidden units."""
-        inner, routing = moe.inner, moe.inner_routing
-        hidden = 0
-        if inner.expert == "switch":
-            hidden = (routing.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
-        rows = len(inner.projections) * (config.d_model + config.d_inner + hidden)
-        return super().activation_bytes(config, moe, width) + routing.top_k * rows * width
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``."""
+        inner, tokens, channels = moe.inner, share.tokens, config.d_inner // share.tensor
+        x = enter(tape, x, share, config.d_model, joins)
+        routed: list[str] = [name for name in ENTRIES if name in inner.projections]
+        decision: Recorded | None = None
+        parts: dict[str, Recorded] = {}
+        if inner.router == "shared":
+            decision = record_routing(tape, moe.inner_routing, x, tokens, cls._rows(moe, "conv", share).sent)
+            parts |= zip(routed, cls._record_ways(config, moe, share, tape, x, decision, routed), strict=True)
+        else:
+            for name in routed:
+                parts[name] = cls._record_ways(config, moe, share, tape, x, None, [name])[0]
+        if plain := [name for name in ENTRIES if name not in routed]:
+            made = tape.linear(x, tokens, config.d_model, len(plain) * channels)
+            parts |= zip(plain, tape.split(made, *[tokens * channels] * len(plain)), strict=True)
+        y = cls.record_inner(config, share, tape, parts["conv"], parts["gate"])
+        if "out" not in inner.projections:
+            y = tape.linear(y, tokens, channels, config.d_model)
+        else:
+            y = cls._record_ways(config, moe, share, tape, y, decision, ["out"])[0]
+        return leave(tape, y, share, config.d_model, joins)
+
+    @classmethod
+    def _record_ways(
+        cls,
+        config: ModelConfig,
+        moe: MoEConfig,
+        share: Share,
+        tape: Tape,
+        x: Recorded,
+        decision: Recorded | None,
+        names: list[str],
+    ) -> list[Recorded]:
+        """Projections of the same rows; ``decision``: of the shared router, None: of this projection's own."""
+        if not names:
+            return []
+        tokens, channels, routing = share.tokens, config.d_inner // share.tensor, moe.inner_routing
+        read, made = (channels, config.d_model) if names == ["out"] else (config.d_model, channels)
+        rows, ranks, is_weighted = cls._rows(moe, names[0], share), share.inner_expert, decision is None
+        if decision is None:
+            decision = record_routing(tape, routing, x, tokens, rows.sent)
+        y = record_travel(tape, record_gather(tape, x, decision, rows.sent, read), rows.received, read, ranks)
+        outputs = [cls._record_experts(config, moe, share, tape, y, name) for name in names]
+        is_weighted = is_weighted or names == ["out"]
+        if ranks > 1 and len(outputs) > 1:
+            outputs = [tape.one(*outputs, numbers=rows.received * made * len(outputs))]
+        width = made * (len(names) // len(outputs))
+        outputs = [record_travel(tape, one, rows.sent, width, ranks, rows.received) for one in outputs]
+        if is_weighted:
+            return [record_combination(tape, outputs[0], decision, tokens, width)]
+        if routing.capacity_factor is None and routing.top_k == 1:  # rows in another order
+            summed = [tape.one(one, numbers=tokens * width) for one in outputs]
+        else:
+            plain = tape.tensor(rows.sent, FP32, has_gradient=False)
+            summed = [record_combination(tape, one, plain, tokens, width) for one in outputs]
+        return summed if len(summed) == len(names) else list(tape.split(summed[0], *[tokens * made] * len(names)))
+
+    @classmethod
+    def _record_experts(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, name: str
+    ) -> Recorded:
+        """What a projection's experts make of their rows."""
+        routing, channels, rows = (
+            moe.inner_routing,
+            config.d_inner // share.tensor,
+            cls._rows(moe, name, share).received,
+        )
+        read, made = (channels, config.d_model) if name == "out" else (config.d_model, channels)
+        here = routing.experts // share.inner_expert
+        if moe.inner.expert == "linear":
+            return tape.linear(x, rows, read, made, here)
+        hidden, gates = routing.d_expert or config.resolved_d_ff, input_width(config.activation, 1)
+        mine = hidden // share.tensor
+        y = tape.linear(x, rows, read, gates * (hidden if name == "out" else mine), here)
+        if name == "out" and share.tensor > 1:  # each rank's parts of sums, put in order by unit before and after
+            y = tape.one(y, numbers=rows * gates * hidden)
+            y = tape.one(tape.one(y, numbers=rows * gates * mine), numbers=rows * gates * mine)
+        y = record_activation(tape, y, rows, mine, config.activation)
+        if name != "out" and share.tensor > 1:
+            y = tape.one(tape.one(y, numbers=rows * mine), numbers=rows * hidden)
+        return tape.linear(y, rows, mine if name == "out" else hidden, made, here)
 
     @classmethod
     def _rows(cls, moe: MoEConfig, name: str, share: Share) -> Rows:
