@@ -24,12 +24,12 @@ def timed(config: Config, gpus: int, cluster: Cluster = H100, load: Load = EVEN,
 def large(pattern: str, layout: Layout, **keys: object) -> Config:
     """Large enough that a GPU is busy."""
     sizes = {"model__d_model": 2048, "model__d_ff": 8192, "model__vocab_size": 32000, "data__sequence_length": 2048}
-    return config_of(pattern, layout, train__precision="bf16", moe__d_expert=4096, **sizes, **keys)  # type: ignore[arg-type]
+    return config_of(pattern, layout, train__precision="bf16", moe__d_expert=4096, **(sizes | keys))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pattern", ["M*-", "ME", "(ME)-", "M own", "M shared top-2", "M switch"])
 def test_declared_operations_are_those_that_the_model_counts(pattern: str) -> None:
-    """Of one rank that has everything; forward once and backward twice."""
+    """Of one rank that has everything, forward once and backward twice; the convolution's are in a pass over memory."""
     config = config_of(pattern, Layout(1), data__sequence_length=64)
     plan = run_plan(config, H100, 1, EVEN)
     works = _works(plan, 2, EVEN)
@@ -39,7 +39,8 @@ def test_declared_operations_are_those_that_the_model_counts(pattern: str) -> No
         for work in layer
         if isinstance(work, Product | Attended | Scan)
     )
-    assert declared == 2 * 64 * plan.model.flops_per_token(64)
+    convolved = sum(6 * weight.numel() for name, weight in plan.model.named_parameters() if "conv1d.weight" in name)
+    assert declared == 2 * 64 * (plan.model.flops_per_token(64) - convolved)
 
 
 def test_ranks_share_the_operations() -> None:
@@ -64,7 +65,7 @@ def test_ranks_share_the_operations() -> None:
 
 
 def test_a_slower_part_takes_longer_and_says_so() -> None:
-    config, layout = large("ME", Layout(16, 2, 8)), 16
+    config, layout = large("ME", Layout(16, 2, 8), moe__experts=8), 16
     usual = timed(config, layout)
     for figure, part, bound in (
         ("bf16", "products", "matrix products"),
@@ -90,7 +91,7 @@ def test_reductions_run_beside_the_backward_pass_unless_a_gradient_fits_no_bucke
     alone = timed(large("M-", Layout(8), model__vocab_size=40000), 8)  # an embedding of more than 2^26 numbers
     assert beside.hidden > 0
     assert alone.hidden == 0
-    assert alone.parts["inside"] > 10 * beside.parts["inside"]
+    assert alone.parts["inside"] > 5 * beside.parts["inside"]
 
 
 def test_rows_travel_beside_the_other_mixers_of_their_layer() -> None:
