@@ -68,7 +68,8 @@ class StepTime:
         groups = {
             "matrix products": ("products", "experts", "attention"),
             "the scan": ("scan",),
-            "the memory's rate": ("memory", "optimizer"),
+            "the memory's rate": ("memory",),
+            "the engine and the optimizer": ("optimizer",),
             "links inside machines": ("inside",),
             "links between machines": ("between",),
             "the host": ("host",),
