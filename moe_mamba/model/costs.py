@@ -4,6 +4,7 @@ Sizes are a rank's (``work.Share``). Recorded-parallel ranks share the stream's 
 ``parallel/tensor.py`` for what is gathered where.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from moe_mamba.config import ModelConfig, MoEConfig
@@ -72,7 +73,7 @@ def record_routing(tape: Tape, moe: MoEConfig, x: Recorded, tokens: int, rows: i
     return weight
 
 
-def record_gather(tape: Tape, x: Recorded, decision: Recorded, rows: int, d: int) -> Recorded:
+def record_gather(tape: Tape, x: Recorded, rows: int, d: int) -> Recorded:
     """Tokens in the order of their experts."""
     return tape.one(x, numbers=rows * d)
 
@@ -85,9 +86,13 @@ def record_travel(tape: Tape, x: Recorded, rows: int, d: int, ranks: int, before
     return tape.one(first, numbers=rows * d)
 
 
-def record_combination(tape: Tape, rows: Recorded, weight: Recorded, tokens: int, d: int) -> Recorded:
-    """The weighted sum of each token's rows."""
-    return tape.one(rows, weight, numbers=tokens * d, keeps=(rows, weight))
+def record_combination(
+    tape: Tape, rows: Recorded, weight: Recorded, tokens: int, d: int, held: Iterable[Recorded] = ()
+) -> Recorded:
+    """The weighted sum of each token's rows; ``held``: what of them, as they were before, is still there."""
+    made = tape.tensor(tokens * d)
+    tape.do((rows, weight), (made,), (rows, weight), held=held)
+    return made
 
 
 def layer_peak(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, merged: bool) -> Peak:
@@ -143,12 +148,15 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
     stream = tape.tensor(tokens * d)
     total = tape.one(stream, numbers=tokens * d)  # the last update is added
     y = record_norm(tape, total, None, tokens, d, config.norm)[0] if config.final_norm else total
+    mine = y.bytes if share.tensor > 1 else 0  # is there while all tokens' are
     y = enter(tape, y, share, d, False)
     chunks = max(1, -(-share.tokens * rows * tape.width // linear.CHUNK))
     chunk = -(-share.tokens // chunks) * rows * tape.width
     weight_width = tape.width if chunks == 1 else max(FP32, tape.width)
     gradients = tape.tensor(share.tokens * d), tape.tensor(rows * d, weight_width)
     loss = tape.tensor(1, FP32)
+    # Without instructions for bf16, a CPU's products are of copies in fp32.
+    widened = 2 * chunk + chunk // rows * d * 2 + 2 * rows * d * tape.width if tape.widens else 0
     cast = rows * d * tape.width if weight_width != tape.width or tape.is_sharded else 0
     product = rows * d * tape.width if chunks > 1 and tape.width < FP32 else 0
     tape.do(
@@ -156,7 +164,7 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
         (loss,),
         gradients,
         weights=cast,
-        forward=2 * chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
+        forward=mine + widened + 2 * chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
         gradient="kept",
     )
     return tape.peak((loss,), (stream,))
