@@ -18,8 +18,9 @@ from moe_mamba.planning.step_time import StepTime, step_time
 from moe_mamba.planning.traffic import Flow, traffic_of
 
 SECONDS_PER_DAY = 86400
-# Share of a GPU's memory that a plan fills: CUDA's context, NCCL's buffers and kernels lie in the rest.
-FILLED = 0.92
+# Share of a GPU's memory that a plan fills: CUDA's context, NCCL's buffers and kernels lie in the rest. What the
+# allocator loses is counted by itself (``memory.FRAGMENTATION``).
+FILLED = 0.95
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ FP32 = 4  # bytes
 Seconds = defaultdict[str, float]
 COMPUTED = ("products", "experts", "attention", "scan", "memory")
 PARTS = (*COMPUTED, "inside", "between", "optimizer", "host")
-# Bytes of a number of the gradient that the engine moves: into fp32 at the end of each pass (read and written), and
-# once per step into a bucket, divided, out of it, and into the flat gradient that AdamW reads.
+# Bytes of a number of the gradient that the engine reads and writes: added to an fp32 sum after each pass (of an fp32
+# gradient that is the only one, nothing); into a bucket, divided, and out of it; into the flat gradient for AdamW.
 ACCUMULATED, REDUCED, FLATTENED = 3 * FP32, 6 * FP32, 2 * FP32
 # AdamW reads gradient, master and two moments and writes the last three; before, the norm reads the gradient.
 UPDATED = 8 * FP32
@@ -169,9 +169,8 @@ def seconds_of(work: Work, cluster: Cluster, is_half: bool) -> tuple[str, float,
         seconds = max(work.flops / rate, operands * (FP32 if work.is_fp32 else width) / memory)
         return "experts" if work.groups else "products", seconds, BACKWARD * seconds
     if isinstance(work, Attended):
-        seconds = max(
-            work.flops / (reached.attention * (cluster.bf16 if is_half else cluster.fp32)), work.bytes / memory
-        )
+        rate = cluster.attention or reached.attention * (cluster.bf16 if is_half else cluster.fp32)
+        seconds = max(work.flops / rate, work.bytes / memory)
         return "attention", seconds, BACKWARD * seconds
     if isinstance(work, Scan):
         read = work.tokens * work.channels * work.width / memory  # forward x, delta, z and y; backward twice as many
@@ -189,10 +188,11 @@ def _engine(plan: RunPlan, accumulation: int, cluster: Cluster) -> tuple[float, 
     for group in optimizer_groups(plan):
         owned = group.size if zero == 0 else group.padded / group.ranks
         parameters += len(group.names)
-        device += group.size * ACCUMULATED * accumulation
-        if group.ranks > 1:
+        if accumulation > 1 or not group.is_fp32:
+            device += group.size * ACCUMULATED * accumulation
+        if zero or group.ranks > 1:
             device += group.size * REDUCED * (accumulation if zero >= 2 else 1)
-        device += owned * FLATTENED
+        device += owned * FLATTENED if zero else 0
         if config.parallel.offload_optimizer:
             host += owned * (FP32 * accumulation + (FP32 if group.is_fp32 else 2))
         else:

@@ -151,7 +151,7 @@ def _of_layers(plan: RunPlan, micro_batch: int, load: Load) -> Iterator[Sent]:
             for sent in mixer.sends(config.model, config.moe, share):
                 yield sent._replace(part=BESIDE) if several and sent.begins else sent
         share = share_of(plan, micro_batch, load)
-        yield from layer_crossings(spec, config.model, config.moe, share)
+        yield from layer_crossings(spec.mixers, config.model, config.moe, share)
 
 
 def _of_vocabulary(plan: RunPlan, micro_batch: int) -> Iterator[Sent]:
