@@ -136,9 +136,14 @@ class Tape:
         self, x: Recorded, rows: int, read: int, made: int, groups: int = 1, width: int | None = None
     ) -> Recorded:
         """A product of (rows, read) with a weight of (read, made), or with stacked ones; it keeps ``x``."""
-        weight = groups * read * made * (self.width if width is None else width)
-        cast = weight if self.is_sharded and self.width != FP32 else 0
-        return self.one(x, numbers=rows * made, width=width, keeps=(x,), weights=weight + cast, forward=cast)
+        numbers = groups * read * made
+        cast = self.cast_bytes(numbers)  # before the product, and its gradient after it
+        gradients = numbers * (self.width if width is None else width) + (numbers * FP32 if cast else 0)
+        return self.one(x, numbers=rows * made, width=width, keeps=(x,), weights=gradients, forward=cast)
+
+    def cast_bytes(self, numbers: int) -> int:
+        """Of a weight in the stream's precision, where it is kept in another one."""
+        return numbers * self.width if self.is_sharded and self.width < FP32 else 0
 
     def split(self, x: Recorded, *numbers: int, width: int | None = None) -> tuple[Recorded, ...]:
         """Views of the parts of a tensor; their gradients are joined again."""

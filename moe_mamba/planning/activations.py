@@ -89,7 +89,9 @@ class _MicroStep:
         prefix = f"layers.{index}." if self._load.recorded is not None else ""
         key = spec, merged, prefix
         if key not in self._layers:
-            self._layers[key] = layer_peak(spec, config.model, config.moe, self.share(prefix), self.tape(), merged)
+            self._layers[key] = layer_peak(
+                spec.mixers, config.model, config.moe, self.share(prefix), self.tape(), merged
+            )
         return self._layers[key]
 
     def share(self, prefix: str) -> Share:
