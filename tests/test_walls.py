@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "config_file", "installation"),
     },
+    "rehearsal": set(),
     "commands": {
         *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
         *("model", "data", "config_types", "config_file", "command_line", "installation"),
