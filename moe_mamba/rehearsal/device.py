@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.stand_in import StandIn, use
@@ -56,9 +56,17 @@ def stand_for(gpu: str) -> None:
 @functools.cache
 def _register() -> None:
     """Make the device; a process can do it once."""
-    _setup_privateuseone_for_python_backend(TYPE)
+    _setup_privateuseone_for_python_backend(TYPE, _Backend())
     dist.Backend.backend_capability[dist.Backend.FAKE].append(TYPE)
     attention.register()
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks about the device."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Of ``torch.autocast``, which recomputation enters, off, as the first pass was."""
+        return [torch.bfloat16, torch.float16]
 
 
 def _define_triton() -> None:

@@ -1,6 +1,7 @@
 """The sizes that routing makes in a step whose data does not exist: rows between ranks, taken from a load."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,14 @@ class Rows:
 
     Args:
         load: how tokens spread over experts.
+        note_wait: is told that the host waits there, and for what.
 
     Attributes:
         matrices: router's name -> what each rank of its group sends to each expert.
     """
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
+    def __init__(self, load: Load, note_wait: Callable[[str], None]) -> None:
+        self._load, self._note_wait = load, note_wait
         self.matrices: dict[str, Matrix] = {}
 
     def give(self, model: LanguageModel) -> None:
@@ -42,6 +44,7 @@ class Rows:
         self, routers: "itertools.cycle[str]", dispatcher: Any, routing: Routing, received: Tensor
     ) -> tuple[list[int], list[int]]:
         """As ``ExpertDispatcher.read_sizes``."""
+        self._note_wait("sizes of an exchange")
         group, router, rows = dispatcher._group, next(routers), len(routing.token)
         matrix = self.matrices.get(router)
         if matrix is None or sum(matrix[0]) != rows:

@@ -4,11 +4,10 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "communication", "update", "other")
 """What memory is for.
@@ -48,6 +47,7 @@ class Memory:
         peak: on the device when most of it is taken.
         largest: the most that each kind takes on the device, at whatever time.
         kept: on the device between two steps.
+        places: (kind, line of our code) -> bytes of the peak that it made.
         host: the most that lies in the host's memory of what the step keeps there, without what is read and thrown away
             while weights are made.
     """
@@ -56,6 +56,7 @@ class Memory:
     largest: dict[str, int]
     kept: dict[str, int]
     host: int
+    places: dict[tuple[str, str], int]
 
     @property
     def total(self) -> int:
@@ -77,25 +78,25 @@ class Ledger:
         """How much has happened so far."""
         return len(self._events)
 
-    def note(self, made: Any, kind: str, place: str, is_deepspeed: bool) -> None:
-        """Note the memory of tensors that an operator has given, where it is new."""
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._take(tensor, kind, place, is_deepspeed)
+    def new(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those whose memory is not known yet."""
+        return [
+            tensor
+            for tensor in tensors
+            if tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in self._live
+        ]
 
-    def _take(self, tensor: Tensor, kind: str, place: str, is_deepspeed: bool) -> None:
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._live:
-            return
-        number = len(self._allocations)
-        is_host = tensor.device.type == "cpu"
-        self._allocations.append(Allocation(storage.nbytes(), kind, is_host, place, is_deepspeed))
-        self._live[address] = number
-        self._references[address] = weakref.ref(storage, lambda _: self._give_back(address))
-        self._events.append((number, True))
+    def take(self, tensors: Iterable[Tensor], kind: str, place: str, is_deepspeed: bool) -> None:
+        """Note that memory of tensors was taken."""
+        for tensor in tensors:
+            storage, is_host = tensor.untyped_storage(), tensor.device.type == "cpu"
+            if (address := storage._cdata) not in self._live:  # two may share what is new
+                self._live[address] = len(self._allocations)
+                self._references[address] = weakref.ref(storage, partial(self._give_back, address))
+                self._events.append((len(self._allocations), True))
+                self._allocations.append(Allocation(storage.nbytes(), kind, is_host, place, is_deepspeed))
 
-    def _give_back(self, address: int) -> None:
+    def _give_back(self, address: int, _: object) -> None:
         self._events.append((self._live.pop(address), False))
         del self._references[address]
 
@@ -114,6 +115,7 @@ class Ledger:
         """Bytes by kind since a moment; call it while what a run keeps is alive."""
         now: Counter[str] = Counter()
         peak, largest, most, host, most_on_host = dict(now), Counter(now), 0, 0, 0
+        at_peak = -1
         for moment, (number, is_taken) in enumerate(self._events):
             one = self._allocations[number]
             change = one.bytes if is_taken else -one.bytes
@@ -126,20 +128,21 @@ class Ledger:
                 continue
             largest[one.kind] = max(largest[one.kind], now[one.kind])
             if (total := now.total()) > most:
-                most, peak = total, dict(now)
+                most, peak, at_peak = total, dict(now), moment
         kinds = {kind: 0 for kind in KINDS}
         kept = Counter({kind: 0 for kind in KINDS})
         for one in self.live():
             if not one.is_host:
                 kept[one.kind] += one.bytes
-        return Memory(kinds | peak, kinds | largest, dict(kept), most_on_host)
+        return Memory(kinds | peak, kinds | largest, dict(kept), most_on_host, self._places(at_peak))
 
-
-def storages(tensors: Iterable[Tensor]) -> set[int]:
-    """The memory of tensors, as numbers."""
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
-def is_on_host(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in the host's memory."""
-    return tensor.device.type == "cpu"
+    def _places(self, moment: int) -> dict[tuple[str, str], int]:
+        """Who has made what lies on the device after a moment."""
+        there: set[int] = set()
+        for number, is_taken in self._events[: moment + 1]:
+            (there.add if is_taken else there.discard)(number)
+        places: Counter[tuple[str, str]] = Counter()
+        for one in (self._allocations[number] for number in there):
+            if not one.is_host:
+                places[one.kind, one.place] += one.bytes
+        return dict(places.most_common())

@@ -2,17 +2,16 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._pytree import tree_leaves
 
 import moe_mamba
 from moe_mamba.rehearsal.collectives import Recording
@@ -22,6 +21,14 @@ from moe_mamba.rehearsal.memory import Ledger
 PACKAGE = Path(moe_mamba.__file__).parent
 ROOT = f"{PACKAGE}/"
 HERE = f"{PACKAGE / 'rehearsal'}/"
+PASSED_BY = (HERE, f"{PACKAGE / 'parallel' / 'waiting.py'}")  # the latter stands between every collective and its caller
+DEEPSPEED = "/deepspeed/"
+# Function of DeepSpeed's -> what the memory that it makes is for, where the phase does not say so.
+KINDS_OF_DEEPSPEED = {
+    "_fill_param_grad_accum_attribute": "gradients",
+    "_build_compact_grad_partition_buffer": "gradients",
+    "copy_grads_in_partition": "gradients",
+}
 # Operators whose result's shape or value is only known once the device is done, and what else the host waits for.
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal")
 SIZES = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive")
@@ -93,13 +100,13 @@ class Stage(Recording):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().partition(".")[0]
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = list(_tensors((*args, *kwargs.values())))
         on_device = any(tensor.device.type == TYPE for tensor in given)
         self._check_devices(func, name, given, on_device)
         self._check_promises(func, name, args, kwargs)
         if name in READS:
             if on_device:
-                self._note(self._waits, name)
+                self.note_wait(name)
             try:
                 return func(*args, **kwargs)
             except DataDependentOutputException:
@@ -110,26 +117,36 @@ class Stage(Recording):
             check_sizes(func, args, kwargs)
         before = len(self.found)
         made = super().__torch_dispatch__(func, types, args, kwargs)
-        place, is_deepspeed = where()
-        self.places += [place] * (len(self.found) - before)
+        if len(self.found) > before:
+            self.places += [where().line] * (len(self.found) - before)
         if name in COPIES and on_device and _is_waited_for(name, made, args, kwargs):
-            self._note(self._waits, f"{name} to the host")
-        self.ledger.note(made, self._kind(is_deepspeed), place, is_deepspeed)
+            self.note_wait(f"{name} to the host")
+        if new := self.ledger.new(_tensors((made,))):
+            place = where()
+            self.ledger.take(new, self._kind(place), place.line, place.is_deepspeed)
         return made
 
-    def _kind(self, is_deepspeed: bool) -> str:
+    def _kind(self, place: "Place") -> str:
+        """What memory is for, by who makes it and when."""
+        if place.function in KINDS_OF_DEEPSPEED:
+            return KINDS_OF_DEEPSPEED[place.function]
         if self.phase in ("forward", "backward"):
-            return "communication" if is_deepspeed else "activations"
+            return "communication" if place.is_deepspeed else "activations"
         if self.phase == "update":
             return "update"
-        return "communication" if self.phase == "engine" and is_deepspeed else "other"
+        return "communication" if self.phase == "engine" and place.is_deepspeed else "other"
+
+    def note_wait(self, what: str) -> None:
+        """Note that the host waits for the device, where it is now."""
+        self._note(self._waits, what)
 
     def _note(self, notes: Counter[tuple[str, str, str]], name: str) -> None:
-        notes[name, where()[0], self.phase] += 1
+        notes[name, where().line, self.phase] += 1
 
     def _check_devices(self, func: OpOverload, name: str, given: list[Tensor], on_device: bool) -> None:
         on_host = [tensor for tensor in given if tensor.device.type == "cpu"]
-        if func.namespace in ("c10d", "_c10d_functional") and on_host:
+        is_collective = func.namespace in ("c10d", "_c10d_functional")
+        if is_collective and on_host and "barrier" not in name:  # torch makes a barrier's tensor where it likes
             raise Fault(f"{name} is given a tensor in the host's memory, which NCCL does not send: {_shown(on_host)}")
         if not on_device or not on_host or name in COPIES:
             return
@@ -203,20 +220,44 @@ def _shown(tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors)
 
 
-def where() -> tuple[str, bool]:
-    """The line of our code that is being run, and whether DeepSpeed's code runs below it.
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
-    In a backward pass, an operator has no line of Python's: then the name of the function whose gradient it is.
+
+class Place(NamedTuple):
+    """Whose code runs.
+
+    Attributes:
+        line: of ours, ``moe_mamba/parallel/expert.py:230 read_sizes``; or the function whose gradient is computed, for
+            then an operator has no line of Python's.
+        function: of DeepSpeed's that runs below it; empty: none does.
     """
+
+    line: str
+    function: str
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed's code runs below ours."""
+        return bool(self.function)
+
+
+def where() -> Place:
+    """Whose code runs now."""
     frame: FrameType | None = sys._getframe(1)
-    is_deepspeed = False
+    function = ""
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(ROOT) and not path.startswith(HERE):
-            return f"moe_mamba/{path.removeprefix(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}", is_deepspeed
-        if frame.f_code.co_name == "_engine_run_backward":
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if path.startswith(ROOT) and not path.startswith(PASSED_BY):
+            return Place(f"moe_mamba/{path.removeprefix(ROOT)}:{frame.f_lineno} {name}", function)
+        if name == "_engine_run_backward":
             break
-        is_deepspeed = is_deepspeed or "/deepspeed/" in path
+        if not function and DEEPSPEED in path and name not in ("wrapped_fn", "log_wrapper"):
+            function = name
         frame = frame.f_back
     node = torch._C._current_autograd_node()
-    return (f"gradient of {node.name()}" if node is not None else "outside our code"), is_deepspeed
+    return Place(f"gradient of {node.name()}" if node is not None else "outside our code", function)

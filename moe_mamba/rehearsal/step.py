@@ -93,7 +93,8 @@ def rehearse(
     local = min(gpus_per_machine, gpus)
     world = device.RehearsedWorld(rank, gpus, rank % local, local)
     plan = RunPlan.of(config, check(config, world))
-    stage, rows = Stage(), Rows(load or Load())
+    stage = Stage()
+    rows = Rows(load or Load(), stage.note_wait)
     with _quiet(), fake_world(world), _one_line(stage, world):
         return _rehearse(plan, stage, rows, begin)
 
