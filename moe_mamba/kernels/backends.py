@@ -228,7 +228,8 @@ def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int
             raise UserError(fault)
         return _load(operation, forced)
     for name, backend in table.items():
-        is_wrong = is_interpreted() and backend.device not in (None, device)  # the interpreter is for who asks for it
+        # The interpreter is for who asks for it.
+        is_wrong = is_interpreted() and backend.device not in (None, device) and stand_in_for(device) is None
         is_for_others = backend.automatic is not None and dtype not in backend.automatic
         if is_wrong or is_for_others or not backend.takes(device, dtype):
             continue
@@ -252,7 +253,11 @@ def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int
     who = f"{operation}'s back end {name!r}"
     if not backend.takes(device, dtype):
         others = BACKENDS[operation].items()
-        fitting = [other for other, one in others if one.takes(device, dtype) and one.fits(size) and not one.why_missing(device)]
+        fitting = [
+            other
+            for other, one in others
+            if one.takes(device, dtype) and one.fits(size) and not one.why_missing(device)
+        ]
         fix = f"choose {' or '.join(fitting)}" if fitting else "use fp32 or bf16"
         return f"{who} does not take {dtype} tensors on a {device} device: {fix}"
     if backend.sizes is not None and not backend.fits(size):

@@ -21,7 +21,10 @@ from moe_mamba.rehearsal.memory import Ledger
 PACKAGE = Path(moe_mamba.__file__).parent
 ROOT = f"{PACKAGE}/"
 HERE = f"{PACKAGE / 'rehearsal'}/"
-PASSED_BY = (HERE, f"{PACKAGE / 'parallel' / 'waiting.py'}")  # the latter stands between every collective and its caller
+PASSED_BY = (
+    HERE,
+    f"{PACKAGE / 'parallel' / 'waiting.py'}",
+)  # the latter stands between every collective and its caller
 DEEPSPEED = "/deepspeed/"
 # Function of DeepSpeed's -> what the memory that it makes is for, where the phase does not say so.
 KINDS_OF_DEEPSPEED = {
@@ -208,7 +211,9 @@ def check_sizes(func: OpOverload, args: tuple, kwargs: dict) -> None:
                 _require(f"{name}: {splits}", len(given[splits]), size, size)
                 _require(f"{name}: rows of the {side}", rows, sum(given[splits]), size)
             elif rows % size:
-                raise Fault(f"{name} sends {rows} rows evenly among a group of {size} ranks, which does not divide them")
+                raise Fault(
+                    f"{name} sends {rows} rows evenly among a group of {size} ranks, which does not divide them"
+                )
 
 
 def _require(what: str, found: int, expected: int, size: int) -> None:
