@@ -86,12 +86,12 @@ def _zero_settings(model: LanguageModel, config: Config, world: World) -> dict[s
 def _reduces_beside_backward(model: LanguageModel, stage: int, world: World) -> bool:
     """Whether ZeRO reduces a full bucket of gradients while the backward pass goes on, on a stream of its own.
 
-    There are streams on GPUs alone, and one rank has nobody to reduce with: DeepSpeed would only wait for it. With gloo
+    A CPU has no streams, and one rank has nobody to reduce with: DeepSpeed would only wait for it. With gloo
     nothing would run beside the backward pass, and a bucket would be what hooks have filled it with, in their order;
     without, sums have the order of the parameters. A gradient that fits in no bucket would be freed, at ZeRO 1 and 2,
     while that stream still reads it: DeepSpeed notes it with the allocator only where it offloads.
     """
-    if world.device.type != "cuda" or world.size == 1 or stage == 0:
+    if world.device.type == "cpu" or world.size == 1 or stage == 0:
         return False
     return stage == 3 or all(parameter.numel() <= BUCKET for parameter in model.parameters())
 

@@ -40,8 +40,8 @@ class Groups:
 def start_groups(plan: RunPlan) -> Groups:
     """Make the groups of a layout; every rank calls it, after ``start_world``."""
     topology = plan.topology
-    if topology.is_sharded and not torch.cuda.is_available():
-        _allocate_on_cpu()
+    if topology.is_sharded and topology.world.device.type != "cuda":
+        _allocate_on(topology.world.device)
     if topology.tensor == 1:
         groups = Groups(topology, None, None, {}, None)
     else:
@@ -67,17 +67,17 @@ def expert_group_name(topology: Topology, experts: Literal["expert", "inner_expe
     return f"ep_size_{topology.expert}" if experts == "expert" else f"ep_size_{topology.inner_expert}_inner"
 
 
-def _allocate_on_cpu() -> None:
-    """Let megatron-core's mappings, which allocate on the current GPU, do it on the CPU where there is no GPU.
+def _allocate_on(device: torch.device) -> None:
+    """Let megatron-core's mappings, which allocate on the current GPU, do it on a device that is none.
 
     Only that module sees another ``torch``: nothing is changed for whoever else asks for the current GPU.
     """
     with lean_import():
         from megatron.core.tensor_parallel import mappings
 
-    on_cpu = ModuleType("torch")
-    vars(on_cpu).update(vars(torch), cuda=SimpleNamespace(current_device=lambda: "cpu"))
-    mappings.torch = on_cpu
+    on_device = ModuleType("torch")
+    vars(on_device).update(vars(torch), cuda=SimpleNamespace(current_device=lambda: device))
+    mappings.torch = on_device
 
 
 def _own_group(ranks: Iterable[int]) -> ProcessGroup:

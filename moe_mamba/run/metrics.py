@@ -198,6 +198,11 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
+def router_label(name: str) -> str:
+    """A router's name in metrics: its layer's index, and what of the name says more where a layer has several."""
+    return name.removeprefix("layers.").replace(".mixer", "").removesuffix(".router")
+
+
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, int]]:
     """Each whole line of a file of metrics, None where it is damaged, and the byte at which it ends."""
     end = 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.model.mixers.routing import Router
+from moe_mamba.run.metrics import router_label
 from moe_mamba.train.objective import StepSums
 
 
@@ -43,7 +44,7 @@ class RoutingMetrics:
         """What `measure` gave, as metrics."""
         if not figures:
             return {}
-        names = [_label(name) for name in self._routers]
+        names = [router_label(name) for name in self._routers]
         balance, z, *rest = figures
         dropped, entropy, load = rest[: len(names)], rest[len(names) : 2 * len(names)], iter(rest[2 * len(names) :])
         return {
@@ -59,8 +60,3 @@ class RoutingMetrics:
                 "router_entropy": dict(zip(names, entropy, strict=True)),
             },
         }
-
-
-def _label(name: str) -> str:
-    """A router's name in metrics: its layer's index, and what of the name says more where a layer has several."""
-    return name.removeprefix("layers.").replace(".mixer", "").removesuffix(".router")
