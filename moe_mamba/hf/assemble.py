@@ -56,8 +56,10 @@ _INITIALIZERS = (
     *("embedding_weight", "head_weight"),
 )
 DECLARED = (
-    *("shard_specs", "hidden_specs", "kernel_operations", "activation_bytes"),
+    *("shard_specs", "hidden_specs", "kernel_operations"),
     *("idle_parameters", "flops_per_token", "depends_on_batch"),
+    *("work", "hidden_work", "inner_work", "sends", "_hidden_sends", "crossings", "_routed", "_rows", "_seen"),
+    *("record", "record_hidden", "record_inner", "_record_ways", "_record_experts", "_record_rotated", "_masked"),
 )
 """What mixers declare that Transformers never asks for."""
 
@@ -101,7 +103,7 @@ PARTS = (
     Part("model/initialize.py", only=_INITIALIZERS),
     Part("model/sequences.py"),
     Part("model/norm.py"),
-    Part("model/mixers/routing.py", without=("update_balance_bias", "Router.experts_per_token")),
+    Part("model/mixers/routing.py", without=("update_balance_bias", "capacity_of", "Router.experts_per_token")),
     Part("model/mixers/dispatch.py"),
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
     *_mixer_parts(),

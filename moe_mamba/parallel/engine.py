@@ -13,7 +13,7 @@ from moe_mamba.checkpoint.shards import Shard, chunks_of_flat_range
 from moe_mamba.config import Config
 from moe_mamba.lean_import import lean_import
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.parallel import zero3
+from moe_mamba.parallel import buckets, zero3
 from moe_mamba.parallel.gradients import squared_norm
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.optimizer import OPTIMIZER, parameter_groups
@@ -25,8 +25,6 @@ with lean_import():
     import deepspeed.runtime.zero.muon.muon_optimizer  # as every engine does
 with lean_import("triton"):
     import deepspeed.ops.triton_ops  # as every engine does
-
-BUCKET = 2**26  # elements that travel together; a buffer of as many lies on the device, or two on a GPU
 
 
 def build_engine(model: LanguageModel, config: Config, groups: Groups, micro_batch: int) -> deepspeed.DeepSpeedEngine:
@@ -73,8 +71,8 @@ def _zero_settings(model: LanguageModel, config: Config, world: World) -> dict[s
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
         "overlap_comm": _reduces_beside_backward(model, config.parallel.zero, world),
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        "reduce_bucket_size": buckets.BUCKET,
+        "allgather_bucket_size": buckets.BUCKET,
     }
     if config.parallel.zero == 3:
         zero |= zero3.settings()
@@ -84,16 +82,9 @@ def _zero_settings(model: LanguageModel, config: Config, world: World) -> dict[s
 
 
 def _reduces_beside_backward(model: LanguageModel, stage: int, world: World) -> bool:
-    """Whether ZeRO reduces a full bucket of gradients while the backward pass goes on, on a stream of its own.
-
-    A CPU has no streams, and one rank has nobody to reduce with: DeepSpeed would only wait for it. With gloo
-    nothing would run beside the backward pass, and a bucket would be what hooks have filled it with, in their order;
-    without, sums have the order of the parameters. A gradient that fits in no bucket would be freed, at ZeRO 1 and 2,
-    while that stream still reads it: DeepSpeed notes it with the allocator only where it offloads.
-    """
-    if world.device.type == "cpu" or world.size == 1 or stage == 0:
-        return False
-    return stage == 3 or all(parameter.numel() <= BUCKET for parameter in model.parameters())
+    """See ``buckets.reduces_beside_backward``."""
+    largest = max(parameter.numel() for parameter in model.parameters())
+    return buckets.reduces_beside_backward(stage, world.device.type, world.size, largest)
 
 
 def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:

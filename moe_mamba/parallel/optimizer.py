@@ -1,18 +1,18 @@
 """The optimizer: what it steps in groups, how it is made, and the state that checkpoints hold of it."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from torch import Tensor, nn
+from deepspeed.moe.utils import is_moe_param
+from torch import Tensor
 
 from moe_mamba.config import Config, TrainConfig
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import zero3
+from moe_mamba.parallel.grouping import Member, decay, group_members
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,24 @@ OPTIMIZER = Optimizer(_adamw, {"moment1": "exp_avg", "moment2": "exp_avg_sq"})
 
 
 def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
-    """The optimizer's groups: one for each dtype (ZeRO cannot mix them) with and without decay, bf16 first.
-
-    Weight decay is for matrices; norms, biases, D and A_log have none, unless `train.decay_all`.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
-    not_decayed = model.not_decayed()
-    for name, parameter in model.named_parameters():
-        is_matrix = len(zero3.gathered_shape(parameter)) >= 2 and name not in not_decayed
-        decay = config.train.weight_decay if is_matrix or config.train.decay_all else 0.0
-        groups[parameter.dtype == torch.float32, decay].append(parameter)
-    # The first group's dtype is the one by which ZeRO decides whether gradients need an fp32 accumulator.
-    ordered = [{"params": groups[key], "weight_decay": key[1], "name": f"{key}"} for key in sorted(groups)]
-    split = split_params_into_different_moe_groups_for_optimizer(ordered)
-    return [group for group in split if group["params"]]
+    """The optimizer's groups, see ``grouping.py``; DeepSpeed knows those of experts by ``moe``, and a group's name."""
+    parameters, not_decayed = dict(model.named_parameters()), model.not_decayed()
+    members = []
+    for name, parameter in parameters.items():
+        shape = zero3.gathered_shape(parameter)
+        is_decayed = len(shape) >= 2 and name not in not_decayed
+        experts = parameter.group_name if is_moe_param(parameter) else None  # type: ignore[attr-defined]
+        is_fp32 = parameter.dtype == torch.float32
+        members.append(Member(name, shape.numel(), is_fp32, decay(config, is_decayed), experts))
+    made = []
+    for group in group_members(members):
+        first = group[0]
+        made.append(
+            {
+                "params": [parameters[member.name] for member in group],
+                "weight_decay": first.decay,
+                "name": first.experts or f"{first.is_fp32, first.decay}",
+            }
+            | ({"moe": True} if first.experts else {})
+        )
+    return made

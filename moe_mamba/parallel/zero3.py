@@ -22,16 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel import buckets
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.initialize import fill
 from moe_mamba.parallel.run_plan import RunPlan
 
-PERSISTENT = 10_000  # parameters of fewer elements stay gathered between steps: norms, biases
-
 
 def settings() -> dict[str, Any]:
     """What DeepSpeed's configuration says about this stage."""
-    return {"stage3_param_persistence_threshold": PERSISTENT}
+    return {
+        "stage3_param_persistence_threshold": buckets.PERSISTENT,
+        "stage3_max_live_parameters": buckets.LIVE,
+        "stage3_max_reuse_distance": buckets.LIVE,
+    }
 
 
 def partition_model(model: LanguageModel, plan: RunPlan, groups: Groups) -> None:

@@ -1,18 +1,91 @@
 """What a configuration means, before anything starts: parameters, FLOPs per token, and what each device holds.
 
 Arithmetic on the meta device: nothing is allocated and no process group is made.
+
+Of a GPU's memory a run cannot use all: the caching allocator keeps blocks that are larger than what they hold, and gaps
+between them. ``FRAGMENTATION`` is the share of what comes and goes (activations, gradients on their way, buffers) that
+is set aside for that. It is a choice, not a measurement of ours: PyTorch's allocator rounds a block of 1 to 10 MB up to
+20 MB and larger ones to 2 MB (``c10/cuda/CUDACachingAllocator.cpp``), and with
+``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`` mostly that rounding is left. A CPU's allocator gives pages back.
 """
 
 import math
+from dataclasses import dataclass
 
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.pattern import describe, has_experts
-from moe_mamba.parallel.placement import ParameterShard, check_shards
+from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.activations import activations_of
+from moe_mamba.planning.load import Load
+from moe_mamba.planning.state import FP32, state_of
 
-FP32, BF16 = 4, 2  # bytes
+FRAGMENTATION = 0.1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a rank needs, by kind.
+
+    Attributes:
+        weights: with buffers, and what ZeRO-3 leaves gathered between passes.
+        gradients: as they are accumulated, from pass to pass.
+        optimizer: moments and masters on the device.
+        activations: of a micro-step, at their peak: what is kept, and gradients of activations on their way.
+        communication: ZeRO's buckets, what reducing one takes, and weights that ZeRO-3 has gathered.
+        update: what reducing gradients and stepping need when activations and the pass's buffers are gone.
+        fragmentation: a share set aside on GPUs.
+        host: of the CPU, for an offloaded optimizer.
+        parameters: how many the rank holds; no bytes.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+    update: int
+    fragmentation: int
+    host: int
+    parameters: int
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Of the device, at the peak of a step."""
+        return self.state + max(self.activations + self.communication, self.update) + self.fragmentation
+
+
+def memory_of(run_plan: RunPlan, micro_batch: int, load: Load, *, is_gpu: bool = True) -> Memory:
+    """What a rank needs: the one whose experts get most rows, and that keeps most gradients.
+
+    Args:
+        run_plan: of the run.
+        micro_batch: sequences of a micro-step of a group of tensor-parallel ranks.
+        load: how rows spread over experts.
+        is_gpu: whether a GPU trains; else a CPU.
+    """
+    device = "cuda" if is_gpu else "cpu"
+    state = state_of(run_plan, device)
+    activations = activations_of(run_plan, micro_batch, load, device).peak
+    share = FRAGMENTATION if is_gpu else 0.0
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=activations,
+        communication=state.buckets,
+        update=state.update,
+        fragmentation=math.ceil(share * max(activations + state.buckets, state.update)),
+        host=state.host,
+        parameters=state.parameters,
+    )
 
 
 def plan(config: Config, gpus: int | None = None) -> dict[str, int]:
@@ -50,51 +123,25 @@ def layout(config: Config, gpus: int | None = None) -> Topology:
 
 
 def per_device(run_plan: RunPlan) -> dict[str, int]:
-    """What a device keeps from step to step; activations, and the buffers of gradients on their way, come on top.
-
-    Every rank's memory has the same shapes, padding included, so one rank speaks for all. ZeRO shares optimizer state
-    (1), gradients (2) and weights (3) among the devices that hold the same part of a parameter; the few weights that
-    ZeRO-3 leaves whole, because they are small, are counted as if it did not.
+    """What a device keeps from step to step; activations and buffers come on top. See ``state.py``.
 
     Returns:
         ``parameters_per_device``; ``weight_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` (AdamW's two moments
-        and, with ZeRO, fp32 masters) on the device; ``host_bytes`` of optimizer state that is offloaded.
+        and, with ZeRO, fp32 masters) on the device; ``host_bytes`` that an offloaded optimizer takes.
     """
-    config, model, topology = run_plan.config, run_plan.model, run_plan.topology
-    zero = config.parallel.zero
-    keep = model.fp32_parameter_names()
-    # ZeRO-3 cannot mix types, and keeps all in fp32.
-    is_half = config.train.precision == "bf16" and zero < 3
-    parameters = 0
-    weights = gradients = optimizer = 0.0
-    for name, _ in model.named_parameters():
-        count, sharing = math.prod(run_plan.shards[name].local_shape), _sharing(run_plan.shards[name], topology)
-        parameters += count
-        weights += count * (BF16 if is_half and name not in keep else FP32) / (sharing if zero == 3 else 1)
-        gradients += count * FP32 / (sharing if zero >= 2 else 1)
-        optimizer += count * (3 * FP32 / sharing if zero else 2 * FP32)
-    on_host = config.parallel.offload_optimizer
+    state = state_of(run_plan, "cuda")
     return {
-        "parameters_per_device": parameters,
-        "weight_bytes": math.ceil(weights),
-        "gradient_bytes": math.ceil(gradients),
-        "optimizer_bytes": 0 if on_host else math.ceil(optimizer),
-        "host_bytes": math.ceil(optimizer) if on_host else 0,
+        "parameters_per_device": state.parameters,
+        "weight_bytes": state.weights,
+        "gradient_bytes": state.gradients,
+        "optimizer_bytes": state.optimizer,
+        "host_bytes": state.host,
     }
 
 
 def checkpoint_bytes(model: LanguageModel) -> int:
     """What a checkpoint takes on the disk: fp32 weights and AdamW's two moments, each once, whatever the layout."""
     return 3 * FP32 * sum(parameter.numel() for parameter in model.parameters())
-
-
-def _sharing(shard: ParameterShard, topology: Topology) -> int:
-    """Devices among which ZeRO shares a parameter's state: those whose gradients of it are averaged."""
-    if shard.experts is None:
-        return topology.data
-    if shard.experts == "inner_expert":
-        return topology.data // topology.inner_expert
-    return (topology.data if topology.expert_tensor else topology.world.size) // topology.expert
 
 
 def table(config: Config, gpus: int | None = None) -> str:

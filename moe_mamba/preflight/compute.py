@@ -14,7 +14,8 @@ from moe_mamba.config import Config
 from moe_mamba.kernels import grouped_matmul, selective_scan
 from moe_mamba.model.mixers.moe import MoE
 from moe_mamba.model.pattern import has, kernel_operations
-from moe_mamba.parallel.topology import Topology
+from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.fit import host_bytes
 from moe_mamba.preflight.report import Compute, Sizes, Storage
 
 SECONDS = 1.0  # that a measure is repeated for
@@ -77,7 +78,15 @@ def measure_compute(config: Config, topology: Topology, sizes: Sizes) -> Compute
         copy_bytes=2 * sizes.copy_bytes / copy,
         scan_tokens=sizes.scan[0] * sizes.scan[1] / scan if sizes.scan and scan else None,
         grouped_flops=2 * math.prod(sizes.grouped[1:]) / grouped if sizes.grouped and grouped else None,
+        memory_bytes=device_bytes(topology.world),
     )
+
+
+def device_bytes(world: World) -> int:
+    """Memory of this rank's GPU, or its share of the machine's."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return host_bytes() // world.local_size
 
 
 def measure_storage(folder: Path) -> Storage:

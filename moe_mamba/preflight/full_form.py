@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+import torch
+
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config import Config
 from moe_mamba.data.tokenizer import load_tokenizer
@@ -18,13 +20,15 @@ from moe_mamba.parallel.meeting import Meeting
 from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
-from moe_mamba.planning.memory import FP32, per_device
+from moe_mamba.planning.memory import per_device
 from moe_mamba.planning.micro_batch import choose_micro_batch
+from moe_mamba.planning.state import FP32
 from moe_mamba.preflight.checks import check_speed
 from moe_mamba.preflight.compute import measure_compute, measure_storage, sizes
+from moe_mamba.preflight.curves import measure_collective_curves, measure_compute_curves, median_curves
 from moe_mamba.preflight.exchange import Exchange
 from moe_mamba.preflight.links import measure_collectives, measure_links
-from moe_mamba.preflight.report import Finding, Link, Measures, Report
+from moe_mamba.preflight.report import Curve, Finding, Link, Measures, Report
 from moe_mamba.preflight.short_form import Comparison, compare
 from moe_mamba.run.console import Screen
 
@@ -111,10 +115,17 @@ def _measure(config: Config, topology: Topology, comparison: Comparison) -> tupl
             )
             if world.size > 1
             else [],
+            curves=_curves(world, getattr(torch, measured.dtype)),
         )
         return measures, [*no_compute, *no_storage]
     finally:
         finish_world()
+
+
+def _curves(world: World, dtype: torch.dtype) -> list[Curve]:
+    """How speed depends on size, the same on every rank."""
+    computed = median_curves(from_all(measure_compute_curves(world.device, dtype)))
+    return [*computed, *(measure_collective_curves(world.device) if world.size > 1 else [])]
 
 
 def _from_those_who_can(measure: Callable[[], T | None]) -> tuple[list[T], list[Finding]]:

@@ -119,6 +119,7 @@ class Compute(_Record):
     copy_bytes: float = Field(description="bytes read and written per second")
     scan_tokens: float | None = Field(description="tokens per second of the selective scan, forward and backward")
     grouped_flops: float | None = Field(description="operations per second of the experts' grouped product")
+    memory_bytes: int | None = Field(None, description="of the GPU, or this rank's share of the machine's memory")
 
 
 class Storage(_Record):
@@ -150,6 +151,20 @@ class Collective(_Record):
     seconds: float = Field(description="of the slowest rank, the median of several calls")
 
 
+What = Literal["product", "pass", "all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
+
+
+class Curve(_Record):
+    """How speed depends on size."""
+
+    what: What = Field(description="product: a linear layer forward and backward; pass: a sum into new memory")
+    ranks: int = Field(description="that take part in a call")
+    points: list[tuple[float, float]] = Field(
+        description="product: smallest dimension, operations per second; else: bytes (read and written by a pass, of "
+        "a collective's larger side), seconds"
+    )
+
+
 class Measures(_Record):
     """The numbers; how fast each rank, disk and link is."""
 
@@ -158,6 +173,7 @@ class Measures(_Record):
     storage: list[Storage]
     links: list[Link]
     collectives: list[Collective]
+    curves: list[Curve] = Field([], description="what a plan of a step needs (tools/plan.py --measured)")
 
 
 class Report(_Record):

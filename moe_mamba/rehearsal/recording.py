@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, in_kernel_invocation_manager
 
 import moe_mamba
 from moe_mamba.rehearsal.collectives import Recording
@@ -36,6 +36,7 @@ KINDS_OF_DEEPSPEED = {
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal")
 SIZES = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive")
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")
+VIEWS = {torch.ops.aten.view.default, torch.ops.aten.slice.Tensor, torch.ops.aten.as_strided.default}
 # Operator of ours -> operands that are promised in fp32 wherever the model computes in bf16.
 PROMISED = {
     "selective_scan": ("A", "D", "delta_bias"),
@@ -119,7 +120,7 @@ class Stage(Recording):
         if func.namespace == "c10d":
             check_sizes(func, args, kwargs)
         before = len(self.found)
-        made = super().__torch_dispatch__(func, types, args, kwargs)
+        made = _view(func, args, kwargs) if func in VIEWS else super().__torch_dispatch__(func, types, args, kwargs)
         if len(self.found) > before:
             self.places += [where().line] * (len(self.found) - before)
         if name in COPIES and on_device and _is_waited_for(name, made, args, kwargs):
@@ -169,6 +170,20 @@ class Stage(Recording):
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.name in names and isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
                 raise Fault(f"{name} is given {argument.name} in {value.dtype}, which is promised in fp32")
+
+
+def _view(func: OpOverload, args: tuple, kwargs: dict) -> Tensor:
+    """Another view of a tensor without numbers, by torch's own kernel for shapes.
+
+    ``FakeTensorMode`` would compute it in Python, a hundred times as slowly, and remembers it by the offset, which is
+    another one for each parameter in DeepSpeed's buffers.
+    """
+    tensor = args[0]
+    if type(tensor) is not FakeTensor or tensor.fake_mode.shape_env is not None:
+        return func(*args, **kwargs)
+    with in_kernel_invocation_manager(tensor.fake_mode):
+        made = func(*args, **kwargs)
+    return FakeTensor(tensor.fake_mode, made, tensor.device)
 
 
 def _stand_in_value(tensor: Tensor) -> bool | int | float:

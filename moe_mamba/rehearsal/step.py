@@ -175,6 +175,9 @@ def _tag_state(engine: Any, stage: Stage) -> None:
     weights += [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
     stage.ledger.tag([*stepped, *state], "optimizer")
     stage.ledger.tag(weights, "weights")
+    zero = engine.zero_optimization_stage()
+    if zero == 3 or (zero and engine.optimizer.use_grad_accum_attribute):
+        return  # what autograd gives goes into DeepSpeed's own gradients at once
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: stage.ledger.tag([gradient], "gradients"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe_mamba.rehearsal.device import RehearsedWorld, fake_accelerator
+from moe_mamba.rehearsal.device import RehearsedWorld, fake_accelerator, replaced
 
 # What keeps groups, or counts what ranks compare: module -> attributes, as they are before any world.
 MEMORY: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ def fake_world(world: RehearsedWorld) -> Iterator[None]:
     changed = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
-    with fake_accelerator(world.local_size):
+    with fake_accelerator(world.local_size), _agreeing():
         dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.size)
         try:
             deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
@@ -42,6 +42,26 @@ def fake_world(world: RehearsedWorld) -> Iterator[None]:
             dist.destroy_process_group()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def _agreeing() -> Iterator[None]:
+    """Let ZeRO-3 find, where it asks rank 0 for a list to compare with its own, that it has the same."""
+    from deepspeed.runtime.zero import utils
+
+    ask, compare_lengths = utils.get_lst_from_rank0, utils.assert_lst_len_same_as_other_ranks
+
+    def agree(numbers: list[int]) -> list[int]:
+        ask(numbers)
+        return numbers
+
+    def agree_on_length(numbers: list[int]) -> None:
+        with contextlib.suppress(RuntimeError):  # what it reads is no length
+            compare_lengths(numbers)
+
+    lengths = replaced(utils, "assert_lst_len_same_as_other_ranks", agree_on_length)
+    with replaced(utils, "get_lst_from_rank0", agree), lengths:
+        yield
 
 
 def _forget_groups() -> None:

@@ -78,7 +78,8 @@ def prepare_run(
     done = store.step_of(newest) if newest else 0
     config = _with_vocabulary(config, newest)
     plan = RunPlan.of(config, topology)
-    check_fit(plan)
+    if warning := check_fit(plan):
+        screen.say(warning)
     warm = find_weights(plan.model, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()

@@ -8,6 +8,7 @@ from torch import nn
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel import buckets
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel.optimizer import AdamW, parameter_groups
 from moe_mamba.parallel.parallelize import cast_to_bf16
@@ -75,7 +76,7 @@ def test_zero_reduces_beside_the_backward_pass_on_several_gpus(
     config = load_config(None, {"parallel.zero": zero, "model.pattern": "M-", "model.d_model": 32})
     with torch.device("meta"):
         model = LanguageModel(config.model, config.moe)
-        large = nn.Parameter(torch.empty(engines.BUCKET + 1))
+        large = nn.Parameter(torch.empty(buckets.BUCKET + 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     several, processes = device == "cuda" and ranks > 1, Ranks(0, ranks, 0, ranks)
     assert engines._zero_settings(model, config, processes)["overlap_comm"] is (several and zero > 0)
@@ -88,7 +89,7 @@ def train_in_small_buckets(config: Config, steps: int, beside: bool) -> Trained:
     """In a worker: train with buckets that are full before a backward pass ends, reduced as on a GPU or not."""
     with (
         mock.patch.object(engines, "_reduces_beside_backward", return_value=beside),
-        mock.patch.object(engines, "BUCKET", 4096),
+        mock.patch.object(buckets, "BUCKET", 4096),
     ):
         return train(config, steps)
 

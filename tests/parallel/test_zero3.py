@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from moe_mamba.config import Config
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.mixers import mamba
+from moe_mamba.parallel import buckets, zero3
 from moe_mamba.parallel import engine as engines
-from moe_mamba.parallel import zero3
 from tests.parallel.layouts import Layout, Trained, assemble, batch_of, build, config_of, train
 from tests.parallel.test_parity import IMPORTED, STEPS, Errors, worst
 from tests.train.runs import curve, run, weights
@@ -25,11 +25,11 @@ from tests.world import World
 @contextlib.contextmanager
 def nothing_stays_gathered() -> Iterator[None]:
     """In a worker: every weight is freed after use, however small."""
-    usual, zero3.PERSISTENT = zero3.PERSISTENT, 0
+    usual, buckets.PERSISTENT = buckets.PERSISTENT, 0
     try:
         yield
     finally:
-        zero3.PERSISTENT = usual
+        buckets.PERSISTENT = usual
 
 
 def train_gathering(config: Config, steps: int) -> Trained:

@@ -7,7 +7,8 @@ from moe_mamba.errors import UserError
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning import fit
 from moe_mamba.planning.fit import check_fit
-from moe_mamba.planning.memory import layout, per_device
+from moe_mamba.planning.load import Load
+from moe_mamba.planning.memory import layout, memory_of
 
 
 def plan(**keys: object) -> RunPlan:
@@ -17,14 +18,22 @@ def plan(**keys: object) -> RunPlan:
 
 def test_what_fits_is_let_through_and_what_is_a_byte_too_large_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     run = plan(model__d_model=32, model__repeat=1)
-    state = sum(per_device(run)[kind] for kind in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
-    check_fit(run)
+    memory = memory_of(run, 1, Load(), is_gpu=False)
+    state = memory.state
+    assert check_fit(run) is None
     monkeypatch.setattr(fit, "host_bytes", lambda: state - 1)
     with pytest.raises(UserError, match=r"weights, gradients and optimizer take .* parallel\.tensor"):
         check_fit(run)
-    monkeypatch.setattr(fit, "host_bytes", lambda: state + 1)
+    monkeypatch.setattr(fit, "host_bytes", lambda: state + memory.activations // 2 - memory.gradients)
     with pytest.raises(UserError, match=r"a micro-batch of 1 x 256 tokens .* data\.sequence_length"):
         check_fit(run)
+    monkeypatch.setattr(fit, "host_bytes", lambda: memory.total - 1)
+    warning = check_fit(run)
+    assert warning is not None
+    assert "may not fit" in warning
+    assert all(f"{kind} " in warning for kind in ("weights", "gradients", "optimizer", "activations", "communication"))
+    monkeypatch.setattr(fit, "host_bytes", lambda: memory.total)
+    assert check_fit(run) is None
 
 
 def test_processes_of_a_machine_share_its_memory() -> None:

@@ -3,8 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import pytest
-
 from moe_mamba.planning.load import Load
 from moe_mamba.rehearsal.step import Report, rehearse
 from tests.parallel.layouts import Layout, config_of

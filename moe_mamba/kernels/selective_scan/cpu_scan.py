@@ -14,10 +14,8 @@ from torch import Tensor
 
 from moe_mamba.kernels.extension import TYPES, Strided, fill, library, sum_in_order
 from moe_mamba.kernels.launch import unit_stride
+from moe_mamba.kernels.selective_scan.intervals import CHUNK, GROUP
 from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
-
-CHUNK = 16  # time steps from one kept state to the next, STEPS in C++
-GROUP = 128  # channels of a task, GROUP in C++
 
 
 class _Scan(ctypes.Structure):

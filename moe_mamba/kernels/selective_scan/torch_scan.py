@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_mamba.kernels.selective_scan.intervals import CHUNK
 from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
 
-CHUNK = 16  # time steps from one kept state to the next
 BLOCK = 32768  # elements of the states of one time step that a thread works on at once
 
 

@@ -25,7 +25,6 @@ from moe_mamba.kernels.selective_scan.triton_tiles import (
 )
 
 STEPS = 4  # time steps whose states are in registers at once
-INTERVAL = 32  # time steps from one kept state to the next
 
 
 @triton.jit

@@ -17,11 +17,11 @@ from torch import Tensor
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.launch import ceil_divide, multiprocessors, next_power_of_2, on_device, unit_stride
 from moe_mamba.kernels.selective_scan import triton_backward, triton_forward, triton_segments
+from moe_mamba.kernels.selective_scan.intervals import BLOCK, INTERVAL
 from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
-from moe_mamba.kernels.selective_scan.triton_backward import INTERVAL, backward_kernel
+from moe_mamba.kernels.selective_scan.triton_backward import backward_kernel
 from moe_mamba.kernels.selective_scan.triton_forward import forward_kernel
 from moe_mamba.kernels.selective_scan.triton_step import selective_scan_step, step_specimen
-from moe_mamba.kernels.selective_scan.triton_tiles import BLOCK
 
 __all__ = ["selective_scan", "selective_scan_step", "specimens"]
 

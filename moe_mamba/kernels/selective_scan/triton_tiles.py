@@ -14,7 +14,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-BLOCK = 32  # channels of a program: one a lane
 
 
 @triton.jit

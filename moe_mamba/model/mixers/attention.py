@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_mamba.config import ModelConfig, MoEConfig
+from moe_mamba.model.costs import enter, leave
 from moe_mamba.model.initialize import Initializer, matrix, zeros
 from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, State, Statistics, choose_rows
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import FP32, Attended, Pass, Product, Share, Work
 
 
 @dataclass(frozen=True)
@@ -314,16 +317,70 @@ class Attention(Mixer):
         return specs | {"o_proj.weight": heads(1, config.heads, "model.heads")}
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """Queries, keys, values, outputs."""
-        return config.d_model * 6 * width
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``; key and value heads, where there are fewer than ranks, are on several."""
+        tokens, d_model, head_dim = share.tokens, config.d_model, config.resolved_head_dim
+        x = enter(tape, x, share, d_model, joins)
+        heads = config.heads // share.tensor
+        query, key = heads * head_dim, max(1, config.resolved_kv_heads // share.tensor) * head_dim
+        made = [tape.linear(x, tokens, d_model, size) for size in (query, key, key)]
+        if config.positions == "rope":
+            made[:2] = [
+                cls._record_rotated(tape, one, tokens * size) for one, size in zip(made[:2], (query, key), strict=True)
+            ]
+        sums = tape.tensor(tokens * heads, FP32)
+        y = tape.tensor(tokens * query)
+        tape.do(made, (y,), (*made, y, sums, tape.tensor(cls._masked(config, share))))
+        if config.positions == "rope":  # it lies as rotated queries do, head by head, and is copied
+            copy = tape.tensor(tokens * query)
+            tape.do((y,), (copy,), gradient="handed")
+            y = copy
+        return leave(tape, tape.linear(y, tokens, query, d_model), share, d_model, joins)
+
+    @classmethod
+    def _record_rotated(cls, tape: Tape, x: Recorded, numbers: int) -> Recorded:
+        """Products with cosines and sines in fp32; each half's gradient is a sum of two."""
+        scratch = (3 if tape.width < FP32 else 1) * numbers * FP32
+        return tape.one(x, numbers=numbers, forward=scratch, backward=scratch)
+
+    @classmethod
+    def _masked(cls, config: ModelConfig, share: Share) -> int:
+        """Numbers of a mask: (length, length) for each sequence of documents, or for a window; 0: plain causal."""
+        if share.resets:
+            return share.batch * share.length**2
+        return share.length**2 if share.length > (config.sliding_window or share.length) else 0
+
+    @classmethod
+    def _seen(cls, config: ModelConfig, length: int) -> int:
+        """Twice the keys that all tokens of a sequence see together."""
+        window = min(config.sliding_window or length, length)
+        return 2 * window * length - window**2
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``; key and value heads, where there are fewer than ranks, are on several."""
+        head_dim, tokens = config.resolved_head_dim, share.tokens
+        query = config.heads // share.tensor * head_dim
+        key = max(1, config.resolved_kv_heads // share.tensor) * head_dim
+        seen = cls._seen(config, share.length)
+        size = tokens * (2 * query + 2 * key) * share.width
+        rotated = tokens * (query + key) * share.width if config.positions == "rope" else 0
+        return [
+            Product(tokens, config.d_model, query),
+            Product(tokens, config.d_model, key),
+            Product(tokens, config.d_model, key),
+            Pass(6 * rotated, 6 * rotated, 16 if rotated else 4),
+            Attended(2 * seen * share.batch * query, size),
+            Product(tokens, query, config.d_model),
+        ]
 
     def flops_per_token(self, length: int) -> int:
         """The matrices' and 6 x length x heads x head_dim: queries with keys, weights with values, half of them masked.
 
         With a sliding window of w < length tokens, 2 w - w^2 / length in the place of length.
         """
-        window = min(self.config.sliding_window or length, length)
-        seen = 2 * window * length - window**2  # twice the keys that a sequence's tokens see in all
+        seen = self._seen(self.config, length)
         products = 6 * seen * self.config.heads * self.head_dim // length
         return super().flops_per_token(length) + products

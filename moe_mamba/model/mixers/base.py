@@ -15,6 +15,8 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.model.mixers.routing import RouterStatistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import Sent, Share, Work
 
 Statistics = dict[str, RouterStatistics]
 """Name of a router inside the module that is asked -> what it measured."""
@@ -139,9 +141,35 @@ class Mixer(nn.Module):
         return {}
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """What the backward pass needs of a token, roughly and generously, in bytes; ``width``: bytes of a number."""
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """Record on ``tape`` what a rank's forward pass makes and keeps of its input ``x``; returns its output.
+
+        Args:
+            config: of the model.
+            moe: of its experts.
+            share: sizes of the rank's part.
+            tape: where to record.
+            x: this rank's tokens, (tokens / tensor, d_model); those of all tensor-parallel ranks where it joins others.
+            joins: whether the layer gathers the tokens and reduces the sums of several mixers, this one among them.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """What a rank computes in a micro-step, of which it has ``share``."""
+        raise NotImplementedError
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """What a rank sends inside the mixer in a micro-step, of which it has ``share``; over groups of any size."""
+        return []
+
+    @classmethod
+    def crossings(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> int:
+        """How often a rank gathers the tokens of all tensor-parallel ranks, and reduce-scatters their sums."""
+        return int(cls.gathers_tokens)
 
     def idle_parameters(self) -> int:
         """Parameters that a token does not meet."""

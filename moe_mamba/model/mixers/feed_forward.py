@@ -4,11 +4,14 @@ from torch import Tensor
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation
+from moe_mamba.model.costs import enter, leave, record_activation
 from moe_mamba.model.initialize import Initializer, matrix, zeros
 from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import Product, Share, Work, activation_work
 
 
 def input_width(activation: str, width: int) -> int:
@@ -63,9 +66,22 @@ class FeedForward(Mixer):
         return {"activation": 0}
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """The hidden units before and after the activation."""
-        return config.resolved_d_ff * (input_width(config.activation, 1) + 2) * width
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``."""
+        return cls.record_hidden(config, config.resolved_d_ff, share, tape, x, joins)
+
+    @classmethod
+    def record_hidden(
+        cls, config: ModelConfig, width: int, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """Two products and an activation between them, of a hidden ``width`` that the ranks share."""
+        tokens, d_model, hidden = share.tokens, config.d_model, width // share.tensor
+        x = enter(tape, x, share, d_model, joins)
+        y = tape.linear(x, tokens, d_model, input_width(config.activation, hidden))
+        y = record_activation(tape, y, tokens, hidden, config.activation)
+        return leave(tape, tape.linear(y, tokens, hidden, d_model), share, d_model, joins)
 
     @classmethod
     def hidden_specs(cls, config: ModelConfig, width: int, key: str) -> ShardSpecs:
@@ -78,3 +94,18 @@ class FeedForward(Mixer):
             "in_proj.bias": inputs,
             "out_proj.weight": (ShardSpec(1, "tensor", (block,), key),),
         }
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``."""
+        return cls.hidden_work(config, config.resolved_d_ff, share)
+
+    @classmethod
+    def hidden_work(cls, config: ModelConfig, width: int, share: Share) -> list[Work]:
+        """Two products and an activation between them, of a hidden ``width`` that the ranks share."""
+        hidden, made = width // share.tensor, input_width(config.activation, width // share.tensor)
+        return [
+            Product(share.tokens, config.d_model, made),
+            activation_work(share.tokens, made, hidden, share.width),
+            Product(share.tokens, hidden, config.d_model),
+        ]

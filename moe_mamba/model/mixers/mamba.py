@@ -21,12 +21,16 @@ from torch import Generator, Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import causal_conv, causal_conv_step, linear, selective_scan, selective_scan_step
+from moe_mamba.kernels.selective_scan.intervals import BLOCK, CHUNK, GROUP, INTERVAL
+from moe_mamba.model.costs import enter, leave, record_norm
 from moe_mamba.model.initialize import Initializer, ones, uniform
 from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.norm import RMSNorm
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import FP32, Pass, Product, Scan, Sent, Share, Work, norm_work
 
 SMALLEST_DELTA, LARGEST_DELTA, DELTA_FLOOR = 1e-3, 1e-1, 1e-4  # at the start of training
 
@@ -268,9 +272,78 @@ class Mamba(Mixer):
         return used | {"rms_norm": 0} if config.mamba_norms else used
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """x, z, convolution, delta, gate, scan's output in the compute dtype; the scan's inputs in fp32, too."""
-        return config.d_inner * (8 * width + 8)
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``."""
+        tokens, d_model, channels = share.tokens, config.d_model, config.d_inner // share.tensor
+        x = enter(tape, x, share, d_model, joins)
+        both = tape.linear(x, tokens, d_model, 2 * channels)
+        y = cls.record_inner(config, share, tape, *tape.split(both, tokens * channels, tokens * channels))
+        return leave(tape, tape.linear(y, tokens, channels, d_model), share, d_model, joins)
+
+    @classmethod
+    def record_inner(cls, config: ModelConfig, share: Share, tape: Tape, x: Recorded, z: Recorded) -> Recorded:
+        """All but the projections in and out."""
+        tokens, channels = share.tokens, config.d_inner // share.tensor
+        low_rank, states = config.resolved_dt_rank, config.d_state
+        sizes = low_rank, states, states
+        x = tape.one(x, numbers=tokens * channels, keeps=(x,))  # convolution
+        if config.selective:
+            made = tape.linear(x, tokens, channels, sum(sizes))
+            if share.tensor > 1:
+                made = tape.one(made, numbers=tokens * sum(sizes))
+        else:
+            made = tape.tensor(tokens * sum(sizes))
+        delta, B, C = tape.split(made, *(tokens * size for size in sizes))
+        if config.mamba_norms:
+            pairs = zip((delta, B, C), sizes, strict=True)
+            delta, B, C = (record_norm(tape, part, None, tokens, size)[0] for part, size in pairs)
+        delta = tape.linear(delta, tokens, low_rank, channels)
+        state = share.batch * channels * states  # of all sequences
+        steps = INTERVAL if tape.fused else CHUNK
+        kept = tape.tensor(state * -(-share.length // steps), FP32)
+        partial = tokens * 2 * states * FP32 * -(-channels // (BLOCK if tape.fused else GROUP))
+        operands = (x, delta, B, C, z)
+        return tape.one(
+            *operands,
+            numbers=tokens * channels,
+            keeps=(*operands, kept),
+            forward=state * FP32,
+            backward=2 * state * FP32 + (partial if tape.hidden else 0),
+        )
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``: the projections in and out, and what is between them."""
+        channels = config.d_inner // share.tensor
+        ways = [Product(share.tokens, config.d_model, 2 * channels), Product(share.tokens, channels, config.d_model)]
+        return [*ways, *cls.inner_work(config, share)]
+
+    @classmethod
+    def inner_work(cls, config: ModelConfig, share: Share) -> list[Work]:
+        """All but the projections in and out."""
+        tokens, width, channels = share.tokens, share.width, config.d_inner // share.tensor
+        low_rank, states = config.resolved_dt_rank, config.d_state
+        made, channel_bytes = low_rank + 2 * states, tokens * channels * width
+        work: list[Work] = [
+            Product(tokens, low_rank, channels),
+            Pass(2 * channel_bytes, 7 * channel_bytes, 3),  # convolution; backward x and z are joined again, too
+            Scan(tokens, channels, states, width),
+            Pass(0, 2 * tokens * made * width),  # delta, B and C are joined again
+        ]
+        if config.selective:
+            work.append(Product(tokens, channels, made))
+        if config.mamba_norms:
+            work.append(norm_work(tokens, made, width)._replace(operators=6))
+        return work
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """See ``Mixer``: what ``x_proj`` makes of all channels, and its gradient, are summed over the ranks."""
+        made = config.resolved_dt_rank + 2 * config.d_state
+        size = share.tokens * made * share.width
+        return [Sent("all-reduce", "tensor", size, forward=1, backward=1)] if config.selective else []
 
     def flops_per_token(self, length: int) -> int:
         """The matrices' and, for the scan, 9 a state forward (Mamba, section 4.5), three times that in all."""

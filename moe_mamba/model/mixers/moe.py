@@ -8,13 +8,24 @@ from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
+from moe_mamba.model.costs import (
+    enter,
+    leave,
+    record_activation,
+    record_combination,
+    record_gather,
+    record_routing,
+    record_travel,
+)
 from moe_mamba.model.initialize import Initializer, matrix
 from moe_mamba.model.mixers.base import Mixer, Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import FeedForward, input_width
-from moe_mamba.model.mixers.routing import Router, RouterStatistics
+from moe_mamba.model.mixers.routing import Router, RouterStatistics, capacity_of
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs, prefixed
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import Product, Rows, Sent, Share, Work, activation_work, counts_sent, exchange, routing_work
 
 
 class Experts(nn.Module):
@@ -137,7 +148,68 @@ class MoE(Mixer):
         return dict.fromkeys(("sort_by_expert", "gather_rows", "combine_rows", "grouped_matmul", "activation"), 0)
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """Of each expert that a token meets: its rows, and the hidden units before and after the activation."""
-        hidden = (moe.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
-        return (moe.top_k + moe.shared_experts) * (hidden + 2 * config.d_model) * width
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``."""
+        d_model, width = config.d_model, moe.d_expert or config.resolved_d_ff
+        tokens, rows = cls._routed(moe, share)
+        here, hidden = moe.experts // share.expert, width // share.tensor if share.expert_tensor else width
+        routed = enter(tape, x, share, d_model, joins or not share.expert_tensor)
+        decision = record_routing(tape, moe, routed, tokens, rows.sent)
+        y = record_gather(tape, routed, decision, rows.sent, d_model)
+        y = record_travel(tape, y, rows.received, d_model, share.expert)
+        y = tape.linear(y, rows.received, d_model, input_width(config.activation, hidden), here)
+        y = record_activation(tape, y, rows.received, hidden, config.activation)
+        y = tape.linear(y, rows.received, hidden, d_model, here)
+        y = record_travel(tape, y, rows.sent, d_model, share.expert, rows.received)
+        y = record_combination(tape, y, decision, tokens, d_model)
+        y = leave(tape, y, share, d_model, joins or not share.expert_tensor)
+        if moe.shared_experts:
+            shared = FeedForward.record_hidden(config, moe.shared_experts * width, share, tape, x, joins)
+            y = tape.add(y, shared)
+        return y
+
+    @classmethod
+    def _routed(cls, moe: MoEConfig, share: Share) -> tuple[int, Rows]:
+        """Tokens that a rank routes, and the rows that it exchanges with the experts of its group."""
+        ranks = 1 if share.expert_tensor else share.tensor
+        tokens = share.tokens // ranks
+        if moe.router == "expert_choice":
+            capacity = capacity_of(moe, share.length)
+            rows = moe.experts * share.batch // ranks * (capacity or 0)
+        elif (capacity := capacity_of(moe, tokens)) is not None:
+            rows = moe.experts * capacity
+        else:
+            return tokens, share.rows_of("expert", "router", moe.experts, tokens * moe.top_k)
+        return tokens, Rows(rows, rows)
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``."""
+        tokens, rows = cls._routed(moe, share)
+        width = moe.d_expert or config.resolved_d_ff
+        hidden = width // share.tensor if share.expert_tensor else width
+        made, here = input_width(config.activation, hidden), moe.experts // share.expert
+        work: list[Work] = [
+            *routing_work(tokens, config.d_model, moe.experts, rows.received, share.width, share.expert),
+            Product(rows.received, config.d_model, made, here),
+            activation_work(rows.received, made, hidden, share.width),
+            Product(rows.received, hidden, config.d_model, here),
+        ]
+        if moe.shared_experts:
+            work += FeedForward.hidden_work(config, moe.shared_experts * width, share)
+        return work
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """See ``Mixer``: rows to their experts and back; without a capacity their numbers before."""
+        _, rows = cls._routed(moe, share)
+        counts = [counts_sent("expert", moe.experts)] if moe.capacity_factor is None else []
+        row = config.d_model * share.width
+        return [*counts, *exchange("expert", rows, row, row)]
+
+    @classmethod
+    def crossings(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> int:
+        """See ``Mixer``: of routed experts where tensor-parallel ranks share each, and of shared experts."""
+        return share.expert_tensor + bool(moe.shared_experts)

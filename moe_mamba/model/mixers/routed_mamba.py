@@ -21,15 +21,37 @@ from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.kernels import activation, grouped_matmul
+from moe_mamba.model.costs import (
+    enter,
+    leave,
+    record_activation,
+    record_combination,
+    record_gather,
+    record_routing,
+    record_travel,
+)
 from moe_mamba.model.initialize import Initializer, matrix, uniform
 from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import input_width
 from moe_mamba.model.mixers.mamba import Mamba, out_scale
-from moe_mamba.model.mixers.routing import Router, unchanged
+from moe_mamba.model.mixers.routing import Router, capacity_of, unchanged
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import (
+    FP32,
+    Product,
+    Rows,
+    Sent,
+    Share,
+    Work,
+    activation_work,
+    counts_sent,
+    exchange,
+    routing_work,
+)
 
 ENTRIES = ("conv", "gate")  # the halves of in_proj, in their order
 PROJECTIONS = (*ENTRIES, "out")
@@ -239,11 +261,160 @@ class RoutedMamba(Mamba):
         return super().kernel_operations(config, moe) | dict.fromkeys(used, 0)
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        """Mamba's and, for each routed projection, the rows that its experts read and write, and their hidden units."""
-        inner, routing = moe.inner, moe.inner_routing
-        hidden = 0
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        """See ``Mixer``."""
+        inner, tokens, channels = moe.inner, share.tokens, config.d_inner // share.tensor
+        x = enter(tape, x, share, config.d_model, joins)
+        routed: list[str] = [name for name in ENTRIES if name in inner.projections]
+        decision: Recorded | None = None
+        parts: dict[str, Recorded] = {}
+        if inner.router == "shared":
+            decision = record_routing(tape, moe.inner_routing, x, tokens, cls._rows(moe, "conv", share).sent)
+            parts |= zip(routed, cls._record_ways(config, moe, share, tape, x, decision, routed), strict=True)
+        else:
+            for name in routed:
+                parts[name] = cls._record_ways(config, moe, share, tape, x, None, [name])[0]
+        if plain := [name for name in ENTRIES if name not in routed]:
+            made = tape.linear(x, tokens, config.d_model, len(plain) * channels)
+            parts |= zip(plain, tape.split(made, *[tokens * channels] * len(plain)), strict=True)
+        y = cls.record_inner(config, share, tape, parts["conv"], parts["gate"])
+        if "out" not in inner.projections:
+            y = tape.linear(y, tokens, channels, config.d_model)
+        else:
+            y = cls._record_ways(config, moe, share, tape, y, decision, ["out"])[0]
+        return leave(tape, y, share, config.d_model, joins)
+
+    @classmethod
+    def _record_ways(
+        cls,
+        config: ModelConfig,
+        moe: MoEConfig,
+        share: Share,
+        tape: Tape,
+        x: Recorded,
+        decision: Recorded | None,
+        names: list[str],
+    ) -> list[Recorded]:
+        """Projections of the same rows; ``decision``: of the shared router, None: of this projection's own."""
+        if not names:
+            return []
+        tokens, channels, routing = share.tokens, config.d_inner // share.tensor, moe.inner_routing
+        read, made = (channels, config.d_model) if names == ["out"] else (config.d_model, channels)
+        rows, ranks, is_weighted = cls._rows(moe, names[0], share), share.inner_expert, decision is None
+        if decision is None:
+            decision = record_routing(tape, routing, x, tokens, rows.sent)
+        y = record_travel(tape, record_gather(tape, x, decision, rows.sent, read), rows.received, read, ranks)
+        outputs = [cls._record_experts(config, moe, share, tape, y, name) for name in names]
+        is_weighted = is_weighted or names == ["out"]
+        if ranks > 1 and len(outputs) > 1:
+            outputs = [tape.one(*outputs, numbers=rows.received * made * len(outputs))]
+        width = made * (len(names) // len(outputs))
+        outputs = [record_travel(tape, one, rows.sent, width, ranks, rows.received) for one in outputs]
+        if is_weighted:
+            return [record_combination(tape, outputs[0], decision, tokens, width)]
+        if routing.capacity_factor is None and routing.top_k == 1:  # rows in another order
+            summed = [tape.one(one, numbers=tokens * width) for one in outputs]
+        else:
+            plain = tape.tensor(rows.sent, FP32, has_gradient=False)
+            summed = [record_combination(tape, one, plain, tokens, width) for one in outputs]
+        return summed if len(summed) == len(names) else list(tape.split(summed[0], *[tokens * made] * len(names)))
+
+    @classmethod
+    def _record_experts(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, name: str
+    ) -> Recorded:
+        """What a projection's experts make of their rows."""
+        routing, channels, rows = (
+            moe.inner_routing,
+            config.d_inner // share.tensor,
+            cls._rows(moe, name, share).received,
+        )
+        read, made = (channels, config.d_model) if name == "out" else (config.d_model, channels)
+        here = routing.experts // share.inner_expert
+        if moe.inner.expert == "linear":
+            return tape.linear(x, rows, read, made, here)
+        hidden, gates = routing.d_expert or config.resolved_d_ff, input_width(config.activation, 1)
+        mine = hidden // share.tensor
+        y = tape.linear(x, rows, read, gates * (hidden if name == "out" else mine), here)
+        if name == "out" and share.tensor > 1:  # each rank's parts of sums, put in order by unit before and after
+            y = tape.one(y, numbers=rows * gates * hidden)
+            y = tape.one(tape.one(y, numbers=rows * gates * mine), numbers=rows * gates * mine)
+        y = record_activation(tape, y, rows, mine, config.activation)
+        if name != "out" and share.tensor > 1:
+            y = tape.one(tape.one(y, numbers=rows * mine), numbers=rows * hidden)
+        return tape.linear(y, rows, mine if name == "out" else hidden, made, here)
+
+    @classmethod
+    def _rows(cls, moe: MoEConfig, name: str, share: Share) -> Rows:
+        """Rows that a rank exchanges for a projection, and with which router's decision."""
+        routing = moe.inner_routing
+        router = "router" if moe.inner.router == "shared" else f"{name}_router"
+        if (capacity := capacity_of(routing, share.tokens)) is not None:
+            return Rows(routing.experts * capacity, routing.experts * capacity)
+        return share.rows_of("inner_expert", router, routing.experts, share.tokens * routing.top_k)
+
+    @classmethod
+    def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
+        """See ``Mixer``; the rows of a shared router are gathered once for both ways in."""
+        inner, routing, channels = moe.inner, moe.inner_routing, config.d_inner // share.tensor
+        here, work = routing.experts // share.inner_expert, cls.inner_work(config, share)
+        plain = [name for name in ENTRIES if name not in inner.projections]
+        if plain:
+            work.append(Product(share.tokens, config.d_model, len(plain) * channels))
+        if "out" not in inner.projections:
+            work.append(Product(share.tokens, channels, config.d_model))
+        for name in inner.projections:
+            rows = cls._rows(moe, name, share).received
+            read, made = (channels, config.d_model) if name == "out" else (config.d_model, channels)
+            is_first = inner.router == "own" or name == inner.projections[0]
+            routed = routing_work(share.tokens, read, routing.experts, rows, share.width, share.inner_expert)
+            work += routed if is_first else [one for one in routed if not isinstance(one, Product)]
+            if inner.expert == "linear":
+                work.append(Product(rows, read, made, here))
+                continue
+            # Where tensor-parallel ranks share what an expert reads, each makes its part of all hidden units' inputs.
+            hidden = routing.d_expert or config.resolved_d_ff
+            first, second = (hidden, hidden // share.tensor) if name == "out" else (hidden // share.tensor, hidden)
+            width = input_width(config.activation, first)
+            work += [
+                Product(rows, read, width, here),
+                activation_work(rows, input_width(config.activation, hidden // share.tensor), first, share.width),
+                Product(rows, second, made, here),
+            ]
+        return work
+
+    @classmethod
+    def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
+        """See ``Mixer``: as Mamba; rows of each routed projection, and what switch experts sum or gather inside."""
+        inner, routing, channels = moe.inner, moe.inner_routing, config.d_inner // share.tensor
+        sends, is_shared = super().sends(config, moe, share), inner.router == "shared"
+        ways = {name: (config.d_model, channels) for name in ENTRIES if name in inner.projections}
+        if is_shared and ways:  # one journey for all ways in
+            ways = {next(iter(ways)): (config.d_model, len(ways) * channels)}
+        if "out" in inner.projections:
+            ways["out"] = channels, config.d_model
+        if routing.capacity_factor is None:
+            sends += [counts_sent("inner_expert", routing.experts)] * (1 if is_shared else len(ways))
+        for name, (read, made) in ways.items():
+            rows = cls._rows(moe, name, share)
+            sends += exchange("inner_expert", rows, read * share.width, made * share.width, name != "out")
+        if "out" in inner.projections and not is_shared:
+            size = share.tokens * routing.experts * FP32
+            sends.append(Sent("all-reduce", "tensor", size, forward=1, backward=1))
         if inner.expert == "switch":
-            hidden = (routing.d_expert or config.resolved_d_ff) * (input_width(config.activation, 1) + 2)
-        rows = len(inner.projections) * (config.d_model + config.d_inner + hidden)
-        return super().activation_bytes(config, moe, width) + routing.top_k * rows * width
+            sends += [sent for name in inner.projections for sent in cls._hidden_sends(config, moe, name, share)]
+        return sends
+
+    @classmethod
+    def _hidden_sends(cls, config: ModelConfig, moe: MoEConfig, name: str, share: Share) -> list[Sent]:
+        """The hidden units of switch experts: gathered on the ways in, their inputs' sums scattered on the way out."""
+        hidden = moe.inner_routing.d_expert or config.resolved_d_ff
+        size = cls._rows(moe, name, share).received * hidden * share.width
+        if name != "out":
+            gathered = Sent("all-gather", "tensor", size, forward=1)
+            return [gathered, Sent("reduce-scatter", "tensor", size, backward=1)]
+        size *= input_width(config.activation, 1)
+        scattered = Sent("reduce-scatter", "tensor", size, forward=1)
+        return [scattered, Sent("all-gather", "tensor", size, backward=1)]

@@ -237,7 +237,17 @@ class Router(nn.Module):
             factor = self.config.evaluation_capacity
         if factor is None:
             return None
-        return min(max(math.floor(factor * self.config.top_k * tokens / self.config.experts), 1), tokens)
+        return slots(factor, self.config, tokens)
+
+
+def slots(factor: float, moe: MoEConfig, tokens: int) -> int:
+    """Of an expert, of ``tokens`` tokens that are routed together."""
+    return min(max(math.floor(factor * moe.top_k * tokens / moe.experts), 1), tokens)
+
+
+def capacity_of(moe: MoEConfig, tokens: int) -> int | None:
+    """Slots of an expert in training; None: as many as needed."""
+    return None if moe.capacity_factor is None else slots(moe.capacity_factor, moe, tokens)
 
 
 def unchanged(tensor: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""What a micro-step keeps and takes on a rank, by what the mixers declare (``model/tape.py``).
+
+The peak is sought over the whole micro-step: forward, in the head (whose gradients are made with the loss), and in
+every layer's backward pass, when all layers before it still keep theirs. With recomputation layers keep only their
+inputs, and one layer at a time keeps all.
+
+Within 10 % of a tracker of all tensors (``tests/planning/test_activations.py``). Left out: what
+``model/tape.py`` leaves out, the batch itself, and statistics of routers.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moe_mamba.model.costs import embedding_bytes, head_peak, layer_peak
+from moe_mamba.model.pattern import LayerSpec, layer_specs
+from moe_mamba.model.tape import Peak, Tape
+from moe_mamba.model.work import Rows, Share
+from moe_mamba.parallel.run_plan import RunPlan
+from moe_mamba.planning.load import Load
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a rank.
+
+    Attributes:
+        kept: by all layers and the head, from the forward to the backward pass.
+        peak: at most at any moment of the micro-step, with gradients of activations and of one weight on their way.
+    """
+
+    kept: int
+    peak: int
+
+
+def activations_of(
+    plan: RunPlan, micro_batch: int, load: Load, device: str = "cuda", hidden: bool = True
+) -> Activations:
+    """What a micro-step keeps and takes on the rank of an expert group that gets most rows.
+
+    Args:
+        plan: of the run.
+        micro_batch: sequences of a micro-step of a group of tensor-parallel ranks.
+        load: how rows spread over experts.
+        device: type of the device: on ``cuda`` Triton's kernels run, unless ``run.kernels`` says otherwise.
+        hidden: whether to count what back ends take inside a call, which no tracker of tensors sees.
+    """
+    config = plan.config
+    micro_step = _MicroStep(plan, micro_batch, load, device, hidden)
+    first = micro_step.stream + embedding_bytes(micro_step.share(""))
+    specs, recompute = layer_specs(config.model, config.moe), config.train.recompute
+    layers = [micro_step.layer(spec, index) for index, spec in enumerate(specs)]
+    before, peak = [first], first
+    for index, layer in enumerate(layers):  # forward
+        peak = max(peak, before[-1] + layer.forward)
+        # What a layer gets is kept, where it is computed again; the first gets what the embedding made.
+        kept = layer.kept if not recompute else micro_step.stream if index < len(layers) - 1 else 0
+        before.append(before[-1] + kept)
+    head = head_peak(config.model, micro_step.share(""), micro_step.tape(), micro_step.rows)
+    peak = max(peak, before[-1] + head.forward, before[-1] + head.backward)
+    for kept, layer in zip(before, layers, strict=False):
+        again = layer.forward + micro_step.stream if recompute else 0
+        peak = max(peak, kept + max(again, layer.backward))
+    return Activations(before[-1] + head.kept, peak)
+
+
+class _MicroStep:
+    """The sizes of a micro-step, and its layers, each kind counted once."""
+
+    def __init__(self, plan: RunPlan, micro_batch: int, load: Load, device: str, hidden: bool) -> None:
+        self._plan, self._batch, self._load, self._hidden = plan, micro_batch, load, hidden
+        config = plan.config
+        self._width = 2 if config.train.precision == "bf16" else 4
+        self._fused = device == "cuda" and config.run.kernels in ("auto", "triton")
+        self._layers: dict[tuple[LayerSpec, bool, str], Peak] = {}
+        self.rows = plan.shards["embedding.weight"].local_shape[0]
+        tokens = micro_batch * config.data.sequence_length // plan.topology.tensor
+        self.stream = tokens * config.model.d_model * self._width
+
+    def tape(self) -> Tape:
+        """An empty one."""
+        return Tape(self._width, self._fused, self._hidden, self._plan.config.parallel.zero == 3)
+
+    def layer(self, spec: LayerSpec, index: int) -> Peak:
+        """What a layer keeps and takes; recorded loads differ from layer to layer."""
+        config = self._plan.config
+        merged = config.train.recompute or index == 0
+        prefix = f"layers.{index}." if self._load.recorded is not None else ""
+        key = spec, merged, prefix
+        if key not in self._layers:
+            self._layers[key] = layer_peak(spec, config.model, config.moe, self.share(prefix), self.tape(), merged)
+        return self._layers[key]
+
+    def share(self, prefix: str) -> Share:
+        """Sizes of this rank's part."""
+        topology, config = self._plan.topology, self._plan.config
+
+        def rows_of(group: str, router: str, experts: int, rows: int) -> Rows:
+            ranks = topology.expert if group == "expert" else topology.inner_expert
+            return Rows(rows, most_received(self._load, ranks, experts, rows))
+
+        return Share(
+            batch=self._batch,
+            length=config.data.sequence_length,
+            width=self._width,
+            rows_of=rows_of,
+            tensor=topology.tensor,
+            expert=topology.expert,
+            inner_expert=topology.inner_expert,
+            expert_tensor=topology.expert_tensor,
+            resets=config.data.reset_at_document,
+        )
+
+
+@lru_cache(maxsize=4096)
+def most_received(load: Load, ranks: int, experts: int, rows: int) -> int:
+    """Rows that the experts of a rank get at most, of a group each of whose ranks sends ``rows``."""
+    if ranks == 1:
+        return rows
+    matrix, here = load.matrix(ranks, experts, rows), experts // ranks
+    return max(sum(sum(row[first : first + here]) for row in matrix) for first in range(0, experts, here))
