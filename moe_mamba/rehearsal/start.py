@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -163,13 +164,16 @@ def fitted(config: Config, gpus: int) -> Config:
     return config.model_copy(update={"parallel": changed, "train": batch})
 
 
-def start_costs(config: Config, gpus: int, rank: int, *, gpu: str = "h100", measured: bool = False) -> list[Part]:
+def start_costs(
+    config: Config, gpus: int, rank: int, *, machine: int = 8, gpu: str = "h100", measured: bool = False
+) -> list[Part]:
     """Start one rank of a world, and count.
 
     Args:
         config: of the run, with the size of the vocabulary; see ``fitted``.
         gpus: processes of the world.
         rank: the one that starts.
+        machine: processes of a machine.
         gpu: whose kernels are chosen.
         measured: measure Python's memory, which makes all several times as slow, and end after the groups.
 
@@ -180,7 +184,8 @@ def start_costs(config: Config, gpus: int, rank: int, *, gpu: str = "h100", meas
         raise UserError("model.vocab_size is open until a run chooses it: give --model.vocab_size=N")
     device.stand_for(gpu)
     config = fitted(config, gpus)
-    world = device.RehearsedWorld(rank, gpus, rank % min(8, gpus), min(8, gpus))
+    local = min(machine, gpus)
+    world = device.RehearsedWorld(rank, gpus, rank % local, local)
     parts: list[Part] = []
 
     @contextlib.contextmanager
@@ -249,26 +254,28 @@ def _measured(part: Part, memory: bool) -> Iterator[None]:
                 tracemalloc.stop()
 
 
-def start_table(config: Config, worlds: Sequence[int], gpu: str = "h100") -> str:
+def start_table(config: Config, worlds: Sequence[int], *, machine: int = 8, gpu: str = "h100") -> str:
     """What the start takes of rank 0 and of the last rank, one line a figure, one column a world.
 
     Args:
         config: of the run, with the size of the vocabulary.
         worlds: numbers of processes.
+        machine: processes of a machine.
         gpu: whose kernels are chosen.
 
     Raises:
         UserError: the sizes do not fit.
     """
-    start_costs(config, worlds[0], 0, gpu=gpu)  # libraries are loaded, and torch's caches filled
+    start = partial(start_costs, config, machine=machine, gpu=gpu)
+    start(worlds[0], 0)  # libraries are loaded, and torch's caches filled
     columns: list[dict[tuple[str, ...], str]] = []
     for gpus in worlds:
         layout = fitted(config, gpus).parallel
         experts = f"EP {layout.expert}{' by tensor' * layout.expert_tensor}"
         columns.append({("layout",): f"TP {layout.tensor}, {experts}, ZeRO {layout.zero}"})
         for rank, name in ((0, "rank 0"), (gpus - 1, "last rank"))[:gpus]:
-            parts = start_costs(config, gpus, rank, gpu=gpu)
-            kept = {part.name: part.kept for part in start_costs(config, gpus, rank, gpu=gpu, measured=True)}
+            parts = start(gpus, rank)
+            kept = {part.name: part.kept for part in start(gpus, rank, measured=True)}
             for part in parts:
                 part.kept = kept.get(part.name, 0)
                 columns[-1] |= {(part.name, name, what): text for what, text in _figures(part)}
