@@ -1,6 +1,6 @@
 """Tensor parallelism: every layer sharded among tensor-parallel ranks, the residual stream too.
 
-The groups, the collectives with their gradients (mappings) and the embedding are megatron-core's; see docs/design.md.
+The collectives with their gradients (mappings) and the embedding are megatron-core's; see docs/design.md.
 
 Between mixers each rank holds its share of the stream's tokens (sequence parallelism; Korthikanti et al., 2022). A
 mixer's input is gathered once, whatever number of projections read it; each rank computes its channels, heads or
