@@ -11,6 +11,7 @@ COMMANDS = {
     "status": "say how a run stands: how far it is, and what happened to it",
     "preflight": "say what is wrong with the machines before a run, and measure them",
     "plan": "parameters, FLOPs and memory of a configuration, before anything starts",
+    "rehearse": "one training step of one rank of a large job, without its machines",
     "preprocess_c4": "shard C4, or any other documents",
     "generate": "write text with a trained model",
     "evaluate": "score a trained model on text, or on the tasks of EleutherAI's harness",

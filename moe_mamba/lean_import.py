@@ -1,7 +1,7 @@
 """Libraries imported without what nothing here makes use of, which takes most of their time.
 
 megatron-core and DeepSpeed's optimizer Muon hand functions to torch.compile when they are defined, which loads torch's
-compilers; megatron-core looks for services (Weights & Biases, TensorBoard) besides. We use megatron-core's groups,
+compilers; megatron-core looks for services (Weights & Biases, TensorBoard) besides. We use megatron-core's
 mappings, embedding and data files (docs/design.md), none of which is among those functions or knows those services, and
 neither Muon nor the kernels in Triton, both of which DeepSpeed imports with every engine.
 """

@@ -18,6 +18,7 @@ pytest_plugins = [
     "tests.world",
     "tests.fixtures_of_runs",
     "tests.machines",
+    "tests.rehearsal.process",
 ]  # a few gloo processes, shared by the session; small runs to look at; three machines
 LAUNCH_VARIABLES = (*TORCH.values(), "MASTER_ADDR", "MASTER_PORT")
 SHARED_DATA = ROOT.parent / "shared" / "data"

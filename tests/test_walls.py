@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels", "config"},
     "hf": {"json_file", "safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"lean_import", "checkpoint", "model", "config"},
-    "planning": {"run", "parallel", "model", "kernels", "config", "config_types"},
+    "planning": {"run", "parallel", "model", "kernels", "config"},
     "preflight": {
         *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
         *("config", "installation"),
@@ -49,9 +49,10 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "config_file", "installation"),
     },
+    "rehearsal": {"train", "faults", "planning", "parallel", "model", "kernels", "data", "config"},
     "commands": {
-        *("train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint", "parallel"),
-        *("model", "data", "atomic_file", "config_types", "config_file", "command_line", "installation"),
+        *("rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint"),
+        *("parallel", "model", "data", "config_types", "config_file", "command_line", "installation", "atomic_file"),
     },
     "__main__": {"command_line"},
 }

@@ -13,6 +13,7 @@ import torch
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels import requirements
+from moe_mamba.kernels.stand_in import stand_in_for
 
 NAMES = ("reference", "torch", "cpu", "triton", "vendor")
 """What a back end may be called; ``auto`` picks one."""
@@ -56,12 +57,20 @@ class Backend:
 
     def takes(self, device: str, dtype: torch.dtype) -> bool:
         """Whether it computes on such tensors, if their sizes suit it."""
-        is_here = self.device in (None, device) or (self.device == "cuda" and is_interpreted())
+        stands_in = is_interpreted() or stand_in_for(device) is not None
+        is_here = self.device in (None, device) or (self.device == "cuda" and stands_in)
         return is_here and dtype in self.dtypes
 
     def fits(self, size: int) -> bool:
         """Whether the size is within its limits."""
         return self.sizes is None or self.sizes[0] <= size <= self.sizes[1]
+
+    def why_missing(self, device: str) -> str | None:
+        """Why it cannot run on devices of this type, and the fix; None: it can."""
+        stand_in = stand_in_for(device)
+        if stand_in is not None and self.missing is requirements.triton:
+            return requirements.generation(stand_in.capability)
+        return self.missing()
 
     def load(self) -> Callable[..., Any]:
         """The function itself; imports what it needs."""
@@ -219,7 +228,8 @@ def find(operation: str, device: str, dtype: torch.dtype, forced: str, size: int
             raise UserError(fault)
         return _load(operation, forced)
     for name, backend in table.items():
-        is_wrong = is_interpreted() and backend.device not in (None, device)  # the interpreter is for who asks for it
+        # The interpreter is for who asks for it.
+        is_wrong = is_interpreted() and backend.device not in (None, device) and stand_in_for(device) is None
         is_for_others = backend.automatic is not None and dtype not in backend.automatic
         if is_wrong or is_for_others or not backend.takes(device, dtype):
             continue
@@ -243,10 +253,14 @@ def _fault(operation: str, name: str, device: str, dtype: torch.dtype, size: int
     who = f"{operation}'s back end {name!r}"
     if not backend.takes(device, dtype):
         others = BACKENDS[operation].items()
-        fitting = [other for other, one in others if one.takes(device, dtype) and one.fits(size) and not one.missing()]
+        fitting = [
+            other
+            for other, one in others
+            if one.takes(device, dtype) and one.fits(size) and not one.why_missing(device)
+        ]
         fix = f"choose {' or '.join(fitting)}" if fitting else "use fp32 or bf16"
         return f"{who} does not take {dtype} tensors on a {device} device: {fix}"
     if backend.sizes is not None and not backend.fits(size):
         return f"{who} takes {SIZES[operation]} from {backend.sizes[0]} to {backend.sizes[1]:,}, not {size:,}"
-    reason = backend.missing()
+    reason = backend.why_missing(device)
     return reason and f"{who} cannot run here: {reason}"

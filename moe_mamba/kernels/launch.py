@@ -5,10 +5,19 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from moe_mamba.kernels.stand_in import stand_in_for
+
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one, where Triton launches; does nothing for a tensor on a CPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def multiprocessors(tensor: Tensor) -> int | None:
+    """How many the tensor's GPU has; None: it lies on no GPU."""
+    if stand_in := stand_in_for(tensor.device.type):
+        return stand_in.multiprocessors
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else None
 
 
 def ceil_divide(total: int, part: int) -> int:

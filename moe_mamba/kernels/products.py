@@ -1,16 +1,20 @@
 """Products of two matrices: torch's, but in fp32 for bf16 on a CPU that does not multiply bf16.
 
 Without such instructions torch's products of bf16 take from four times (AVX-512) to fifty times (AVX2) as long as those
-of fp32. So both matrices are widened there, which costs a pass over them. What is widened is not kept.
+of fp32. So both matrices are widened there: in C++ as they are packed, or for torch, which costs a pass over them. What
+is widened is not kept.
 """
 
 import os
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moe_mamba.kernels.backends import choose
 from moe_mamba.kernels.levels import processor_flags
+from moe_mamba.kernels.widened import widened_product
 
 # As Linux calls them on x86 and on ARM. AVX-512's bf16 alone is none: it multiplies no faster than fp32, and packs.
 MULTIPLIES = frozenset(["amx_bf16", "bf16"])
@@ -38,18 +42,41 @@ def is_bf16_on_cpu(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b``, (rows, inner) and (inner, columns), in their dtype.
+class Product(Protocol):
+    """``torch_product`` or ``cpp_product``."""
 
-    Args:
-        a: may be transposed in memory, as ``b`` may.
-        b: see there.
-        out: where to write it.
-    """
+    def __call__(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """``a @ b``, (rows, inner) and (inner, columns), in their dtype.
+
+        Args:
+            a: may be transposed in memory, as ``b`` may.
+            b: see there.
+            out: where to write it.
+        """
+
+
+def torch_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``Product``; by torch alone."""
     if not is_bf16_on_cpu(a) or multiplies_bf16():
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     made = torch.mm(a.float(), b.float())
     return made.to(a.dtype) if out is None else out.copy_(made)
+
+
+def cpp_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """See ``Product``; for those who know that our C++ library is there."""
+    if not is_bf16_on_cpu(a) or multiplies_bf16():
+        return torch_product(a, b, out)
+    y = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    widened_product(a, b, y)
+    return y
+
+
+def product_of(tensor: Tensor, backend: str) -> Product:
+    """What multiplies such a tensor; ``backend``: as ``run.kernels``, of the linear layer."""
+    if multiplies_bf16() or not is_bf16_on_cpu(tensor):
+        return torch_product
+    return cpp_product if choose("linear", "cpu", tensor.dtype, backend)[0] == "cpu" else torch_product
 
 
 def window(rows: int) -> int:

@@ -18,11 +18,15 @@ def triton() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "Triton's kernels need a GPU, but torch finds none"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_GENERATION:
-        major, minor = capability
-        return f"this GPU has compute capability {major}.{minor}, but Triton's kernels need 8.0 (Ampere) or newer"
-    return None
+    return generation(torch.cuda.get_device_capability())
+
+
+def generation(capability: tuple[int, int]) -> str | None:
+    """Triton's kernels: a GPU that is new enough."""
+    if capability >= OLDEST_GENERATION:
+        return None
+    major, minor = capability
+    return f"this GPU has compute capability {major}.{minor}, but Triton's kernels need 8.0 (Ampere) or newer"
 
 
 @cache

@@ -11,7 +11,7 @@ LIVE = 1_000_000_000  # of ZeRO-3's gathered parameters that stay for their next
 def reduces_beside_backward(stage: int, device: str, ranks: int, largest: int) -> bool:
     """Whether ZeRO reduces a full bucket of gradients while the backward pass goes on, on a stream of its own.
 
-    There are streams on GPUs alone, and one rank has nobody to reduce with: DeepSpeed would only wait for it. With gloo
+    A CPU has no streams, and one rank has nobody to reduce with: DeepSpeed would only wait for it. With gloo
     nothing would run beside the backward pass, and a bucket would be what hooks have filled it with, in their order;
     without, sums have the order of the parameters. A gradient that fits in no bucket would be freed, at ZeRO 1 and 2,
     while that stream still reads it: DeepSpeed notes it with the allocator only where it offloads.
@@ -22,6 +22,6 @@ def reduces_beside_backward(stage: int, device: str, ranks: int, largest: int) -
         ranks: in the world.
         largest: elements of the largest parameter of a rank.
     """
-    if device != "cuda" or ranks == 1 or stage == 0:
+    if device == "cpu" or ranks == 1 or stage == 0:
         return False
     return stage == 3 or largest <= BUCKET

@@ -43,7 +43,10 @@ def start_world(world: World) -> None:
     # learn which ops could be compiled, as whoever reads this table does, it would run a compiler on each.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    if (store := agent_store(world, JOIN_TIMEOUT)) is not None:
+    if not dist.is_initialized():
+        # Not by DeepSpeed, which would bind the GPU to the group: NCCL would then make each later group, of whatever
+        # ranks, by splitting the world's communicator, in which all of the world take part.
+        store = agent_store(world, JOIN_TIMEOUT)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=JOIN_TIMEOUT)
     deepspeed.init_distributed(
         dist_backend=backend,

@@ -189,8 +189,23 @@ class ExpertDispatcher(LocalDispatcher):
             here = self._ranks * counts[: len(counts) // self._ranks]
             travel = _FixedTravel(self._group, here, self._ranks, routing.capacity)
             return Dispatch(routing, here, self._ranks * routing.capacity, travel)
-        plan = _VariableTravel.plan(self._group, self._ranks, counts)
+        received = mappings.all_to_all(self._group, counts).view(self._ranks, -1)
+        sent_splits, received_splits = self.read_sizes(routing, received)
+        plan = _VariableTravel.plan(self._group, received, sent_splits, received_splits)
         return Dispatch(routing, plan.counts, None, plan)
+
+    def read_sizes(self, routing: Routing, received: Tensor) -> tuple[list[int], list[int]]:
+        """How many rows go to each rank, and come from each: read from the device, which is waited for, once.
+
+        A collective's sizes are known on the host; nothing else of a step is.
+
+        Args:
+            routing: of this rank's tokens.
+            received: (ranks, local experts) int64, rows that come from each rank for each expert here.
+        """
+        sent = routing.counts.view(self._ranks, -1)
+        sent_splits, received_splits = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        return sent_splits, received_splits
 
     def send(self, x: Tensor, dispatch: Dispatch) -> Callable[[], Tensor]:
         """Gather the tokens in the order of the experts, and send them to these."""
@@ -335,12 +350,12 @@ class _VariableTravel:
     place: Tensor
 
     @classmethod
-    def plan(cls, group: ProcessGroup, ranks: int, counts: Tensor) -> "_VariableTravel":
-        """Exchange ``counts`` (experts,); reads sizes from the device, once."""
-        received = mappings.all_to_all(group, counts).view(ranks, -1)
-        sent_splits, received_splits = torch.stack([counts.view(ranks, -1).sum(1), received.sum(1)]).tolist()
-        rows, experts = sum(received_splits), received.shape[1]
-        expert = torch.arange(experts, device=counts.device).repeat(ranks)
+    def plan(
+        cls, group: ProcessGroup, received: Tensor, sent_splits: list[int], received_splits: list[int]
+    ) -> "_VariableTravel":
+        """Order the rows that come, ``received`` (ranks, local experts) int64 of each."""
+        rows, (ranks, experts) = sum(received_splits), received.shape
+        expert = torch.arange(experts, device=received.device).repeat(ranks)
         expert = expert.repeat_interleave(received.reshape(-1), output_size=rows)  # (rows,) sorted by source
         order = expert.argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))

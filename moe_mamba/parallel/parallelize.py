@@ -25,9 +25,20 @@ def build_model(plan: RunPlan, groups: Groups) -> LanguageModel:
         plan: of the run.
         groups: of its layout.
     """
-    config, model = plan.config, copy.deepcopy(plan.model)  # sharding changes it in place
+    return fill_model(shard_copy(plan, groups), plan, groups)
+
+
+def shard_copy(plan: RunPlan, groups: Groups) -> LanguageModel:
+    """This rank's part of a model, on the meta device: shapes without memory."""
+    model = copy.deepcopy(plan.model)  # sharding changes it in place
     with torch.device("meta"):
         shard(model, groups, plan.shards)
+    return model
+
+
+def fill_model(model: LanguageModel, plan: RunPlan, groups: Groups) -> LanguageModel:
+    """Give what ``shard_copy`` made memory on this rank's device, and the weights that the seed gives any layout."""
+    config = plan.config
     if config.parallel.zero == 3:
         from moe_mamba.parallel.zero3 import partition_model
 

@@ -1,6 +1,6 @@
 """Tensor parallelism: every layer sharded among tensor-parallel ranks, the residual stream too.
 
-The groups, the collectives with their gradients (mappings) and the embedding are megatron-core's; see docs/design.md.
+The collectives with their gradients (mappings) and the embedding are megatron-core's; see docs/design.md.
 
 Between mixers each rank holds its share of the stream's tokens (sequence parallelism; Korthikanti et al., 2022). A
 mixer's input is gathered once, whatever number of projections read it; each rank computes its channels, heads or
@@ -27,7 +27,8 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.linear import Linear
 from moe_mamba.model.mixers.base import Mixer
-from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
+from moe_mamba.model.mixers.inner_experts import SwitchExperts
+from moe_mamba.model.mixers.routed_mamba import RoutedMamba
 from moe_mamba.model.mixers.routing import Router
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.mappings import share_with_ranks, sum_over_ranks

@@ -10,7 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_mamba.kernels import grouped_matmul, linear, products, requirements
 from moe_mamba.kernels.few_rows import most_rows
 from moe_mamba.kernels.grouped_matmul.loop import product_by_group, weight_gradient_by_group
-from moe_mamba.kernels.products import ISA, multiplies_bf16, read_processor, window
+from moe_mamba.kernels.products import (
+    ISA,
+    Product,
+    cpp_product,
+    multiplies_bf16,
+    product_of,
+    read_processor,
+    torch_product,
+    window,
+)
+from moe_mamba.kernels.widened import widened_product
 from tests.kernels.available import typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -104,6 +114,58 @@ def test_threads_change_no_bit() -> None:
     assert torch.equal(made[0][0], made[1][0]) and torch.equal(made[0][1], made[1][1])
 
 
+def laid_out(rows: int, columns: int, layout: str) -> Tensor:
+    """Random bf16 numbers: row by row, column by column, or apart from one another."""
+    if layout == "apart":
+        return torch.randn(rows, 2 * columns + 1).bfloat16()[:, ::2][:, :columns]
+    return (
+        torch.randn(columns, rows).bfloat16().t() if layout == "transposed" else torch.randn(rows, columns).bfloat16()
+    )
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "layouts", [("plain", "plain"), ("plain", "transposed"), ("transposed", "plain"), ("apart", "apart")]
+)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (6, 40, 16), (7, 300, 33), (100, 257, 530), (0, 5, 3), (4, 0, 5), (5, 3, 0)]
+)
+def test_widened_products_equal_float64(sizes: tuple[int, int, int], layouts: tuple[str, str]) -> None:
+    """Whole tiles and parts of them, several passes over the inner dimension, none, and an output with gaps."""
+    rows, inner, columns = sizes
+    a, b = laid_out(rows, inner, layouts[0]), laid_out(inner, columns, layouts[1])
+    around = torch.full((rows, columns + 3), 7.0).bfloat16()
+    widened_product(a, b, around[:, 1 : columns + 1])
+    made = around[:, 1 : columns + 1].double()
+    torch.testing.assert_close(made, a.double() @ b.double(), rtol=2**-8, atol=1e-6 * inner)
+    assert (around[:, 0] == 7).all() and (around[:, columns + 1 :] == 7).all()
+    transposed = torch.empty(columns, rows).bfloat16().t()  # rows lie side by side
+    widened_product(a, b, transposed)
+    assert torch.equal(transposed.double(), made)
+
+
+@needs_cpp
+@pytest.mark.parametrize("sizes", [(200, 300, 70), (70, 300, 200)])
+def test_threads_change_no_bit_of_widened_products(sizes: tuple[int, int, int]) -> None:
+    rows, inner, columns = sizes
+    a, b, threads = torch.randn(rows, inner).bfloat16(), torch.randn(inner, columns).bfloat16(), torch.get_num_threads()
+    made = [torch.empty(rows, columns).bfloat16() for _ in range(2)]
+    try:
+        for count, y in zip((1, 3), made, strict=True):
+            torch.set_num_threads(count)
+            widened_product(a, b, y)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*made)
+
+
+@needs_cpp
+def test_only_who_asks_for_torch_gets_torch(processor: bool) -> None:
+    x = torch.randn(2, 3).bfloat16()
+    assert product_of(x, "auto") is (torch_product if processor else cpp_product)
+    assert product_of(x, "torch") is product_of(x.float(), "auto") is torch_product
+
+
 def test_windows_are_few_and_hardly_larger() -> None:
     windows = [window(rows) for rows in range(1, 4097)]
     assert all(rows <= size <= max(rows + 15, rows * 1.13) for rows, size in enumerate(windows, 1))
@@ -130,18 +192,19 @@ def test_experts_products_are_of_few_shapes(processor: bool) -> None:
     with Shapes() as shapes:
         for _ in range(100):
             counts = torch.bincount(torch.randint(4, (1000,)), minlength=4)
-            product_by_group(x, weight, counts)
-            product_by_group(gradient, weight.transpose(1, 2), counts)
-            weight_gradient_by_group(gradient, x, counts)
+            product_by_group(x, weight, counts, torch_product)
+            product_by_group(gradient, weight.transpose(1, 2), counts, torch_product)
+            weight_gradient_by_group(gradient, x, counts, torch_product)
     assert {sizes[0] % 16 for sizes, _ in shapes.seen if sizes[1] in (4, 6)} == {0}
     assert len(shapes.seen) <= 3 * 8
 
 
-def test_a_group_sees_nothing_of_the_next_ones_nan(processor: bool) -> None:
+@pytest.mark.parametrize("product", [torch_product, pytest.param(cpp_product, marks=needs_cpp)])
+def test_a_group_sees_nothing_of_the_next_ones_nan(processor: bool, product: Product) -> None:
     x, weight = torch.randn(20, 8).bfloat16(), torch.randn(2, 8, 6).bfloat16()
     gradient, counts = torch.randn(20, 6).bfloat16(), torch.tensor([3, 17])
     x[3:], gradient[5:] = torch.nan, torch.inf
-    y, made = product_by_group(x, weight, counts), weight_gradient_by_group(gradient, x, counts)
+    y, made = product_by_group(x, weight, counts, product), weight_gradient_by_group(gradient, x, counts, product)
     assert y[:3].isfinite().all() and y[3:].isnan().all()
     assert made[0].isfinite().all() and made[1].isnan().all()
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.cross_entropy import cross_entropy, linear
 from moe_mamba.kernels.cross_entropy.linear import linear_cross_entropy, linear_scores
+from moe_mamba.kernels.products import Product
 from tests.kernels.available import cases, typed_cases
 
 TOKENS, D_MODEL = 7, 6
@@ -33,9 +34,9 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if size < 0:
         usual = linear._chunks
 
-        def of_four(stream: Tensor, weight: Tensor, rows: int) -> Any:
+        def of_four(stream: Tensor, weight: Tensor, rows: int, product: Product) -> Any:
             monkeypatch.setattr(linear, "CHUNK", 4 * weight.shape[0] * stream.itemsize)
-            return usual(stream, weight, rows)
+            return usual(stream, weight, rows, product)
 
         monkeypatch.setattr(linear, "_chunks", of_four)
     else:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_mamba.errors import UserError
 from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy
-from moe_mamba.kernels.products import product
+from moe_mamba.kernels.products import Product, product_of
 from moe_mamba.kernels.validation import require_dimensions, require_shapes
 
 CHUNK = 2**28  # bytes of a chunk's logits; twice that is held, for the gradient of the logits lies beside them
@@ -58,10 +58,10 @@ def linear_cross_entropy(
     def losses_of(logits: Tensor, chunk: slice) -> Tensor:
         return cross_entropy(logits, targets[chunk], first, reduce, backend)
 
-    rows = weight.shape[0] if rows is None else rows
+    rows, product = weight.shape[0] if rows is None else rows, product_of(stream, backend)
     if torch.is_grad_enabled() and (stream.requires_grad or weight.requires_grad):
-        return _ChunkedHead.apply(stream, weight, rows, losses_of)
-    return _sum([losses_of(logits, chunk) for chunk, logits in _chunks(stream, weight, rows)], stream)
+        return _ChunkedHead.apply(stream, weight, rows, losses_of, product)
+    return _sum([losses_of(logits, chunk) for chunk, logits in _chunks(stream, weight, rows, product)], stream)
 
 
 @torch.no_grad()
@@ -89,8 +89,8 @@ def linear_scores(
         backend: see there.
     """
     _check(stream, weight, targets)
-    losses, right = [], targets.new_zeros(())
-    for chunk, logits in _chunks(stream, weight, weight.shape[0] if rows is None else rows):
+    losses, right, product = [], targets.new_zeros(()), product_of(stream, backend)
+    for chunk, logits in _chunks(stream, weight, weight.shape[0] if rows is None else rows, product):
         losses.append(cross_entropy(logits, targets[chunk], first, reduce, backend))
         right += (argmax(logits) == targets[chunk]).sum()  # no id is -100
     return _sum(losses, stream), right
@@ -101,13 +101,18 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, weight: Tensor, rows: int, losses_of: Callable[[Tensor, slice], Tensor]
+        ctx: Any,
+        stream: Tensor,
+        weight: Tensor,
+        rows: int,
+        losses_of: Callable[[Tensor, slice], Tensor],
+        product: Product,
     ) -> Tensor:
         """The sum of the losses; ``losses_of`` gives those of a chunk's logits."""
         matrix, losses = weight.to(stream.dtype), []
         stream_gradient = torch.empty_like(stream) if ctx.needs_input_grad[0] else None
-        total = _Total(matrix) if ctx.needs_input_grad[1] else None
-        for chunk, logits in _chunks(stream, matrix, rows):
+        total = _Total(matrix, product) if ctx.needs_input_grad[1] else None
+        for chunk, logits in _chunks(stream, matrix, rows, product):
             with torch.enable_grad():
                 one = losses_of(logits.requires_grad_(), chunk)
                 (gradient,) = torch.autograd.grad(one.sum(), logits)  # (tokens of the chunk, rows)
@@ -130,20 +135,21 @@ class _ChunkedHead(torch.autograd.Function):
             stream_gradient = stream_gradient.mul_(incoming)
         if weight_gradient is not None:
             weight_gradient = weight_gradient.mul_(incoming).to(ctx.weight_dtype)
-        return stream_gradient, weight_gradient, None, None
+        return stream_gradient, weight_gradient, None, None, None
 
 
 class _Total:
     """The weight's gradient: the sum of the chunks' products, in fp32 at least, in their order."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, product: Product) -> None:
         self._weight = weight
+        self._product = product
         self._sum: Tensor | None = None
 
     def add(self, gradient: Tensor, stream: Tensor) -> None:
         """Add (tokens, rows)^T (tokens, d_model)."""
         if self._sum is None:
-            self._sum = product(gradient.t(), stream)  # of a single chunk, it stays in the stream's dtype
+            self._sum = self._product(gradient.t(), stream)  # of a single chunk, it stays in the stream's dtype
             return
         wide = torch.promote_types(stream.dtype, torch.float32)
         if stream.dtype == wide:
@@ -152,7 +158,7 @@ class _Total:
         self._sum = self._sum.to(wide)
         most = max(1, CHUNK // (stream.shape[1] * stream.itemsize))  # rows of a product, which is not in fp32
         for some, part in zip(self._sum.split(most), gradient.split(most, 1), strict=True):
-            some += product(part.t(), stream)
+            some += self._product(part.t(), stream)
 
     def sum(self) -> Tensor:
         """(rows, d_model)."""
@@ -169,7 +175,7 @@ def _check(stream: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise UserError(f"{name}: targets is {targets.dtype}, and must be torch.int64")
 
 
-def _chunks(stream: Tensor, weight: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(stream: Tensor, weight: Tensor, rows: int, product: Product) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of tokens, of equal sizes but for the last, and their logits, in memory that the next chunk takes over."""
     tokens, weight = stream.shape[0], weight.to(stream.dtype)
     chunks = max(1, -(-tokens * weight.shape[0] * stream.itemsize // CHUNK))

@@ -1,4 +1,4 @@
-"""Experts' products of bf16 on a CPU, without gradients: groups of a few rows in C++, as in generation."""
+"""Experts' products of bf16 on a CPU in C++: a few rows, as in generation, and all that the processor cannot do."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,13 @@ from moe_mamba.kernels.few_rows import few_rows, most_rows
 from moe_mamba.kernels.grouped_matmul import torch_grouped
 from moe_mamba.kernels.grouped_matmul.loop import for_groups, product_of_rows
 from moe_mamba.kernels.launch import unit_stride
+from moe_mamba.kernels.products import cpp_product
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     """See ``moe_mamba.kernels.grouped_matmul``."""
     if torch.is_grad_enabled() or x.dtype != torch.bfloat16:
-        return torch_grouped.grouped_matmul(x, weight, counts, capacity)
+        return torch_grouped.grouped_matmul(x, weight, counts, capacity, _trained)
     return _product(x, weight, counts)
 
 
@@ -27,10 +28,11 @@ def _run(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         elif rows.stop - rows.start <= most and matrix.stride(0) == 1:
             few_rows(x[rows], matrix.t(), True, y[rows])
         else:
-            product_of_rows(x, rows, matrix, y)
+            product_of_rows(x, rows, matrix, y, cpp_product)
     return y
 
 
+_trained = torch_grouped.define_products("grouped_matmul_cpu_trained", cpp_product)
 _product = operators.define(
     "grouped_matmul_cpu(Tensor x, Tensor weight, Tensor counts) -> Tensor",
     _run,

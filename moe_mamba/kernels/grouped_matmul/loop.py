@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moe_mamba.kernels.products import multiplies_bf16, product, window
+from moe_mamba.kernels.products import Product, multiplies_bf16, window
 
 
 def for_groups(counts: Tensor) -> Iterator[tuple[int, slice]]:
@@ -21,15 +21,15 @@ def for_groups(counts: Tensor) -> Iterator[tuple[int, slice]]:
         first += count
 
 
-def product_by_group(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def product_by_group(x: Tensor, weight: Tensor, counts: Tensor, product: Product) -> Tensor:
     """(rows, in) sorted by group, (groups, in, out), (groups) -> (rows, out)."""
     y = x.new_empty(len(x), weight.shape[2])
     for group, rows in for_groups(counts):
-        product_of_rows(x, rows, weight[group], y)
+        product_of_rows(x, rows, weight[group], y, product)
     return y
 
 
-def product_of_rows(x: Tensor, rows: slice, matrix: Tensor, y: Tensor) -> None:
+def product_of_rows(x: Tensor, rows: slice, matrix: Tensor, y: Tensor, product: Product) -> None:
     """Write a group's rows of ``y``, and anything to some rows behind them, whose group comes next."""
     first, count = rows.start, rows.stop - rows.start
     size = window(count) if multiplies_bf16() else count
@@ -39,10 +39,11 @@ def product_of_rows(x: Tensor, rows: slice, matrix: Tensor, y: Tensor) -> None:
         y[rows] = product(_with_zeros(x[rows], size), matrix)[:count]
 
 
-def weight_gradient_by_group(gradient: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+def weight_gradient_by_group(gradient: Tensor, x: Tensor, counts: Tensor, product: Product) -> Tensor:
     """(rows, out), (rows, in), (groups) -> (groups, in, out)."""
     made = x.new_empty(len(counts), x.shape[1], gradient.shape[1])
-    made[counts == 0] = 0
+    for group in (counts == 0).nonzero().flatten().tolist():  # a mask would be a pass over all of it
+        made[group].zero_()
     for group, rows in for_groups(counts):
         some, incoming = x[rows], gradient[rows]
         transposed = some.t()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.compilation import Specimen
-from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
+from moe_mamba.kernels.launch import ceil_divide, multiprocessors, next_power_of_2, on_device, unit_stride
 from moe_mamba.kernels.selective_scan import triton_backward, triton_forward, triton_segments
 from moe_mamba.kernels.selective_scan.intervals import BLOCK, INTERVAL
 from moe_mamba.kernels.selective_scan.operator import define_scan, new_states
@@ -59,8 +59,8 @@ class _Launch:
         segments = SEGMENTS
         if segments is None:
             segments = 1
-            if x.is_cuda:
-                room = RESIDENT * torch.cuda.get_device_properties(x.device).multi_processor_count
+            if count := multiprocessors(x):
+                room = RESIDENT * count
                 segments = max(1, min(room // programs, length // SHORTEST))
         segment_length = ceil_divide(ceil_divide(length, segments), INTERVAL) * INTERVAL
         return cls(batch, length, channels, A.shape[1], ceil_divide(length, segment_length), segment_length)

@@ -1,0 +1,257 @@
+"""One training step of one rank of a large world, as the trainer makes it: real code, tensors without numbers.
+
+Real are the plan, the groups' members, the sharded model, DeepSpeed's engine, objective, passes, optimizer and all that
+is asked of torch. Fake are the device, what groups send, and every number.
+"""
+
+import contextlib
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from moe_mamba.config import Config
+from moe_mamba.data.batch import Batch
+from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.faults.signals import Stop
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.parallel import engine as engines
+from moe_mamba.parallel.gradients import held_gradients
+from moe_mamba.parallel.groups import start_groups
+from moe_mamba.parallel.parallelize import fill_model, shard_copy
+from moe_mamba.parallel.run_plan import RunPlan
+from moe_mamba.planning.load import Load
+from moe_mamba.rehearsal import device
+from moe_mamba.rehearsal.collectives import Collective
+from moe_mamba.rehearsal.load import Matrix, Rows
+from moe_mamba.rehearsal.memory import Memory
+from moe_mamba.rehearsal.recording import HERE, ROOT, Fault, Note, Stage
+from moe_mamba.rehearsal.world import fake_world
+from moe_mamba.train.feed import GlobalBatch
+from moe_mamba.train.pace import Pace
+from moe_mamba.train.setup import check
+from moe_mamba.train.steps import Steps
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank did in a step.
+
+    Attributes:
+        collectives: of the step, in order.
+        places: lines of our code that ordered them.
+        start: collectives before the step: groups, weights, engine.
+        memory: by kind.
+        mixed: operators with operands on the device and in the host's memory.
+        waits: where the host waits for the device.
+        host: what DeepSpeed's code keeps in the host's memory: line of our code -> bytes.
+        matrices: router -> rows that each rank of its expert group sends to each expert; none where no size depends on
+            the data.
+        seconds: that the rehearsal took.
+    """
+
+    collectives: list[Collective]
+    places: list[str]
+    start: list[Collective]
+    memory: Memory
+    mixed: list[Note]
+    waits: list[Note]
+    host: dict[str, int]
+    matrices: dict[str, Matrix]
+    seconds: float
+
+
+def rehearse(
+    config: Config, gpus: int, rank: int, load: Load | None = None, *, gpus_per_machine: int = 8, gpu: str = "h100"
+) -> Report:
+    """Make one step of a rank.
+
+    Args:
+        config: of the run; with the size of the vocabulary and of a micro-batch.
+        gpus: processes of the run.
+        rank: of the one.
+        load: how tokens spread over experts, where routing is dropless; None: evenly.
+        gpus_per_machine: processes of a machine.
+        gpu: whose kernels are chosen, one of ``device.GPUS``.
+
+    Raises:
+        UserError: what is asked for cannot be, as a run's start would say.
+        RunStopped: what would break the real step, and where.
+    """
+    begin = time.perf_counter()
+    if not config.has_vocabulary or not config.train.micro_batch:
+        key = "train.micro_batch" if config.has_vocabulary else "model.vocab_size"
+        raise UserError(f"{key} is open until a run chooses it: give --{key}=N")
+    if not 0 <= rank < gpus:
+        raise UserError(f"--rank={rank}: {gpus:,} GPUs have ranks from 0 to {gpus - 1:,}")
+    device.stand_for(gpu)
+    local = min(gpus_per_machine, gpus)
+    world = device.RehearsedWorld(rank, gpus, rank % local, local)
+    plan = RunPlan.of(config, check(config, world))
+    stage = Stage()
+    rows = Rows(load or Load(), stage.note_wait)
+    with _quiet(), fake_world(world), _one_line(stage, world):
+        return _rehearse(plan, stage, rows, begin)
+
+
+def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
+    groups = start_groups(plan)
+    model = shard_copy(plan, groups)
+    rows.give(model)
+    config, micro_batch = plan.config, plan.config.train.micro_batch
+    assert micro_batch is not None
+    with device.WithoutNumbers(allow_non_fake_inputs=True), stage, _compiling_for_nobody():
+        fill_model(model, plan, groups)
+        _check_model(model, plan, stage)
+        stage.phase = "engine"
+        engine = engines.build_engine(model, config, groups, micro_batch)
+        try:
+            _tag_state(engine, stage)
+            since, before = stage.ledger.moment, len(stage.found)
+            _step(engine, plan, stage, micro_batch)
+            memory = stage.ledger.measure(since)
+            host: dict[str, int] = {}
+            for one in stage.ledger.live():
+                if one.is_host and one.is_deepspeed:
+                    host[one.place] = host.get(one.place, 0) + one.bytes
+        finally:
+            with contextlib.suppress(AssertionError):  # it wants a world of its own making
+                engine.destroy()
+    return Report(
+        stage.found[before:],
+        stage.places[before:],
+        stage.found[:before],
+        memory,
+        stage.mixed,
+        stage.waits,
+        host,
+        rows.matrices,
+        time.perf_counter() - begin,
+    )
+
+
+def _check_model(model: LanguageModel, plan: RunPlan, stage: Stage) -> None:
+    """Refuse a part of a model that is not as the plan says, and leave it where it is: DeepSpeed would move it.
+
+    Raises:
+        Fault: names the parameter.
+    """
+    there, fp32 = plan.topology.world.device, model.fp32_parameter_names()
+    in_bf16 = plan.config.train.precision == "bf16"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device != there:
+            raise Fault(f"{name} lies on {tensor.device}, and must lie on {there}")
+        if name in fp32 and tensor.dtype != torch.float32:
+            raise Fault(f"{name} is {tensor.dtype}, and is promised in fp32")
+        if in_bf16 and name in fp32:
+            stage.promised.setdefault(plan_shape(tensor), []).append((name, tensor))
+    model.to = lambda *_, **__: model  # type: ignore[method-assign, assignment]
+
+
+def plan_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, of one that ZeRO-3 has sharded as well."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def _tag_state(engine: Any, stage: Stage) -> None:
+    """Say which memory is the optimizer's, the weights' and, as they are made, the gradients'.
+
+    Raises:
+        Fault: the optimizer steps, or keeps, what is not fp32.
+    """
+    optimizer = engines.base_optimizer(engine)
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = [value for one in optimizer.state.values() for value in one.values()]
+    for tensor in (*stepped, *state):
+        if tensor.dtype != torch.float32:
+            raise Fault(f"the optimizer steps {tensor.dtype} numbers, and is promised fp32")
+    model = engine.module
+    weights = [*model.parameters(), *model.buffers()]
+    weights += [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+    stage.ledger.tag([*stepped, *state], "optimizer")
+    stage.ledger.tag(weights, "weights")
+    zero = engine.zero_optimization_stage()
+    if zero == 3 or (zero and engine.optimizer.use_grad_accum_attribute):
+        return  # what autograd gives goes into DeepSpeed's own gradients at once
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: stage.ledger.tag([gradient], "gradients"))
+
+
+def _step(engine: Any, plan: RunPlan, stage: Stage, micro_batch: int) -> None:
+    config, topology = plan.config, plan.topology
+    backward = engine.backward
+
+    def begin_forward(*_: Any) -> None:
+        stage.phase = "forward"
+
+    def run_backward(loss: torch.Tensor) -> None:
+        stage.phase = "backward"
+        backward(loss)
+        stage.phase = "update"
+        if engine.is_gradient_accumulation_boundary():
+            stage.ledger.tag((gradient for _, gradient in held_gradients(engine)), "gradients")
+
+    engine.module.register_forward_pre_hook(begin_forward)
+    engine.backward = run_backward
+    share = topology.sequences_per_data_rank(config.train.global_batch, micro_batch)
+    shape = (micro_batch, config.data.sequence_length)
+    starts = torch.zeros(shape, dtype=torch.bool) if config.data.reset_at_document else None
+    parts = [Batch(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), starts)]
+    batch = GlobalBatch(1, parts * (share // micro_batch), share * shape[1])
+    # Nothing is said on a screen, for nothing is judged.
+    pace = Pace(topology, config.logging.every, [""] * topology.world.size, cast(Any, None), cast(Any, None))
+    steps = Steps(engine, plan, len(batch.parts), Stop(), pace)
+    steps._targets = torch.ones((), dtype=torch.float64, device=topology.world.device)  # as `begin` leaves it
+    stage.phase = "step"
+    steps.make(1, batch, batch, config.train.learning_rate)
+
+
+@contextlib.contextmanager
+def _compiling_for_nobody() -> Iterator[None]:
+    """Let ``train.compile`` trace layers as it does, and run their graphs as they are: no code is generated."""
+    compile_module = torch.nn.Module.compile
+
+    def trace(module: torch.nn.Module) -> None:
+        compile_module(module, backend="aot_eager")
+
+    with device.replaced(torch.nn.Module, "compile", trace):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what libraries warn of where tensors are fake, or torch is newer than they."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Accessing the data pointer of FakeTensor", UserWarning)
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _one_line(stage: Stage, world: device.RehearsedWorld) -> Iterator[None]:
+    """Turn whatever breaks into a line that says what, in which phase, and where in our code."""
+    try:
+        yield
+    except RunStopped:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        text = lines[0] if lines else type(error).__name__
+        raise RunStopped(
+            f"rank {world.rank} of {world.size:,} would end in its {stage.phase}: {text} ({_place(error)})"
+        ) from error
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of our code that an error has passed."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(ROOT)]
+    ours = [frame for frame in frames if not frame.filename.startswith(HERE)] or frames
+    if not ours:
+        return "outside our code"
+    last = ours[-1]
+    return f"moe_mamba/{Path(last.filename).relative_to(ROOT)}:{last.lineno} {last.name}"
