@@ -78,6 +78,7 @@ ELSEWHERE = {
         "tests/test_benchmark.py"
     ),
     "python tools/benchmark.py --only=scaling": "tests/test_benchmark.py",
+    "python tools/benchmark.py --only=plan": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=designs --repeats=20": "tests/test_benchmark.py",
     "python tools/build_kernels.py --output=kernels": "tests/kernels/test_levels.py",
     "python tools/compile_kernels.py --capabilities=80,90": "tests/kernels/test_compiled.py",
