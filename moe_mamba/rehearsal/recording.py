@@ -72,7 +72,8 @@ class Stage(Recording):
     Attributes:
         found: collectives, in order.
         places: of each of them.
-        phase: of what is done: start, forward, backward, update.
+        phase: of what is done: start, engine, forward, backward, update.
+        is_warm: whether what is done comes again in every step.
         ledger: of memory.
         promised: shape -> parameters that are kept in fp32.
     """
@@ -81,6 +82,7 @@ class Stage(Recording):
         super().__init__()
         self.places: list[str] = []
         self.phase = "start"
+        self.is_warm = False
         self.ledger = Ledger()
         self.promised: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         self._mixed: Counter[tuple[str, str, str]] = Counter()
@@ -145,7 +147,8 @@ class Stage(Recording):
         self._note(self._waits, what)
 
     def _note(self, notes: Counter[tuple[str, str, str]], name: str) -> None:
-        notes[name, where().line, self.phase] += 1
+        phase = self.phase if self.is_warm or self.phase in ("start", "engine") else "first steps"
+        notes[name, where().line, phase] += 1
 
     def _check_devices(self, func: OpOverload, name: str, given: list[Tensor], on_device: bool) -> None:
         on_host = [tensor for tensor in given if tensor.device.type == "cpu"]

@@ -21,6 +21,7 @@ from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.faults.signals import Stop
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import engine as engines
+from moe_mamba.parallel import zero3
 from moe_mamba.parallel.gradients import held_gradients
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import fill_model, shard_copy
@@ -36,6 +37,8 @@ from moe_mamba.train.feed import GlobalBatch
 from moe_mamba.train.pace import Pace
 from moe_mamba.train.setup import check
 from moe_mamba.train.steps import Steps
+
+WARM_UP = 3  # steps of ZeRO-3: it records the order of modules in the first, and compares it with other ranks' after it
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
         engine = engines.build_engine(model, config, groups, micro_batch)
         try:
             _tag_state(engine, stage)
-            since, before = stage.ledger.moment, len(stage.found)
-            _step(engine, plan, stage, micro_batch)
+            since = stage.ledger.moment
+            before = _steps(engine, plan, stage, micro_batch)
             memory = stage.ledger.measure(since)
             host: dict[str, int] = {}
             for one in stage.ledger.live():
@@ -159,35 +162,49 @@ def plan_shape(tensor: torch.Tensor) -> torch.Size:
 
 
 def _tag_state(engine: Any, stage: Stage) -> None:
-    """Say which memory is the optimizer's, the weights' and, as they are made, the gradients'.
+    """Say which memory is the optimizer's and the weights'.
 
     Raises:
         Fault: the optimizer steps, or keeps, what is not fp32.
     """
-    optimizer = engines.base_optimizer(engine)
+    optimizer, zero = engines.base_optimizer(engine), engine.zero_optimization_stage()
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if zero == 3:
+        stepped = zero3.masters(engine)
     state = [value for one in optimizer.state.values() for value in one.values()]
     for tensor in (*stepped, *state):
         if tensor.dtype != torch.float32:
             raise Fault(f"the optimizer steps {tensor.dtype} numbers, and is promised fp32")
-    model = engine.module
-    weights = [*model.parameters(), *model.buffers()]
-    weights += [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
     stage.ledger.tag([*stepped, *state], "optimizer")
-    stage.ledger.tag(weights, "weights")
-    zero = engine.zero_optimization_stage()
-    if zero == 3 or (zero and engine.optimizer.use_grad_accum_attribute):
-        return  # what autograd gives goes into DeepSpeed's own gradients at once
-    for parameter in model.parameters():
-        parameter.register_hook(lambda gradient: stage.ledger.tag([gradient], "gradients"))
+    _tag_weights(engine, stage)
+    if zero == 3:
+        stage.ledger.tag([engine.optimizer.grad_partitions_flat_buffer], "gradients")
 
 
-def _step(engine: Any, plan: RunPlan, stage: Stage, micro_batch: int) -> None:
+def _tag_weights(engine: Any, stage: Stage) -> None:
+    """Say which memory is the weights': of ZeRO-3 this rank's parts, and what is gathered now."""
+    model = engine.module
+    stage.ledger.tag((*model.parameters(), *model.buffers()), "weights")
+    parts = (getattr(parameter, "ds_tensor", None) for parameter in model.parameters())
+    stage.ledger.tag((part for part in parts if part is not None), "weights")
+
+
+def _tag_gradients(engine: Any, stage: Stage) -> None:
+    """Say which memory holds gradients from pass to pass."""
+    for parameter in engine.module.parameters():
+        kept = (parameter.grad, getattr(parameter, "grad_accum", None))
+        stage.ledger.tag((gradient for gradient in kept if gradient is not None), "gradients")
+
+
+def _steps(engine: Any, plan: RunPlan, stage: Stage, micro_batch: int) -> int:
+    """Make steps, of which the last is like all that would follow; the number of collectives before it."""
     config, topology = plan.config, plan.topology
     backward = engine.backward
 
     def begin_forward(*_: Any) -> None:
         stage.phase = "forward"
+        _tag_gradients(engine, stage)
+        stage.ledger.begin_pass()
 
     def run_backward(loss: torch.Tensor) -> None:
         stage.phase = "backward"
@@ -203,12 +220,16 @@ def _step(engine: Any, plan: RunPlan, stage: Stage, micro_batch: int) -> None:
     starts = torch.zeros(shape, dtype=torch.bool) if config.data.reset_at_document else None
     parts = [Batch(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64), starts)]
     batch = GlobalBatch(1, parts * (share // micro_batch), share * shape[1])
-    # Nothing is said on a screen, for nothing is judged.
-    pace = Pace(topology, config.logging.every, [""] * topology.world.size, cast(Any, None), cast(Any, None))
+    # No step is measured, and nothing is said on a screen.
+    pace = Pace(topology, 2**62, [""] * topology.world.size, cast(Any, None), cast(Any, None))
     steps = Steps(engine, plan, len(batch.parts), Stop(), pace)
     steps._targets = torch.ones((), dtype=torch.float64, device=topology.world.device)  # as `begin` leaves it
-    stage.phase = "step"
-    steps.make(1, batch, batch, config.train.learning_rate)
+    for number in range(1, WARM_UP if config.parallel.zero == 3 else 1):
+        steps.make(number, batch, batch, config.train.learning_rate)
+    before, stage.is_warm, stage.phase = len(stage.found), True, "step"
+    steps.make(WARM_UP, batch, batch, config.train.learning_rate)
+    _tag_weights(engine, stage)  # with what ZeRO-3 leaves gathered
+    return before
 
 
 @contextlib.contextmanager
