@@ -164,7 +164,7 @@ class Stage(Recording):
     def _check_promises(self, func: OpOverload, name: str, args: tuple, kwargs: dict) -> None:
         if name == "aten::_to_copy" and kwargs.get("dtype") in (torch.bfloat16, torch.float16):
             for owner, parameter in self.promised.get(args[0].shape, ()):
-                if parameter.untyped_storage()._cdata == args[0].untyped_storage()._cdata:
+                if _are_same(parameter, args[0]):
                     raise Fault(f"{owner} is promised in fp32, and is cast to {kwargs['dtype']}")
         if func.namespace != "moe_mamba" or not self.promised:
             return
@@ -241,6 +241,12 @@ def _require(what: str, found: int, expected: int, size: int) -> None:
 
 def _shown(tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are the same numbers: ZeRO-3 gathers several parameters into one memory."""
+    is_one = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return is_one and one.storage_offset() == other.storage_offset()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

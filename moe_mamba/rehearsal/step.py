@@ -55,6 +55,8 @@ class Report:
         host: what DeepSpeed's code keeps in the host's memory: line of our code -> bytes.
         matrices: router -> rows that each rank of its expert group sends to each expert; none where no size depends on
             the data.
+        graphs: that torch.compile has traced, with train.compile.
+        breaks: why it broke a layer into several graphs -> how often.
         seconds: that the rehearsal took.
     """
 
@@ -66,6 +68,8 @@ class Report:
     waits: list[Note]
     host: dict[str, int]
     matrices: dict[str, Matrix]
+    graphs: int
+    breaks: dict[str, int]
     seconds: float
 
 
@@ -134,6 +138,7 @@ def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
         stage.waits,
         host,
         rows.matrices,
+        *_graphs(config.train.compile),
         time.perf_counter() - begin,
     )
 
@@ -232,12 +237,27 @@ def _steps(engine: Any, plan: RunPlan, stage: Stage, micro_batch: int) -> int:
     return before
 
 
+def _graphs(is_compiled: bool) -> tuple[int, dict[str, int]]:
+    """Graphs that torch.compile has traced, and why it broke layers into several."""
+    if not is_compiled:
+        return 0, {}
+    from torch._dynamo.utils import counters
+
+    breaks = {" ".join(reason.split()): count for reason, count in counters["graph_break"].items()}
+    return counters["stats"]["unique_graphs"], breaks
+
+
 @contextlib.contextmanager
 def _compiling_for_nobody() -> Iterator[None]:
     """Let ``train.compile`` trace layers as it does, and run their graphs as they are: no code is generated."""
-    compile_module = torch.nn.Module.compile
+    compile_module, began = torch.nn.Module.compile, False
 
     def trace(module: torch.nn.Module) -> None:
+        nonlocal began
+        if not began:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            began = True
         compile_module(module, backend="aot_eager")
 
     with device.replaced(torch.nn.Module, "compile", trace):
