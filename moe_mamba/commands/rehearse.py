@@ -8,17 +8,19 @@ from typing import Annotated, Any
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config_file import load_config
 from moe_mamba.config_types import DEVICES, Range
+from moe_mamba.errors import UserError, shown
 from moe_mamba.planning.load import Load
 
 
 def main(
     *,
-    gpus: Annotated[int, Range(1, DEVICES)],
+    gpus: str,
     rank: Annotated[int, Range(0, DEVICES)] = 0,
     config: str | None = None,
     gpus_per_machine: Annotated[int, Range(1, DEVICES)] = 8,
     gpu: str = "h100",
     load: str = "even",
+    start: bool = False,
     json: str | None = None,
     **overrides: Any,
 ) -> None:
@@ -28,21 +30,48 @@ def main(
     exit code 1 where the real step would break.
 
     Args:
-        gpus: processes of the job.
+        gpus: processes of the job; with --start several numbers, as 8,1024,16384.
         rank: of the one that makes the step.
         config: YAML file; every key at its default where none is given.
         gpus_per_machine: processes on a machine.
         gpu: whose kernels are chosen: a100, h100, h200 or b200.
         load: how tokens spread over experts: even, skewed:FACTOR, or run:FOLDER of a run that has trained.
+        start: in the place of a step, print what the start of a run takes of rank 0 and of the last rank in worlds of
+            each number of processes.
         json: file to write everything to.
         overrides: any key of the configuration, as --section.key=value.
     """
     settings, spread = load_config(config, overrides), Load.parse(load)
+    worlds = _numbers("gpus", gpus, 1)
+    if start and (rank or load != "even" or json is not None):
+        raise UserError("--start counts what the start takes: leave out --rank, --load and --json")
+    if not start and len(worlds) > 1:
+        raise UserError(f"--gpus={gpus}: a step is made in one world: give one number, or --start")
     logging.disable(logging.WARNING)  # of DeepSpeed: that there is no GPU, and more that is as it must be here
+    if start:
+        from moe_mamba.rehearsal.start import start_table
+
+        print(start_table(settings, worlds, machine=gpus_per_machine, gpu=gpu))
+        return
     from moe_mamba.rehearsal.report import table, to_json  # DeepSpeed and Megatron load for seconds
     from moe_mamba.rehearsal.step import rehearse
 
-    report = rehearse(settings, gpus, rank, spread, gpus_per_machine=gpus_per_machine, gpu=gpu)
+    report = rehearse(settings, worlds[0], rank, spread, gpus_per_machine=gpus_per_machine, gpu=gpu)
     if json is not None:
         write_atomically(Path(json), json_format.dumps(to_json(report)))
     print(table(report))
+
+
+def _numbers(flag: str, text: str, least: int) -> list[int]:
+    """Numbers with commas between them.
+
+    Raises:
+        UserError: they are none, or too small or large.
+    """
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) <= len(str(DEVICES)) for part in parts):
+        raise UserError(f"--{flag}={shown(text)} is no number, nor several with commas between them")
+    numbers = [int(part) for part in parts]
+    if wrong := [number for number in numbers if not least <= number <= DEVICES]:
+        raise UserError(f"--{flag}={wrong[0]} must be from {least} to {DEVICES:,}")
+    return numbers
