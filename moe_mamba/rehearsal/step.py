@@ -19,7 +19,6 @@ from moe_mamba.config import Config
 from moe_mamba.data.batch import Batch
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.faults.signals import Stop
-from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.parallel import engine as engines
 from moe_mamba.parallel import zero3
 from moe_mamba.parallel.gradients import held_gradients
@@ -28,6 +27,7 @@ from moe_mamba.parallel.parallelize import fill_model, shard_copy
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.load import Load
 from moe_mamba.rehearsal import device
+from moe_mamba.rehearsal.check import check_cover, check_groups, check_model
 from moe_mamba.rehearsal.collectives import Collective
 from moe_mamba.rehearsal.load import Matrix, Rows
 from moe_mamba.rehearsal.memory import Memory
@@ -107,14 +107,16 @@ def rehearse(
 
 
 def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
+    check_cover(plan)
     groups = start_groups(plan)
+    check_groups(groups)
     model = shard_copy(plan, groups)
-    rows.give(model)
     config, micro_batch = plan.config, plan.config.train.micro_batch
     assert micro_batch is not None
+    rows.give(model, config.train.compile)
     with device.WithoutNumbers(allow_non_fake_inputs=True), stage, _compiling_for_nobody():
         fill_model(model, plan, groups)
-        _check_model(model, plan, stage)
+        check_model(model, plan, stage)
         stage.phase = "engine"
         engine = engines.build_engine(model, config, groups, micro_batch)
         try:
@@ -141,29 +143,6 @@ def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
         *_graphs(config.train.compile),
         time.perf_counter() - begin,
     )
-
-
-def _check_model(model: LanguageModel, plan: RunPlan, stage: Stage) -> None:
-    """Refuse a part of a model that is not as the plan says, and leave it where it is: DeepSpeed would move it.
-
-    Raises:
-        Fault: names the parameter.
-    """
-    there, fp32 = plan.topology.world.device, model.fp32_parameter_names()
-    in_bf16 = plan.config.train.precision == "bf16"
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device != there:
-            raise Fault(f"{name} lies on {tensor.device}, and must lie on {there}")
-        if name in fp32 and tensor.dtype != torch.float32:
-            raise Fault(f"{name} is {tensor.dtype}, and is promised in fp32")
-        if in_bf16 and name in fp32:
-            stage.promised.setdefault(plan_shape(tensor), []).append((name, tensor))
-    model.to = lambda *_, **__: model  # type: ignore[method-assign, assignment]
-
-
-def plan_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, of one that ZeRO-3 has sharded as well."""
-    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def _tag_state(engine: Any, stage: Stage) -> None:
