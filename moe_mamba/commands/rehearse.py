@@ -16,6 +16,7 @@ def main(
     *,
     gpus: str,
     rank: Annotated[int, Range(0, DEVICES)] = 0,
+    ranks: str | None = None,
     config: str | None = None,
     gpus_per_machine: Annotated[int, Range(1, DEVICES)] = 8,
     gpu: str = "h100",
@@ -32,6 +33,8 @@ def main(
     Args:
         gpus: processes of the job; with --start several numbers, as 8,1024,16384.
         rank: of the one that makes the step.
+        ranks: all, or several numbers, as 0,17,1023: check instead that they agree on what they send to one another. Of
+            all, two of each role make two micro-steps, and the others follow from the layout.
         config: YAML file; every key at its default where none is given.
         gpus_per_machine: processes on a machine.
         gpu: whose kernels are chosen: a100, h100, h200 or b200.
@@ -43,8 +46,10 @@ def main(
     """
     settings, spread = load_config(config, overrides), Load.parse(load)
     worlds = _numbers("gpus", gpus, 1)
-    if start and (rank or load != "even" or json is not None):
-        raise UserError("--start counts what the start takes: leave out --rank, --load and --json")
+    if start and (rank or ranks or load != "even" or json is not None):
+        raise UserError("--start counts what the start takes: leave out --rank, --ranks, --load and --json")
+    if ranks and (rank or json is not None):
+        raise UserError("--ranks compares ranks: leave out --rank and --json")
     if not start and len(worlds) > 1:
         raise UserError(f"--gpus={gpus}: a step is made in one world: give one number, or --start")
     logging.disable(logging.WARNING)  # of DeepSpeed: that there is no GPU, and more that is as it must be here
@@ -52,6 +57,15 @@ def main(
         from moe_mamba.rehearsal.start import start_table
 
         print(start_table(settings, worlds, machine=gpus_per_machine, gpu=gpu))
+        return
+    if ranks:
+        from moe_mamba.rehearsal.all_ranks import check_all, check_some
+
+        if ranks == "all":
+            check_all(settings, worlds[0], spread, print, machine=gpus_per_machine, gpu=gpu)
+        else:
+            some = _numbers("ranks", ranks, 0)
+            check_some(settings, worlds[0], some, spread, print, machine=gpus_per_machine, gpu=gpu)
         return
     from moe_mamba.rehearsal.report import table, to_json  # DeepSpeed and Megatron load for seconds
     from moe_mamba.rehearsal.step import rehearse

@@ -42,7 +42,7 @@ class Part:
 
     Attributes:
         name: of the part.
-        seconds: on this machine, on one core.
+        seconds: of one core of this machine.
         kept: bytes of Python's objects that are left after it; 0 where they are not measured.
         objects: how many blocks of memory they are.
         listed: ranks in the lists of groups that were handed to torch.
@@ -242,11 +242,11 @@ def _measured(part: Part, memory: bool) -> Iterator[None]:
     with device.replaced(dist, "new_group", counted):
         if memory:
             tracemalloc.start()
-        before, begin = sys.getallocatedblocks(), time.perf_counter()
+        before, begin = sys.getallocatedblocks(), time.process_time()
         try:
             yield
         finally:
-            part.seconds = time.perf_counter() - begin
+            part.seconds = time.process_time() - begin
             gc.collect()
             part.objects = sys.getallocatedblocks() - before
             if memory:

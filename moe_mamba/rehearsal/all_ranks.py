@@ -1,0 +1,157 @@
+"""All ranks of a world agree on what they send to one another, though only a few are rehearsed."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
+
+from moe_mamba.config import Config
+from moe_mamba.errors import RunStopped
+from moe_mamba.parallel.run_plan import RunPlan
+from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.load import Load
+from moe_mamba.rehearsal.agreement import Call, Disagreement, disagreement
+from moe_mamba.rehearsal.roles import Entry, Layout
+from moe_mamba.rehearsal.step import Report, rehearse
+
+MICRO_STEPS = 2  # at most, of a step: one between, and the last, after which weights are updated
+
+
+def check_all(
+    config: Config, gpus: int, load: Load, say: Callable[[str], None], *, machine: int = 8, gpu: str = "h100"
+) -> None:
+    """Rehearse the first and the last rank of each role, and compare in each group what its members do.
+
+    Args:
+        config: of the run; of its micro-steps no more than two are made.
+        gpus: processes of the run.
+        load: how tokens spread over experts.
+        say: is told what was found, line by line.
+        machine: processes of a machine.
+        gpu: whose kernels are chosen.
+
+    Raises:
+        UserError: the run would be refused.
+        RunStopped: a rank breaks, or a group's members do not do the same: names the first.
+    """
+    config, local = _shortened(config, gpus), min(machine, gpus)
+    layout = Layout(RunPlan.of(config, Topology.of(config, World(0, gpus, 0, local))))
+    roles = layout.roles()
+    say(f"roles       {len(roles)} of {gpus:,} ranks")
+    entries: list[list[Entry]] = []
+    for ranks in roles:
+        seen = sorted({ranks[0], ranks[-1]})
+        reports = [rehearse(config, gpus, rank, load, gpus_per_machine=machine, gpu=gpu) for rank in seen]
+        done = [layout.entries(rank, report) for rank, report in zip(seen, reports, strict=True)]
+        seconds = sum(report.seconds for report in reports)
+        named = " and ".join(f"{rank:,}" for rank in seen)
+        say(f"  {len(ranks):>9,} ranks, {len(done[0]):,} collectives each; rehearsed {named} in {seconds:.0f} s")
+        if found := difference(layout, seen[0], done[0], seen[-1], done[-1]):
+            raise RunStopped(str(found))
+        entries.append([one for one in map(Entry.merged, done[0], done[-1]) if one is not None])
+    for line in compare(layout, roles, entries):
+        say(line)
+
+
+def check_some(
+    config: Config,
+    gpus: int,
+    ranks: Sequence[int],
+    load: Load,
+    say: Callable[[str], None],
+    *,
+    machine: int = 8,
+    gpu: str = "h100",
+) -> None:
+    """Rehearse these ranks, and compare in each group what those of its members do that are among them.
+
+    Args and raises: as ``check_all``, and the ranks; all micro-steps are made.
+    """
+    make = partial(rehearse, config, gpus, load=load, gpus_per_machine=machine, gpu=gpu)
+    done: dict[int, list[Call]] = {}
+    for rank in dict.fromkeys(ranks):
+        report = make(rank)
+        done[rank] = calls_of(report)
+        say(f"rank {rank:<6,} {len(done[rank]):,} collectives, rehearsed in {report.seconds:.0f} s")
+    if found := disagreement(done):
+        raise RunStopped(str(found))
+    groups = Counter(group for calls in done.values() for group in {call.collective.group for call in calls})
+    shared = sum(count > 1 and len(group) > 1 for group, count in groups.items())
+    say(f"agree       in {shared:,} groups that have several of these ranks, whose members make the same collectives")
+
+
+def calls_of(report: Report) -> list[Call]:
+    """What a rank was seen to do, start and step."""
+    calls = [Call(one, "the start") for one in report.start]
+    return calls + [Call(one, place) for one, place in zip(report.collectives, report.places, strict=True)]
+
+
+def compare(layout: Layout, roles: Sequence[Sequence[int]], entries: Sequence[Sequence[Entry]]) -> list[str]:
+    """Compare in each group what its members do; a line for each kind of group.
+
+    Groups of one kind whose members have the same roles, place by place, do the same: of these one is compared.
+
+    Args:
+        layout: the ranks.
+        roles: the ranks of each role.
+        entries: what those do.
+
+    Raises:
+        RunStopped: the members of a group do not do the same.
+    """
+    role_of = {rank: number for number, ranks in enumerate(roles) for rank in ranks}
+    by_group: dict[str, dict[int, list[Entry]]] = defaultdict(dict)
+    for number, done in enumerate(entries):
+        for entry in done:
+            by_group[entry.group].setdefault(number, []).append(entry)
+    lines = []
+    for name, of_role in by_group.items():
+        _settle(list(of_role.values()))
+        known: set[tuple[int, ...]] = set()
+        groups = dict.fromkeys(layout.members(rank, name) for rank in range(layout.size))
+        for group in groups:
+            kinds = tuple(role_of[rank] for rank in group)
+            if kinds in known:
+                continue
+            known.add(kinds)
+            calls = {rank: [layout.call(rank, entry) for entry in of_role.get(role_of[rank], ())] for rank in group}
+            if found := disagreement(calls):
+                raise RunStopped(str(found))
+        most = max(map(len, of_role.values()))
+        size = len(next(iter(groups)))
+        lines.append(f"agree       {name}: {len(groups):,} groups of {size:,} ranks, {most:,} collectives each")
+    return lines
+
+
+def _settle(roles: Sequence[list[Entry]]) -> None:
+    """Where an exchange of rows may be several things for one role, take what it is for all, in place."""
+    for position in range(min(map(len, roles))):
+        common = roles[0][position]
+        for done in roles:
+            common = common.merged(done[position]) or common
+        for done in roles:
+            done[position] = common.merged(done[position]) or done[position]
+
+
+def difference(
+    layout: Layout, rank: int, entries: Sequence[Entry], other: int, others: Sequence[Entry]
+) -> Disagreement | None:
+    """The first collective that two ranks of one role do not do alike, each in its own group of a kind."""
+    for name in dict.fromkeys(entry.group for entry in (*entries, *others)):
+        mine = [entry for entry in entries if entry.group == name]
+        theirs = [entry for entry in others if entry.group == name]
+        for position, (one, two) in enumerate(zip_longest(mine, theirs), 1):
+            if one is None or one.merged(two) is None:
+                calls = ((rank, one), (other, two))
+                first, second = ((r, None if entry is None else layout.call(r, entry)) for r, entry in calls)
+                return Disagreement(layout.members(rank, name), position, first, second)
+    return None
+
+
+def _shortened(config: Config, gpus: int) -> Config:
+    """The configuration with at most `MICRO_STEPS` micro-steps."""
+    train, data = config.train, gpus // config.parallel.tensor
+    if not train.micro_batch or train.global_batch <= MICRO_STEPS * train.micro_batch * data:
+        return config  # and what is wrong with it is said where it is used
+    batch = MICRO_STEPS * train.micro_batch * data
+    return config.model_copy(update={"train": train.model_copy(update={"global_batch": batch})})
