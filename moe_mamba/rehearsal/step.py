@@ -25,7 +25,9 @@ from moe_mamba.parallel.gradients import held_gradients
 from moe_mamba.parallel.groups import start_groups
 from moe_mamba.parallel.parallelize import fill_model, shard_copy
 from moe_mamba.parallel.run_plan import RunPlan
+from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load
+from moe_mamba.planning.micro_batch import largest_micro_batch
 from moe_mamba.rehearsal import device
 from moe_mamba.rehearsal.check import check_cover, check_groups, check_model
 from moe_mamba.rehearsal.collectives import Collective
@@ -46,6 +48,7 @@ class Report:
     """What a rank did in a step.
 
     Attributes:
+        micro_batch: sequences; where the configuration leaves it open, the most that the plan finds room for.
         collectives: of the step, in order.
         places: lines of our code that ordered them.
         start: collectives before the step: groups, weights, engine.
@@ -60,6 +63,7 @@ class Report:
         seconds: that the rehearsal took.
     """
 
+    micro_batch: int
     collectives: list[Collective]
     places: list[str]
     start: list[Collective]
@@ -79,7 +83,7 @@ def rehearse(
     """Make one step of a rank.
 
     Args:
-        config: of the run; with the size of the vocabulary and of a micro-batch.
+        config: of the run; with the size of the vocabulary.
         gpus: processes of the run.
         rank: of the one.
         load: how tokens spread over experts, where routing is dropless; None: evenly.
@@ -91,28 +95,27 @@ def rehearse(
         RunStopped: what would break the real step, and where.
     """
     begin = time.perf_counter()
-    if not config.has_vocabulary or not config.train.micro_batch:
-        key = "train.micro_batch" if config.has_vocabulary else "model.vocab_size"
-        raise UserError(f"{key} is open until a run chooses it: give --{key}=N")
+    if not config.has_vocabulary:
+        raise UserError("model.vocab_size=null is only known once a run has its tokenizer: give --model.vocab_size=N")
     if not 0 <= rank < gpus:
         raise UserError(f"--rank={rank}: {gpus:,} GPUs have ranks from 0 to {gpus - 1:,}")
     device.stand_for(gpu)
     local = min(gpus_per_machine, gpus)
     world = device.RehearsedWorld(rank, gpus, rank % local, local)
     plan = RunPlan.of(config, check(config, world))
+    micro_batch = config.train.micro_batch or largest_micro_batch(plan, Cluster.of(gpu).memory)
     stage = Stage()
     rows = Rows(load or Load(), stage.note_wait)
     with _quiet(), fake_world(world), _one_line(stage, world):
-        return _rehearse(plan, stage, rows, begin)
+        return _rehearse(plan, micro_batch, stage, rows, begin)
 
 
-def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
+def _rehearse(plan: RunPlan, micro_batch: int, stage: Stage, rows: Rows, begin: float) -> Report:
     check_cover(plan)
     groups = start_groups(plan)
     check_groups(groups)
     model = shard_copy(plan, groups)
-    config, micro_batch = plan.config, plan.config.train.micro_batch
-    assert micro_batch is not None
+    config = plan.config
     rows.give(model, config.train.compile)
     with device.WithoutNumbers(allow_non_fake_inputs=True), stage, _compiling_for_nobody():
         fill_model(model, plan, groups)
@@ -132,6 +135,7 @@ def _rehearse(plan: RunPlan, stage: Stage, rows: Rows, begin: float) -> Report:
             with contextlib.suppress(AssertionError):  # it wants a world of its own making
                 engine.destroy()
     return Report(
+        micro_batch,
         stage.found[before:],
         stage.places[before:],
         stage.found[:before],
