@@ -90,8 +90,15 @@ def _measured(ranks: int, shapes: PlanShapes, folder: Path) -> Cluster:
     layout = next(name for name in shapes.layouts if LAYOUTS[name][0] == ranks)
     config, report = folder / f"{ranks}.yaml", folder / f"{ranks}.json"
     save_config(shapes.config(ranks, layout), config)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "launch/preflight.py"]
-    command += ["--config", str(config), "--output", str(report), f"--run.folder={folder / 'run'}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [
+        "launch/preflight.py",
+        "--config",
+        str(config),
+        "--output",
+        str(report),
+        f"--run.folder={folder / 'run'}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, timeout=1800, check=False)
     if done.returncode and not report.is_file():
