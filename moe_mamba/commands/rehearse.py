@@ -37,7 +37,7 @@ def main(
             all, two of each role make two micro-steps, and the others follow from the layout.
         config: YAML file; every key at its default where none is given.
         gpus_per_machine: processes on a machine.
-        gpu: whose kernels are chosen: a100, h100, h200 or b200.
+        gpu: whose kernels are chosen: a100-80, h100, h200 or b200.
         load: how tokens spread over experts: even, skewed:FACTOR, or run:FOLDER of a run that has trained.
         start: in the place of a step, print what the start of a run takes of rank 0 and of the last rank in worlds of
             each number of processes.

@@ -128,7 +128,7 @@ def parameter_shards(model: LanguageModel, topology: Topology) -> dict[str, Para
     return {path: _shard(names[path], tuple(tensor.shape), specs.get(path, ()), topology) for path, tensor in tensors}
 
 
-def _place(group: Group, topology: Topology) -> tuple[int, int]:
+def place(group: Group, topology: Topology) -> tuple[int, int]:
     """This rank's place in a group, and the group's size."""
     if group == "expert":
         return topology.expert_rank, topology.expert
@@ -144,7 +144,7 @@ def _shard(name: str, shape: tuple[int, ...], specs: tuple[ShardSpec, ...], topo
     local_shape = list(shape)
     tensor_axis, count = None, 1
     for spec in specs:
-        rank, size = _place(spec.group, topology)
+        rank, size = place(spec.group, topology)
         segments[spec.axis] = segments_of_axis(spec, rank, size)
         local_shape[spec.axis] = local_length(spec, size)
         if spec.group not in EXPERTS and shards_of_axis(spec, size) > 1:
@@ -175,7 +175,7 @@ def check_shards(config: Config, topology: Topology) -> None:
     for spec in _misfits(config, topology):
         group: Literal["tensor", "expert"] = "expert" if spec.group in EXPERTS else "tensor"
         key, size = f"parallel.{group}", getattr(topology, group)
-        over = _place(spec.group, topology)[1]
+        over = place(spec.group, topology)[1]
         among = f" (over {over} ranks with the same channels)" if spec.group == "inner_expert" and over != size else ""
         fitting = next((n for n in range(size - 1, 0, -1) if _fits(config, topology.resized(group, n))), None)
         relation = "neither divides nor is a multiple of" if spec.is_replicable else "does not divide"
@@ -190,4 +190,4 @@ def _fits(config: Config, topology: Topology) -> bool:
 def _misfits(config: Config, topology: Topology) -> Iterator[ShardSpec]:
     """Axes that the layout's ranks cannot share."""
     specs = itertools.chain.from_iterable(shard_specs(config.model, config.moe).values())
-    return (spec for spec in dict.fromkeys(specs) if not spec.fits(_place(spec.group, topology)[1]))
+    return (spec for spec in dict.fromkeys(specs) if not spec.fits(place(spec.group, topology)[1]))

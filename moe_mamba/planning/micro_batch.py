@@ -26,8 +26,17 @@ def choose_micro_batch(plan: RunPlan) -> int:
         most = CPU_TOKENS / config.data.sequence_length
         return max((n for n in fitting if n <= most), default=fitting[0])
     free, _ = torch.cuda.mem_get_info(device)
-    chosen = fitting[0]
-    for number in fitting[1:]:
+    return largest_micro_batch(plan, free)
+
+
+def largest_micro_batch(plan: RunPlan, free: float) -> int:
+    """The largest that a GPU with ``free`` bytes holds; the smallest where it holds none.
+
+    Raises:
+        UserError: as ``possible_micro_batches``.
+    """
+    chosen, *larger = possible_micro_batches(plan)
+    for number in larger:
         if memory_of(plan, number, Load()).total > free - LIBRARIES:
             break
         chosen = number

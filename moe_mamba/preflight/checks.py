@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from moe_mamba.parallel.network import is_loopback
-from moe_mamba.preflight.folders import Seen
+from moe_mamba.preflight.folders import Seen, not_all
 from moe_mamba.preflight.report import Clock, Finding, Level, RankFacts
 
 Facts = Sequence[RankFacts]
@@ -176,7 +176,6 @@ def check_folder(seen: Sequence[Seen]) -> Iterator[Finding]:
     for machine, fault in path_faults.items():
         line = f"run.folder on {machine}: {fault}: give a folder that every machine may write"
         yield Finding(level="refused", subject="run.folder", machines=[machine], line=line)
-    everyone = frozenset(one.rank for one in seen)
     apart = list(dict.fromkeys(one.machine for one in seen if 0 not in one.ranks and one.fault is None))
     if apart and seen[0].fault is None:
         line = (
@@ -184,8 +183,8 @@ def check_folder(seen: Sequence[Seen]) -> Iterator[Finding]:
             "that no checkpoint would be whole: put run.folder on storage that all machines mount"
         )
         yield Finding(level="refused", subject="run.folder", machines=[seen[0].machine, *apart], line=line)
-    elif not path_faults and any(one.ranks != everyone for one in seen):
-        late = list(dict.fromkeys(one.machine for one in seen if one.ranks != everyone))
+    elif not path_faults and (partial := not_all(seen)):
+        late = list(dict.fromkeys(one.machine for one in partial))
         line = f"{_joined(late)} cannot see all that others write into run.folder: see how it is mounted there"
         yield Finding(level="refused", subject="run.folder", machines=late, line=line)
     elif not path_faults:

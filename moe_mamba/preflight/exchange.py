@@ -76,8 +76,33 @@ class Exchange:
         self._publish(self._calls, (None, value), kind)
         return value
 
-    def clock_offset(self, ranks: list[int]) -> tuple[float, float] | None:
-        """Seconds that this rank's wall clock is ahead of rank 0's, and the delay of the sample, on each of `ranks`.
+    def each_from_first(self, values: list[Any] | None, kind: Any) -> Any:
+        """What rank 0 has for this rank alone: a list that all had to read would be as many lists as ranks.
+
+        Args:
+            values: of all ranks in their order, on rank 0; None on the others.
+            kind: the type of one, that pydantic knows.
+
+        Raises:
+            UserError: as `from_first`.
+        """
+        key = f"{self._calls + 1}/own"
+        if not self.world.is_first:
+            self.from_first()
+            return checked(self._get(f"{key}/{self.world.rank}", self.timeout), kind)
+        assert values is not None
+        adapter = TypeAdapter(kind)
+        for rank, value in enumerate(values[1:], 1):
+            self._store.set(f"{key}/{rank}", adapter.dump_json(value).decode())
+        self.from_first()
+        return values[0]
+
+    def clock_offset(self, ranks: list[int], is_asked: bool) -> tuple[float, float] | None:
+        """Seconds that this rank's wall clock is ahead of rank 0's, and the delay of the sample, on each that is asked.
+
+        Args:
+            ranks: that are asked; needed on rank 0 alone.
+            is_asked: whether this rank is.
 
         As NTP measures (RFC 5905, section 8): of several round trips the one with the smallest delay, in the middle of
         which rank 0 looked at its clock.
@@ -88,7 +113,7 @@ class Exchange:
                 for sample in range(SAMPLES):
                     self._get(f"{name}/{rank}/{sample}/ask", self.timeout)
                     self._store.set(f"{name}/{rank}/{sample}/answer", repr(time.time()))
-        if self.world.rank not in ranks:
+        if not is_asked:
             return None
         trips = []
         for sample in range(SAMPLES):

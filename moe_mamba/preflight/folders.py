@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ from moe_mamba.preflight.exchange import Exchange
 from moe_mamba.preflight.report import Folder
 
 PREFIX = ".preflight-"
+Rank = Annotated[int, Field(ge=0)]
+Range = tuple[Rank, Rank]  # first and last
 Nonce = Annotated[str, Field(pattern=r"\A[0-9a-f]{16}\z")]  # of a folder that is made, and removed
 
 
@@ -51,15 +54,37 @@ def look(exchange: Exchange, machine: str, folders: dict[str, Path]) -> dict[str
     neighbour = (world.rank + 1) % world.size
     reports = {name: _list(place, (0, neighbour), nonce) for name, place in places.items() if not faults[name]}
     reports |= {name: ([], fault) for name, fault in faults.items() if fault}
-    everyone = exchange.to_first((machine, reports), tuple[str, dict[str, tuple[list[int], str | None]]])
+    told = {name: (ranges(ranks), fault) for name, (ranks, fault) in reports.items()}
+    everyone = exchange.to_first((machine, told), tuple[str, dict[str, tuple[list[Range], str | None]]])
     exchange.from_first()  # all have looked
     for place in places.values():
         shutil.rmtree(place, ignore_errors=True)
     seen: dict[str, list[Seen]] = {}
+    known: dict[tuple[Range, ...], frozenset[int]] = {}  # most see the same: one set for all of them
     for rank, (host, folders_seen) in enumerate(everyone or ()):
-        for name, (ranks, fault) in folders_seen.items():
-            seen.setdefault(name, []).append(Seen(rank, host, frozenset(ranks), fault))
+        for name, (parts, fault) in folders_seen.items():
+            if (key := tuple(parts)) not in known:
+                known[key] = frozenset(one for first, last in key for one in range(first, min(last, world.size) + 1))
+            seen.setdefault(name, []).append(Seen(rank, host, known[key], fault))
     return seen
+
+
+def ranges(ranks: Sequence[int]) -> list[Range]:
+    """Sorted ranks as their stretches, first and last: whoever sees all says so in two numbers."""
+    found: list[Range] = []
+    for rank in ranks:
+        if found and rank == found[-1][1] + 1:
+            found[-1] = (found[-1][0], rank)
+        else:
+            found.append((rank, rank))
+    return found
+
+
+def not_all(seen: Sequence[Seen]) -> list[Seen]:
+    """Those that did not see the files of all ranks."""
+    everyone = frozenset(one.rank for one in seen)
+    partial = {ranks for ranks in {one.ranks for one in seen} if ranks != everyone}
+    return [one for one in seen if one.ranks in partial]
 
 
 def grouped(name: str, path: Path, seen: list[Seen]) -> Folder:
@@ -70,12 +95,11 @@ def grouped(name: str, path: Path, seen: list[Seen]) -> Folder:
         if one.machine not in placed:  # its first rank speaks for it
             groups.setdefault(one.ranks, []).append(one.machine)
             placed.add(one.machine)
-    everyone = frozenset(one.rank for one in seen)
     return Folder(
         name=name,
         path=str(path),
         groups=list(groups.values()),
-        is_seen_by_all=all(one.ranks == everyone and one.fault is None for one in seen),
+        is_seen_by_all=not not_all(seen) and all(one.fault is None for one in seen),
     )
 
 

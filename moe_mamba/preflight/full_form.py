@@ -93,10 +93,11 @@ def _measure(config: Config, topology: Topology, comparison: Comparison) -> tupl
     start_world(world)
     try:
         limit_collectives(SECONDS_FOR_COLLECTIVE)
+        machines: dict[str, list[int]] = from_first(comparison.machines)
         plan = _plan(config, topology)
         measured = from_first(sizes(plan.config, topology, choose_micro_batch(plan)))
         compute, no_compute = _from_those_who_can(lambda: measure_compute(plan.config, topology, measured))
-        is_first_here = world.rank == min(ranks[0] for ranks in comparison.machines.values() if world.rank in ranks)
+        is_first_here = world.rank == min(ranks[0] for ranks in machines.values() if world.rank in ranks)
         can_write = not any(finding.subject in ("run.folder", "disk") for finding in comparison.refusals)
         storage, no_storage = _from_those_who_can(
             lambda: measure_storage(Path(config.run.folder)) if is_first_here and can_write else None
@@ -107,7 +108,7 @@ def _measure(config: Config, topology: Topology, comparison: Comparison) -> tupl
             sizes=measured,
             compute=compute,
             storage=[one for one in storage if one is not None],
-            links=measure_links(comparison.machines, world.device),
+            links=measure_links(machines, world.device),
             collectives=measure_collectives(
                 topology,
                 FP32 * per_device(plan)["parameters_per_device"],

@@ -26,11 +26,11 @@ from moe_mamba.preflight.report import Clock, Finding, Folder, RankFacts
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out when the ranks compared what they know; `ranks`, `clocks` and `folders` only on rank 0.
+    """What came out when the ranks compared what they know; all but the findings only on rank 0.
 
     Attributes:
         findings: the same on every rank.
-        machines: host name -> its ranks, the same on every rank.
+        machines: host name -> its ranks.
         ranks: facts of each.
         clocks: of machines other than rank 0's.
         folders: who sees the same.
@@ -86,25 +86,28 @@ def compare(exchange: Exchange, config: Config, *, thorough: bool) -> Comparison
     """
     world = exchange.world
     facts = rank_facts(config, world, thorough=thorough)
-    places: list[str] = exchange.from_first(exchange.to_first(facts.machine, str), list[str])
-    machines = {place: [rank for rank, one in enumerate(places) if one == place] for place in dict.fromkeys(places)}
-    if len(machines) > 1:
-        facts = facts.model_copy(update={"unreached": _unreached(exchange, facts, machines)})
+    places = exchange.to_first(facts.machine, str)
+    machines: dict[str, list[int]] = {}
+    for rank, place in enumerate(places or ()):
+        machines.setdefault(place, []).append(rank)
+    speaks, count = exchange.each_from_first(places and _speakers(machines, world.size), tuple[bool, int])
+    if count > 1:
+        facts = facts.model_copy(update={"unreached": _unreached(exchange, facts, machines, speaks)})
     paths = {"run.folder": Path(config.run.folder)}
     if any(source.is_documents for source in facts.data):
         paths["data.cache"] = Path(config.data.cache)
-    if thorough and world.rank == machines[facts.machine][0]:
+    if thorough and speaks:
         paths |= cache_folders()
     seen = look(exchange, facts.machine, paths)
     others = [ranks[0] for ranks in machines.values() if ranks[0] != 0]
-    offset = exchange.clock_offset(others)
+    offset = exchange.clock_offset(others, speaks and not world.is_first)
     everyone = exchange.to_first((facts, offset), tuple[RankFacts, tuple[float, float] | None])
     comparison = _conclude(config, machines, everyone, seen, paths) if everyone else None
     findings = exchange.from_first(comparison and comparison.findings, list[Finding])
     exchange.to_first()  # rank 0, which has the store, is the last to leave
     if comparison is not None:
         return comparison
-    return Comparison(findings, machines, [], [], [], None)
+    return Comparison(findings, {}, [], [], [], None)
 
 
 def _conclude(
@@ -139,27 +142,49 @@ def _describe(folder: Folder) -> Finding:
     return Finding(level="ok", subject=folder.name, line=f"{folder.path}: {kind}")
 
 
-def _unreached(exchange: Exchange, facts: RankFacts, machines: dict[str, list[int]]) -> dict[str, str]:
-    """Machines that this rank's one cannot connect to, of rank 0's and the next one; found out by their first ranks."""
-    listener = None
-    if exchange.world.rank == machines[facts.machine][0] and facts.address is not None:
-        listener = network.Listener(facts.address)
+def _speakers(machines: dict[str, list[int]], size: int) -> list[tuple[bool, int]]:
+    """Of each rank, whether it is its machine's first, and how many machines there are."""
+    first = {ranks[0] for ranks in machines.values()}
+    return [(rank in first, len(machines)) for rank in range(size)]
+
+
+Door = tuple[str, int, str] | None
+"""Where a machine's first rank listens: address, port, token; None: it finds no address."""
+
+
+def _unreached(exchange: Exchange, facts: RankFacts, machines: dict[str, list[int]], speaks: bool) -> dict[str, str]:
+    """Machines that this rank's one cannot connect to, of rank 0's and the next one; found out by their first ranks.
+
+    Args:
+        exchange: of all ranks.
+        facts: of this rank.
+        machines: host name -> its ranks; on rank 0.
+        speaks: whether this is the machine's first rank.
+    """
+    listener = network.Listener(facts.address) if speaks and facts.address is not None else None
     door = (facts.address, listener.port, listener.token) if listener else None
-    kind = tuple[str, int, str] | None
-    doors = exchange.from_first(exchange.to_first(door, kind), list[kind])
-    names = list(machines)
-    place = names.index(facts.machine)
+    doors = exchange.to_first(door, Door)
+    asked = exchange.each_from_first(doors and _to_ask(machines, doors), list[tuple[str, Door]])
     found: dict[str, str] = {}
-    for name in {names[0], names[(place + 1) % len(names)]} - {facts.machine} if listener else ():
-        door = doors[machines[name][0]]
+    for name, other in asked if listener else ():
         # An address that no other machine reaches is told by itself.
-        if door is not None and not is_loopback(door[0]) and (why := network.connect(*door)) is not None:
+        if other is not None and not is_loopback(other[0]) and (why := network.connect(*other)) is not None:
             found[name] = why
     exchange.to_first()
     exchange.from_first()  # all have connected
     if listener is not None:
         listener.close()
     return found
+
+
+def _to_ask(machines: dict[str, list[int]], doors: list[Door]) -> list[list[tuple[str, Door]]]:
+    """The doors at which each rank knocks: a machine's first rank at rank 0's machine and at the next one."""
+    names = list(machines)
+    asked: list[list[tuple[str, Door]]] = [[] for _ in doors]
+    for place, name in enumerate(names):
+        others = dict.fromkeys((names[0], names[(place + 1) % len(names)]))
+        asked[machines[name][0]] = [(other, doors[machines[other][0]]) for other in others if other != name]
+    return asked
 
 
 def _checkpoint_bytes(config: Config) -> int | None:

@@ -25,8 +25,8 @@ from moe_mamba.parallel.topology import World
 from moe_mamba.rehearsal import attention
 
 TYPE = "gpu"
-# Name -> compute capability and multiprocessors, by NVIDIA's data sheets (SXM).
-GPUS = {"a100": ((8, 0), 108), "h100": ((9, 0), 132), "h200": ((9, 0), 132), "b200": ((10, 0), 148)}
+# Name, as ``planning.cluster`` has it -> compute capability and multiprocessors, by NVIDIA's data sheets (SXM).
+GPUS = {"a100-80": ((8, 0), 108), "h100": ((9, 0), 132), "h200": ((9, 0), 132), "b200": ((10, 0), 148)}
 
 
 @dataclass(frozen=True)

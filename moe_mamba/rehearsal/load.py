@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_mamba.model.language_model import LanguageModel
@@ -30,15 +31,16 @@ class Rows:
         self._load, self._note_wait = load, note_wait
         self.matrices: dict[str, Matrix] = {}
 
-    def give(self, model: LanguageModel) -> None:
-        """Let every dispatcher of a model ask here."""
+    def give(self, model: LanguageModel, is_compiled: bool) -> None:
+        """Let every dispatcher of a model ask here; a compiled layer breaks there, as it does where it reads sizes."""
         routers = model.routers()
         for name, module in model.named_modules():
             dispatcher = getattr(module, "dispatcher", None)
             if isinstance(dispatcher, ExpertDispatcher):
                 # A mixer's routers decide one after the other in every pass, in this order.
                 own = itertools.cycle([router for router in routers if router.startswith(f"{name}.")])
-                dispatcher.read_sizes = partial(self._read, own, dispatcher)  # type: ignore[method-assign]
+                read = partial(self._read, own, dispatcher)
+                dispatcher.read_sizes = torch.compiler.disable(read) if is_compiled else read  # type: ignore[method-assign]
 
     def _read(
         self, routers: "itertools.cycle[str]", dispatcher: Any, routing: Routing, received: Tensor

@@ -47,6 +47,7 @@ class Memory:
         peak: on the device when most of it is taken.
         largest: the most that each kind takes on the device, at whatever time.
         kept: on the device between two steps.
+        passes: on the device between the last two micro-steps, where there are several; else as the step begins.
         places: (kind, line of our code) -> bytes of the peak that it made.
         host: the most that lies in the host's memory of what the step keeps there, without what is read and thrown away
             while weights are made.
@@ -55,6 +56,7 @@ class Memory:
     peak: dict[str, int]
     largest: dict[str, int]
     kept: dict[str, int]
+    passes: dict[str, int]
     host: int
     places: dict[tuple[str, str], int]
 
@@ -72,11 +74,16 @@ class Ledger:
         self._references: dict[int, weakref.ref[Any]] = {}
         self._allocations: list[Allocation] = []
         self._events: list[tuple[int, bool]] = []  # number, and whether it is taken or given back
+        self._pass = 0  # the moment when the last pass began
 
     @property
     def moment(self) -> int:
         """How much has happened so far."""
         return len(self._events)
+
+    def begin_pass(self) -> None:
+        """Note that a forward pass begins."""
+        self._pass = self.moment
 
     def new(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Those whose memory is not known yet."""
@@ -113,28 +120,26 @@ class Ledger:
 
     def measure(self, since: int) -> Memory:
         """Bytes by kind since a moment; call it while what a run keeps is alive."""
-        now: Counter[str] = Counter()
-        peak, largest, most, host, most_on_host = dict(now), Counter(now), 0, 0, 0
-        at_peak = -1
+        now = Counter(dict.fromkeys(KINDS, 0))
+        peak, largest, passes, at_peak = dict(now), dict(now), dict(now), -1
+        host = most_on_host = most = 0
         for moment, (number, is_taken) in enumerate(self._events):
             one = self._allocations[number]
-            change = one.bytes if is_taken else -one.bytes
+            if moment == self._pass:
+                passes = dict(now)
+            if moment == since:
+                most_on_host, largest = host, dict(now)
             if one.is_host:
-                host += change
-                most_on_host = max(most_on_host, host) if moment >= since else 0
+                host += one.bytes if is_taken else -one.bytes
+                most_on_host = max(most_on_host, host)
                 continue
-            now[one.kind] += change
+            now[one.kind] += one.bytes if is_taken else -one.bytes
             if moment < since or not is_taken:
                 continue
             largest[one.kind] = max(largest[one.kind], now[one.kind])
             if (total := now.total()) > most:
                 most, peak, at_peak = total, dict(now), moment
-        kinds = {kind: 0 for kind in KINDS}
-        kept = Counter({kind: 0 for kind in KINDS})
-        for one in self.live():
-            if not one.is_host:
-                kept[one.kind] += one.bytes
-        return Memory(kinds | peak, kinds | largest, dict(kept), most_on_host, self._places(at_peak))
+        return Memory(peak, largest, dict(now), passes, most_on_host, self._places(at_peak))
 
     def _places(self, moment: int) -> dict[tuple[str, str], int]:
         """Who has made what lies on the device after a moment."""

@@ -72,7 +72,8 @@ class Stage(Recording):
     Attributes:
         found: collectives, in order.
         places: of each of them.
-        phase: of what is done: start, forward, backward, update.
+        phase: of what is done: start, engine, forward, backward, update.
+        is_warm: whether what is done comes again in every step.
         ledger: of memory.
         promised: shape -> parameters that are kept in fp32.
     """
@@ -81,6 +82,7 @@ class Stage(Recording):
         super().__init__()
         self.places: list[str] = []
         self.phase = "start"
+        self.is_warm = False
         self.ledger = Ledger()
         self.promised: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         self._mixed: Counter[tuple[str, str, str]] = Counter()
@@ -145,7 +147,8 @@ class Stage(Recording):
         self._note(self._waits, what)
 
     def _note(self, notes: Counter[tuple[str, str, str]], name: str) -> None:
-        notes[name, where().line, self.phase] += 1
+        phase = self.phase if self.is_warm or self.phase in ("start", "engine") else "first steps"
+        notes[name, where().line, phase] += 1
 
     def _check_devices(self, func: OpOverload, name: str, given: list[Tensor], on_device: bool) -> None:
         on_host = [tensor for tensor in given if tensor.device.type == "cpu"]
@@ -161,7 +164,7 @@ class Stage(Recording):
     def _check_promises(self, func: OpOverload, name: str, args: tuple, kwargs: dict) -> None:
         if name == "aten::_to_copy" and kwargs.get("dtype") in (torch.bfloat16, torch.float16):
             for owner, parameter in self.promised.get(args[0].shape, ()):
-                if parameter.untyped_storage()._cdata == args[0].untyped_storage()._cdata:
+                if _are_same(parameter, args[0]):
                     raise Fault(f"{owner} is promised in fp32, and is cast to {kwargs['dtype']}")
         if func.namespace != "moe_mamba" or not self.promised:
             return
@@ -238,6 +241,12 @@ def _require(what: str, found: int, expected: int, size: int) -> None:
 
 def _shown(tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in tensors)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are the same numbers: ZeRO-3 gathers several parameters into one memory."""
+    is_one = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return is_one and one.storage_offset() == other.storage_offset()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

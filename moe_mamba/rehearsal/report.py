@@ -10,6 +10,7 @@ from moe_mamba.rehearsal.recording import Note
 from moe_mamba.rehearsal.step import Report
 
 PLACES = 8  # lines of our code whose memory is shown
+BREAK = 160  # letters of why a layer was broken into several graphs
 COLUMNS = 8  # experts of a send matrix that are shown
 
 
@@ -36,13 +37,16 @@ def to_json(report: Report) -> dict[str, Any]:
         "waits": [vars(note) for note in report.waits],
         "host": report.host,
         "sends": report.matrices,
+        "micro_batch": report.micro_batch,
+        "graphs": report.graphs,
+        "breaks": report.breaks,
     }
 
 
 def table(report: Report) -> str:
     """The memory by kind, what travels, what waits and what is mixed."""
     memory = report.memory
-    rows = [("memory at its peak", size(memory.total))]
+    rows = [("micro-batch", f"{report.micro_batch:,} sequences"), ("memory at its peak", size(memory.total))]
     rows += [(f"  {kind}", size(memory.peak[kind])) for kind in KINDS if memory.peak[kind]]
     places = list(memory.places.items())[:PLACES]
     rows += [("  most of it", f"{size(count)} of {kind}, {place}") for (kind, place), count in places]
@@ -50,6 +54,9 @@ def table(report: Report) -> str:
     rows += [("    DeepSpeed's", f"{size(count)}, {place}") for place, count in report.host.items()]
     rows += _collective_rows(report)
     rows += _note_rows("waits for the device", report.waits) + _note_rows("mixed devices", report.mixed)
+    if report.graphs:
+        breaks = [(f"  {count} breaks", reason[:BREAK]) for reason, count in report.breaks.items()]
+        rows += [("compiled", f"{report.graphs:,} graphs"), *breaks]
     rows += _load_rows(report.matrices)
     rows.append(("rehearsed", f"in {report.seconds:.0f} s"))
     width = max(len(name) for name, _ in rows)

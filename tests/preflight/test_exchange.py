@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.topology import World
 from moe_mamba.preflight.exchange import Exchange
+from moe_mamba.preflight.folders import ranges
 from moe_mamba.preflight.network import Listener, connect
 
 DAMAGED = [
@@ -48,6 +49,23 @@ def test_nothing_but_having_come_can_be_told() -> None:
     assert second.to_first() is None
     assert first.to_first() == [None, None]
     assert first.from_first() is second.from_first() is None
+
+
+def test_a_rank_is_told_what_concerns_it_alone() -> None:
+    store = dist.HashStore()
+    first, *others = (Exchange(World(rank, 3, rank, 3), store, 1.0) for rank in range(3))
+    assert first.each_from_first(["a", "b", "c"], str) == "a"
+    assert [other.each_from_first(None, str) for other in others] == ["b", "c"]
+    store.set("2/own/1", "5")
+    first.from_first()
+    with pytest.raises(UserError, match="was overwritten, by another job or program"):
+        others[0].each_from_first(None, str)
+
+
+def test_what_most_see_is_said_in_two_numbers() -> None:
+    assert ranges([]) == []
+    assert ranges(range(16_384)) == [(0, 16_383)]
+    assert ranges([0, 1, 3, 5, 6]) == [(0, 1), (3, 3), (5, 6)]
 
 
 def test_a_door_stays_open_for_others_than_rude_ones() -> None:
