@@ -157,8 +157,6 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
     weight_width = tape.width if chunks == 1 else max(FP32, tape.width)
     gradients = tape.tensor(share.tokens * d), tape.tensor(rows * d, weight_width)
     loss = tape.tensor(1, FP32)
-    # Without instructions for bf16, a CPU's products are of copies in fp32.
-    widened = 2 * chunk + chunk // rows * d * 2 + 2 * rows * d * tape.width if tape.widens else 0
     master = FP32 if tape.is_sharded else tape.width
     cast = rows * d * master if weight_width != master else 0
     product = rows * d * tape.width if chunks > 1 and tape.width < FP32 else 0
@@ -167,12 +165,7 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
         (loss,),
         gradients,
         weights=cast,
-        forward=mine
-        + widened
-        + tape.cast_bytes(rows * d)
-        + 2 * chunk
-        + min(product, linear.CHUNK)
-        + 6 * share.tokens * FP32,
+        forward=mine + tape.cast_bytes(rows * d) + 2 * chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
         gradient="kept",
     )
     return tape.peak((loss,), (stream,))

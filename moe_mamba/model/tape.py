@@ -88,14 +88,12 @@ class Tape:
         width: bytes of a number of the stream.
         fused: whether Triton's kernels run (on GPUs), which keep less than torch's own operations.
         hidden: whether to count what back ends take inside a call, which no tracker of tensors sees.
-        widens: whether products of bf16 are made in fp32, as on most CPUs.
         is_sharded: whether ZeRO-3 shards the weights, which then are fp32 and cast where they are used.
     """
 
     width: int
     fused: bool = False
     hidden: bool = True
-    widens: bool = False
     is_sharded: bool = False
     operations: list[Operation] = field(default_factory=list)
 

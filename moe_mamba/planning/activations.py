@@ -5,13 +5,13 @@ every layer's backward pass, when all layers before it still keep theirs. With r
 inputs, and one layer at a time keeps all.
 
 Within 10 % of a tracker of all tensors (``tests/planning/test_activations.py``). Left out: what
-``model/tape.py`` leaves out, the batch itself, and statistics of routers.
+``model/tape.py`` leaves out, the batch itself, statistics of routers, and the copies in fp32 that a CPU without
+instructions for bf16 makes of the matrices of a product.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moe_mamba.kernels.products import multiplies_bf16
 from moe_mamba.model.costs import embedding_bytes, head_peak, layer_peak
 from moe_mamba.model.pattern import LayerSpec, layer_specs
 from moe_mamba.model.tape import Peak, Tape
@@ -72,7 +72,6 @@ class _MicroStep:
         config = plan.config
         self._width = BF16 if config.train.precision == "bf16" else FP32
         self._fused = device == "cuda" and config.run.kernels in ("auto", "triton")
-        self._widens = device == "cpu" and self._width == BF16 and not multiplies_bf16()
         self._layers: dict[tuple[LayerSpec, bool, str], Peak] = {}
         self.rows = plan.shards["embedding.weight"].local_shape[0]
         tokens = micro_batch * config.data.sequence_length // plan.topology.tensor
@@ -80,7 +79,7 @@ class _MicroStep:
 
     def tape(self) -> Tape:
         """An empty one."""
-        return Tape(self._width, self._fused, self._hidden, self._widens, self._plan.config.parallel.zero == 3)
+        return Tape(self._width, self._fused, self._hidden, self._plan.config.parallel.zero == 3)
 
     def layer(self, spec: LayerSpec, index: int) -> Peak:
         """What a layer keeps and takes; recorded loads differ from layer to layer."""
