@@ -5,6 +5,7 @@ fitted to a step.
 """
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from moe_mamba.planning.load import Load
 from moe_mamba.preflight.measured import cluster_of
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600  # that a preflight may take
 # Name -> processes, tensor, expert, ZeRO.
 LAYOUTS = {
     "one process": (1, 1, 1, 1),
@@ -90,19 +92,28 @@ def _measured(ranks: int, shapes: PlanShapes, folder: Path) -> Cluster:
     layout = next(name for name in shapes.layouts if LAYOUTS[name][0] == ranks)
     config, report = folder / f"{ranks}.yaml", folder / f"{ranks}.json"
     save_config(shapes.config(ranks, layout), config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [
-        "launch/preflight.py",
-        "--config",
-        str(config),
-        "--output",
-        str(report),
-        f"--run.folder={folder / 'run'}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, timeout=1800, check=False)
-    if done.returncode and not report.is_file():
-        raise UserError(f"the preflight of {ranks} processes ended with {done.returncode}: see what it says above")
+    command = [sys.executable, "launch/preflight.py", "--config", str(config), "--output", str(report)]
+    command.append(f"--run.folder={folder / 'run'}")
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        port = asked.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    processes = []
+    for rank in range(ranks):
+        own = {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | common | own, stdout=sys.stderr, stdin=subprocess.DEVNULL
+            )
+        )
+    try:
+        codes = [process.wait(SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if not report.is_file():
+        raise UserError(f"the preflight of {ranks} processes ended with {codes}: see what it says above")
     return cluster_of(report)
 
 
