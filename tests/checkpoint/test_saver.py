@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -197,3 +198,14 @@ def test_a_full_disk_in_the_background_stops_the_run_and_keeps_what_was_saved(
     with pytest.raises(WorkerError, match=r"RunStopped: no space left.*step-00000002, is kept"):
         world.run(train_on_a_full_disk, "step-00000004", config=str(tiny), **keys)
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
+def connections() -> int:
+    """In a worker: sockets that a saver opens before it saves."""
+    before = len(os.listdir("/proc/self/fd"))
+    with Saver(Path("none"), keep=1):
+        return len(os.listdir("/proc/self/fd")) - before
+
+
+def test_a_saver_connects_to_no_rank_before_it_talks_to_it(world: World) -> None:
+    assert max(world.run(connections, ranks=8)) <= 4  # one that listens, and what waits for it; with all ranks 7 more
