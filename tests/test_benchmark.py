@@ -46,7 +46,7 @@ GENERATION |= {"8 tokens after 64", "states after 64 tokens"}
 DESIGNS = {"parallel layers", "Routing Mamba"}
 HEAD = {"head", "head in a training step"}
 ALL = (
-    {"scan", "training step", "training step in bf16", "MoE layer", "weak scaling", "preprocessing"}
+    {"scan", "training step", "training step in bf16", "MoE layer", "weak scaling", "plan of a step", "preprocessing"}
     | HEAD
     | GENERATION
     | DESIGNS
@@ -95,6 +95,18 @@ def test_table_and_json(flags: tuple[str, ...], measured: set[str], tmp_path: Pa
     assert set(two["collectives"]) == {"all-reduce", "all-gather", "all-to-all"}
     assert min(two["collectives"].values()) > 0 and sum(two["collectives"].values()) < 1
     assert "2 processes, " in two["what"] and two["goal"] == min(1, two["cores"] / 2)
+
+
+@pytest.mark.long
+def test_the_plan_beside_steps(tmp_path: Path) -> None:
+    done = benchmark("--tiny", "--only=plan", f"--output={tmp_path / 'rows.json'}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["what"].split(", ")[1] for row in rows] == ["one process", "expert 2"]
+    for row in rows:
+        assert row["ours"] == pytest.approx(sum(row["parts"].values()))
+        assert row["spread"][0] <= row["theirs"] <= row["spread"][1]
+    assert "inside" in rows[1]["parts"] and "inside" not in rows[0]["parts"]
 
 
 @pytest.mark.slow
@@ -246,7 +258,7 @@ def test_older_code_is_asked_for_in_one_line(tmp_path: Path) -> None:
 
 
 def test_unknown_row_is_one_line() -> None:
-    known = "scan, step, head, prefill, decode, context, profile, moe, designs, scaling, preprocess"
+    known = "scan, step, head, prefill, decode, context, profile, moe, designs, scaling, plan, preprocess"
     known += ", step_before, decode_before, head_before, startup_before"
     with pytest.raises(UserError, match=f"^--only=speed: no row is called 'speed': choose among {known}$"):
         main(only="speed")

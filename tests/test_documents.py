@@ -42,6 +42,11 @@ ELSEWHERE = {
     ),
     "pip wheel .": "tests/test_wheel.py",
     "python tools/compare_runs.py --before=../before --after=. --steps=50": "tests/test_compare_runs.py",
+    "python tools/rehearse.py --config configs/scale/jamba_52b.yaml --gpus 1024 --rank 17 --train.micro_batch=1"
+    " --train.global_batch=256": "tests/rehearsal/test_command.py",
+    "python tools/rehearse.py --config configs/scale/jamba_52b.yaml --gpus 1024 --rank 17": (
+        "tests/rehearsal/test_command.py"
+    ),
     "pip check": "not run: it says something of one environment",
     "moe-mamba plan --config configs/paper/moe_mamba_25m.yaml": "tests/test_wheel.py",
     "moe-mamba --help": "tests/test_wheel.py",
@@ -78,6 +83,10 @@ ELSEWHERE = {
         "tests/test_benchmark.py"
     ),
     "python tools/benchmark.py --only=scaling": "tests/test_benchmark.py",
+    "python tools/benchmark.py --only=plan": "tests/test_benchmark.py",
+    "python tools/plan.py --config configs/scale/blackmamba_1.5b.yaml --worlds 8,64,256,1024 --cluster h100": (
+        "tests/planning/test_plan_tool.py"
+    ),
     "python tools/benchmark.py --only=designs --repeats=20": "tests/test_benchmark.py",
     "python tools/build_kernels.py --output=kernels": "tests/kernels/test_levels.py",
     "python tools/compile_kernels.py --capabilities=80,90": "tests/kernels/test_compiled.py",

@@ -19,6 +19,7 @@ from moe_mamba.config import ModelConfig, MoEConfig
 from moe_mamba.config_file import load_config
 from moe_mamba.convert.to_hf import choose_format
 from moe_mamba.errors import UserError
+from moe_mamba.model.costs import enter, layer_peak, leave
 from moe_mamba.model.generation import generate
 from moe_mamba.model.initialize import Initializer, initialize, ones, uniform
 from moe_mamba.model.language_model import LanguageModel
@@ -26,6 +27,8 @@ from moe_mamba.model.mixers import MIXERS
 from moe_mamba.model.mixers.base import Mixer, State, Statistics
 from moe_mamba.model.sequences import Sequences
 from moe_mamba.model.sharding import Block, ShardSpec, ShardSpecs
+from moe_mamba.model.tape import Recorded, Tape
+from moe_mamba.model.work import Rows, Share
 from moe_mamba.planning.shards import shards_table
 from moe_mamba.run.metrics import read_metrics
 from moe_mamba.run.restore import restore
@@ -81,8 +84,18 @@ class TokenShift(Mixer):
         return {"in_proj.weight": channels(0), "share": channels(0), "out_proj.weight": channels(1)}
 
     @classmethod
-    def activation_bytes(cls, config: ModelConfig, moe: MoEConfig, width: int) -> int:
-        return 3 * config.d_inner * width
+    def record(
+        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
+    ) -> Recorded:
+        tokens, channels = share.tokens, config.d_inner // share.tensor
+        x = enter(tape, x, share, config.d_model, joins)
+        u = tape.linear(x, tokens, config.d_model, channels)
+        before = tape.one(u, numbers=tokens * channels)
+        product = tape.one(before, numbers=tokens * channels, keeps=(before,))
+        total = tape.add(u, product)
+        y = tape.tensor(tokens * channels)
+        tape.do((total,), (y,), keeps=(y,))
+        return leave(tape, tape.linear(y, tokens, channels, config.d_model), share, config.d_model, joins)
 
 
 KEYS = {
@@ -142,5 +155,9 @@ def test_everything_that_asks_about_layers_has_an_answer(registered: None) -> No
     initialize(model, 0)
     assert "layers.0.mixer.share" in model.fp32_parameter_names()
     assert model.mixers()[0].flops_per_token(8) == 6 * 2 * 16 * 32
+    share = Share(batch=2, length=8, width=4, rows_of=lambda *_: Rows(0, 0))
+    found = layer_peak((TokenShift,), config.model, config.moe, share, Tape(4), merged=True)
+    stream, channels = 2 * 8 * 16 * 4, 2 * 8 * 32 * 4  # its input, two tensors of channels, the norm's scales
+    assert found.kept == stream + 2 * channels + 2 * 8 * 4
     with pytest.raises(UserError, match=r"^model\.pattern=TM has the layer T of tests\.test_new_mixer.*assemble_hf"):
         choose_format("auto", config.model, config.moe)

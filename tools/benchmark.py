@@ -20,7 +20,7 @@ from moe_mamba.config_types import Positive
 from moe_mamba.errors import UserError
 
 CPU_ROWS: tuple[str, ...] = ("scan", "step", "head", "prefill", "decode", "context", "profile")
-CPU_ROWS += ("moe", "designs", "scaling", "preprocess")
+CPU_ROWS += ("moe", "designs", "scaling", "plan", "preprocess")
 BEFORE_ROWS = ("step_before", "decode_before", "head_before", "startup_before")
 GPU_ROWS = ("gpu_scan", "gpu_conv", "gpu_moe", "gpu_step", "gpu_profile")
 
@@ -39,7 +39,7 @@ def main(
 
     Args:
         only: rows to measure, separated by commas: of scan, step, head, prefill, decode, context, profile, moe,
-            designs, scaling and preprocess; with --before of step_before, decode_before, head_before and
+            designs, scaling, plan and preprocess; with --before of step_before, decode_before, head_before and
             startup_before; on a GPU of gpu_scan, gpu_conv, gpu_moe, gpu_step and gpu_profile. None: all of these.
         output: file to write the rows to as well, as JSON.
         repeats: pairs of measurements a row.
@@ -142,6 +142,10 @@ def _measure(
         from benchmarks.scaling import ScalingShapes, scaling_rows
 
         return scaling_rows(ScalingShapes.choose(tiny), repeats)
+    if name == "plan":
+        from benchmarks.plan import PlanShapes, plan_rows
+
+        return plan_rows(PlanShapes.choose(tiny))
     if name == "preprocess":
         from benchmarks.preprocess import preprocess_row
 

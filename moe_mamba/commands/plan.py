@@ -4,6 +4,8 @@ import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import BeforeValidator
+
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.config_types import DEVICES, Range
@@ -17,16 +19,23 @@ from moe_mamba.planning.memory import plan, table
 from moe_mamba.planning.picture import draw
 from moe_mamba.planning.report import command_line, numbers
 from moe_mamba.planning.report import table as estimate_table
-from moe_mamba.planning.search import found_table, short_layout
+from moe_mamba.planning.search import found_table, short_layout, worlds_table
 from moe_mamba.planning.search import search as searched
 from moe_mamba.planning.shards import shards_table
 from moe_mamba.preflight.measured import cluster_of
+
+
+def _numbers(value: object) -> object:
+    """Numbers as a command line writes them: 8,64."""
+    return value.split(",") if isinstance(value, str) else value
+
 
 USAGE = """Say what a model is and what it takes, before anything starts.
 
   {command} [--config FILE] [--gpus N] [--json] [--shards] [--section.key=value ...]
   {command} --config FILE --gpus N --cluster {presets} [--measured FILE] [--tokens N] [--price P]
       [--load even|skewed:F|run:FOLDER] [--search] [--json [FILE]] [--picture FILE] [--section.key=value ...]
+  {command} --config FILE --worlds 8,64,1024 --cluster {presets}
 
 With a cluster: memory of the fullest GPU by kind, what each collective moves, a step's time by part, days and money.
 --search lays the model out in every way that fits, and prints the best. --measured takes the figures of a cluster from
@@ -34,6 +43,7 @@ a preflight.json. A figure of a cluster by itself, in the units of its name: {fi
 
 Every key, its default and its meaning:
 """
+Worlds = Annotated[list[Annotated[int, Range(1, DEVICES)]], BeforeValidator(_numbers)]
 SHOWN, PICTURED = 10, 6  # layouts of a search
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -48,6 +58,7 @@ def main(
     price: Annotated[float | None, Range(0, 1e6)] = None,
     load: str | None = None,
     search: bool = False,
+    worlds: Worlds | None = None,
     json: bool | str = False,
     picture: str | None = None,
     shards: bool = False,
@@ -65,6 +76,7 @@ def main(
         price: money per GPU hour.
         load: of the experts: even, skewed:1.5 (the fullest has so many times the mean), or run:FOLDER.
         search: rank the layouts that fit instead of taking the configuration's.
+        worlds: numbers of GPUs, as 8,64,1024: the best layout on each, and what limits there.
         json: print one JSON object instead of a table, or write it to this file beside the table.
         picture: draw memory and time into this file.
         shards: print how each parameter is sharded, and which stay fp32, instead.
@@ -81,7 +93,14 @@ def main(
         raise UserError(
             "--shards prints a table that is the same for any layout: leave out --json, --gpus and --cluster"
         )
-    asked = {"--tokens": tokens, "--price": price, "--load": load, "--search": search, "--picture": picture}
+    asked = {
+        "--worlds": worlds,
+        "--tokens": tokens,
+        "--price": price,
+        "--load": load,
+        "--search": search,
+        "--picture": picture,
+    }
     if where is None and (needless := [flag for flag, value in asked.items() if value not in (None, False)]):
         raise UserError(
             f"{needless[0]} is for a run on a cluster: give --cluster=h100 or another of {', '.join(PRESETS)}"
@@ -99,6 +118,13 @@ def main(
         if output is not None:
             write_atomically(output, json_format.dumps(counts) + "\n")
         print(json_format.dumps(counts) if json is True else table(settings, gpus))
+        return
+    if worlds is not None:
+        if gpus is not None or search or json or picture or load:
+            raise UserError(
+                "--worlds prints a table of searches: leave out --gpus, --search, --load, --json and --picture"
+            )
+        print(worlds_table(settings, where, worlds, tokens, price))
         return
     if gpus is None:
         raise UserError(f"a run on {where.name} needs to know how many GPUs: give --gpus={where.gpus_per_machine}")

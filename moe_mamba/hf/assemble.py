@@ -59,7 +59,7 @@ DECLARED = (
     *("shard_specs", "hidden_specs", "kernel_operations"),
     *("idle_parameters", "flops_per_token", "depends_on_batch"),
     *("work", "hidden_work", "inner_work", "sends", "_hidden_sends", "crossings", "_routed", "_rows", "_seen"),
-    *("record", "record_hidden", "record_inner", "_record_ways", "_record_experts", "_record_rotated", "_masked"),
+    *("record", "record_hidden", "record_inner", "_record_ways", "_record_rotated", "_masked"),
 )
 """What mixers declare that Transformers never asks for."""
 
@@ -106,6 +106,7 @@ PARTS = (
     Part("model/mixers/routing.py", without=("update_balance_bias", "capacity_of", "Router.experts_per_token")),
     Part("model/mixers/dispatch.py"),
     Part("model/mixers/base.py", without=tuple(f"Mixer.{name}" for name in DECLARED if name in vars(Mixer))),
+    Part("model/mixers/inner_experts.py", without=("record_experts",)),
     *_mixer_parts(),
     Part("model/mixers/__init__.py", only=("MIXERS", "VARIANTS", "choose_mixer")),
     Part(

@@ -1158,6 +1158,68 @@ class Mixer(nn.Module):
         return partial(self, x, sequences, state)
 
 
+# From moe_mamba/model/mixers/inner_experts.py:
+# Experts that stand in the place of a projection: of one matrix each, or of two with an activation between them.
+
+
+class LinearExperts(nn.Module):
+    """Stacked experts of one matrix each, weight (experts, in, out), which starts as the one of Mamba's projection."""
+
+    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
+
+    def __init__(self, experts: int, width: int, out: int, scale: float, kernels: str) -> None:
+        super().__init__()
+        self.fan_in, self.scale, self.kernels = width, scale, kernels
+        self.weight = nn.Parameter(torch.empty(experts, width, out))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert starts."""
+        return {"weight": uniform(self.fan_in, self.scale)}
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
+        return grouped_matmul(rows, self.weight, dispatch.counts, dispatch.capacity, self.kernels)
+
+
+class SwitchExperts(nn.Module):
+    """Stacked experts of two matrices each, with the model's activation between them.
+
+    Attributes:
+        reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
+            layout shards what experts read.
+        gather: turns this rank's hidden units into those of all, where a layout shards what experts write.
+    """
+
+    is_stacked = True
+
+    def __init__(
+        self, config: ModelConfig, experts: int, sizes: tuple[int, int, int], writes_to_stream: bool, kernels: str
+    ) -> None:
+        super().__init__()
+        width, hidden, out = sizes
+        self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
+        self.reduce: Callable[[Tensor], Tensor] = unchanged
+        self.gather: Callable[[Tensor], Tensor] = unchanged
+        self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
+        self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
+        self.fan_ins = width, hidden
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How one expert's parameters start: as those of the layers ``E``."""
+        width, hidden = self.fan_ins
+        return {
+            "in_proj": matrix(self.config, width),
+            "out_proj": matrix(self.config, hidden, residual=self.writes_to_stream),
+        }
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
+        counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
+        hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
+        hidden = self.gather(activation(hidden, self.config.activation, kernels))  # (rows, hidden)
+        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
+
+
 # From moe_mamba/model/mixers/mamba.py:
 # The Mamba-1 mixer (Gu and Dao, arXiv 2312.00752, section 3.4), with Jamba's norms on request (arXiv 2403.19887).
 #
@@ -1850,64 +1912,6 @@ class MoE(Mixer):
 
 ENTRIES = ("conv", "gate")  # the halves of in_proj, in their order
 PROJECTIONS = (*ENTRIES, "out")
-
-
-class LinearExperts(nn.Module):
-    """Stacked experts of one matrix each, weight (experts, in, out), which starts as the one of Mamba's projection."""
-
-    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
-
-    def __init__(self, experts: int, width: int, out: int, scale: float, kernels: str) -> None:
-        super().__init__()
-        self.fan_in, self.scale, self.kernels = width, scale, kernels
-        self.weight = nn.Parameter(torch.empty(experts, width, out))
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How one expert starts."""
-        return {"weight": uniform(self.fan_in, self.scale)}
-
-    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
-        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
-        return grouped_matmul(rows, self.weight, dispatch.counts, dispatch.capacity, self.kernels)
-
-
-class SwitchExperts(nn.Module):
-    """Stacked experts of two matrices each, with the model's activation between them.
-
-    Attributes:
-        reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
-            layout shards what experts read.
-        gather: turns this rank's hidden units into those of all, where a layout shards what experts write.
-    """
-
-    is_stacked = True
-
-    def __init__(
-        self, config: ModelConfig, experts: int, sizes: tuple[int, int, int], writes_to_stream: bool, kernels: str
-    ) -> None:
-        super().__init__()
-        width, hidden, out = sizes
-        self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
-        self.reduce: Callable[[Tensor], Tensor] = unchanged
-        self.gather: Callable[[Tensor], Tensor] = unchanged
-        self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
-        self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
-        self.fan_ins = width, hidden
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How one expert's parameters start: as those of the layers ``E``."""
-        width, hidden = self.fan_ins
-        return {
-            "in_proj": matrix(self.config, width),
-            "out_proj": matrix(self.config, hidden, residual=self.writes_to_stream),
-        }
-
-    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
-        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
-        counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
-        hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
-        hidden = self.gather(activation(hidden, self.config.activation, kernels))  # (rows, hidden)
-        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
 
 
 class RoutedProjected(NamedTuple):

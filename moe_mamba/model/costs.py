@@ -4,6 +4,7 @@ Sizes are a rank's (``work.Share``). Recorded-parallel ranks share the stream's 
 ``parallel/tensor.py`` for what is gathered where.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from moe_mamba.config import ModelConfig, MoEConfig
@@ -12,7 +13,9 @@ from moe_mamba.model.tape import Peak, Recorded, Tape
 from moe_mamba.model.work import FP32, INT64, Share
 
 if TYPE_CHECKING:
-    from moe_mamba.model.pattern import LayerSpec
+    from moe_mamba.model.mixers.base import Mixer
+
+    Mixers = tuple[type[Mixer], ...]
 
 
 def record_norm(
@@ -72,7 +75,7 @@ def record_routing(tape: Tape, moe: MoEConfig, x: Recorded, tokens: int, rows: i
     return weight
 
 
-def record_gather(tape: Tape, x: Recorded, decision: Recorded, rows: int, d: int) -> Recorded:
+def record_gather(tape: Tape, x: Recorded, rows: int, d: int) -> Recorded:
     """Tokens in the order of their experts."""
     return tape.one(x, numbers=rows * d)
 
@@ -85,16 +88,20 @@ def record_travel(tape: Tape, x: Recorded, rows: int, d: int, ranks: int, before
     return tape.one(first, numbers=rows * d)
 
 
-def record_combination(tape: Tape, rows: Recorded, weight: Recorded, tokens: int, d: int) -> Recorded:
-    """The weighted sum of each token's rows."""
-    return tape.one(rows, weight, numbers=tokens * d, keeps=(rows, weight))
+def record_combination(
+    tape: Tape, rows: Recorded, weight: Recorded, tokens: int, d: int, held: Iterable[Recorded] = ()
+) -> Recorded:
+    """The weighted sum of each token's rows; ``held``: what of them, as they were before, is still there."""
+    made = tape.tensor(tokens * d)
+    tape.do((rows, weight), (made,), (rows, weight), held=held)
+    return made
 
 
-def layer_peak(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, merged: bool) -> Peak:
+def layer_peak(mixers: "Mixers", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, merged: bool) -> Peak:
     """What a layer keeps and takes.
 
     Args:
-        spec: the layer.
+        mixers: of the layer.
         config: of the model.
         moe: of its experts.
         share: sizes.
@@ -105,21 +112,21 @@ def layer_peak(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Sh
     stream = tape.tensor(tokens * config.d_model)
     update = None if merged else tape.tensor(tokens * config.d_model)
     normalised, total = record_norm(tape, stream, update, tokens, config.d_model, config.norm)
-    made = _record_mixers(spec, config, moe, share, tape, normalised)
+    made = _record_mixers(mixers, config, moe, share, tape, normalised)
     return tape.peak((total, made), (stream,) if update is None else (stream, update))
 
 
 def _record_mixers(
-    spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded
+    mixers: "Mixers", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded
 ) -> Recorded:
     """The mixers of a layer on one input, as ``layer.ParallelMixers`` runs them: those whose rows travel end last."""
-    if len(spec.mixers) == 1:
-        return spec.mixers[0].record(config, moe, share, tape, x, False)
-    joins = {mixer: mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in spec.mixers}
+    if len(mixers) == 1:
+        return mixers[0].record(config, moe, share, tape, x, False)
+    joins = {mixer: mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in mixers}
     whole = enter(tape, x, share, config.d_model, not any(joins.values()))
     together: list[Recorded] = []
     apart: list[Recorded] = []
-    for mixer in sorted(spec.mixers, key=lambda mixer: mixer.begins):
+    for mixer in sorted(mixers, key=lambda mixer: mixer.begins):
         is_joined = joins[mixer] and share.tensor > 1
         y = mixer.record(config, moe, share, tape, whole if joins[mixer] else x, is_joined)
         (together if joins[mixer] else apart).append(y)
@@ -143,20 +150,22 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
     stream = tape.tensor(tokens * d)
     total = tape.one(stream, numbers=tokens * d)  # the last update is added
     y = record_norm(tape, total, None, tokens, d, config.norm)[0] if config.final_norm else total
+    mine = y.bytes if share.tensor > 1 else 0  # is there while all tokens' are
     y = enter(tape, y, share, d, False)
     chunks = max(1, -(-share.tokens * rows * tape.width // linear.CHUNK))
     chunk = -(-share.tokens // chunks) * rows * tape.width
     weight_width = tape.width if chunks == 1 else max(FP32, tape.width)
     gradients = tape.tensor(share.tokens * d), tape.tensor(rows * d, weight_width)
     loss = tape.tensor(1, FP32)
-    cast = rows * d * tape.width if weight_width != tape.width or tape.is_sharded else 0
+    master = FP32 if tape.is_sharded else tape.width
+    cast = rows * d * master if weight_width != master else 0
     product = rows * d * tape.width if chunks > 1 and tape.width < FP32 else 0
     tape.do(
         (y,),
         (loss,),
         gradients,
         weights=cast,
-        forward=2 * chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
+        forward=mine + tape.cast_bytes(rows * d) + 2 * chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
         gradient="kept",
     )
     return tape.peak((loss,), (stream,))

@@ -50,6 +50,7 @@ class Operation:
             that of the gradient of what it makes (``handed``), or in the first memory that it kept (``kept``).
         forward: bytes that it takes for a while.
         backward: bytes that its backward takes for a while.
+        held: tensors that whoever calls it still has in hand.
     """
 
     reads: tuple[Recorded, ...]
@@ -59,6 +60,7 @@ class Operation:
     gradient: Where
     forward: int
     backward: int
+    held: tuple[Recorded, ...]
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Peak:
         kept: from its forward to its backward.
         forward: at most while it runs forward, what it has kept so far included.
         backward: at most while it runs backward, what it still keeps and the gradient it began with included.
+        again: at most while it runs forward anew, for its backward: gradients are on their way by then.
     """
 
     kept: int
     forward: int
     backward: int
+    again: int
 
 
 @dataclass
@@ -110,10 +114,13 @@ class Tape:
         gradient: Where = "own",
         forward: int = 0,
         backward: int = 0,
+        held: Iterable[Recorded] = (),
     ) -> None:
         """Record an operation; see ``Operation``."""
         reads = tuple(tensor for tensor in reads if tensor.has_gradient)
-        self.operations.append(Operation(reads, tuple(makes), tuple(keeps), weights, gradient, forward, backward))
+        self.operations.append(
+            Operation(reads, tuple(makes), tuple(keeps), weights, gradient, forward, backward, tuple(held))
+        )
 
     def one(
         self, *reads: Recorded, numbers: int, width: int | None = None, keeps: Iterable[Recorded] = (), **rest: int
@@ -127,9 +134,14 @@ class Tape:
         self, x: Recorded, rows: int, read: int, made: int, groups: int = 1, width: int | None = None
     ) -> Recorded:
         """A product of (rows, read) with a weight of (read, made), or with stacked ones; it keeps ``x``."""
-        weight = groups * read * made * (self.width if width is None else width)
-        cast = weight if self.is_sharded and self.width != FP32 else 0
-        return self.one(x, numbers=rows * made, width=width, keeps=(x,), weights=weight + cast, forward=cast)
+        numbers = groups * read * made
+        cast = self.cast_bytes(numbers)  # before the product, and its gradient after it
+        gradients = numbers * (self.width if width is None else width) + (numbers * FP32 if cast else 0)
+        return self.one(x, numbers=rows * made, width=width, keeps=(x,), weights=gradients, forward=cast)
+
+    def cast_bytes(self, numbers: int) -> int:
+        """Of a weight in the stream's precision, where it is kept in another one."""
+        return numbers * self.width if self.is_sharded and self.width < FP32 else 0
 
     def split(self, x: Recorded, *numbers: int, width: int | None = None) -> tuple[Recorded, ...]:
         """Views of the parts of a tensor; their gradients are joined again."""
@@ -160,7 +172,9 @@ class Tape:
         """
         users = _users(self.operations, arriving)
         kept = sum(tensor.bytes for tensor in users)
-        return Peak(kept, _forward(self.operations, users), _backward(self.operations, dict(users), kept, outputs))
+        forward = _forward(self.operations, users)
+        backward, arrived = _backward(self.operations, users, outputs)
+        return Peak(kept, forward, backward, forward + arrived)
 
 
 def _users(operations: Sequence[Operation], arriving: Sequence[Recorded]) -> dict[Recorded, int]:
@@ -174,7 +188,9 @@ def _users(operations: Sequence[Operation], arriving: Sequence[Recorded]) -> dic
 
 def _forward(operations: Sequence[Operation], kept: dict[Recorded, int]) -> int:
     """The most that lives forward: tensors until their last reader, and what is kept."""
-    last = {memory: place for place, one in enumerate(operations) for memory in _memories(one.reads, one.makes)}
+    last = {
+        memory: place for place, one in enumerate(operations) for memory in _memories(one.reads, one.makes, one.held)
+    }
     ends: dict[int, list[Recorded]] = {}
     for memory, place in last.items():
         ends.setdefault(place, []).append(memory)
@@ -199,12 +215,19 @@ def _memories(*groups: Iterable[Recorded]) -> dict[Recorded, None]:
 
 
 def _backward(
-    operations: Sequence[Operation], users: dict[Recorded, int], kept: int, outputs: Sequence[Recorded]
-) -> int:
-    """The most that lives backward: what is still kept, gradients on their way, and what an operation takes."""
+    operations: Sequence[Operation], users: dict[Recorded, int], outputs: Sequence[Recorded]
+) -> tuple[int, int]:
+    """The most that lives backward: what is still kept, gradients on their way, and what an operation takes.
+
+    Beside it: gradients on their way when something that is kept is needed for the first time.
+    """
+    left, kept = dict(users), sum(memory.bytes for memory in users)
     first = _Gradient(outputs[0].bytes, len(outputs))
-    state = _Gradients(kept + first.bytes, dict.fromkeys(outputs, first))
+    state, arrived = _Gradients(kept + first.bytes, dict.fromkeys(outputs, first)), 0
     for operation in reversed(operations):
+        needs = {tensor.memory for tensor in operation.keeps[operation.gradient == "kept" :]}
+        if needs and not arrived:
+            arrived = state.live - kept
         given = [state.pending.pop(tensor) for tensor in operation.makes if tensor in state.pending]
         shared = state.shared(operation, given)
         for tensor in operation.reads:
@@ -212,11 +235,10 @@ def _backward(
         state.note(operation.weights + operation.backward)
         for gradient in given:
             state.drop(gradient)
-        for memory in {tensor.memory for tensor in operation.keeps[operation.gradient == "kept" :]}:
-            if memory in users:
-                users[memory] -= 1
-                state.live -= 0 if users[memory] else memory.bytes
-    return state.most
+        for memory in needs & left.keys():
+            left[memory] -= 1
+            state.live -= 0 if left[memory] else memory.bytes
+    return state.most, arrived
 
 
 @dataclass

@@ -5,14 +5,11 @@ passes over memory, and with collectives over groups that have names: those of `
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from moe_mamba.config import ModelConfig, MoEConfig
-
-if TYPE_CHECKING:
-    from moe_mamba.model.pattern import LayerSpec
 
 FP32, INT64 = 4, 8  # bytes
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
@@ -189,15 +186,28 @@ def vocabulary_work(config: ModelConfig, share: Share, rows: int) -> list[Work]:
     ]
 
 
-def layer_crossings(spec: "LayerSpec", config: ModelConfig, moe: MoEConfig, share: Share) -> Iterator[Sent]:
+class Crossing(Protocol):
+    """What is asked of a kind of mixer to know how a layer of several enters and leaves."""
+
+    gathers_tokens: ClassVar[bool]
+    routes: ClassVar[bool]
+
+    @classmethod
+    def crossings(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> int:
+        """See ``Mixer``."""
+
+
+def layer_crossings(
+    mixers: Sequence[type[Crossing]], config: ModelConfig, moe: MoEConfig, share: Share
+) -> Iterator[Sent]:
     """What the mixers of a layer send at their entries and exits.
 
     Those of several whose ranks have parts of their sums enter and leave together; see ``ParallelMixers``.
     """
-    times = [mixer.crossings(config, moe, share) for mixer in spec.mixers]
+    times = [mixer.crossings(config, moe, share) for mixer in mixers]
     if len(times) == 1:
         return crossings(share, config.d_model, times[0])
-    joins = [mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in spec.mixers]
+    joins = [mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in mixers]
     apart = sum(one for one, joined in zip(times, joins, strict=True) if not joined)
     # The exit of those that join comes last of all, behind the exit of the last that does not.
     return itertools.chain(crossings(share, config.d_model, apart), crossings(share, config.d_model, int(any(joins))))

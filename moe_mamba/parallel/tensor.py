@@ -27,7 +27,8 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.layer import ParallelMixers
 from moe_mamba.model.linear import Linear
 from moe_mamba.model.mixers.base import Mixer
-from moe_mamba.model.mixers.routed_mamba import RoutedMamba, SwitchExperts
+from moe_mamba.model.mixers.inner_experts import SwitchExperts
+from moe_mamba.model.mixers.routed_mamba import RoutedMamba
 from moe_mamba.model.mixers.routing import Router
 from moe_mamba.parallel.groups import Groups
 from moe_mamba.parallel.mappings import share_with_ranks, sum_over_ranks

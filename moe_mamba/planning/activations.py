@@ -5,7 +5,8 @@ every layer's backward pass, when all layers before it still keep theirs. With r
 inputs, and one layer at a time keeps all.
 
 Within 10 % of a tracker of all tensors (``tests/planning/test_activations.py``). Left out: what
-``model/tape.py`` leaves out, the batch itself, and statistics of routers.
+``model/tape.py`` leaves out, the batch itself, statistics of routers, and the copies in fp32 that a CPU without
+instructions for bf16 makes of the matrices of a product.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from moe_mamba.model.tape import Peak, Tape
 from moe_mamba.model.work import Rows, Share
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.load import Load
+from moe_mamba.planning.state import BF16, FP32
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ def activations_of(
     head = head_peak(config.model, micro_step.share(""), micro_step.tape(), micro_step.rows)
     peak = max(peak, before[-1] + head.forward, before[-1] + head.backward)
     for kept, layer in zip(before, layers, strict=False):
-        again = layer.forward + micro_step.stream if recompute else 0
-        peak = max(peak, kept + max(again, layer.backward))
+        peak = max(peak, kept + max(layer.again if recompute else 0, layer.backward))
     return Activations(before[-1] + head.kept, peak)
 
 
@@ -69,7 +70,7 @@ class _MicroStep:
     def __init__(self, plan: RunPlan, micro_batch: int, load: Load, device: str, hidden: bool) -> None:
         self._plan, self._batch, self._load, self._hidden = plan, micro_batch, load, hidden
         config = plan.config
-        self._width = 2 if config.train.precision == "bf16" else 4
+        self._width = BF16 if config.train.precision == "bf16" else FP32
         self._fused = device == "cuda" and config.run.kernels in ("auto", "triton")
         self._layers: dict[tuple[LayerSpec, bool, str], Peak] = {}
         self.rows = plan.shards["embedding.weight"].local_shape[0]
@@ -87,7 +88,9 @@ class _MicroStep:
         prefix = f"layers.{index}." if self._load.recorded is not None else ""
         key = spec, merged, prefix
         if key not in self._layers:
-            self._layers[key] = layer_peak(spec, config.model, config.moe, self.share(prefix), self.tape(), merged)
+            self._layers[key] = layer_peak(
+                spec.mixers, config.model, config.moe, self.share(prefix), self.tape(), merged
+            )
         return self._layers[key]
 
     def share(self, prefix: str) -> Share:

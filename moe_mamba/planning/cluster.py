@@ -100,6 +100,8 @@ class Cluster:
         is_gpu: streams run beside one another, and the host runs ahead of the device.
         products: smallest dimension of a product -> operations a second; measured clusters have it.
         passes: bytes that an operator reads and writes -> seconds; measured clusters have it.
+        kernels: the same of our kernels, which are one operator where they are fused, and several elsewhere.
+        attention: operations a second of attention; None: a share of those of products.
         collectives: operation -> (bytes -> seconds), over ``measured_ranks`` ranks; measured clusters have it.
         measured_ranks: see ``collectives``.
     """
@@ -121,6 +123,8 @@ class Cluster:
     is_gpu: bool = True
     products: Curve | None = None
     passes: Curve | None = None
+    kernels: Curve | None = None
+    attention: float | None = None
     collectives: Mapping[str, Curve] = field(default_factory=lambda: MappingProxyType({}))
     measured_ranks: int = 1
 
@@ -160,9 +164,9 @@ class Cluster:
         return share * (self.bf16 if is_half else self.fp32)
 
     def pass_seconds(self, size: float, operators: float) -> float:
-        """Seconds of passes over ``size`` bytes in all by that many operators."""
-        if self.passes is not None and operators:
-            return operators * self.passes.at(size / operators)
+        """Seconds of passes over ``size`` bytes in all by that many of our kernels."""
+        if self.kernels is not None and operators:
+            return operators * self.kernels.at(size / operators)
         return size / (self.memory_rate * self.reached.memory)
 
     def collective_seconds(self, kind: str, size: float, calls: int, ranks: Sequence[int]) -> tuple[float, float]:

@@ -14,12 +14,13 @@ from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load, fullest_rank
 from moe_mamba.planning.memory import Memory, checkpoint_bytes, memory_of
-from moe_mamba.planning.step_time import StepTime, step_time
+from moe_mamba.planning.step_time import StepTime, flops_per_token, step_time
 from moe_mamba.planning.traffic import Flow, traffic_of
 
 SECONDS_PER_DAY = 86400
-# Share of a GPU's memory that a plan fills: CUDA's context, NCCL's buffers and kernels lie in the rest.
-FILLED = 0.92
+# Share of a GPU's memory that a plan fills: CUDA's context, NCCL's buffers and kernels lie in the rest. What the
+# allocator loses is counted by itself (``memory.FRAGMENTATION``).
+FILLED = 0.95
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Estimate:
     @property
     def flops_per_token(self) -> int:
         """Forward and backward, the scan's included."""
-        return self.plan.model.flops_per_token(self.plan.config.data.sequence_length)
+        return flops_per_token(self.plan.model, self.plan.config.data.sequence_length)
 
     @property
     def mfu(self) -> float:

@@ -72,7 +72,8 @@ def memory_of(run_plan: RunPlan, micro_batch: int, load: Load, *, is_gpu: bool =
         is_gpu: whether a GPU trains; else a CPU.
     """
     device = "cuda" if is_gpu else "cpu"
-    state = state_of(run_plan, device)
+    config, data = run_plan.config, run_plan.topology.data
+    state = state_of(run_plan, device, config.train.global_batch // (data * micro_batch))
     activations = activations_of(run_plan, micro_batch, load, device).peak
     share = FRAGMENTATION if is_gpu else 0.0
     return Memory(

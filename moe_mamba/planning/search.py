@@ -77,10 +77,15 @@ def search(
             continue
         loaded = load or margin_load(layout.moe.experts, layout.parallel.expert)
         plan = run_plan(layout, cluster, gpus, loaded, model)
+        fit: set[tuple[int, bool]] = set()  # without offloading, which is slower and would be chosen by nobody
         for variant in _variants(plan):
+            parallel, recompute = variant.config.parallel, variant.config.train.recompute
+            if parallel.offload_optimizer and (parallel.zero, recompute) in fit:
+                continue
             tried += 1
             smallest, fitting = _fitting(Estimate(variant, cluster, loaded, 0, wanted, price))
             if fitting:
+                fit.add((parallel.zero, recompute))
                 best.append(max(fitting, key=lambda one: one.tokens_per_second))
                 continue
             too_large += 1
@@ -119,6 +124,25 @@ def found_table(found: Found, most: int) -> str:
     if not found.best:
         lines.append("none fits; the one that misses by least:")
     return "\n".join(lines)
+
+
+def worlds_table(config: Config, cluster: Cluster, worlds: list[int], tokens: int | None, price: float | None) -> str:
+    """The best layout on each of several numbers of devices, and what limits there."""
+    head = ("GPUs", "layout", "GiB", "tokens/s/GPU", "MFU", "bound", "days")
+    rows: list[tuple[str, ...]] = [head]
+    for gpus in worlds:
+        found = search(config, cluster, gpus, None, tokens, price)
+        if not found.best:
+            assert found.least is not None
+            rows.append((f"{gpus:,}", "none fits", f"{found.least.memory.total / GIB:.0f}", "", "", "memory", ""))
+            continue
+        one = found.best[0]
+        speed = (f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}", one.time.bound, f"{one.days:,.1f}")
+        rows.append((f"{gpus:,}", short_layout(one).replace("\n", ", "), f"{one.memory.total / GIB:.0f}", *speed))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def short_layout(one: Estimate) -> str:
@@ -186,7 +210,7 @@ def _is_possible(config: Config, gpus: int) -> bool:
 def _variants(plan: RunPlan) -> Iterator[RunPlan]:
     """Stages of ZeRO, offloading and recomputation; with experts the configuration refuses stage 3."""
     stages = (1, 2) if has_experts(plan.config.model, plan.config.moe) else (1, 2, 3)
-    for zero, offload, recompute in itertools.product(stages, (False, True), (False, True)):
+    for offload, zero, recompute in itertools.product((False, True), stages, (False, True)):
         yield with_keys(plan, parallel={"zero": zero, "offload_optimizer": offload}, train={"recompute": recompute})
 
 

@@ -5,9 +5,10 @@ layout of the parity matrix (``tests/planning/test_state.py``). Groups and paddi
 (``parallel/grouping.py``), so no rule is copied.
 
 ZeRO 0 keeps all of everything. ZeRO 1 and 2 lay each group's weights in one flat tensor, of which a rank updates a
-part: fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32. Under ZeRO 2 a rank
-keeps its part in fp32 where weights are bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients
-of all parameters of which the rank updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
+part: fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32, but where the only
+micro-step's are reduced as they come (on GPUs). Then, and under ZeRO 2, a rank keeps its part in fp32 where weights are
+bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients of all parameters of which the rank
+updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
 """
 
 import math
@@ -44,16 +45,17 @@ class EngineState:
     host: int
 
 
-def state_of(plan: RunPlan, device: str) -> EngineState:
+def state_of(plan: RunPlan, device: str, micro_steps: int = 2) -> EngineState:
     """What the engine of ``plan`` keeps.
 
     Args:
         plan: of the run; every rank of a layout keeps as much, but for gradients.
         device: type of the device that trains, such as ``cuda``.
+        micro_steps: of a step.
     """
     groups, stage = optimizer_groups(plan), plan.config.parallel.zero
     counts = _without_zero if stage == 0 else _parts_of_parameters if stage == 3 else _parts_of_groups
-    return counts(plan, groups, device)
+    return counts(plan, groups, device, micro_steps)
 
 
 def _width(group: OptimizerGroup) -> int:
@@ -66,7 +68,7 @@ def _buffers(plan: RunPlan, groups: tuple[OptimizerGroup, ...]) -> int:
     return sum(FP32 * math.prod(plan.shards[name].local_shape) for name in buffers)
 
 
-def _without_zero(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str) -> EngineState:
+def _without_zero(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str, micro_steps: int) -> EngineState:
     """All in fp32. Gradients are averaged when all are there, in copies of ``WHOLE_BUCKET`` elements."""
     count = sum(group.size for group in groups)
     together = min(count, WHOLE_BUCKET) if plan.topology.data > 1 else 0
@@ -81,23 +83,24 @@ def _without_zero(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str
     )
 
 
-def _parts_of_groups(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str) -> EngineState:
+def _parts_of_groups(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str, micro_steps: int) -> EngineState:
     """ZeRO 1 and 2."""
     stage, offloads = plan.config.parallel.zero, plan.config.parallel.offload_optimizer
     count, largest = sum(group.size for group in groups), max(max(group.sizes) for group in groups)
     first = _width(groups[0])  # by which DeepSpeed decides
     owned = sum(group.partition for group in groups)
-    touched = _most_touched(plan, groups) if first == FP32 and stage == 2 else 0
+    beside = reduces_beside_backward(stage, device, plan.topology.world.size, largest)
+    is_whole = stage == 1 and not (beside and micro_steps == 1)  # else reduced as they come, by hooks
+    touched = _most_touched(plan, groups) if first == FP32 and not is_whole else 0
     parts = FP32 * owned if first == BF16 else FP32 * touched  # what is kept once a gradient is reduced
     staged = FP32 if stage == 1 else first  # bytes of an element of a bucket
-    beside = reduces_beside_backward(stage, device, plan.topology.world.size, largest)
     standing = BUCKET * staged * (2 if beside else 1)
     copied = min(count, BUCKET) * (staged + (FP32 if staged == BF16 else 0))  # flattened, and widened to travel
     reduces_in_pass = beside or (stage == 2 and count > BUCKET)
-    gradients = FP32 * count if stage == 1 else 0 if offloads and first == FP32 else parts
+    gradients = FP32 * count if is_whole else 0 if offloads and first == FP32 else parts
     after = standing + copied + (parts if stage == 1 and first == BF16 else 0)
     step = 0 if offloads or first == BF16 else FP32 * max(group.partition for group in groups)
-    host = _host(groups, first, touched, largest) if offloads else 0
+    host = _host(groups, first, touched if stage == 2 else 0, largest) if offloads else 0
     return EngineState(
         parameters=count,
         weights=sum(group.padded * _width(group) for group in groups) + _buffers(plan, groups),
@@ -147,7 +150,9 @@ def _host(groups: tuple[OptimizerGroup, ...], first: int, accumulated: int, larg
     return state + largest * first + accumulated * FP32
 
 
-def _parts_of_parameters(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str) -> EngineState:
+def _parts_of_parameters(
+    plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str, micro_steps: int
+) -> EngineState:
     """ZeRO-3: no experts, all in fp32."""
     offloads, ranks = plan.config.parallel.offload_optimizer, plan.topology.data
     sizes = [size for group in groups for size in group.sizes]

@@ -6,12 +6,12 @@ computing: ZeRO's reductions beside the backward pass that they follow, and rows
 other mixers of their layer.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from moe_mamba.model.mixers.base import Mixer
-from moe_mamba.model.pattern import layer_specs
+from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.model.work import (
     Attended,
     Pass,
@@ -26,14 +26,14 @@ from moe_mamba.parallel.grouping import optimizer_groups
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load
-from moe_mamba.planning.traffic import BESIDE, Flow, members, share_of, traffic_of
+from moe_mamba.planning.traffic import BESIDE, Flow, layer_kinds, members, name_of, share_of, traffic_of
 
 FP32 = 4  # bytes
 Seconds = defaultdict[str, float]
 COMPUTED = ("products", "experts", "attention", "scan", "memory")
 PARTS = (*COMPUTED, "inside", "between", "optimizer", "host")
-# Bytes of a number of the gradient that the engine moves: into fp32 at the end of each pass (read and written), and
-# once per step into a bucket, divided, out of it, and into the flat gradient that AdamW reads.
+# Bytes of a number of the gradient that the engine reads and writes: added to an fp32 sum after each pass (of an fp32
+# gradient that is the only one, nothing); into a bucket, divided, and out of it; into the flat gradient for AdamW.
 ACCUMULATED, REDUCED, FLATTENED = 3 * FP32, 6 * FP32, 2 * FP32
 # AdamW reads gradient, master and two moments and writes the last three; before, the norm reads the gradient.
 UPDATED = 8 * FP32
@@ -68,7 +68,8 @@ class StepTime:
         groups = {
             "matrix products": ("products", "experts", "attention"),
             "the scan": ("scan",),
-            "the memory's rate": ("memory", "optimizer"),
+            "the memory's rate": ("memory",),
+            "the engine and the optimizer": ("optimizer",),
             "links inside machines": ("inside",),
             "links between machines": ("between",),
             "the host": ("host",),
@@ -104,8 +105,14 @@ def step_time(plan: RunPlan, cluster: Cluster, micro_batch: int, accumulation: i
     device = sum(parts.values())
     parts["host"] = max(0.0, operators * cluster.operator - device) if cluster.is_gpu else 0.0
     tokens = micro_batch * accumulation * plan.config.data.sequence_length / plan.topology.tensor
-    flops = tokens * plan.model.flops_per_token(plan.config.data.sequence_length)
+    flops = tokens * flops_per_token(plan.model, plan.config.data.sequence_length)
     return StepTime({name: parts[name] for name in PARTS}, hidden, flops)
+
+
+@lru_cache(maxsize=4)
+def flops_per_token(model: LanguageModel, length: int) -> int:
+    """As the model counts them, once."""
+    return model.flops_per_token(length)
 
 
 @dataclass
@@ -138,17 +145,11 @@ def _works(plan: RunPlan, micro_batch: int, load: Load) -> Iterator[tuple[list[W
     """(work, how many times, whether rows travel beside it) of all layers and of the vocabulary."""
     model, moe = plan.config.model, plan.config.moe
     share = share_of(plan, micro_batch, load)
-    # A run's load differs from router to router: then each layer is asked with its own.
-    specs = layer_specs(model, moe)
-    whose: Counter[tuple[tuple[type[Mixer], ...], str]] = Counter()
-    for index, spec in enumerate(specs):
-        whose[spec.mixers, f"layers.{index}.mixer" if load.recorded is not None else ""] += 1
-    for (mixers, prefix), times in whose.items():
+    for (mixers, prefix), times in layer_kinds(plan, load).items():
         yield [layer_norm_work(model, share)], times, False
         begun = any(mixer.begins for mixer in mixers)
         for place, mixer in enumerate(mixers):
-            name = f"{prefix}.{place}" if prefix and len(mixers) > 1 else prefix
-            asked = share_of(plan, micro_batch, load, name)
+            asked = share_of(plan, micro_batch, load, name_of(prefix, place, mixers))
             yield mixer.work(model, moe, asked), times, begun and not mixer.begins
     yield vocabulary_work(model, share, _rows_of_vocabulary(plan)), 1, False
 
@@ -169,9 +170,8 @@ def seconds_of(work: Work, cluster: Cluster, is_half: bool) -> tuple[str, float,
         seconds = max(work.flops / rate, operands * (FP32 if work.is_fp32 else width) / memory)
         return "experts" if work.groups else "products", seconds, BACKWARD * seconds
     if isinstance(work, Attended):
-        seconds = max(
-            work.flops / (reached.attention * (cluster.bf16 if is_half else cluster.fp32)), work.bytes / memory
-        )
+        rate = cluster.attention or reached.attention * (cluster.bf16 if is_half else cluster.fp32)
+        seconds = max(work.flops / rate, work.bytes / memory)
         return "attention", seconds, BACKWARD * seconds
     if isinstance(work, Scan):
         read = work.tokens * work.channels * work.width / memory  # forward x, delta, z and y; backward twice as many
@@ -189,10 +189,11 @@ def _engine(plan: RunPlan, accumulation: int, cluster: Cluster) -> tuple[float, 
     for group in optimizer_groups(plan):
         owned = group.size if zero == 0 else group.padded / group.ranks
         parameters += len(group.names)
-        device += group.size * ACCUMULATED * accumulation
-        if group.ranks > 1:
+        if accumulation > 1 or not group.is_fp32:
+            device += group.size * ACCUMULATED * accumulation
+        if zero or group.ranks > 1:
             device += group.size * REDUCED * (accumulation if zero >= 2 else 1)
-        device += owned * FLATTENED
+        device += owned * FLATTENED if zero else 0
         if config.parallel.offload_optimizer:
             host += owned * (FP32 * accumulation + (FP32 if group.is_fp32 else 2))
         else:

@@ -11,6 +11,8 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 from moe_mamba.kernels.cross_entropy.linear import CHUNK
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.mixers.base import Mixer
 from moe_mamba.model.pattern import layer_specs
 from moe_mamba.model.work import FP32, Rows, Sent, Share, crossings, layer_crossings
 from moe_mamba.parallel.buckets import BUCKET, LIVE, PERSISTENT, WHOLE_BUCKET
@@ -67,10 +69,10 @@ def traffic_of(plan: RunPlan, micro_batch: int, accumulation: int, load: Load, f
             calls[kind, group, part] += times
 
     recompute = plan.config.train.recompute
-    for sent in (*_of_layers(plan, micro_batch, load), *_of_vocabulary(plan, micro_batch)):
+    for sent, layers in (*_of_layers(plan, micro_batch, load), *_of_vocabulary(plan, micro_batch)):
         forward = sent.forward * (2 if recompute and sent.is_repeated else 1)
-        add(sent.kind, sent.group, sent.part, sent.bytes, accumulation * (forward + sent.backward))
-    numbers = sum(2 * router.config.experts + 4 for router in plan.model.routers().values())
+        add(sent.kind, sent.group, sent.part, sent.bytes, layers * accumulation * (forward + sent.backward))
+    numbers = _statistics(plan.model)
     add("all-reduce", "world", "statistics", numbers * FP32, accumulation if numbers else 0)
     for kind, group, part, size, times in _of_engine(plan, accumulation):
         add(kind, group, part, size, times)
@@ -79,6 +81,12 @@ def traffic_of(plan: RunPlan, micro_batch: int, accumulation: int, load: Load, f
         Flow(kind, group, len(members(plan.topology, group)), size, calls[kind, group, part], part)
         for (kind, group, part), size in total.items()
     ]
+
+
+@lru_cache(maxsize=4)
+def _statistics(model: LanguageModel) -> int:
+    """Numbers that the routers of a model measure."""
+    return sum(2 * router.config.experts + 4 for router in model.routers().values())
 
 
 def members(topology: Topology, group: str) -> tuple[int, ...]:
@@ -135,26 +143,45 @@ def _rows(topology: Topology, load: Load, prefix: str, group: str, router: str, 
     place = topology.expert_rank if group == "expert" else topology.inner_expert_rank
     if ranks == 1:
         return Rows(rows, rows)
-    matrix = load.matrix(ranks, experts, rows, f"{prefix}.{router}" if prefix else None)
+    matrix = _matrix(load, ranks, experts, rows, f"{prefix}.{router}" if prefix else None)
     here = experts // ranks
     return Rows(sum(matrix[place]), sum(sum(row[place * here : (place + 1) * here]) for row in matrix))
 
 
-def _of_layers(plan: RunPlan, micro_batch: int, load: Load) -> Iterator[Sent]:
-    """What the layers send; rows are beside other work where a layer has several mixers."""
-    config = plan.config
-    for index, spec in enumerate(layer_specs(config.model, config.moe)):
-        several = len(spec.mixers) > 1
-        for place, mixer in enumerate(spec.mixers):
-            prefix = f"layers.{index}.mixer" + f".{place}" * several
-            share = share_of(plan, micro_batch, load, prefix)
-            for sent in mixer.sends(config.model, config.moe, share):
-                yield sent._replace(part=BESIDE) if several and sent.begins else sent
-        share = share_of(plan, micro_batch, load)
-        yield from layer_crossings(spec, config.model, config.moe, share)
+def layer_kinds(plan: RunPlan, load: Load) -> Counter[tuple[tuple[type[Mixer], ...], str]]:
+    """(mixers of a layer, full name before them) -> how many such layers there are.
+
+    Names are left out, and alike layers counted together, unless each router has a load of its own.
+    """
+    found: Counter[tuple[tuple[type[Mixer], ...], str]] = Counter()
+    for index, spec in enumerate(layer_specs(plan.config.model, plan.config.moe)):
+        found[spec.mixers, f"layers.{index}.mixer" if load.recorded is not None else ""] += 1
+    return found
 
 
-def _of_vocabulary(plan: RunPlan, micro_batch: int) -> Iterator[Sent]:
+def name_of(prefix: str, place: int, mixers: Sequence[object]) -> str:
+    """Full name of a mixer, of its layer's and its place there; nothing where names are left out."""
+    return f"{prefix}.{place}" if prefix and len(mixers) > 1 else prefix
+
+
+def _of_layers(plan: RunPlan, micro_batch: int, load: Load) -> Iterator[tuple[Sent, int]]:
+    """What the layers send, and how many do; rows are beside other work where a layer has several mixers."""
+    model, moe = plan.config.model, plan.config.moe
+    for (mixers, prefix), times in layer_kinds(plan, load).items():
+        for place, mixer in enumerate(mixers):
+            share = share_of(plan, micro_batch, load, name_of(prefix, place, mixers))
+            for sent in mixer.sends(model, moe, share):
+                yield sent._replace(part=BESIDE) if len(mixers) > 1 and sent.begins else sent, times
+        for sent in layer_crossings(mixers, model, moe, share_of(plan, micro_batch, load)):
+            yield sent, times
+
+
+@lru_cache(maxsize=256)
+def _matrix(load: Load, ranks: int, experts: int, rows: int, router: str | None) -> list[list[int]]:
+    return load.matrix(ranks, experts, rows, router)
+
+
+def _of_vocabulary(plan: RunPlan, micro_batch: int) -> Iterator[tuple[Sent, int]]:
     """Embedding and head: an exit and an entry of the tokens, and what chunks of logits are reduced by.
 
     Of each token the largest logit, and together the target's logit and the sum.
@@ -164,13 +191,14 @@ def _of_vocabulary(plan: RunPlan, micro_batch: int) -> Iterator[Sent]:
     config = plan.config
     share = share_of(plan, micro_batch, Load.parse("even"))
     for sent in crossings(share, config.model.d_model, 1):
-        yield sent._replace(part="vocabulary", is_repeated=False)
+        yield sent._replace(part="vocabulary", is_repeated=False), 1
     head = plan.shards["embedding.weight" if plan.model.head is None else "head.weight"]
     size = chunk_of_tokens(share.tokens, head.local_shape[0] * share.width)
     for first in range(0, share.tokens, size):
         tokens = min(size, share.tokens - first)
         for numbers in (1, 2):
-            yield Sent("all-reduce", "tensor", numbers * tokens * FP32, forward=1, is_repeated=False, part="vocabulary")
+            size_of_call = numbers * tokens * FP32
+            yield Sent("all-reduce", "tensor", size_of_call, forward=1, is_repeated=False, part="vocabulary"), 1
 
 
 def chunk_of_tokens(tokens: int, row: int) -> int:
@@ -214,16 +242,17 @@ def _of_gradients(groups: Sequence[OptimizerGroup], zero: int, times: int) -> Ca
         return
     bucket: Counter[str] = Counter()
     for group in groups:
+        part, ranks = group.partition, sharing(group)
         for size in group.sizes:
             if bucket and bucket.total() + size > BUCKET:
                 yield from _reduced(bucket, times)
                 bucket.clear()
             if size > BUCKET:  # travels by itself, in the parts that ranks own
-                owned = [min(group.partition, size - first) for first in range(0, size, group.partition)]
+                owned = [min(part, size - first) for first in range(0, size, part)]
                 for together in _filled(owned, BUCKET):
-                    yield "all-reduce", sharing(group), "gradients", together * FP32, times
+                    yield "all-reduce", ranks, "gradients", together * FP32, times
             else:
-                bucket[sharing(group)] += size
+                bucket[ranks] += size
     yield from _reduced(bucket, times)
 
 
@@ -252,10 +281,11 @@ def _replicas(plan: RunPlan, groups: Sequence[OptimizerGroup]) -> Counter[int]:
     found: Counter[int] = Counter()
     zero, rank = plan.config.parallel.zero, plan.topology.world.rank
     for group in groups:
-        first, end = group.partition * members(plan.topology, sharing(group)).index(rank), 0
+        part, end = group.partition, 0
+        first = part * members(plan.topology, sharing(group)).index(rank)
         for name, size in zip(group.names, group.sizes, strict=True):
             begin, end = end, end + size
-            owned = max(0, min(end, first + group.partition) - max(begin, first))
+            owned = max(0, min(end, first + part) - max(begin, first))
             mine = {0: size, 3: -(-size // group.ranks)}.get(zero, owned)
             if (replicas := plan.shards[name].replicas) > 1 and mine:
                 found[replicas] += mine

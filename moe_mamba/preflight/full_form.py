@@ -116,16 +116,16 @@ def _measure(config: Config, topology: Topology, comparison: Comparison) -> tupl
             )
             if world.size > 1
             else [],
-            curves=_curves(world, getattr(torch, measured.dtype)),
+            curves=_curves(plan.config, world, getattr(torch, measured.dtype)),
         )
         return measures, [*no_compute, *no_storage]
     finally:
         finish_world()
 
 
-def _curves(world: World, dtype: torch.dtype) -> list[Curve]:
+def _curves(config: Config, world: World, dtype: torch.dtype) -> list[Curve]:
     """How speed depends on size, the same on every rank."""
-    computed = median_curves(from_all(measure_compute_curves(world.device, dtype)))
+    computed = median_curves(from_all(measure_compute_curves(config, world.device, dtype)))
     return [*computed, *(measure_collective_curves(world.device) if world.size > 1 else [])]
 
 

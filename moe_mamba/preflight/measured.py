@@ -52,9 +52,8 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
     if "product" not in curves or "pass" not in curves:
         raise UserError("the preflight has no curves of speed over sizes: it is of an older version: run it anew")
     compute, products = measures.compute, curves["product"]
-    largest, seconds = curves["pass"].points[-1]
     scans = [one.scan_tokens for one in compute if one.scan_tokens is not None]
-    memory_rate, fastest = largest / seconds, max(rate for _, rate in products.points)
+    memory_rate, fastest = median(one.copy_bytes for one in compute), max(rate for _, rate in products.points)
     plain = fastest
     if scans and measures.sizes.scan:
         plain = median(scans) * measures.sizes.scan[2] * measures.sizes.scan[3] * SCAN_OPERATIONS
@@ -62,7 +61,9 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
     cluster = preset or Cluster(
         "", 1, memory, fastest, fastest, plain, memory_rate, memory_rate, memory, SELF, SELF, 1e9
     )
-    collectives: dict[str, Curve] = {what: curve for what, curve in curves.items() if what not in ("product", "pass")}
+    collectives: dict[str, Curve] = {
+        what: curve for what, curve in curves.items() if what not in ("product", "pass", "kernel", "attention")
+    }
     is_half = measures.sizes.dtype == "bfloat16"
     return replace(
         cluster,
@@ -81,6 +82,8 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
         is_gpu=is_gpu,
         products=products,
         passes=curves["pass"],
+        kernels=curves.get("kernel", curves["pass"]),
+        attention=curves["attention"].points[0][1] if "attention" in curves else None,
         collectives=collectives,
         measured_ranks=report.world_size,
     )

@@ -151,17 +151,20 @@ class Collective(_Record):
     seconds: float = Field(description="of the slowest rank, the median of several calls")
 
 
-What = Literal["product", "pass", "all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
+What = Literal["product", "pass", "kernel", "attention", "all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 
 
 class Curve(_Record):
     """How speed depends on size."""
 
-    what: What = Field(description="product: a linear layer forward and backward; pass: a sum into new memory")
+    what: What = Field(
+        description="product: a linear layer; pass: a sum into new memory; kernel: our norm; "
+        "product, kernel and attention forward and backward"
+    )
     ranks: int = Field(description="that take part in a call")
     points: list[tuple[float, float]] = Field(
-        description="product: smallest dimension, operations per second; else: bytes (read and written by a pass, of "
-        "a collective's larger side), seconds"
+        description="product: smallest dimension, operations per second; attention: operations, and those per second; "
+        "else: bytes (that an operator reads and writes; of a collective's larger side), seconds"
     )
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, in_kernel_invocation_manager
 
-import moe_mamba
 from moe_mamba.rehearsal.collectives import Recording
 from moe_mamba.rehearsal.device import TYPE
 from moe_mamba.rehearsal.memory import Ledger
 
-PACKAGE = Path(moe_mamba.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 ROOT = f"{PACKAGE}/"
 HERE = f"{PACKAGE / 'rehearsal'}/"
 PASSED_BY = (

@@ -331,8 +331,12 @@ class Attention(Mixer):
                 cls._record_rotated(tape, one, tokens * size) for one, size in zip(made[:2], (query, key), strict=True)
             ]
         sums = tape.tensor(tokens * heads, FP32)
-        y = tape.tensor(tokens * query)
-        tape.do(made, (y,), (*made, y, sums, tape.tensor(cls._masked(config, share))))
+        y, mask = tape.tensor(tokens * query), tape.tensor(cls._masked(config, share))
+        if tape.fused and tape.width >= FP32 and query != key:  # no kernel of GPUs takes both: it is written down
+            pairs, wide = tape.tensor(tokens * heads * share.length), tape.tensor(3 * tokens * query)
+            tape.do(made, (y,), (wide, pairs, mask), forward=pairs.bytes, backward=2 * pairs.bytes)
+        else:
+            tape.do(made, (y,), (*made, y, sums, mask))
         if config.positions == "rope":  # it lies as rotated queries do, head by head, and is copied
             copy = tape.tensor(tokens * query)
             tape.do((y,), (copy,), gradient="handed")

@@ -157,13 +157,13 @@ class MoE(Mixer):
         here, hidden = moe.experts // share.expert, width // share.tensor if share.expert_tensor else width
         routed = enter(tape, x, share, d_model, joins or not share.expert_tensor)
         decision = record_routing(tape, moe, routed, tokens, rows.sent)
-        y = record_gather(tape, routed, decision, rows.sent, d_model)
-        y = record_travel(tape, y, rows.received, d_model, share.expert)
+        sent = record_gather(tape, routed, rows.sent, d_model)
+        y = record_travel(tape, sent, rows.received, d_model, share.expert)
         y = tape.linear(y, rows.received, d_model, input_width(config.activation, hidden), here)
         y = record_activation(tape, y, rows.received, hidden, config.activation)
-        y = tape.linear(y, rows.received, hidden, d_model, here)
-        y = record_travel(tape, y, rows.sent, d_model, share.expert, rows.received)
-        y = record_combination(tape, y, decision, tokens, d_model)
+        made = tape.linear(y, rows.received, hidden, d_model, here)
+        y = record_travel(tape, made, rows.sent, d_model, share.expert, rows.received)
+        y = record_combination(tape, y, decision, tokens, d_model, (sent, made))
         y = leave(tape, y, share, d_model, joins or not share.expert_tensor)
         if moe.shared_experts:
             shared = FeedForward.record_hidden(config, moe.shared_experts * width, share, tape, x, joins)

@@ -16,25 +16,23 @@ A mixer has no residual stream inside: a token for which an expert has no room g
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moe_mamba.config import ModelConfig, MoEConfig
-from moe_mamba.kernels import activation, grouped_matmul
 from moe_mamba.model.costs import (
     enter,
     leave,
-    record_activation,
     record_combination,
     record_gather,
     record_routing,
     record_travel,
 )
-from moe_mamba.model.initialize import Initializer, matrix, uniform
+from moe_mamba.model.initialize import Initializer
 from moe_mamba.model.linear import build_linear
 from moe_mamba.model.mixers.base import Statistics
 from moe_mamba.model.mixers.dispatch import Dispatch, Dispatcher, LocalDispatcher
 from moe_mamba.model.mixers.feed_forward import input_width
+from moe_mamba.model.mixers.inner_experts import LinearExperts, SwitchExperts, record_experts
 from moe_mamba.model.mixers.mamba import Mamba, out_scale
 from moe_mamba.model.mixers.routing import Router, capacity_of, unchanged
 from moe_mamba.model.sequences import Sequences
@@ -55,64 +53,6 @@ from moe_mamba.model.work import (
 
 ENTRIES = ("conv", "gate")  # the halves of in_proj, in their order
 PROJECTIONS = (*ENTRIES, "out")
-
-
-class LinearExperts(nn.Module):
-    """Stacked experts of one matrix each, weight (experts, in, out), which starts as the one of Mamba's projection."""
-
-    is_stacked = True  # each expert's slice has a generator of its own, see initialize.py
-
-    def __init__(self, experts: int, width: int, out: int, scale: float, kernels: str) -> None:
-        super().__init__()
-        self.fan_in, self.scale, self.kernels = width, scale, kernels
-        self.weight = nn.Parameter(torch.empty(experts, width, out))
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How one expert starts."""
-        return {"weight": uniform(self.fan_in, self.scale)}
-
-    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
-        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
-        return grouped_matmul(rows, self.weight, dispatch.counts, dispatch.capacity, self.kernels)
-
-
-class SwitchExperts(nn.Module):
-    """Stacked experts of two matrices each, with the model's activation between them.
-
-    Attributes:
-        reduce: turns this rank's part of all hidden units' inputs into the inputs of its own hidden units, where a
-            layout shards what experts read.
-        gather: turns this rank's hidden units into those of all, where a layout shards what experts write.
-    """
-
-    is_stacked = True
-
-    def __init__(
-        self, config: ModelConfig, experts: int, sizes: tuple[int, int, int], writes_to_stream: bool, kernels: str
-    ) -> None:
-        super().__init__()
-        width, hidden, out = sizes
-        self.config, self.writes_to_stream, self.kernels = config, writes_to_stream, kernels
-        self.reduce: Callable[[Tensor], Tensor] = unchanged
-        self.gather: Callable[[Tensor], Tensor] = unchanged
-        self.in_proj = nn.Parameter(torch.empty(experts, width, input_width(config.activation, hidden)))
-        self.out_proj = nn.Parameter(torch.empty(experts, hidden, out))
-        self.fan_ins = width, hidden
-
-    def initializers(self) -> dict[str, Initializer]:
-        """How one expert's parameters start: as those of the layers ``E``."""
-        width, hidden = self.fan_ins
-        return {
-            "in_proj": matrix(self.config, width),
-            "out_proj": matrix(self.config, hidden, residual=self.writes_to_stream),
-        }
-
-    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
-        """Map ``rows`` (rows, in), sorted by expert, each by its own, to (rows, out)."""
-        counts, capacity, kernels = dispatch.counts, dispatch.capacity, self.kernels
-        hidden = self.reduce(grouped_matmul(rows, self.in_proj, counts, capacity, kernels))  # (rows, input width)
-        hidden = self.gather(activation(hidden, self.config.activation, kernels))  # (rows, hidden)
-        return grouped_matmul(hidden, self.out_proj, counts, capacity, kernels)
 
 
 class RoutedProjected(NamedTuple):
@@ -305,8 +245,8 @@ class RoutedMamba(Mamba):
         rows, ranks, is_weighted = cls._rows(moe, names[0], share), share.inner_expert, decision is None
         if decision is None:
             decision = record_routing(tape, routing, x, tokens, rows.sent)
-        y = record_travel(tape, record_gather(tape, x, decision, rows.sent, read), rows.received, read, ranks)
-        outputs = [cls._record_experts(config, moe, share, tape, y, name) for name in names]
+        y = record_travel(tape, record_gather(tape, x, rows.sent, read), rows.received, read, ranks)
+        outputs = [record_experts(config, moe, share, tape, y, rows.received, name == "out") for name in names]
         is_weighted = is_weighted or names == ["out"]
         if ranks > 1 and len(outputs) > 1:
             outputs = [tape.one(*outputs, numbers=rows.received * made * len(outputs))]
@@ -320,31 +260,6 @@ class RoutedMamba(Mamba):
             plain = tape.tensor(rows.sent, FP32, has_gradient=False)
             summed = [record_combination(tape, one, plain, tokens, width) for one in outputs]
         return summed if len(summed) == len(names) else list(tape.split(summed[0], *[tokens * made] * len(names)))
-
-    @classmethod
-    def _record_experts(
-        cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, name: str
-    ) -> Recorded:
-        """What a projection's experts make of their rows."""
-        routing, channels, rows = (
-            moe.inner_routing,
-            config.d_inner // share.tensor,
-            cls._rows(moe, name, share).received,
-        )
-        read, made = (channels, config.d_model) if name == "out" else (config.d_model, channels)
-        here = routing.experts // share.inner_expert
-        if moe.inner.expert == "linear":
-            return tape.linear(x, rows, read, made, here)
-        hidden, gates = routing.d_expert or config.resolved_d_ff, input_width(config.activation, 1)
-        mine = hidden // share.tensor
-        y = tape.linear(x, rows, read, gates * (hidden if name == "out" else mine), here)
-        if name == "out" and share.tensor > 1:  # each rank's parts of sums, put in order by unit before and after
-            y = tape.one(y, numbers=rows * gates * hidden)
-            y = tape.one(tape.one(y, numbers=rows * gates * mine), numbers=rows * gates * mine)
-        y = record_activation(tape, y, rows, mine, config.activation)
-        if name != "out" and share.tensor > 1:
-            y = tape.one(tape.one(y, numbers=rows * mine), numbers=rows * hidden)
-        return tape.linear(y, rows, mine if name == "out" else hidden, made, here)
 
     @classmethod
     def _rows(cls, moe: MoEConfig, name: str, share: Share) -> Rows:

@@ -1,0 +1,96 @@
+"""The command on a cluster: its tables, JSON and picture, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_mamba.planning.step_time import PARTS
+from tests import ROOT
+from tools.plan import main
+
+CONFIG = ("--config", str(ROOT / "configs/paper/moe_mamba_25m.yaml"), "--moe.experts=32")
+ON_8 = (*CONFIG, "--gpus=8", "--cluster=h100")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints."""
+    from moe_mamba.command_line import run_command
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+        run_command(main)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_numbers_add_up(said: Callable[..., str]) -> None:
+    found = json.loads(said(*ON_8, "--json", "--tokens=1e12", "--price=2.5", "--parallel.expert=8"))
+    assert found["step_seconds"] == pytest.approx(sum(found["parts_seconds"].values()))
+    assert tuple(found["parts_seconds"]) == PARTS
+    tokens = 64 * 1024 / found["step_seconds"] / 8
+    assert found["tokens_per_second_per_gpu"] == pytest.approx(tokens)
+    assert found["mfu"] == pytest.approx(found["training_flops_per_token"] * tokens / 989e12)
+    assert found["days"] == pytest.approx(1e12 / (8 * tokens) / 86400)
+    assert found["gpu_hours"] == pytest.approx(found["days"] * 24 * 8)
+    assert found["cost"] == pytest.approx(2.5 * found["gpu_hours"])
+    assert {flow["part"] for flow in found["collectives"]} == {"experts", "gradients", "statistics", "weights", "norm"}
+    parameters = sum(found[f"{kind}_parameters"] for kind in ("total", "norm", "embedding"))
+    assert found["checkpoint_bytes"] == 12 * parameters
+    assert found["checkpoint_seconds"] == pytest.approx(12 * parameters / 2e9)
+
+
+def test_table_and_files(said: Callable[..., str], tmp_path: Path) -> None:
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    table = said(*ON_8, f"--json={file}", f"--picture={picture}", "--load=skewed:2", "--cluster.memory_gib=0.1")
+    assert "load of the experts: skewed:2" in table
+    assert "DOES NOT FIT" in table
+    assert "deepspeed" not in table  # no command for what does not fit
+    assert json.loads(file.read_text(encoding="utf-8"))["fits"] is False
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_search_and_worlds(said: Callable[..., str]) -> None:
+    table = said(*ON_8, "--search", "--train.global_batch=16")
+    assert "combinations counted" in table
+    assert "deepspeed --num_gpus=8 launch/train.py --config" in table
+    lines = said(*CONFIG, "--cluster=h100", "--worlds=8,16", "--train.global_batch=16").splitlines()
+    assert [line.split()[0] for line in lines] == ["GPUs", "8", "16"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ((*CONFIG, "--search"), "--search is for a run on a cluster: give --cluster=h100"),
+        ((*CONFIG, "--tokens=1e9"), "--tokens is for a run on a cluster"),
+        ((*CONFIG, "--cluster=h100"), "needs to know how many GPUs: give --gpus=8"),
+        ((*CONFIG, "--cluster=h99", "--gpus=8"), "cluster='h99' is not known"),
+        ((*CONFIG, "--cluster.memory_gib=80"), "--cluster.memory_gib changes a cluster"),
+        ((*ON_8, "--cluster.size=80"), "--cluster.size is no figure of a cluster"),
+        ((*ON_8, "--gpus=12"), "--gpus is given twice"),
+        ((*CONFIG, "--cluster=h100", "--gpus=12"), "--gpus=12 is no whole number of machines of 8: give 8"),
+        ((*ON_8, "--load=odd"), "load=odd is not known"),
+        ((*ON_8, "--picture=x.doc"), "--picture=x.doc: give a file that ends in .png, .svg, .pdf"),
+        ((*ON_8, "--json=none/x.json"), "there is no folder"),
+        ((*ON_8, "--shards"), "--shards prints a table that is the same for any layout"),
+        ((*ON_8, "--worlds=8"), "--worlds prints a table of searches"),
+        ((*CONFIG, "--cluster=h100", "--worlds=8,x"), "--worlds="),
+        ((*CONFIG, "--measured=none.json", "--gpus=8"), "none.json cannot be read"),
+        ((*ON_8, "--parallel.tensor=3"), "parallel.tensor=3 does not divide"),
+    ],
+)
+def test_refusals(refusal: Callable[..., str], flags: tuple[str, ...], line: str) -> None:
+    assert line in refusal(main, *flags)
+
+
+@pytest.mark.slow
+def test_a_model_of_52_b_is_searched_on_1024_gpus_within_a_minute() -> None:
+    command = [sys.executable, "tools/plan.py", "--config", "configs/scale/jamba_52b.yaml", "--gpus=1024"]
+    command += ["--cluster=h100", "--search"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "tensor" in done.stdout.splitlines()[0]

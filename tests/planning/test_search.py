@@ -1,0 +1,76 @@
+"""Layouts of a search: they fit, they are ranked, and the best would be trained as it says."""
+
+import pytest
+
+from moe_mamba.config import Config
+from moe_mamba.config_file import load_config
+from moe_mamba.errors import UserError
+from moe_mamba.planning.cluster import Cluster
+from moe_mamba.planning.estimate import estimate, micro_batches
+from moe_mamba.planning.figures import change
+from moe_mamba.planning.load import Load
+from moe_mamba.planning.memory import memory_of
+from moe_mamba.planning.report import command_line
+from moe_mamba.planning.search import MARGIN, margin_load, search, worlds_table
+from tests import ROOT
+
+H100 = Cluster.of("h100")
+
+
+def paper(**keys: object) -> Config:
+    given = {key.replace("__", "."): value for key, value in keys.items()}
+    return load_config(
+        ROOT / "configs/paper/moe_mamba_25m.yaml", {"train.precision": "bf16", "moe.experts": 32} | given
+    )
+
+
+def test_the_best_fits_and_is_what_its_command_line_says() -> None:
+    found = search(paper(), H100, 8)
+    speeds = [one.tokens_per_second for one in found.best]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(one.fits for one in found.best)
+    assert found.tried == len(found.best) + found.too_large
+    best = found.best[0]
+    line = command_line(best, "configs/paper/moe_mamba_25m.yaml")
+    assert line.startswith("deepspeed --num_gpus=8 launch/train.py --config configs/paper/moe_mamba_25m.yaml")
+    keys = dict(part.removeprefix("--").split("=") for part in line.split()[5:])
+    again = estimate(paper(**{key.replace(".", "__"): value for key, value in keys.items()}), H100, 8, best.load)
+    assert again.tokens_per_second == best.tokens_per_second
+    assert again.memory == best.memory
+
+
+def test_where_memory_is_short_layouts_drop_out_and_then_all() -> None:
+    config = paper(train__global_batch=64)
+    most, few = (search(config, change(H100, {"memory_gib": size}), 8) for size in (80, 4))
+    assert len(few.best) < len(most.best)
+    assert few.too_large > most.too_large == 0
+    none = search(config, change(H100, {"memory_gib": 0.5}), 8)
+    assert not none.best
+    assert none.least is not None
+    assert not none.least.fits
+    assert "none fits" in worlds_table(config, change(H100, {"memory_gib": 0.5}), [8], None, None)
+
+
+def test_a_batch_that_nobody_can_share_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no layout of 7 GPUs shares train\.global_batch=64"):
+        search(paper(), change(H100, {"gpus_per_machine": 7}), 7)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 32])
+def test_the_margin_is_of_the_rows_of_the_fullest_rank(ranks: int) -> None:
+    matrix = margin_load(32, ranks).matrix(ranks, 32, 3200)
+    first = sum(sum(row[: 32 // ranks]) for row in matrix)
+    assert first == pytest.approx(3200 * (1 if ranks == 1 else MARGIN), rel=0.01)
+
+
+def test_memory_grows_with_the_micro_batch_as_the_search_believes() -> None:
+    one = estimate(paper(), H100, 8, Load())
+    totals = [memory_of(one.plan, size, one.load).total for size in micro_batches(one.plan)]
+    assert totals == sorted(totals)
+
+
+def test_a_mamba_searches_zero_3_as_well_and_no_experts() -> None:
+    config = load_config(ROOT / "configs/paper/mamba_25m.yaml", {"train.precision": "bf16"})
+    found = search(config, H100, 8)
+    assert {one.plan.config.parallel.zero for one in found.best} == {1, 2, 3}
+    assert {one.plan.topology.expert for one in found.best} == {1}
