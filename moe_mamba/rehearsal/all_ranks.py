@@ -9,7 +9,9 @@ from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load
+from moe_mamba.planning.micro_batch import largest_micro_batch
 from moe_mamba.rehearsal.agreement import Call, Disagreement, disagreement
 from moe_mamba.rehearsal.roles import Entry, Layout
 from moe_mamba.rehearsal.step import Report, rehearse
@@ -34,8 +36,10 @@ def check_all(
         UserError: the run would be refused.
         RunStopped: a rank breaks, or a group's members do not do the same: names the first.
     """
-    config, local = _shortened(config, gpus), min(machine, gpus)
-    layout = Layout(RunPlan.of(config, Topology.of(config, World(0, gpus, 0, local))))
+    local = min(machine, gpus)
+    plan = RunPlan.of(config, Topology.of(config, World(0, gpus, 0, local)))
+    config = _shortened(plan, gpu)
+    layout = Layout(plan)
     roles = layout.roles()
     say(f"roles       {len(roles)} of {gpus:,} ranks")
     entries: list[list[Entry]] = []
@@ -148,10 +152,10 @@ def difference(
     return None
 
 
-def _shortened(config: Config, gpus: int) -> Config:
+def _shortened(plan: RunPlan, gpu: str) -> Config:
     """The configuration with at most `MICRO_STEPS` micro-steps."""
-    train, data = config.train, gpus // config.parallel.tensor
-    if not train.micro_batch or train.global_batch <= MICRO_STEPS * train.micro_batch * data:
-        return config  # and what is wrong with it is said where it is used
-    batch = MICRO_STEPS * train.micro_batch * data
-    return config.model_copy(update={"train": train.model_copy(update={"global_batch": batch})})
+    train = plan.config.train
+    micro_batch = train.micro_batch or largest_micro_batch(plan, Cluster.of(gpu).memory)
+    batch = min(train.global_batch, MICRO_STEPS * micro_batch * plan.topology.data)
+    changed = train.model_copy(update={"micro_batch": micro_batch, "global_batch": batch})
+    return plan.config.model_copy(update={"train": changed})

@@ -61,14 +61,14 @@ class Given(Load):
 
 
 def real(config: Config) -> tuple[list[Collective], Routed]:
-    """In a worker: what a rank does from its groups to the end of its first step, and how its tokens were routed.
+    """In a worker: what a rank does from its groups to the end of a step, and how its tokens were routed.
 
     All data ranks read the same text, in all micro-steps.
     """
     rows = Noting()
     with recording() as found:
         built = build(config)
-        rows.give(built.model)
+        rows.give(built.model, is_compiled=False)
         micro_batch = config.train.micro_batch
         engine = engines.build_engine(built.model, config, built.groups, micro_batch)
         share = built.topology.sequences_per_data_rank(config.train.global_batch, micro_batch)
@@ -78,7 +78,8 @@ def real(config: Config) -> tuple[list[Collective], Routed]:
         pace = Pace(built.topology, 100, [""] * built.topology.world.size, cast(Any, None), cast(Any, None))
         steps = Steps(engine, RunPlan.of(config, built.topology), len(parts), Stop(), pace)
         steps._targets = torch.ones((), dtype=torch.float64)
-        steps.make(1, batch, batch, 1e-3)
+        for number in range(1, 4 if config.parallel.zero == 3 else 2):  # as many as a rehearsal makes
+            steps.make(number, batch, batch, 1e-3)
     return list(found), rows.routed
 
 
