@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"kernels", "config"},
     "hf": {"json_file", "safetensors_header", "model", "kernels", "config", "data"},
     "parallel": {"lean_import", "checkpoint", "model", "config"},
-    "planning": {"run", "parallel", "model", "kernels", "config"},
+    "planning": {"run", "parallel", "model", "kernels", "config", "config_types"},
     "preflight": {
         *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
         *("config", "installation"),

@@ -216,17 +216,16 @@ def _variants(plan: RunPlan) -> Iterator[RunPlan]:
 
 def _fitting(one: Estimate) -> tuple[Estimate, list[Estimate]]:
     """The smallest micro-batch, and the two largest that fit: more tokens at once are faster, or as fast."""
-    found = [replace(one, micro_batch=size) for size in micro_batches(one.plan)]
-    fitting: list[Estimate] = []
-    low, high = 0, len(found)  # memory grows with the micro-batch
+    *several, whole = (replace(one, micro_batch=size) for size in micro_batches(one.plan))
+    low, high = 0, len(several)  # memory grows with the micro-batch, but a single micro-step keeps fewer gradients
     while low < high:
         middle = (low + high) // 2
-        if found[middle].fits:
+        if several[middle].fits:
             low = middle + 1
         else:
             high = middle
-    fitting = found[max(0, low - 2) : low]
-    return found[0], fitting
+    fitting = [*several[:low], *([whole] if whole.fits else [])]
+    return (several or [whole])[0], fitting[-2:]
 
 
 def _divisors(number: int) -> list[int]:

@@ -115,13 +115,15 @@ ALL, PARALLEL = "M*-E", "(ME)M shared"
 @pytest.mark.parametrize(
     ("pattern", "layout", "keys"),
     [
-        (PARALLEL, Layout(4, 2, 4, 1), HALF | {"moe__balance": "bias"}),
-        (ALL, Layout(4, 1, 2, 2), {}),
+        (PARALLEL, Layout(2, 2, 2, 1), HALF | {"moe__balance": "bias"}),
+        (ALL, Layout(2, 1, 2, 2), {}),
         (ALL, Layout(2, 1, 2, 2), HALF | OFFLOADED),
         ("M*-", Layout(2, zero=3), {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (PARALLEL, Layout(4, 2, 4, 1), HALF | {"moe__balance": "bias"}),
+                (ALL, Layout(4, 1, 2, 2), {}),
                 (ALL, Layout(1, zero=0), {}),
                 (ALL, Layout(1, zero=2), HALF),
                 (ALL, Layout(4, 2, 2, 0), {}),

@@ -70,7 +70,7 @@ def test_a_slower_part_takes_longer_and_says_so() -> None:
     for figure, part, bound in (
         ("bf16", "products", "matrix products"),
         ("plain", "scan", "the scan"),
-        ("memory_rate", "memory", "the memory's rate"),
+        ("memory_rate", "memory", "the engine and the optimizer"),
     ):
         slow = timed(config, layout, replace(H100, **{figure: getattr(H100, figure) / 50}))
         assert slow.parts[part] > 10 * usual.parts[part]

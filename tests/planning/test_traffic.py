@@ -121,7 +121,7 @@ CASES = {
 }
 
 
-QUICK = ("read together", "dropless, ZeRO 2", "capacity", "shared")
+QUICK = ("dropless, ZeRO 2", "shared")
 
 
 @pytest.mark.parametrize(
