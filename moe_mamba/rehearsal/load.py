@@ -31,7 +31,7 @@ class Rows:
         self._load, self._note_wait = load, note_wait
         self.matrices: dict[str, Matrix] = {}
 
-    def give(self, model: LanguageModel, is_compiled: bool) -> None:
+    def give(self, model: LanguageModel, is_compiled: bool = False) -> None:
         """Let every dispatcher of a model ask here; a compiled layer breaks there, as it does where it reads sizes."""
         routers = model.routers()
         for name, module in model.named_modules():

@@ -17,6 +17,7 @@ from tests.rehearsal.process import Rehearsals
 
 SMALL = {"model.repeat": "1", "model.d_model": "64", "model.d_ff": "128", "moe.d_expert": "128", "model.heads": "8"}
 SMALL |= {"model.kv_heads": "4", "model.vocab_size": "512", "data.sequence_length": "64", "train.global_batch": "256"}
+SMALL |= {"train.micro_batch": "1"}
 
 
 def printed(**flags: Any) -> str:
