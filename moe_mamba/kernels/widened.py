@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from moe_mamba.kernels import operators
 from moe_mamba.kernels.extension import library
 
 
@@ -24,9 +25,13 @@ def widened_product(a: Tensor, b: Tensor, y: Tensor) -> None:
     Each may lie in any order; a ``y`` whose columns lie apart is copied to. Sums are in fp32 and rounded once, in an
     order that does not depend on the number of threads.
     """
+    _operator(a, b, y)
+
+
+def _run(a: Tensor, b: Tensor, y: Tensor) -> None:
     if y.numel() > 0 and y.stride(1) != 1:
         made = torch.empty_like(y, memory_format=torch.contiguous_format)
-        widened_product(a, b, made)
+        _run(a, b, made)
         y.copy_(made)
         return
     (rows, inner), columns = a.shape, b.shape[1]
@@ -35,3 +40,9 @@ def widened_product(a: Tensor, b: Tensor, y: Tensor) -> None:
         *a.stride(), *b.stride(), y.stride(0), a.data_ptr(), b.data_ptr(), y.data_ptr(),
     )  # fmt: skip
     library().product(ctypes.byref(arguments))
+
+
+# Also where it is called in no other operator, as by the head: fake tensors have no addresses.
+_operator = operators.define(
+    "widened_product(Tensor a, Tensor b, Tensor(c!) y) -> ()", _run, lambda a, b, y: None, "CPU", is_constant=True
+)

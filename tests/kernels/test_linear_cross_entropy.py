@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional
 
 from moe_mamba.errors import UserError
+from moe_mamba.kernels import products, requirements
 from moe_mamba.kernels.cross_entropy import cross_entropy, linear
 from moe_mamba.kernels.cross_entropy.linear import linear_cross_entropy, linear_scores
 from moe_mamba.kernels.products import Product
@@ -307,3 +309,16 @@ def test_memory_is_two_chunks_and_the_gradients(request: pytest.FixtureRequest) 
     found = peaks(request, tokens, words, d_model, chunk)
     assert found["all logits"] > 1.5 * logits  # they and their gradient, less what the first pass left free
     assert found["fused"] < 2 * chunk / 2**20 + gradients + 32
+
+
+@pytest.mark.skipif(requirements.cpu() is not None, reason="no C++ compiler")
+def test_bf16_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no addresses: on a CPU that does not multiply bf16, C++ must not be given any."""
+    monkeypatch.setattr(products, "processor_flags", lambda: frozenset())
+    products.read_processor.cache_clear()
+    with FakeTensorMode():
+        stream, weight = (torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in ((6, 4), (9, 4)))
+        loss = linear_cross_entropy(stream, weight, torch.zeros(6, dtype=torch.int64))
+        loss.backward()
+        assert stream.grad is not None and stream.grad.shape == stream.shape
+    products.read_processor.cache_clear()

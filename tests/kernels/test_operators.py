@@ -142,6 +142,7 @@ CASES += [
 ]
 CASES += [
     pytest.param("grouped_matmul_torch_by_group", lambda is_full: [one.detach() for one in grouped_arguments(True)]),
+    pytest.param("widened_product", lambda is_full: in_bf16([leaf(6, 3), leaf(3, 5), leaf(6, 5)]), marks=needs_cpp),
     pytest.param(*VENDOR_SCAN, id="selective_scan_vendor"),
 ]
 
