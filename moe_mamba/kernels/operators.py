@@ -5,8 +5,9 @@ A kernel's file gives a schema, what runs, and a fake: the outputs' shapes, dtyp
 and the profiler names it. Gradients are operators of their own, tied to the forward pass by ``differentiate``.
 
 Outputs are new memory: never an input, a view of one, or a view of another output; what may be absent is empty. One
-that writes into what it is given returns nothing, and has no gradient. They are made by ``Library.define`` and ``impl`` and not by ``torch.library.custom_op``, whose wrapper takes three times as
-long as the dispatch of a call: a step of generation is short.
+that writes into what it is given returns nothing, and has no gradient. They are made by ``Library.define`` and ``impl``
+and not by ``torch.library.custom_op``, whose wrapper takes three times as long as the dispatch of a call: a step of
+generation is short.
 """
 
 from collections.abc import Callable

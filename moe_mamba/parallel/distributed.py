@@ -46,7 +46,8 @@ def start_world(world: World) -> None:
     if not dist.is_initialized():
         # Not by DeepSpeed, which would bind the GPU to the group: NCCL would then make each later group, of whatever
         # ranks, by splitting the world's communicator, in which all of the world take part.
-        store = agent_store(world, JOIN_TIMEOUT)
+        # A world of one talks to nobody: torchrun's agent keeps a store for it all the same.
+        store = dist.HashStore() if world.size == 1 else agent_store(world, JOIN_TIMEOUT)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=JOIN_TIMEOUT)
     deepspeed.init_distributed(
         dist_backend=backend,
