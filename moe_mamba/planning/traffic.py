@@ -7,6 +7,7 @@ own step, at every stage of ZeRO.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -190,7 +191,10 @@ def _of_vocabulary(plan: RunPlan, micro_batch: int) -> Iterator[tuple[Sent, int]
         return
     config = plan.config
     share = share_of(plan, micro_batch, Load.parse("even"))
-    for sent in crossings(share, config.model.d_model, 1):
+    # ZeRO-3 keeps the embedding in fp32, and its sums leave it before they are cast.
+    from_embedding = replace(share, width=FP32) if config.parallel.zero == 3 else share
+    entry, exit_ = (list(crossings(one, config.model.d_model, 1)) for one in (share, from_embedding))
+    for sent in (*entry[:2], *exit_[2:]):
         yield sent._replace(part="vocabulary", is_repeated=False), 1
     head = plan.shards["embedding.weight" if plan.model.head is None else "head.weight"]
     size = chunk_of_tokens(share.tokens, head.local_shape[0] * share.width)

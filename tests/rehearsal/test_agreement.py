@@ -80,6 +80,7 @@ def test_torch_tracks_the_same_peak(rehearsals: Rehearsals, pattern: str, keys: 
         pytest.param("M-", Layout(4, 2, zero=2), {"train__precision": "fp32"}, marks=pytest.mark.slow),
         pytest.param("M-", Layout(4, zero=1), {"parallel__offload_optimizer": True}, marks=pytest.mark.slow),
         pytest.param("M*-", Layout(4, zero=3), {}, marks=pytest.mark.slow),
+        pytest.param("M-", Layout(4, 2, zero=3), {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
