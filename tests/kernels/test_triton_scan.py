@@ -82,7 +82,7 @@ def test_a_full_gpu_gets_one_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below 17,000 batch x channels, a GPU of 132 multiprocessors has room for more programs."""
 
     class Stand:
-        is_cuda, device = True, "cuda"
+        is_cuda, device = True, torch.device("cuda")
 
         def __init__(self, *shape: int) -> None:
             self.shape = shape

@@ -71,7 +71,7 @@ def check(world: World, config: Config, layout: Layout, chunk: int = linear.CHUN
     for rank, (found, _) in enumerate(answers):
         topology = Topology.of(config, Ranks(rank, layout.ranks, rank, layout.ranks))
         inner = "inner_expert" if config.moe.inner.projections else "expert"
-        load = Recorded(rows=rows, group=members(topology, inner))
+        load = Recorded(recorded=(), rows=rows, group=members(topology, inner))
         with mock.patch.object(traffic, "CHUNK", chunk):
             flows = traffic_of(
                 RunPlan.of(config, topology), config.train.micro_batch, share // config.train.micro_batch, load

@@ -190,6 +190,7 @@ def test_a_collective_of_half_of_a_group_is_named(rehearsals: Rehearsals, check:
     assert "makes an all-gather" in str(stop.value) or "makes no further call" in str(stop.value)
 
 
+@pytest.mark.slow
 def test_all_ranks_of_a_large_world_agree(rehearsals: Rehearsals) -> None:
     config = config_of(
         "ME", Layout(1024, 4, 16), moe__experts=32, train__global_batch=1024, train__micro_batch=2, **BF16

@@ -21,6 +21,7 @@ def costs(config: Config, worlds: tuple[int, ...], last: bool, measured: bool) -
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["rank 0", "last rank"])
 def test_a_rank_keeps_and_asks_for_no_more_than_in_proportion(rehearsals: Rehearsals, last: bool) -> None:
     config = config_of("ME", Layout(64, 4, 16), **KEYS)
@@ -37,7 +38,8 @@ def test_a_rank_keeps_and_asks_for_no_more_than_in_proportion(rehearsals: Rehear
     assert not any(part.collectives for part in many.values())
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1])
 def test_the_engine_sends_weights_and_nothing_else(rehearsals: Rehearsals, zero: int) -> None:
     """DeepSpeed's broadcasts keep replicas alike where processors round differently; they stay as many."""
     precision = "bf16" if zero else "fp32"
@@ -58,6 +60,7 @@ def test_a_layout_that_does_not_divide_a_world_is_reduced() -> None:
     assert (config.parallel.tensor, config.parallel.expert, config.train.global_batch) == (4, 8, 2 * 1)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_column_for_each_world(rehearsals: Rehearsals) -> None:
     lines = rehearsals.run(start_table, config_of("M", Layout(8, 2), train__precision="bf16"), [4, 8]).splitlines()
     assert lines[0].split() == ["4", "ranks", "8", "ranks"]
