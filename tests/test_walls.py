@@ -52,7 +52,17 @@ ALLOWED: dict[str, set[str]] = {
     "rehearsal": {"train", "faults", "planning", "parallel", "model", "kernels", "data", "config"},
     "commands": {
         *("rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint"),
-        *("parallel", "model", "data", "config_types", "config_file", "command_line", "installation", "atomic_file"),
+        *(
+            "parallel",
+            "model",
+            "data",
+            "config",
+            "config_types",
+            "config_file",
+            "command_line",
+            "installation",
+            "atomic_file",
+        ),
     },
     "__main__": {"command_line"},
 }

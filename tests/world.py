@@ -162,8 +162,10 @@ def _group(rank: int, ranks: int, store: str, port: int, timeout: float) -> Iter
     try:
         yield
     finally:
+        from moe_mamba.parallel.groups import forget_groups
+
         _destroy_engines()
-        _forget_groups()
+        forget_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -175,27 +177,6 @@ def _destroy_engines() -> None:
             with contextlib.suppress(AssertionError):  # it wants to say so, but its world may be left already
                 engine.destroy()
         gc.collect()
-
-
-def _forget_groups() -> None:
-    """Empty what megatron-core and DeepSpeed keep of process groups in their modules."""
-    if parallel_state := sys.modules.get("megatron.core.parallel_state"):
-        parallel_state.destroy_model_parallel()
-    if groups := sys.modules.get("deepspeed.utils.groups"):
-        for name, value in vars(groups).items():
-            if name.startswith("_") and name.isupper() and isinstance(value, dict):
-                value.clear()
-            elif name in ("mpu", "mesh_device") or (
-                name.startswith("_") and name.isupper() and not isinstance(value, str)
-            ):
-                setattr(groups, name, None)
-    if comm := sys.modules.get("deepspeed.comm.comm"):
-        comm.cdb = None
-    if stage3 := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
-        # Modules and parameters are numbered by process, and ranks compare the numbers.
-        stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-        stage3.Init.param_id = 0
-        stage3.FWD_MODULE_STACK.clear()
 
 
 @pytest.fixture(scope="session")

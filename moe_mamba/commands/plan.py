@@ -1,25 +1,27 @@
 """Know a model before paying for it."""
 
 import json as json_format
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from moe_mamba.atomic_file import write_atomically
+from moe_mamba.config import Config
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.config_types import DEVICES, Range
 from moe_mamba.errors import UserError, shown
 from moe_mamba.installation import command
 from moe_mamba.planning.cluster import PRESETS, Cluster
-from moe_mamba.planning.estimate import estimate
+from moe_mamba.planning.estimate import Estimate, estimate
 from moe_mamba.planning.figures import Figures, change
 from moe_mamba.planning.load import Load
 from moe_mamba.planning.memory import plan, table
 from moe_mamba.planning.picture import draw
 from moe_mamba.planning.report import command_line, numbers
 from moe_mamba.planning.report import table as estimate_table
-from moe_mamba.planning.search import found_table, short_layout, worlds_table
+from moe_mamba.planning.search import Found, found_table, short_layout, worlds_table
 from moe_mamba.planning.search import search as searched
 from moe_mamba.planning.shards import shards_table
 from moe_mamba.preflight.measured import cluster_of
@@ -89,22 +91,8 @@ def main(
         return
     given = {key.removeprefix("cluster."): overrides.pop(key) for key in list(overrides) if key.startswith("cluster.")}
     where = _cluster(cluster, measured, given)
-    if shards and (json or gpus is not None or where is not None):
-        raise UserError(
-            "--shards prints a table that is the same for any layout: leave out --json, --gpus and --cluster"
-        )
-    asked = {
-        "--worlds": worlds,
-        "--tokens": tokens,
-        "--price": price,
-        "--load": load,
-        "--search": search,
-        "--picture": picture,
-    }
-    if where is None and (needless := [flag for flag, value in asked.items() if value not in (None, False)]):
-        raise UserError(
-            f"{needless[0]} is for a run on a cluster: give --cluster=h100 or another of {', '.join(PRESETS)}"
-        )
+    asked = {"worlds": worlds, "tokens": tokens, "price": price, "load": load, "search": search, "picture": picture}
+    _check_flags(where, asked | {"gpus": gpus, "json": json, "shards": shards})
     output = _output(json, ".json", "--json") if isinstance(json, str) else None
     image = None if picture is None else _output(picture, PICTURES, "--picture")
     settings = load_config(config, overrides)
@@ -112,44 +100,76 @@ def main(
         raise UserError("model.vocab_size=null is only known once a run has its tokenizer: give --model.vocab_size=N")
     if shards:
         print(shards_table(settings))
-        return
+    elif where is None:
+        _show(plan(settings, gpus), lambda: table(settings, gpus), output, json is True)
+    elif worlds is not None:
+        print(worlds_table(settings, where, worlds, tokens, price))
+    else:
+        assert gpus is not None  # or it was refused
+        found, one = _laid_out(settings, where, gpus, load, search, tokens, price)
+        best = found.best if found is not None else []
+        if image is not None:
+            draw([(short_layout(other), other) for other in best[:PICTURED] or [one]], image)
+        said = numbers(one) | ({} if found is None else {"layouts": [numbers(other) for other in best[:SHOWN]]})
+
+        def shown_to_people() -> str:
+            parts = [] if found is None else [found_table(found, SHOWN)]
+            parts.append(estimate_table(one))
+            return "\n\n".join(parts + [command_line(one, config, settings, overrides)] * one.fits)
+
+        _show(said, shown_to_people, output, json is True)
+
+
+def _check_flags(where: Cluster | None, asked: Mapping[str, Any]) -> None:
+    """Refuse flags that nothing would read.
+
+    Raises:
+        UserError: names one, and what it needs or excludes.
+    """
+    given = [name for name, value in asked.items() if value is not None and value is not False]
+    if asked["shards"] and (where is not None or {"json", "gpus"} & set(given)):
+        raise UserError(
+            "--shards prints a table that is the same for any layout: leave out --json, --gpus and --cluster"
+        )
     if where is None:
-        counts = plan(settings, gpus)
-        if output is not None:
-            write_atomically(output, json_format.dumps(counts) + "\n")
-        print(json_format.dumps(counts) if json is True else table(settings, gpus))
-        return
-    if worlds is not None:
-        if gpus is not None or search or json or picture or load:
+        for name in given:
+            if name not in ("gpus", "json", "shards"):
+                presets = ", ".join(PRESETS)
+                raise UserError(f"--{name} is for a run on a cluster: give --cluster=h100 or another of {presets}")
+    elif "worlds" in given:
+        if {"gpus", "search", "json", "picture", "load"} & set(given):
             raise UserError(
                 "--worlds prints a table of searches: leave out --gpus, --search, --load, --json and --picture"
             )
-        print(worlds_table(settings, where, worlds, tokens, price))
-        return
-    if gpus is None:
+    elif "gpus" not in given:
         raise UserError(f"a run on {where.name} needs to know how many GPUs: give --gpus={where.gpus_per_machine}")
-    found = None
+
+
+def _laid_out(
+    settings: Config,
+    where: Cluster,
+    gpus: int,
+    load: str | None,
+    search: bool,
+    tokens: int | None,
+    price: float | None,
+) -> tuple[Found | None, Estimate]:
+    """What a search has found, if one is asked for, and the layout to describe."""
     loaded = None if load is None else Load.parse(load)
-    if search:
-        found = searched(settings, where, gpus, loaded, tokens, price)
-        one = found.best[0] if found.best else found.least
-    else:
-        one = estimate(settings, where, gpus, loaded or Load.parse("even"), tokens, price)
+    if not search:
+        return None, estimate(settings, where, gpus, loaded or Load(), tokens, price)
+    found = searched(settings, where, gpus, loaded, tokens, price)
+    one = found.best[0] if found.best else found.least
     assert one is not None
-    said = numbers(one) | ({} if found is None else {"layouts": [numbers(other) for other in found.best[:SHOWN]]})
+    return found, one
+
+
+def _show(said: Mapping[str, Any], to_people: Callable[[], str], output: Path | None, only_json: bool) -> None:
+    """Print the numbers as JSON or as people want them, and write them to a file as well."""
+    text = json_format.dumps(said)
     if output is not None:
-        write_atomically(output, json_format.dumps(said) + "\n")
-    if image is not None:
-        chosen = found.best[:PICTURED] if found is not None and found.best else [one]
-        draw([(short_layout(other), other) for other in chosen], image)
-    if json is True:
-        print(json_format.dumps(said))
-        return
-    if found is not None:
-        print(found_table(found, SHOWN) + "\n")
-    print(estimate_table(one))
-    if one.fits:
-        print(f"\n{command_line(one, config)}")
+        write_atomically(output, text + "\n")
+    print(text if only_json else to_people())
 
 
 def _cluster(name: str | None, measured: str | None, figures: dict[str, Any]) -> Cluster | None:

@@ -14,6 +14,7 @@ from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load, fullest_rank
 from moe_mamba.planning.memory import Memory, checkpoint_bytes, memory_of
+from moe_mamba.planning.micro_batch import possible_micro_batches
 from moe_mamba.planning.step_time import StepTime, flops_per_token, step_time
 from moe_mamba.planning.traffic import Flow, traffic_of
 
@@ -167,7 +168,7 @@ def estimate(
     """
     plan = run_plan(config, cluster, gpus, load)
     wanted = tokens or config.steps * config.train.global_batch * config.data.sequence_length
-    found = [Estimate(plan, cluster, load, size, wanted, price) for size in micro_batches(plan)]
+    found = [Estimate(plan, cluster, load, size, wanted, price) for size in possible_micro_batches(plan)]
     return next((one for one in reversed(found) if one.fits), found[0])
 
 
@@ -197,13 +198,3 @@ def fullest(topology: Topology, routers: dict[str, Router], load: Load) -> int:
             received[fullest_rank(load.matrix(topology.expert, router.config.experts, rows, name))] += 1
     place = received.index(max(received))
     return place * topology.tensor if topology.expert_tensor else place
-
-
-def micro_batches(plan: RunPlan) -> list[int]:
-    """Sizes that a micro-batch can have, from the smallest: the configuration's, or all that the batch allows."""
-    config, topology = plan.config, plan.topology
-    share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
-    if config.train.micro_batch:
-        return [config.train.micro_batch]
-    multiple = topology.micro_batch_multiple(config)
-    return [size for size in range(multiple, share + 1, multiple) if share % size == 0]

@@ -59,7 +59,21 @@ class Memory:
     @property
     def total(self) -> int:
         """Of the device, at the peak of a step."""
-        return self.state + max(self.activations + self.communication, self.update) + self.fragmentation
+        return sum(self.at_peak.values())
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Kind -> bytes when most is taken: in the passes, or in the update, when what the passes took is gone."""
+        in_passes = self.activations + self.communication >= self.update
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations * in_passes,
+            "communication": self.communication * in_passes,
+            "update": self.update * (not in_passes),
+            "fragmentation": self.fragmentation,
+        }
 
 
 def memory_of(run_plan: RunPlan, micro_batch: int, load: Load, *, is_gpu: bool = True) -> Memory:

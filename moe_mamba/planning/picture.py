@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_mamba.planning.cluster import GIB
 from moe_mamba.planning.estimate import Estimate
-from moe_mamba.planning.report import KINDS, NAMES
+from moe_mamba.planning.report import NAMES
 
 
 def draw(estimates: Sequence[tuple[str, Estimate]], path: Path) -> None:
@@ -20,7 +20,7 @@ def draw(estimates: Sequence[tuple[str, Estimate]], path: Path) -> None:
     memory, time = figure.subplots(1, 2, sharey=True)
     names = [name for name, _ in estimates]
     room = max(one.cluster.memory for _, one in estimates) / GIB
-    bars = [{kind: getattr(one.memory, kind) / GIB for kind in KINDS} for _, one in estimates]
+    bars = [{kind: count / GIB for kind, count in one.memory.at_peak.items()} for _, one in estimates]
     _stack(memory, names, bars)
     memory.axvline(room, color="black", linestyle="--", linewidth=1)
     memory.set_xlabel(f"GiB on the fullest GPU (it has {room:.0f})")

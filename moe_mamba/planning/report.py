@@ -1,6 +1,8 @@
 """An estimate for people and for programs: a table, and the same numbers as JSON."""
 
 import math
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from moe_mamba.config import Config
@@ -8,7 +10,8 @@ from moe_mamba.model.pattern import describe, has_experts
 from moe_mamba.planning.estimate import Estimate
 from moe_mamba.planning.memory import size
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "communication", "fragmentation")
+KINDS = ("weights", "gradients", "optimizer", "activations", "communication", "update", "fragmentation")
+UPDATE = ", once activations and communication's are gone"
 NAMES = {
     "products": "products",
     "experts": "experts' products",
@@ -105,7 +108,7 @@ def _memory_rows(one: Estimate) -> list[tuple[str, str]]:
     state = "fits" if one.fits else "DOES NOT FIT"
     how = "without" if one.plan.config.train.recompute else "with"
     rows = [("memory", f"{size(memory.total)} on the fullest rank, {there}: {state}")]
-    rows += [(f"  {kind}", size(getattr(memory, kind))) for kind in KINDS]
+    rows += [(f"  {kind}", size(getattr(memory, kind)) + UPDATE * (kind == "update")) for kind in KINDS]
     rows.append((f"  {how} recomputing", f"{size(otherwise.total)}, activations {size(otherwise.activations)}"))
     if memory.host:
         rows.append(("  of the CPU's", f"{size(memory.host)} per device, of {size(int(one.host_room))}"))
@@ -141,8 +144,15 @@ def _run_rows(one: Estimate) -> list[tuple[str, str]]:
     ]
 
 
-def command_line(one: Estimate, config: str | None) -> str:
-    """How to train in the layout of an estimate."""
+def command_line(one: Estimate, config: str | None, settings: Config, overrides: Mapping[str, Any]) -> str:
+    """How to train in the layout of an estimate.
+
+    Args:
+        one: the estimate.
+        config: file of the configuration; None: defaults.
+        settings: as file and ``overrides`` have it, whose layout may be another one.
+        overrides: keys that were given besides the file.
+    """
     parallel, train = one.plan.config.parallel, one.plan.config.train
     keys = {
         "parallel.tensor": parallel.tensor,
@@ -154,15 +164,20 @@ def command_line(one: Estimate, config: str | None) -> str:
         "train.micro_batch": one.micro_batch,
     }
     plain = Config()
-    chosen = [f"--{key}={_yaml(value)}" for key, value in keys.items() if value != _default(plain, key)]
+    said = [
+        f"--{key}={_yaml(value)}"
+        for key, value in keys.items()
+        if key in overrides or not value == _value(plain, key) == _value(settings, key)
+    ]
+    others = [shlex.quote(f"--{key}={_yaml(value)}") for key, value in overrides.items() if key not in keys]
     start = f"--num_gpus={one.gpus}" if one.gpus <= one.cluster.gpus_per_machine else "--hostfile hosts"
     file = f" --config {config}" if config else ""
-    return " ".join([f"deepspeed {start} launch/train.py{file}", *chosen])
+    return " ".join([f"deepspeed {start} launch/train.py{file}", *said, *others])
 
 
-def _default(plain: Config, key: str) -> object:
+def _value(config: Config, key: str) -> object:
     section, _, name = key.partition(".")
-    return getattr(getattr(plain, section), name)
+    return getattr(getattr(config, section), name)
 
 
 def _yaml(value: object) -> str:

@@ -18,8 +18,9 @@ from moe_mamba.parallel.placement import check_shards
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import GIB, Cluster
-from moe_mamba.planning.estimate import Estimate, micro_batches, run_plan, with_keys
+from moe_mamba.planning.estimate import Estimate, run_plan, with_keys
 from moe_mamba.planning.load import Load
+from moe_mamba.planning.micro_batch import possible_micro_batches
 
 # A search takes an even load, of which the fullest rank of an expert group has this much more.
 MARGIN = 1.1
@@ -216,7 +217,7 @@ def _variants(plan: RunPlan) -> Iterator[RunPlan]:
 
 def _fitting(one: Estimate) -> tuple[Estimate, list[Estimate]]:
     """The smallest micro-batch, and the two largest that fit: more tokens at once are faster, or as fast."""
-    *several, whole = (replace(one, micro_batch=size) for size in micro_batches(one.plan))
+    *several, whole = (replace(one, micro_batch=size) for size in possible_micro_batches(one.plan))
     low, high = 0, len(several)  # memory grows with the micro-batch, but a single micro-step keeps fewer gradients
     while low < high:
         middle = (low + high) // 2

@@ -2,20 +2,13 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moe_mamba.parallel.groups import forget_groups
 from moe_mamba.rehearsal.device import RehearsedWorld, fake_accelerator, replaced
-
-# What keeps groups, or counts what ranks compare: module -> attributes, as they are before any world.
-MEMORY: dict[str, dict[str, Any]] = {
-    "deepspeed.comm.comm": {"cdb": None},
-    "deepspeed.utils.groups": {"mpu": None, "mesh_device": None},
-}
 
 
 @contextlib.contextmanager
@@ -38,7 +31,7 @@ def fake_world(world: RehearsedWorld) -> Iterator[None]:
             deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
             yield
         finally:
-            _forget_groups()
+            forget_groups()
             dist.destroy_process_group()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -62,24 +55,3 @@ def _agreeing() -> Iterator[None]:
     lengths = replaced(utils, "assert_lst_len_same_as_other_ranks", agree_on_length)
     with replaced(utils, "get_lst_from_rank0", agree), lengths:
         yield
-
-
-def _forget_groups() -> None:
-    """Empty what megatron-core and DeepSpeed keep of process groups in their modules."""
-    if parallel_state := sys.modules.get("megatron.core.parallel_state"):
-        parallel_state.destroy_model_parallel()
-    if groups := sys.modules.get("deepspeed.utils.groups"):
-        for name, value in vars(groups).items():
-            if name.startswith("_") and name.isupper() and isinstance(value, dict):
-                value.clear()
-            elif name.startswith("_") and name.isupper() and not isinstance(value, str):
-                setattr(groups, name, None)
-    for module, attributes in MEMORY.items():
-        if module in sys.modules:
-            for name, value in attributes.items():
-                setattr(sys.modules[module], name, value)
-    if stage3 := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
-        # Modules and parameters are numbered by process, and ranks compare the numbers.
-        stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-        stage3.Init.param_id = 0
-        stage3.FWD_MODULE_STACK.clear()

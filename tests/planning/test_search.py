@@ -6,10 +6,11 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.errors import UserError
 from moe_mamba.planning.cluster import Cluster
-from moe_mamba.planning.estimate import estimate, micro_batches
+from moe_mamba.planning.estimate import estimate
 from moe_mamba.planning.figures import change
 from moe_mamba.planning.load import Load
 from moe_mamba.planning.memory import memory_of
+from moe_mamba.planning.micro_batch import possible_micro_batches
 from moe_mamba.planning.report import command_line
 from moe_mamba.planning.search import MARGIN, margin_load, search, worlds_table
 from tests import ROOT
@@ -31,7 +32,9 @@ def test_the_best_fits_and_is_what_its_command_line_says() -> None:
     assert all(one.fits for one in found.best)
     assert found.tried == len(found.best) + found.too_large
     best = found.best[0]
-    line = command_line(best, "configs/paper/moe_mamba_25m.yaml")
+    line = command_line(
+        best, "configs/paper/moe_mamba_25m.yaml", paper(), {"moe.experts": 32, "train.precision": "bf16"}
+    )
     assert line.startswith("deepspeed --num_gpus=4 launch/train.py --config configs/paper/moe_mamba_25m.yaml")
     keys = dict(part.removeprefix("--").split("=") for part in line.split()[5:])
     again = estimate(paper(**{key.replace(".", "__"): value for key, value in keys.items()}), H100, 4, best.load)
@@ -65,7 +68,7 @@ def test_the_margin_is_of_the_rows_of_the_fullest_rank(ranks: int) -> None:
 def test_memory_grows_with_the_micro_batch_as_the_search_believes() -> None:
     """But for a single micro-step, which it looks at by itself."""
     one = estimate(paper(), H100, 2, Load())
-    *totals, whole = (memory_of(one.plan, size, one.load).total for size in micro_batches(one.plan))
+    *totals, whole = (memory_of(one.plan, size, one.load).total for size in possible_micro_batches(one.plan))
     assert len(totals) > 3
     assert totals == sorted(totals)
     assert whole > totals[0]
