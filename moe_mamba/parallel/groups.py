@@ -172,7 +172,7 @@ def forget_groups() -> None:
             elif is_kept or name in ("mpu", "mesh_device"):
                 setattr(groups, name, None)
     if comm := sys.modules.get("deepspeed.comm.comm"):
-        comm.cdb = None
+        comm.cdb = None  # type: ignore[attr-defined]
     if stage3 := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
         # Modules and parameters are numbered by process, and ranks compare the numbers.
         stage3.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
