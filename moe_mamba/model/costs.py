@@ -1,6 +1,6 @@
 """What parts of a model keep and take that are no mixer's: norms, the residual stream, embedding, and the head.
 
-Sizes are a rank's (``work.Share``). Recorded-parallel ranks share the stream's tokens between mixers; see
+Sizes are a rank's (``work.Share``). Tensor-parallel ranks share the stream's tokens between mixers; see
 ``parallel/tensor.py`` for what is gathered where.
 """
 

@@ -47,10 +47,8 @@ def start_groups(plan: RunPlan) -> Groups:
         groups = Groups(topology, None, None, {}, None)
     else:
         rank, size = topology.world.rank, topology.world.size
-        tensor, data = (
-            _neighbours(topology.tensor, rank),
-            _own_group(range(topology.tensor_rank, size, topology.tensor)),
-        )
+        tensor = _neighbours(topology.tensor, rank)
+        data = _own_group(range(topology.tensor_rank, size, topology.tensor))
         # Neighbours that hold the same shard of a parameter sum its gradient.
         counts = {shard.replicas for shard in plan.shards.values()} - {1, topology.tensor}
         replicas = {count: _neighbours(count, rank) for count in sorted(counts)}

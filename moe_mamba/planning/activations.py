@@ -9,7 +9,7 @@ Within 10 % of a tracker of all tensors (``tests/planning/test_activations.py``)
 instructions for bf16 makes of the matrices of a product.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moe_mamba.model.costs import embedding_bytes, head_peak, layer_peak
@@ -19,6 +19,7 @@ from moe_mamba.model.work import Rows, Share
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.load import Load
 from moe_mamba.planning.state import BF16, FP32
+from moe_mamba.planning.traffic import share_of
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,13 @@ class _MicroStep:
 
     def share(self, prefix: str) -> Share:
         """Sizes of this rank's part."""
-        topology, config = self._plan.topology, self._plan.config
+        topology = self._plan.topology
 
         def rows_of(group: str, router: str, experts: int, rows: int) -> Rows:
             ranks = topology.expert if group == "expert" else topology.inner_expert
             return Rows(rows, most_received(self._load, ranks, experts, rows))
 
-        return Share(
-            batch=self._batch,
-            length=config.data.sequence_length,
-            width=self._width,
-            rows_of=rows_of,
-            tensor=topology.tensor,
-            expert=topology.expert,
-            inner_expert=topology.inner_expert,
-            expert_tensor=topology.expert_tensor,
-            resets=config.data.reset_at_document,
-        )
+        return replace(share_of(self._plan, self._batch, self._load, prefix), rows_of=rows_of)
 
 
 @lru_cache(maxsize=4096)

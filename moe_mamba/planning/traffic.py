@@ -135,6 +135,7 @@ def share_of(plan: RunPlan, micro_batch: int, load: Load, prefix: str = "") -> S
         expert=topology.expert,
         inner_expert=topology.inner_expert,
         expert_tensor=topology.expert_tensor,
+        resets=config.data.reset_at_document,
     )
 
 
