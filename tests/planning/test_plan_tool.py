@@ -88,7 +88,7 @@ def test_search_and_worlds(said: Callable[..., str]) -> None:
         ((*ON_8, "--shards"), "--shards prints a table that is the same for any layout"),
         ((*ON_8, "--worlds=8"), "--worlds prints a table of searches"),
         ((*CONFIG, "--cluster=h100", "--worlds=8,x"), "--worlds="),
-        ((*CONFIG, "--measured=none.json", "--gpus=8"), "none.json cannot be read"),
+        ((*CONFIG, "--measured=none.json", "--gpus=8"), "none.json is missing"),
         ((*ON_8, "--parallel.tensor=3"), "parallel.tensor=3 does not divide"),
     ],
 )
