@@ -70,7 +70,7 @@ def main(
     ]
     vocabulary, buckets = len(set(text.ids.tolist())), bucket_starts(text)
     what = Read(source, corpus.identity, len(text.ids), length, vocabulary, buckets, shuffles)
-    pairs = agreements(choices, shuffles)
+    pairs = agreements(text.ids, choices, shuffles)
     _write(Path(output), what, found, pairs)
     print("\n".join(summary(found)))
     if pairs:
