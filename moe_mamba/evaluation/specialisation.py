@@ -17,7 +17,6 @@ from moe_mamba.evaluation.information import (
     normalised_information,
 )
 
-
 FEWEST = 8  # assignments an expert in a bucket of places, below which its loads say little
 
 

@@ -111,14 +111,14 @@ def test_seeds_agree_whatever_the_numbers_of_their_experts() -> None:
     other = np.where(RANDOM.random(N) < 0.5, one, RANDOM.integers(0, EXPERTS, N))
     runs = {"a": one, "b": (one * 3 + 1) % EXPERTS, "c": other, "d": RANDOM.integers(0, EXPERTS, N)}
     words = RANDOM.integers(0, WORDS, N)
-    pairs = agreements(words, {name: {"1": choices_by(expert)} for name, expert in runs.items()})
+    pairs = agreements(words, {name: {"1": choices_by(expert)} for name, expert in runs.items()}, shuffles=4)
     found = {pair.runs: pair.routers["1"] for pair in pairs}
     assert found["a", "b"].value == pytest.approx(1)
     a, b, information = by_hand(one.tolist(), other.tolist())
     assert found["a", "c"].value == pytest.approx(2 * information / (a + b), abs=1e-12)
     assert abs(found["a", "d"].beyond) < 5 * found["a", "d"].spread and found["a", "c"].beyond > 0.1
     left = Choices(np.arange(N), one, np.where(np.arange(N) < 9, -1, one), EXPERTS, looks_ahead=False)
-    (pair,) = agreements(words, {"left": {"1": left, "2": left}, "b": {"1": choices_by(runs["b"])}})
+    (pair,) = agreements(words, {"left": {"1": left, "2": left}, "b": {"1": choices_by(runs["b"])}}, 2)
     assert list(pair.routers) == ["1"] and pair.routers["1"].value == pytest.approx(1)  # tokens that both took
 
 
@@ -212,6 +212,7 @@ def test_a_text_is_read_in_whole_windows_with_places_in_documents(tmp_path: Path
 CHOICE = {"router": "expert_choice", "capacity_factor": 1.0, "balance": "none"}
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_numbers_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
