@@ -51,6 +51,8 @@ def main(
     world = World.from_environment()
     if world.size > 1:
         raise UserError("tools/experts.py runs in one process: start it without a launcher")
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"--output={output} is a file: give a folder")
     opened = _open(runs)
     first = next(iter(opened.values()))
     data = first.config.data

@@ -238,5 +238,6 @@ def test_the_command_writes_tables_numbers_and_a_picture(
     assert Path("out/experts.png").read_bytes().startswith(b"\x89PNG")
     assert "dense: model.pattern=M has no experts" in refusal(main, "dense", "--input=text.txt")
     assert "no run is given" in refusal(main)
+    assert "--output=text.txt is a file" in refusal(main, "one", "--output=text.txt")
     assert "named twice" in refusal(main, "one", "one")
     assert "one whole window of 9999 tokens" in refusal(main, "one", "--input=text.txt", "--sequence_length=9999")
