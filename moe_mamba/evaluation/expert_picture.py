@@ -22,7 +22,8 @@ def draw(read: Read, runs: Sequence[Run], agreements: Sequence[Agreement], path:
     shown = [labels[place] for place in np.unique(np.linspace(0, len(labels) - 1, MOST_MAPS).round().astype(int))]
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(12, 3.6 + 2.2 * rows), dpi=130, layout="constrained", facecolor="white")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 2.2 * rows])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 2.2 * rows])
+    top, bottom = parts
     axes = top.subplots(1, 2 + bool(agreements))
     token = {run.name: {label: router.token for label, router in run.routers.items()} for run in runs}
     place = {run.name: {label: router.position for label, router in run.routers.items()} for run in runs}

@@ -85,7 +85,7 @@ def beyond_chance(counts: NDArray[np.int64], error: float = 0.01) -> tuple[NDArr
     rarity = np.zeros(counts.shape)
     np.log(lift, out=rarity, where=counts > 0)
     rarity = counts * rarity - counts + expected  # chance of such a count or a larger one: below e to minus this
-    cells = np.count_nonzero(expected)
+    cells = int(np.count_nonzero(expected))
     return lift, (lift > 1) & (rarity >= math.log(max(1, cells) / error))
 
 
