@@ -144,7 +144,6 @@ BY_WIDTH = Layout(4, 2, 2, expert_tensor=True)
             for pattern in ("M", "*", "-", "(M*-)")
             for tensor, keys in [(2, {}), (4, BF16)]
         ),
-        pytest.param("-", Layout(2, 2), RECOMPUTED | {"train__compile": True}, marks=pytest.mark.long),
         ("*", Layout(4, 4), {"model__kv_heads": 4}),  # one for each rank: no replicas
         ("ME", Layout(2), {}),  # data parallelism says nothing but the statistics
         *(
