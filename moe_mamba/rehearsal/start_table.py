@@ -35,17 +35,21 @@ def start_table(config: Config, worlds: Sequence[int], *, machine: int = 8, gpu:
                 if same := measured.get(part.name):
                     part.kept, part.peak = same.kept, same.peak
                 columns[-1] |= {(part.name, name, what): text for what, text in figures(part)}
-    return _table([f"{gpus:,} ranks" for gpus in worlds], columns)
+    return "\n".join(lines_of([f"{gpus:,} ranks" for gpus in worlds], columns))
 
 
-def _table(heads: list[str], columns: list[dict[tuple[str, ...], str]]) -> str:
-    # The last world has every part: only where there are several machines are they compared.
+def lines_of(heads: list[str], columns: list[dict[tuple[str, ...], str]]) -> list[str]:
+    """A line for each key in any column, in the order of the last one, which has every part; ``-`` where one has none.
+
+    Args:
+        heads: of the columns.
+        columns: part, rank and name of a figure -> its text.
+    """
     keys = list(dict.fromkeys(key for column in reversed(columns) for key in column))
     rows = [("", *heads)]
     rows += [(", ".join(key), *(column.get(key, "-") for column in columns)) for key in keys]
     widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
-    lines = ("  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return ["  ".join([f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def figures(part: Part) -> Iterator[tuple[str, str]]:
