@@ -23,7 +23,7 @@ from moe_mamba.preflight.facts import rank_facts
 from moe_mamba.preflight.folders import Seen, cache_folders, grouped, look
 from moe_mamba.preflight.report import Clock, Finding, Folder, RankFacts
 
-TOLD = 32  # findings that ranks other than the first hear
+TOLD = 8  # refusals, and as many other findings, that ranks other than the first hear
 
 
 @dataclass(frozen=True)

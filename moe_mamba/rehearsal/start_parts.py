@@ -56,7 +56,7 @@ class Part:
         connections: made or taken.
         sent: bytes written to sockets and read from them.
         descriptors: left open.
-        threads: left running.
+        threads: of Python's, left running.
         share: of the world that was there, where this machine has no descriptors for all; what grows with the world is
             of so many.
     """
@@ -122,7 +122,7 @@ class Parts:
         self.found.append(part)
         gc.collect()
         process = psutil.Process()
-        descriptors, threads, read = process.num_fds(), process.num_threads(), _read(process)
+        descriptors, threads, read = process.num_fds(), set(threading.enumerate()), _read(process)
         with _listening(part), _counted_groups(part), _counted_sockets(part, besides):
             if self.measured:
                 tracemalloc.start()
@@ -139,7 +139,7 @@ class Parts:
         # To ask is to read a file as well: as much as before, when only the second question saw the first one.
         part.read = max(0, _read(process) - read - _cost_of_asking(process))
         part.descriptors = process.num_fds() - descriptors
-        part.threads = process.num_threads() - threads
+        part.threads = len(set(threading.enumerate()) - threads)
 
 
 def _read(process: psutil.Process) -> int:

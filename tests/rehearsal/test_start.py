@@ -40,12 +40,13 @@ def test_another_rank_asks_for_as_much_in_any_world(counted: Starts) -> None:
     few, many = counted[FEW, "last"], counted[MANY, "last"]
     for name in ("meeting", "machines"):
         assert many[name].store == few[name].store
-        assert many[name].store_bytes <= few[name].store_bytes + 1000  # numbers have more digits; some findings more
-    for name in few:
-        assert many[name].files["removed"] == few[name].files["removed"] <= 1
-        assert many[name].files["opened"] <= few[name].files["opened"] + 4
+        # Numbers have more digits, and of findings, which may be one for each machine, all hear a few.
+        assert many[name].store_bytes <= few[name].store_bytes + 2 * 8 * 400
+    for name in ("meeting", "machines", "corpora", "checkpoint"):
+        assert many[name].files["removed"] == few[name].files["removed"] == (name == "machines")
         assert many[name].files["stats"] == few[name].files["stats"]
-        assert (many[name].descriptors, many[name].threads) == (few[name].descriptors, few[name].threads)
+    for name in few:
+        assert many[name].files["opened"] <= few[name].files["opened"] + 4
     assert (many["watch"].connections, many["watch"].descriptors, many["watch"].threads) == (1, 3, 1)
     assert many["corpora"].files == few["corpora"].files and many["corpora"].mapped == few["corpora"].mapped > 0
     # The manifest, the index and its own file.
