@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
 from pydantic import TypeAdapter
 
 from moe_mamba.errors import UserError
 from moe_mamba.json_file import check, read_json
 from moe_mamba.planning.cluster import Cluster, Curve, Link, Reached
+from moe_mamba.planning.devices import peak_flops
 from moe_mamba.preflight.report import Measures, Report
 
 SCAN_OPERATIONS = 27  # of a state, forward and backward, as models count them
@@ -30,7 +32,7 @@ def cluster_of(path: Path, preset: Cluster | None = None) -> Cluster:
     measures = report.measures
     if measures is None:
         raise UserError(f"{path} has findings and no measures: correct what it refuses, and run the preflight again")
-    return _cluster(report, measures, preset, report.ranks[0].device != "cpu")
+    return _cluster(report, measures, preset, report.ranks[0].device)
 
 
 def _read(path: Path) -> Report:
@@ -38,7 +40,7 @@ def _read(path: Path) -> Report:
     return check(read_json(path, fix), REPORT, f"{path} is no preflight's report", fix)
 
 
-def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu: bool) -> Cluster:
+def _cluster(report: Report, measures: Measures, preset: Cluster | None, device: str) -> Cluster:
     curves = {curve.what: Curve(tuple(curve.points)) for curve in measures.curves}
     if len(curves) < len(measures.curves):
         raise UserError("the preflight has two curves of the same kind: run it anew")
@@ -46,7 +48,7 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
         raise UserError("the preflight has no curves of speed over sizes: it is of an older version: run it anew")
     compute, products = measures.compute, curves["product"]
     scans = [one.scan_tokens for one in compute if one.scan_tokens is not None]
-    memory_rate, fastest = median(one.copy_bytes for one in compute), max(rate for _, rate in products.points)
+    memory_rate, fastest = median(one.copy_bytes for one in compute), products.most
     plain = fastest
     if scans and measures.sizes.scan:
         plain = median(scans) * measures.sizes.scan[2] * measures.sizes.scan[3] * SCAN_OPERATIONS
@@ -63,8 +65,8 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
         name=f"measured {report.made}",
         gpus_per_machine=max(len(ranks) for ranks in report.machines.values()),
         memory=memory or cluster.memory,
-        bf16=fastest if is_half else cluster.bf16,
-        fp32=cluster.fp32 if is_half else fastest,
+        bf16=peak_flops(device, torch.bfloat16) or (fastest if is_half else cluster.bf16),
+        fp32=peak_flops(device, torch.float32) or (cluster.fp32 if is_half else fastest),
         plain=plain,
         memory_rate=memory_rate,
         inside=_link(measures, is_inside=True) or cluster.inside,
@@ -72,11 +74,11 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
         disk_rate=min((one.write_bytes for one in measures.storage), default=cluster.disk_rate),
         operator=curves["pass"].points[0][1],
         reached=Reached(1, 1, 1, 1, 1, 1, cluster.reached.beside),
-        is_gpu=is_gpu,
+        is_gpu=device != "cpu",
         products=products,
         passes=curves["pass"],
         kernels=curves.get("kernel", curves["pass"]),
-        attention=curves["attention"].points[0][1] if "attention" in curves else None,
+        attention=curves["attention"].points[0][1] if "attention" in curves else fastest,
         collectives=collectives,
         measured_ranks=report.world_size,
     )
