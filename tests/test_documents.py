@@ -75,6 +75,7 @@ ELSEWHERE = {
         "tests/preflight/test_preflight.py"
     ),
     "python tools/status.py runs/site": "tests/run/test_status.py",
+    "python tools/experts.py runs/a runs/b --output specialisation": "tests/evaluation/test_experts.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=head": "tests/test_benchmark.py",

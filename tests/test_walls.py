@@ -49,7 +49,10 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "config_file", "installation"),
     },
-    "rehearsal": {"train", "faults", "planning", "parallel", "model", "kernels", "data", "config"},
+    "rehearsal": {
+        *("train", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
+        *("model", "kernels", "data", "config", "safetensors_header"),
+    },
     "commands": {
         *("rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint"),
         *(

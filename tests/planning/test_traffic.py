@@ -144,7 +144,6 @@ BY_WIDTH = Layout(4, 2, 2, expert_tensor=True)
             for pattern in ("M", "*", "-", "(M*-)")
             for tensor, keys in [(2, {}), (4, BF16)]
         ),
-        pytest.param("-", Layout(2, 2), RECOMPUTED | {"train__compile": True}, marks=pytest.mark.long),
         ("*", Layout(4, 4), {"model__kv_heads": 4}),  # one for each rank: no replicas
         ("ME", Layout(2), {}),  # data parallelism says nothing but the statistics
         *(
@@ -211,7 +210,7 @@ CASES = {
     ),
     "ZeRO 3, replicas": ("*-**", Layout(4, 4, zero=3), 3, BF16),
     "inner": ("M shared", Layout(4, 2, 4), 1, {}),
-    "inner, recomputed": ("(ME)- switch", Layout(4, 2, 4), 1, {**CAPACITY, **RECOMPUTED}),
+    "inner, recomputed": ("(ME)- switch", Layout(4, 2, 4), 1, {**CAPACITY, **RECOMPUTED, "model__d_inner": 22}),
     "inner, top 2": ("M own top-2", Layout(4, 1, 2, 2), 1, BF16),
     "offloaded": ("M-", Layout(4, 2, zero=2), 2, {"parallel__offload_optimizer": True}),
 }
