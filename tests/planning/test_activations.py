@@ -240,7 +240,7 @@ def test_kernels_take_memory_that_no_tracker_sees() -> None:
 
 
 def test_of_recorded_loads_each_layer_has_its_own() -> None:
-    """The first rank is full in one layer and the second in the next: neither keeps what one that is full in both does."""
+    """Where another rank is full in each layer, none keeps what one that is full in both does."""
     config = config_of("EE", Layout(2, 1, 2), 2, data__sequence_length=512)
     experts = config.moe.experts
     full, empty = ((share,) * (experts // 2) for share in (1.8 / experts, 0.2 / experts))
