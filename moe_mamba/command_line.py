@@ -8,8 +8,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import fire
 from fire.core import FireExit
@@ -92,6 +92,7 @@ def parse(function: Callable[..., None]) -> Callable[[], None]:
             return
         # Fire gives flags by position where it can; by name, a refusal can say which one is wrong.
         named = dict(zip(parameters, arguments, strict=False))
+        _check_given(function, named | flags)
         calls.append(functools.partial(typed, **named, **flags))
 
     calls: list[Callable[[], None]] = []
@@ -120,6 +121,14 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"{shown(flag)[1:-1]} is given twice, as {shown(given[name])} and {shown(value)}: give it once"
             )
+
+
+def _check_given(function: Callable[..., None], flags: Mapping[str, Any]) -> None:
+    """Refuse a flag without a value that needs one: to an optional number it would be null, as if it were not there."""
+    kinds = get_type_hints(function)
+    for name, value in flags.items():
+        if value == "" and name in kinds and str not in (kinds[name], *get_args(kinds[name])):
+            raise UserError(f"--{name}=: give a value; --help lists the flags")
 
 
 def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str, str]]:

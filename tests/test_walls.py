@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"lean_import", "checkpoint", "model", "config"},
     "planning": {"run", "parallel", "model", "kernels", "config", "config_types"},
     "preflight": {
-        *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file"),
+        *("run", "planning", "parallel", "model", "kernels", "data", "atomic_file", "json_file"),
         *("config", "installation"),
     },
     "run": {

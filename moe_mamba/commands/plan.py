@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from moe_mamba.atomic_file import write_atomically
+from moe_mamba.commands.outputs import output as writable
+from moe_mamba.commands.outputs import save
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config, reference
-from moe_mamba.config_types import DEVICES, Range
-from moe_mamba.errors import UserError, shown
+from moe_mamba.config_types import DEVICES, Range, refused
+from moe_mamba.errors import UserError
 from moe_mamba.installation import command
 from moe_mamba.planning.cluster import PRESETS, Cluster
 from moe_mamba.planning.estimate import Estimate, estimate
@@ -29,6 +30,8 @@ from moe_mamba.preflight.measured import cluster_of
 
 def _numbers(value: object) -> object:
     """Numbers as a command line writes them: 8,64."""
+    if isinstance(value, bool):  # the flag without a value
+        raise refused("give numbers with commas between them, such as 8,64")
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -93,8 +96,8 @@ def main(
     where = _cluster(cluster, measured, given)
     asked = {"worlds": worlds, "tokens": tokens, "price": price, "load": load, "search": search, "picture": picture}
     _check_flags(where, asked | {"gpus": gpus, "json": json, "shards": shards})
-    output = _output(json, ".json", "--json") if isinstance(json, str) else None
-    image = None if picture is None else _output(picture, PICTURES, "--picture")
+    output = writable(json, ".json", "--json") if isinstance(json, str) else None
+    image = None if picture is None else writable(picture, PICTURES, "--picture")
     settings = load_config(config, overrides)
     if not settings.has_vocabulary:
         raise UserError("model.vocab_size=null is only known once a run has its tokenizer: give --model.vocab_size=N")
@@ -108,8 +111,6 @@ def main(
         assert gpus is not None  # or it was refused
         found, one = _laid_out(settings, where, gpus, load, search, tokens, price)
         best = found.best if found is not None else []
-        if image is not None:
-            draw([(short_layout(other), other) for other in best[:PICTURED] or [one]], image)
         said = numbers(one) | ({} if found is None else {"layouts": [numbers(other) for other in best[:SHOWN]]})
 
         def shown_to_people() -> str:
@@ -118,6 +119,9 @@ def main(
             return "\n\n".join(parts + [command_line(one, config, settings, overrides)] * one.fits)
 
         _show(said, shown_to_people, output, json is True)
+        if image is not None:
+            drawn = [(short_layout(other), other) for other in best[:PICTURED] or [one]]
+            save(image, draw(drawn, image.suffix.removeprefix(".")))
 
 
 def _check_flags(where: Cluster | None, asked: Mapping[str, Any]) -> None:
@@ -134,8 +138,8 @@ def _check_flags(where: Cluster | None, asked: Mapping[str, Any]) -> None:
     if where is None:
         for name in given:
             if name not in ("gpus", "json", "shards"):
-                presets = ", ".join(PRESETS)
-                raise UserError(f"--{name} is for a run on a cluster: give --cluster=h100 or another of {presets}")
+                given_by = f"--cluster=h100 or another of {', '.join(PRESETS)}, or --measured FILE"
+                raise UserError(f"--{name} is for a run on a cluster: give {given_by}")
     elif "worlds" in given:
         if {"gpus", "search", "json", "picture", "load"} & set(given):
             raise UserError(
@@ -165,11 +169,11 @@ def _laid_out(
 
 
 def _show(said: Mapping[str, Any], to_people: Callable[[], str], output: Path | None, only_json: bool) -> None:
-    """Print the numbers as JSON or as people want them, and write them to a file as well."""
+    """Print the numbers as JSON or as people want them, and then write them to a file as well."""
     text = json_format.dumps(said)
+    print(text if only_json else to_people(), flush=True)
     if output is not None:
-        write_atomically(output, text + "\n")
-    print(text if only_json else to_people())
+        save(output, text + "\n")
 
 
 def _cluster(name: str | None, measured: str | None, figures: dict[str, Any]) -> Cluster | None:
@@ -182,14 +186,3 @@ def _cluster(name: str | None, measured: str | None, figures: dict[str, Any]) ->
         return None
     preset = None if name is None else Cluster.of(name)
     return change(preset if measured is None else cluster_of(Path(measured), preset), figures)  # type: ignore[arg-type]
-
-
-def _output(name: str, endings: str | tuple[str, ...], flag: str) -> Path:
-    """A file that can be written, by its name."""
-    path = Path(name).expanduser()
-    if not name.endswith(endings):
-        wanted = endings if isinstance(endings, str) else ", ".join(endings)
-        raise UserError(f"{flag}={shown(name)[1:-1]}: give a file that ends in {wanted}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{flag}={shown(name)[1:-1]}: there is no folder {shown(str(path.parent))}: make it first")
-    return path

@@ -17,6 +17,9 @@ from moe_mamba.errors import UserError
 from moe_mamba.planning.devices import peak_flops
 
 GIB = 2**30
+# Share of a GPU's memory that a plan fills: CUDA's context, NCCL's buffers and kernels lie in the rest. What the
+# allocator loses is counted by itself (``memory.FRAGMENTATION``).
+FILLED = 0.95
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 
 
@@ -132,6 +135,15 @@ class Cluster:
     attention: float | None = None
     collectives: Mapping[str, Curve] = field(default_factory=lambda: MappingProxyType({}))
     measured_ranks: int = 1
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a plan may fill."""
+        return self.memory * FILLED
+
+    def host_room(self, gpus: int) -> float:
+        """Bytes of a machine's own memory for each of its devices, of so many in all."""
+        return self.host_memory * FILLED / min(self.gpus_per_machine, gpus)
 
     @classmethod
     def of(cls, name: str) -> "Cluster":

@@ -14,14 +14,11 @@ from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load, fullest_rank
 from moe_mamba.planning.memory import Memory, checkpoint_bytes, memory_of
-from moe_mamba.planning.micro_batch import possible_micro_batches
+from moe_mamba.planning.micro_batch import micro_batch_on
 from moe_mamba.planning.step_time import StepTime, flops_per_token, step_time
 from moe_mamba.planning.traffic import Flow, traffic_of
 
 SECONDS_PER_DAY = 86400
-# Share of a GPU's memory that a plan fills: CUDA's context, NCCL's buffers and kernels lie in the rest. What the
-# allocator loses is counted by itself (``memory.FRAGMENTATION``).
-FILLED = 0.95
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,12 @@ class Estimate:
     @property
     def room(self) -> float:
         """Bytes of a device that a plan may fill."""
-        return self.cluster.memory * FILLED
+        return self.cluster.room
 
     @property
     def host_room(self) -> float:
         """Bytes of the machine's own memory for each of its devices."""
-        return self.cluster.host_memory * FILLED / min(self.cluster.gpus_per_machine, self.gpus)
+        return self.cluster.host_room(self.gpus)
 
     @property
     def fits(self) -> bool:
@@ -156,7 +153,7 @@ def estimate(
     """Plan a run as its configuration lays it out.
 
     Args:
-        config: of the run; where ``train.micro_batch`` is null, the largest that fits is taken, or the smallest.
+        config: of the run; where ``train.micro_batch`` is null, what a run would choose is taken.
         cluster: where it runs.
         gpus: devices.
         load: of the experts.
@@ -167,9 +164,9 @@ def estimate(
         UserError: model or batch do not fit the layout, as training would say.
     """
     plan = run_plan(config, cluster, gpus, load)
+    load.check(plan.model)
     wanted = tokens or config.steps * config.train.global_batch * config.data.sequence_length
-    found = [Estimate(plan, cluster, load, size, wanted, price) for size in possible_micro_batches(plan)]
-    return next((one for one in reversed(found) if one.fits), found[0])
+    return Estimate(plan, cluster, load, micro_batch_on(plan, cluster, load), wanted, price)
 
 
 def run_plan(config: Config, cluster: Cluster, gpus: int, load: Load, model: LanguageModel | None = None) -> RunPlan:

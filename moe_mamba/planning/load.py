@@ -5,14 +5,18 @@ its row of it (what it sends) and its columns (what its experts receive), so a g
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from moe_mamba.errors import UserError, brief
+from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.run.metrics import read_metrics, router_label
 
 FORMS = "even, skewed:FACTOR such as skewed:1.5, or run:FOLDER of a run that has trained"
+FACTOR = re.compile(r"\d{1,12}(\.\d{0,30})?", re.ASCII)
+MOST = 10**6
 PARTS = 10**5  # metrics.jsonl has shares of five digits
 
 
@@ -76,6 +80,21 @@ class Load:
             return cls(text, recorded=_recorded(value))
         raise UserError(f"load={brief(text)} is not known: give {FORMS}")
 
+    def check(self, model: LanguageModel) -> None:
+        """Refuse a load that a model's experts cannot have; that no layer reads it is one.
+
+        Raises:
+            UserError: as ``matrix``, or no layer sends experts as many rows as their routers choose.
+        """
+        if self.factor == 1 and self.recorded is None:
+            return
+        experts_of = dropless(model)
+        if not experts_of:
+            why = "experts take their capacity at any load" if model.routers() else "the model has no experts"
+            raise UserError(f"load={brief(self.text)} changes nothing, for {why}: leave out --load")
+        for name, experts in experts_of.items():
+            self._weights(experts, name)
+
     def matrix(self, ranks: int, experts: int, rows_per_rank: int, router: str | None = None) -> list[list[int]]:
         """Rows that each rank of a group sends to each expert, (ranks, experts).
 
@@ -127,6 +146,12 @@ class Load:
         return [sum(round(PARTS * share) for share in shares) for shares in zip(*found, strict=True)]
 
 
+def dropless(model: LanguageModel) -> dict[str, int]:
+    """Routers whose experts take all rows that are chosen for them, by name, and their experts: what a load is for."""
+    routers = model.routers().items()
+    return {name: router.config.experts for name, router in routers if router.config.capacity_factor is None}
+
+
 def _correct(row: list[int], owed: list[int], whole: int, missing: int) -> None:
     """Make a row's sum exact, in place: one row more where most is owed, or less where least is."""
     order = sorted(range(len(row)), key=lambda expert: (-owed[expert], expert))
@@ -139,13 +164,13 @@ def _correct(row: list[int], owed: list[int], whole: int, missing: int) -> None:
 
 
 def _factor(text: str, value: str) -> Fraction:
-    try:
-        factor = Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"load={brief(text)}: {brief(value)} is no number: give {FORMS}") from None
-    if not 1 <= factor <= 10**6:
-        raise UserError(f"load={brief(text)}: the fullest expert has at least the mean: give a factor of 1 or more")
-    return factor.limit_denominator(10**6)
+    if FACTOR.fullmatch(value) is None:  # Fraction would write down all digits of 1e999999999
+        raise UserError(f"load={brief(text)}: {brief(value)} is no number such as 1.5: give {FORMS}")
+    factor = Fraction(value)
+    if not 1 <= factor <= MOST:
+        what = "at least the mean" if factor < 1 else f"no more than {MOST:,} times the mean"
+        raise UserError(f"load={brief(text)}: the fullest expert has {what}: give a factor from 1 to {MOST:,}")
+    return factor.limit_denominator(MOST)
 
 
 def _recorded(folder: str) -> tuple[tuple[str, tuple[float, ...]], ...]:

@@ -1,15 +1,16 @@
 """How many sequences a device processes at once, when the configuration leaves it open."""
 
+import math
+
 import torch
 
 from moe_mamba.parallel.run_plan import RunPlan
+from moe_mamba.planning.cluster import FILLED, Cluster
 from moe_mamba.planning.load import Load
 from moe_mamba.planning.memory import memory_of
 
 # On a CPU, more tokens at once only fall out of the caches.
 CPU_TOKENS = 4096
-# Bytes of a GPU that libraries take for themselves: NCCL's buffers, cuBLAS's workspace, kernels' code.
-LIBRARIES = 2**30
 
 
 def choose_micro_batch(plan: RunPlan) -> int:
@@ -18,29 +19,37 @@ def choose_micro_batch(plan: RunPlan) -> int:
     On a GPU it is the largest that fits the memory that is free before the model lies there, by ``memory_of``, so the
     choice of one rank must be given to all.
     """
-    config, device = plan.config, plan.topology.world.device
-    fitting = possible_micro_batches(plan)
-    if config.train.micro_batch:
-        return config.train.micro_batch
+    device = plan.topology.world.device
     if device.type != "cuda":
-        most = CPU_TOKENS / config.data.sequence_length
-        return max((n for n in fitting if n <= most), default=fitting[0])
+        return _on_cpu(plan)
     free, _ = torch.cuda.mem_get_info(device)
-    return largest_micro_batch(plan, free)
+    return _largest(plan, Load(), FILLED * free)
 
 
-def largest_micro_batch(plan: RunPlan, free: float) -> int:
-    """The largest that a GPU with ``free`` bytes holds; the smallest where it holds none.
+def micro_batch_on(plan: RunPlan, cluster: Cluster, load: Load) -> int:
+    """What a run on a cluster would choose, if experts had this load.
 
     Raises:
         UserError: as ``possible_micro_batches``.
     """
-    chosen, *larger = possible_micro_batches(plan)
-    for number in larger:
-        if memory_of(plan, number, Load()).total > free - LIBRARIES:
-            break
-        chosen = number
-    return chosen
+    if not cluster.is_gpu:
+        return _on_cpu(plan)
+    return _largest(plan, load, cluster.room, cluster.host_room(plan.topology.world.size))
+
+
+def _on_cpu(plan: RunPlan) -> int:
+    sizes, most = possible_micro_batches(plan), CPU_TOKENS / plan.config.data.sequence_length
+    return max((size for size in sizes if size <= most), default=sizes[0])
+
+
+def _largest(plan: RunPlan, load: Load, room: float, host_room: float = math.inf) -> int:
+    """The largest that fits a GPU, whether or not smaller ones do; the smallest where none does."""
+    sizes = possible_micro_batches(plan)
+    for size in reversed(sizes[1:]):
+        memory = memory_of(plan, size, load)
+        if memory.total <= room and memory.host <= host_room:
+            return size
+    return sizes[0]
 
 
 def possible_micro_batches(plan: RunPlan) -> list[int]:

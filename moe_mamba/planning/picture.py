@@ -1,18 +1,19 @@
 """A picture of estimates: the memory of the fullest rank by kind, and where a step's time goes."""
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from moe_mamba.planning.cluster import GIB
 from moe_mamba.planning.estimate import Estimate
 from moe_mamba.planning.report import NAMES
 
 
-def draw(estimates: Sequence[tuple[str, Estimate]], path: Path) -> None:
-    """Draw a bar for each of ``estimates``, (name, estimate), and write the picture to ``path``.
+def draw(estimates: Sequence[tuple[str, Estimate]], form: str) -> bytes:
+    """A picture with a bar for each of ``estimates``, (name, estimate).
 
-    Raises:
-        ValueError: the name's ending is no format of pictures.
+    Args:
+        estimates: what is drawn.
+        form: of the picture: png, svg or pdf.
     """
     from matplotlib.figure import Figure
 
@@ -33,7 +34,9 @@ def draw(estimates: Sequence[tuple[str, Estimate]], path: Path) -> None:
     time.set_xlim(0, 150)
     time.set_xticks(range(0, 101, 20))
     memory.invert_yaxis()
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=form, dpi=110)
+    return picture.getvalue()
 
 
 def _stack(axes: object, names: Sequence[str], bars: Sequence[Mapping[str, float]]) -> None:

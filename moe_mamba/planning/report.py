@@ -8,6 +8,7 @@ from typing import Any
 from moe_mamba.config import Config
 from moe_mamba.model.pattern import describe, has_experts
 from moe_mamba.planning.estimate import Estimate
+from moe_mamba.planning.load import Load
 from moe_mamba.planning.memory import size
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "communication", "update", "fragmentation")
@@ -75,7 +76,7 @@ def table(one: Estimate) -> str:
         ("parameters", f"{counts['total']:,} without embedding, head and norms; {counts['active']:,} active per token"),
         ("  whole", f"{counts['total'] + counts['norm'] + counts['embedding']:,} with embedding, head and norms"),
         ("  work", f"{one.flops_per_token:.3g} FLOPs per token, the scan's included"),
-        ("cluster", f"{one.gpus} GPUs, {one.cluster.name}; load of the experts: {one.load.text}"),
+        ("cluster", f"{one.gpus} GPUs, {one.cluster.name}; load of the experts: {one.load.text}{_unread(one)}"),
         ("layout", layout_of(one)),
         *_memory_rows(one),
         *_traffic_rows(one),
@@ -84,6 +85,12 @@ def table(one: Estimate) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _unread(one: Estimate) -> str:
+    """What is to be said of a load that changes no figure."""
+    is_read = one.plan.topology.expert > 1 or one.plan.topology.inner_expert > 1 or one.load == Load()
+    return "" if is_read else ", which changes nothing where each GPU has all experts (parallel.expert=1)"
 
 
 def layout_of(one: Estimate) -> str:
@@ -154,7 +161,7 @@ def command_line(one: Estimate, config: str | None, settings: Config, overrides:
         overrides: keys that were given besides the file.
     """
     parallel, train = one.plan.config.parallel, one.plan.config.train
-    keys = {
+    keys: dict[str, object] = {
         "parallel.tensor": parallel.tensor,
         "parallel.expert": parallel.expert,
         "parallel.expert_tensor": parallel.expert_tensor,
@@ -163,6 +170,8 @@ def command_line(one: Estimate, config: str | None, settings: Config, overrides:
         "train.recompute": train.recompute,
         "train.micro_batch": one.micro_batch,
     }
+    if one.tokens != settings.steps * settings.train.global_batch * settings.data.sequence_length:
+        keys |= {"train.steps": None, "train.tokens": one.tokens}
     plain = Config()
     said = [
         f"--{key}={_yaml(value)}"
@@ -171,7 +180,7 @@ def command_line(one: Estimate, config: str | None, settings: Config, overrides:
     ]
     others = [shlex.quote(f"--{key}={_yaml(value)}") for key, value in overrides.items() if key not in keys]
     start = f"--num_gpus={one.gpus}" if one.gpus <= one.cluster.gpus_per_machine else "--hostfile hosts"
-    file = f" --config {config}" if config else ""
+    file = f" --config {shlex.quote(config)}" if config else ""
     return " ".join([f"deepspeed {start} launch/train.py{file}", *said, *others])
 
 
@@ -181,6 +190,8 @@ def _value(config: Config, key: str) -> object:
 
 
 def _yaml(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -8,7 +8,6 @@ micro-batch change none.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from moe_mamba.config import Config
 from moe_mamba.errors import UserError
@@ -19,7 +18,7 @@ from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import GIB, Cluster
 from moe_mamba.planning.estimate import Estimate, run_plan, with_keys
-from moe_mamba.planning.load import Load
+from moe_mamba.planning.load import Load, dropless
 from moe_mamba.planning.micro_batch import possible_micro_batches
 
 # A search takes an even load, of which the fullest rank of an expert group has this much more.
@@ -69,6 +68,8 @@ def search(
     """
     wanted = tokens or config.steps * config.train.global_batch * config.data.sequence_length
     model = LanguageModel.on_meta(config.model, config.moe, config.run.kernels)
+    (load or Load()).check(model)
+    experts = min(dropless(model).values(), default=1)
     best: list[Estimate] = []
     tried = impossible = too_large = 0
     least: Estimate | None = None
@@ -76,7 +77,7 @@ def search(
         if layout is None:
             impossible += 1
             continue
-        loaded = load or margin_load(layout.moe.experts, layout.parallel.expert)
+        loaded = load or margin_load(experts, layout.parallel.expert)
         plan = run_plan(layout, cluster, gpus, loaded, model)
         fit: set[tuple[int, bool]] = set()  # without offloading, which is slower and would be chosen by nobody
         for variant in _variants(plan):
@@ -132,7 +133,11 @@ def worlds_table(config: Config, cluster: Cluster, worlds: list[int], tokens: in
     head = ("GPUs", "layout", "GiB", "tokens/s/GPU", "MFU", "bound", "days")
     rows: list[tuple[str, ...]] = [head]
     for gpus in worlds:
-        found = search(config, cluster, gpus, None, tokens, price)
+        try:
+            found = search(config, cluster, gpus, None, tokens, price)
+        except UserError as error:  # the other worlds are possible still
+            rows.append((f"{gpus:,}", f"cannot be: {error}", "", "", "", "", ""))
+            continue
         if not found.best:
             assert found.least is not None
             rows.append((f"{gpus:,}", "none fits", f"{found.least.memory.total / GIB:.0f}", "", "", "memory", ""))
@@ -140,7 +145,8 @@ def worlds_table(config: Config, cluster: Cluster, worlds: list[int], tokens: in
         one = found.best[0]
         speed = (f"{one.tokens_per_second:,.0f}", f"{one.mfu:.1%}", one.time.bound, f"{one.days:,.1f}")
         rows.append((f"{gpus:,}", short_layout(one).replace("\n", ", "), f"{one.memory.total / GIB:.0f}", *speed))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    # A line about a world that cannot be is as long as it is, and no column's width.
+    widths = [max(len(row[column]) for row in rows if row[2] or row is head) for column in range(len(head))]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
@@ -160,14 +166,12 @@ def _yes(flag: bool) -> str:
 
 def margin_load(experts: int, ranks: int) -> Load:
     """A load of which the first of the ranks that share the experts gets ``MARGIN`` times the mean."""
-    if ranks == 1:
-        return Load.parse("even")
+    if ranks == 1 or experts % ranks:
+        return Load()
     here = experts // ranks
     # Its first expert has all of the surplus; the others' share falls by what is taken from them.
     factor = 1 + (MARGIN - 1) * here * (experts - 1) / max(1, experts - here)
-    return Load(
-        f"even, and {MARGIN - 1:.0%} more on the fullest GPU", Fraction(min(factor, experts)).limit_denominator(10**4)
-    )
+    return Load.parse(f"skewed:{min(factor, experts):.4f}")
 
 
 def _layouts(config: Config, cluster: Cluster, gpus: int) -> Iterator[Config | None]:

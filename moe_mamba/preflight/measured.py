@@ -5,16 +5,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 
-from moe_mamba.errors import UserError, shown
+from moe_mamba.errors import UserError
+from moe_mamba.json_file import check, read_json
 from moe_mamba.planning.cluster import Cluster, Curve, Link, Reached
 from moe_mamba.planning.devices import peak_flops
 from moe_mamba.preflight.report import Measures, Report
 
 SCAN_OPERATIONS = 27  # of a state, forward and backward, as models count them
 SELF = Link(1e12, 1e-7)  # of a rank that talks to none
-MOST_BYTES = 64 << 20  # of a report that is believed
+REPORT = TypeAdapter(Report)
 
 
 def cluster_of(path: Path, preset: Cluster | None = None) -> Cluster:
@@ -35,22 +36,14 @@ def cluster_of(path: Path, preset: Cluster | None = None) -> Cluster:
 
 
 def _read(path: Path) -> Report:
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} is too large for a preflight's report: give a preflight.json")
-        return Report.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): run launch/preflight.py first") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path} is no preflight's report ({shown(where)}: {first['msg']}): run the preflight anew"
-        ) from None
+    fix = "give the preflight.json that launch/preflight.py writes"
+    return check(read_json(path, fix), REPORT, f"{path} is no preflight's report", fix)
 
 
 def _cluster(report: Report, measures: Measures, preset: Cluster | None, device: str) -> Cluster:
     curves = {curve.what: Curve(tuple(curve.points)) for curve in measures.curves}
+    if len(curves) < len(measures.curves):
+        raise UserError("the preflight has two curves of the same kind: run it anew")
     if "product" not in curves or "pass" not in curves:
         raise UserError("the preflight has no curves of speed over sizes: it is of an older version: run it anew")
     compute, products = measures.compute, curves["product"]

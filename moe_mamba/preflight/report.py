@@ -4,13 +4,20 @@ Bytes, seconds and operations are plain numbers in base units; a rate is per sec
 not be, measured.
 """
 
+import itertools
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 FORMAT_VERSION = 1
 Level = Literal["ok", "warning", "refused"]
+LEAST, MOST = 1e-30, 1e30  # of what is measured: products and quotients of such numbers are numbers
+
+
+def _measured(description: str, default: Any = ...) -> Any:
+    """A field that is a positive number, or null where its type allows it."""
+    return Field(default, description=description, ge=LEAST, le=MOST, allow_inf_nan=False)
 
 
 class _Record(BaseModel):
@@ -101,13 +108,24 @@ class Folder(_Record):
 class Sizes(_Record):
     """The sizes that were measured with, of this configuration where they fit the time."""
 
-    tokens: int = Field(description="of a micro-step on a device")
-    dtype: str
-    matmul: list[int] = Field(description="rows, in, out")
-    copy_bytes: int
-    scan: list[int] | None = Field(description="batch, length, channels, states; null: the model has no scan")
-    grouped: list[int] | None = Field(description="groups, rows in all, in, out; null: the model has no experts")
+    tokens: int = Field(description="of a micro-step on a device", gt=0)
+    dtype: Literal["float32", "bfloat16"]
+    matmul: list[int] = Field(description="rows, in, out", min_length=3, max_length=3)
+    copy_bytes: int = Field(gt=0)
+    scan: list[int] | None = Field(
+        description="batch, length, channels, states; null: the model has no scan", min_length=4, max_length=4
+    )
+    grouped: list[int] | None = Field(
+        description="groups, rows in all, in, out; null: the model has no experts", min_length=4, max_length=4
+    )
     is_whole: bool = Field(description="false: the configuration's sizes were reduced to fit the time")
+
+    @field_validator("matmul", "scan", "grouped")
+    @classmethod
+    def _are_positive(cls, sizes: list[int] | None) -> list[int] | None:
+        if sizes and not all(0 < size < MOST for size in sizes):
+            raise ValueError("sizes are positive")
+        return sizes
 
 
 class Compute(_Record):
@@ -115,11 +133,13 @@ class Compute(_Record):
 
     rank: int
     machine: str
-    matmul_flops: float = Field(description="floating-point operations per second of the matrix product")
-    copy_bytes: float = Field(description="bytes read and written per second")
-    scan_tokens: float | None = Field(description="tokens per second of the selective scan, forward and backward")
-    grouped_flops: float | None = Field(description="operations per second of the experts' grouped product")
-    memory_bytes: int | None = Field(None, description="of the GPU, or this rank's share of the machine's memory")
+    matmul_flops: float = _measured("floating-point operations per second of the matrix product")
+    copy_bytes: float = _measured("bytes read and written per second")
+    scan_tokens: float | None = _measured("tokens per second of the selective scan, forward and backward")
+    grouped_flops: float | None = _measured("operations per second of the experts' grouped product")
+    memory_bytes: int | None = Field(
+        None, description="of the GPU, or this rank's share of the machine's memory", gt=0, le=2**60
+    )
 
 
 class Storage(_Record):
@@ -127,8 +147,8 @@ class Storage(_Record):
 
     machine: str
     bytes: int = Field(description="written, to the disk itself (fsync), and read")
-    write_bytes: float = Field(description="per second")
-    read_bytes: float = Field(description="per second, the machine's own page cache dropped where that is possible")
+    write_bytes: float = _measured("per second")
+    read_bytes: float = _measured("per second, the machine's own page cache dropped where that is possible")
 
 
 class Link(_Record):
@@ -136,8 +156,8 @@ class Link(_Record):
 
     ranks: tuple[int, int]
     machines: tuple[str, str]
-    latency_seconds: float = Field(description="one way: half of the smallest round trip of 8 bytes")
-    bytes_per_second: float = Field(description="in one direction")
+    latency_seconds: float = _measured("one way: half of the smallest round trip of 8 bytes")
+    bytes_per_second: float = _measured("in one direction")
     message_bytes: int
 
 
@@ -145,10 +165,10 @@ class Collective(_Record):
     """A collective over ranks, as training calls it."""
 
     operation: Literal["all_reduce", "all_to_all"]
-    group: int = Field(description="ranks in a group; all groups run at once")
+    group: int = Field(description="ranks in a group; all groups run at once", gt=0)
     bytes: int = Field(description="that a rank gives")
     config_bytes: int = Field(description="that a rank gives in training; more than bytes where the time did not do")
-    seconds: float = Field(description="of the slowest rank, the median of several calls")
+    seconds: float = _measured("of the slowest rank, the median of several calls")
 
 
 What = Literal["product", "pass", "kernel", "attention", "all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
@@ -161,18 +181,28 @@ class Curve(_Record):
         description="product: a linear layer; pass: a sum into new memory; kernel: our norm; "
         "product, kernel and attention forward and backward"
     )
-    ranks: int = Field(description="that take part in a call")
+    ranks: int = Field(description="that take part in a call", gt=0)
     points: list[tuple[float, float]] = Field(
         description="product: smallest dimension, operations per second; attention: operations, and those per second; "
-        "else: bytes (that an operator reads and writes; of a collective's larger side), seconds"
+        "else: bytes (that an operator reads and writes; of a collective's larger side), seconds",
+        min_length=1,
     )
+
+    @field_validator("points")
+    @classmethod
+    def _ascend(cls, points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        if not all(LEAST <= number <= MOST for point in points for number in point):
+            raise ValueError("a curve's sizes and values are positive numbers")
+        if not all(left < right for (left, _), (right, _) in itertools.pairwise(points)):
+            raise ValueError("a curve's sizes ascend")
+        return points
 
 
 class Measures(_Record):
     """The numbers; how fast each rank, disk and link is."""
 
     sizes: Sizes
-    compute: list[Compute]
+    compute: list[Compute] = Field(min_length=1)
     storage: list[Storage]
     links: list[Link]
     collectives: list[Collective]
@@ -185,14 +215,21 @@ class Report(_Record):
     format_version: int = FORMAT_VERSION
     made: str = Field(description="when, ISO 8601, UTC")
     seconds: float = Field(description="how long it took")
-    world_size: int = Field(description="ranks")
-    machines: dict[str, list[int]] = Field(description="host name -> its ranks")
+    world_size: int = Field(description="ranks", gt=0)
+    machines: dict[str, list[int]] = Field(description="host name -> its ranks", min_length=1)
     checkpoint_bytes: int | None = Field(description="of one checkpoint of this configuration; null: not known")
     findings: list[Finding]
-    ranks: list[RankFacts]
+    ranks: list[RankFacts] = Field(min_length=1)
     clocks: list[Clock]
     folders: list[Folder]
     measures: Measures | None = Field(description="null where the ranks cannot be joined")
+
+    @field_validator("machines")
+    @classmethod
+    def _have_ranks(cls, machines: dict[str, list[int]]) -> dict[str, list[int]]:
+        if not all(machines.values()):
+            raise ValueError("every machine has ranks")
+        return machines
 
     @property
     def refusals(self) -> list[Finding]:

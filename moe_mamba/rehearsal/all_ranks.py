@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
@@ -11,7 +12,7 @@ from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load
-from moe_mamba.planning.micro_batch import largest_micro_batch
+from moe_mamba.planning.micro_batch import micro_batch_on
 from moe_mamba.rehearsal.agreement import Call, Circle, Disagreement, circle, disagreement, meeting
 from moe_mamba.rehearsal.roles import Entry, Layout
 from moe_mamba.rehearsal.step import Report, rehearse
@@ -38,7 +39,7 @@ def check_all(
     """
     local = min(machine, gpus)
     plan = RunPlan.of(config, Topology.of(config, World(0, gpus, 0, local)))
-    config = _shortened(plan, gpu)
+    config = _shortened(plan, replace(Cluster.of(gpu), gpus_per_machine=machine), load)
     layout = Layout(plan)
     roles = layout.roles()
     say(f"roles       {len(roles)} of {gpus:,} ranks")
@@ -204,10 +205,10 @@ def merged(rank: int, entries: Sequence[Entry], other: int, others: Sequence[Ent
     return found
 
 
-def _shortened(plan: RunPlan, gpu: str) -> Config:
+def _shortened(plan: RunPlan, cluster: Cluster, load: Load) -> Config:
     """The configuration with at most `MICRO_STEPS` micro-steps."""
     train = plan.config.train
-    micro_batch = train.micro_batch or largest_micro_batch(plan, Cluster.of(gpu).memory)
+    micro_batch = micro_batch_on(plan, cluster, load)
     batch = min(train.global_batch, MICRO_STEPS * micro_batch * plan.topology.data)
     changed = train.model_copy(update={"micro_batch": micro_batch, "global_batch": batch})
     return plan.config.model_copy(update={"train": changed})

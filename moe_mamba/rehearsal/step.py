@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from moe_mamba.parallel.parallelize import fill_model, shard_copy
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load
-from moe_mamba.planning.micro_batch import largest_micro_batch
+from moe_mamba.planning.micro_batch import micro_batch_on
 from moe_mamba.rehearsal import device
 from moe_mamba.rehearsal.check import check_cover, check_groups, check_model
 from moe_mamba.rehearsal.collectives import Collective
@@ -103,9 +103,11 @@ def rehearse(
     local = min(gpus_per_machine, gpus)
     world = device.RehearsedWorld(rank, gpus, rank % local, local)
     plan = RunPlan.of(config, check(config, world))
-    micro_batch = config.train.micro_batch or largest_micro_batch(plan, Cluster.of(gpu).memory)
+    load = load or Load()
+    load.check(plan.model)
+    micro_batch = micro_batch_on(plan, replace(Cluster.of(gpu), gpus_per_machine=gpus_per_machine), load)
     stage = Stage()
-    rows = Rows(load or Load(), stage.note_wait)
+    rows = Rows(load, stage.note_wait)
     with _quiet(), fake_world(world), _one_line(stage, world):
         return _rehearse(plan, micro_batch, stage, rows, begin)
 

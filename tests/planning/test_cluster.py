@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,13 +155,46 @@ def test_a_measured_gpu_has_the_peak_of_its_data_sheet(tmp_path: Path) -> None:
     assert cluster.product_rate(True, 16, 1.0) == 1e10
 
 
+def planted(place: tuple[object, ...], value: object) -> str:
+    """The preflight with another value in a place."""
+    whole: Any = report()
+    part = whole
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    return json.dumps(whole)
+
+
+POINTS = ("measures", "curves", 0, "points")
+LINK = {"ranks": [0, 1], "machines": ["a", "a"], "latency_seconds": 1e-5, "bytes_per_second": 0, "message_bytes": 8}
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (None, r"cannot be read .*: run launch/preflight\.py first"),
-        ("{}", r"is no preflight's report \('made': "),
+        (None, r"is missing: give the preflight\.json that launch/preflight\.py writes"),
+        ("{}", r"is no preflight's report: made: field required"),
         (json.dumps(report(measures=None)), "has findings and no measures"),
-        (json.dumps(report()).replace('"product"', '"pass"'), "has no curves of speed over sizes"),
+        (json.dumps(report()).replace('"product"', '"kernel"'), "has no curves of speed over sizes"),
+        (json.dumps(report()).replace('"product"', '"pass"'), "two curves of the same kind"),
+        (planted(POINTS, []), "at least 1 item"),
+        (planted(POINTS, [[16, 0], [256, 0]]), "sizes and values are positive numbers"),
+        (planted(POINTS, [[16, -1e10], [256, 5e10]]), "sizes and values are positive numbers"),
+        (planted(POINTS, [[0, 1e10], [0, 5e10]]), "sizes and values are positive numbers"),
+        (planted(POINTS, [[256, 5e10], [16, 1e10]]), "sizes ascend"),
+        (planted(POINTS, [[16, 1e10], [16, 5e10]]), "sizes ascend"),
+        (planted(("measures", "compute"), []), r"measures\.compute .*at least 1 item"),
+        (planted(("measures", "compute", 0, "copy_bytes"), 0), r"copy_bytes is 0: input should be greater"),
+        (planted(("measures", "compute", 0, "scan_tokens"), -1), r"scan_tokens is -1: input should be greater"),
+        (planted(("measures", "compute", 0, "memory_bytes"), 0), r"memory_bytes is 0: input should be greater"),
+        (planted(("measures", "storage", 0, "write_bytes"), 0), r"write_bytes is 0: input should be greater"),
+        (planted(("measures", "sizes", "scan"), [4, 256]), r"sizes\.scan .*at least 4 items"),
+        (planted(("measures", "sizes", "scan"), [4, 256, 0, 16]), "sizes are positive"),
+        (planted(("measures", "links"), [LINK]), r"bytes_per_second is 0: input should be greater"),
+        (planted(("ranks",), []), r"ranks .*at least 1 item"),
+        (planted(("machines",), {}), r"machines .*at least 1 item"),
+        (planted(("machines", "a"), []), "every machine has ranks"),
+        (planted(("world_size",), 0), r"world_size is 0: input should be greater"),
     ],
 )
 def test_what_is_no_preflight_is_refused(tmp_path: Path, text: str | None, line: str) -> None:
@@ -169,3 +203,8 @@ def test_what_is_no_preflight_is_refused(tmp_path: Path, text: str | None, line:
         path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=line):
         cluster_of(path)
+
+
+def test_a_preflight_that_never_ends_is_not_read() -> None:
+    with pytest.raises(UserError, match="/dev/zero is not a regular file"):
+        cluster_of(Path("/dev/zero"))

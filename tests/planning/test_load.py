@@ -69,6 +69,8 @@ def test_a_runs_newest_load_of_each_router(tmp_path: Path) -> None:
         ("skewed:1/0", "is no number"),
         ("skewed:0.5", "at least the mean"),
         ("skewed:nan", "is no number"),
+        ("skewed:1e999999999", "is no number such as 1.5"),
+        ("skewed:2000000", "no more than 1,000,000 times the mean"),
         ("run:", "is not known"),
         ("run:nowhere", "does not exist"),
     ],

@@ -5,6 +5,9 @@ from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
+from moe_mamba.planning.cluster import Cluster
+from moe_mamba.planning.estimate import estimate
+from moe_mamba.planning.load import Load
 from moe_mamba.planning.micro_batch import choose_micro_batch
 
 
@@ -49,6 +52,18 @@ def test_a_gpu_leaves_room_for_the_state(monkeypatch: pytest.MonkeyPatch) -> Non
         gpu_of(monkeypatch, free)
         chosen.append(choose(config))
     assert 1 <= chosen[0] < chosen[1] < chosen[2]
+
+
+@pytest.mark.parametrize(("gib", "keys"), [(6, {}), (16, {"parallel.expert": 4}), (16, {"parallel.tensor": 2})])
+def test_the_plan_expects_what_a_run_chooses(
+    monkeypatch: pytest.MonkeyPatch, gib: int, keys: dict[str, object]
+) -> None:
+    gpu_of(monkeypatch, gib * 2**30)
+    config = load_config(None, {"train.global_batch": 4096} | keys)
+    cluster = Cluster.of("h100").changed(memory=gib * 2**30)
+    expected = estimate(config, cluster, 4, Load())
+    assert choose(config, 4) == expected.micro_batch > 1
+    assert expected.fits
 
 
 def test_devices_that_share_the_model_have_more_room(monkeypatch: pytest.MonkeyPatch) -> None:

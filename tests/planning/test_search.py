@@ -1,5 +1,7 @@
 """Layouts of a search: they fit, they are ranked, and the best would be trained as it says."""
 
+import shlex
+
 import pytest
 
 from moe_mamba.config import Config
@@ -26,18 +28,18 @@ def paper(**keys: object) -> Config:
 
 
 def test_the_best_fits_and_is_what_its_command_line_says() -> None:
-    found = search(paper(), H100, 4)
+    found = search(paper(moe__capacity_factor=None), H100, 4)
     speeds = [one.tokens_per_second for one in found.best]
     assert speeds == sorted(speeds, reverse=True)
     assert all(one.fits for one in found.best)
     assert found.tried == len(found.best) + found.too_large
-    best = found.best[0]
-    line = command_line(
-        best, "configs/paper/moe_mamba_25m.yaml", paper(), {"moe.experts": 32, "train.precision": "bf16"}
-    )
-    assert line.startswith("deepspeed --num_gpus=4 launch/train.py --config configs/paper/moe_mamba_25m.yaml")
-    keys = dict(part.removeprefix("--").split("=") for part in line.split()[5:])
-    again = estimate(paper(**{key.replace(".", "__"): value for key, value in keys.items()}), H100, 4, best.load)
+    best = max(found.best, key=lambda one: one.plan.topology.expert)  # whose load is not even
+    line = command_line(best, "my configs/a.yaml", paper(), {"moe.capacity_factor": "null"})
+    assert line.startswith("deepspeed --num_gpus=4 launch/train.py --config 'my configs/a.yaml' --")
+    keys = dict(part.removeprefix("--").split("=") for part in shlex.split(line)[5:])
+    assert best.load.text.startswith("skewed:")
+    load = Load.parse(best.load.text)  # as a user would give it again
+    again = estimate(paper(**{key.replace(".", "__"): value for key, value in keys.items()}), H100, 4, load)
     assert again.tokens_per_second == best.tokens_per_second
     assert again.memory == best.memory
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def test_the_table_and_the_json(rehearsals: Rehearsals, tmp_path: Path) -> None:
     assert all(one["place"] for one in found["collectives"])
     (matrix,) = {str(matrix) for matrix in found["sends"].values()}
     assert len(json.loads(matrix)) == len(json.loads(matrix)[0]) == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--gpus=2 --ranks=0", "--ranks=0 compares nothing: give several ranks, or --rank=0"),
+        ("--gpus=2 --ranks=0,0", "--ranks=0,0 compares nothing"),
+        ("--gpus=2 --ranks=0,2", "--ranks=2: 2 GPUs have ranks from 0 to 1"),
+        ("--gpus=2 --ranks=", "--ranks= is no number"),
+        ("--gpus=1 --rank=1", "--rank=1: 1 GPUs have ranks from 0 to 0"),
+        ("--gpus=16 --gpus_per_machine=5", "--gpus=16 is no whole number of machines of 5: give 15"),
+        ("--gpus=99999999", "--gpus=99999999 must be from 1 to 131,072"),
+        ("--gpus=1 --gpu=v100", "--gpu=v100 is not known: choose one of a100-80, h100"),
+        ("--gpus=1 --json=nowhere/x.json", "there is no folder"),
+        ("--gpus=1 --json=", "--json=: give a file that ends in .json"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(refusal: Callable[..., str], flags: str, line: str) -> None:
+    assert line in refusal(main, *flags.split())
 
 
 @pytest.mark.slow
