@@ -18,6 +18,7 @@ COMMANDS = {
     "convert_to_hf": "turn a checkpoint into a folder that Transformers loads",
     "convert_from_hf": "turn a Hugging Face folder into a run's folder",
     "upcycle": "turn a dense model into a mixture of experts",
+    "experts": "say what the experts of trained models specialise in",
     "plot": "draw the loss curves of runs in one picture",
     "inspect_checkpoint": "check a checkpoint, and say what it holds",
 }

@@ -86,8 +86,12 @@ def parse(function: Callable[..., None]) -> Callable[[], None]:
 
     @functools.wraps(function)
     def bind(*arguments: Any, **flags: Any) -> None:
+        parameters = inspect.signature(function).parameters
+        if any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
+            calls.append(functools.partial(typed, *arguments, **flags))
+            return
         # Fire gives flags by position where it can; by name, a refusal can say which one is wrong.
-        named = dict(zip(inspect.signature(function).parameters, arguments, strict=False))
+        named = dict(zip(parameters, arguments, strict=False))
         calls.append(functools.partial(typed, **named, **flags))
 
     calls: list[Callable[[], None]] = []

@@ -31,6 +31,9 @@ class ModelConfig(Section):
     d_state: Annotated[int, Range(1, 4096)] = Field(16, description="Mamba: states a channel")
     d_conv: Annotated[int, Range(1, 1024)] = Field(4, description="Mamba: width of the causal convolution, tokens")
     expand: Annotated[int, Range(1, 64)] = Field(2, description="Mamba: d_inner = expand x d_model")
+    d_inner: Annotated[int | None, Range(1, 2**23)] = Field(
+        None, description="Mamba: channels inside the mixer; null: expand x d_model"
+    )
     dt_rank: Annotated[int | None, Range(1, 131_072)] = Field(
         None, description="Mamba: rank of delta's projection; null: ceil(d_model / 16)"
     )
@@ -102,9 +105,14 @@ class ModelConfig(Section):
         return sum(map(len, self.layers))
 
     @property
-    def d_inner(self) -> int:
+    def resolved_d_inner(self) -> int:
         """Channels inside a Mamba mixer."""
-        return self.expand * self.d_model
+        return self.d_inner or self.expand * self.d_model
+
+    @property
+    def d_inner_key(self) -> str:
+        """The key that says how many channels there are inside a Mamba mixer, as messages name it."""
+        return "model.expand x model.d_model" if self.d_inner is None else "model.d_inner"
 
     @property
     def resolved_dt_rank(self) -> int:
@@ -125,6 +133,15 @@ class ModelConfig(Section):
     def resolved_d_ff(self) -> int:
         """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.expand != 2 and self.resolved_d_inner != self.expand * self.d_model:
+            raise ValueError(
+                f"model.expand={self.expand} with model.d_inner={self.d_inner}, which is not {self.expand} x "
+                f"model.d_model={self.d_model}: leave one of them out"
+            )
+        return self
 
 
 class InnerConfig(Section):

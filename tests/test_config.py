@@ -113,6 +113,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
             {"model.pattern": "*-", "model.rope_type": "llama3", "model.rope_low_freq_factor": 4},
             ["model.rope_low_freq_factor=4 is not below", "model.rope_high_freq_factor=4"],
         ),
+        ({"model.expand": 3, "model.d_inner": 341}, ["model.expand=3 with model.d_inner=341", "leave one of them out"]),
         ({"moe.top_k": 2}, ["moe.top_k=2", "moe.router=top_k"]),
         ({"moe.top_k": 64, "moe.router": "top_k"}, ["moe.top_k=64", "moe.experts=32"]),
         ({"moe.router": "top_k", "moe.renormalize": "true"}, ["moe.renormalize", "no gradient"]),

@@ -52,20 +52,20 @@ class TokenShift(Mixer):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.in_proj = nn.Linear(config.d_model, config.d_inner, bias=False)
-        self.share = nn.Parameter(torch.empty(config.d_inner))
-        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.in_proj = nn.Linear(config.d_model, config.resolved_d_inner, bias=False)
+        self.share = nn.Parameter(torch.empty(config.resolved_d_inner))
+        self.out_proj = nn.Linear(config.resolved_d_inner, config.d_model, bias=False)
 
     @classmethod
     def build(cls, config: ModelConfig, moe: MoEConfig, kernels: str) -> "TokenShift":
         return cls(config)
 
     def initializers(self) -> dict[str, Initializer]:
-        wide, narrow = uniform(self.config.d_inner), uniform(self.config.d_model)
+        wide, narrow = uniform(self.config.resolved_d_inner), uniform(self.config.d_model)
         return {"in_proj.weight": narrow, "share": ones, "out_proj.weight": wide}
 
     def initial_state(self, batch: int, dtype: torch.dtype, device: Any, room: int | None = None) -> ShiftState:
-        return ShiftState(torch.zeros(batch, self.config.d_inner, dtype=dtype, device=device))
+        return ShiftState(torch.zeros(batch, self.config.resolved_d_inner, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, sequences: Sequences, state: Any = None) -> tuple[Tensor, Statistics, Any]:
         u = self.in_proj(x).view(sequences.batch, sequences.length, -1)  # (batch, length, d_inner)
@@ -79,7 +79,11 @@ class TokenShift(Mixer):
     @classmethod
     def shard_specs(cls, config: ModelConfig, moe: MoEConfig) -> ShardSpecs:
         def channels(axis: int) -> tuple[ShardSpec, ...]:
-            return (ShardSpec(axis, "tensor", (Block(config.d_inner, units=config.d_inner),), "model.d_inner"),)
+            return (
+                ShardSpec(
+                    axis, "tensor", (Block(config.resolved_d_inner, units=config.resolved_d_inner),), "model.d_inner"
+                ),
+            )
 
         return {"in_proj.weight": channels(0), "share": channels(0), "out_proj.weight": channels(1)}
 
@@ -87,7 +91,7 @@ class TokenShift(Mixer):
     def record(
         cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
     ) -> Recorded:
-        tokens, channels = share.tokens, config.d_inner // share.tensor
+        tokens, channels = share.tokens, config.resolved_d_inner // share.tensor
         x = enter(tape, x, share, config.d_model, joins)
         u = tape.linear(x, tokens, config.d_model, channels)
         before = tape.one(u, numbers=tokens * channels)

@@ -197,7 +197,7 @@ class _Origin:
 
 def _origin(name: str, config: Config) -> _Origin:
     """What of the dense model becomes the tensor `name`: experts, or what is left of a projection's rows."""
-    d_inner, moe = config.model.d_inner, config.moe
+    d_inner, moe = config.model.resolved_d_inner, config.moe
     halves = dict(zip(ENTRIES, (slice(d_inner), slice(d_inner, None)), strict=True))
     if inside := re.fullmatch(r"(.+)\.(conv|gate|out)_experts\.weight", name):
         mixer, projection = inside.groups()

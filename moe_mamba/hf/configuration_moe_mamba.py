@@ -190,6 +190,7 @@ class StackConfig:
         d_state: Mamba: states a channel.
         d_conv: Mamba: width of the causal convolution, tokens.
         expand: Mamba: d_inner = expand x d_model.
+        d_inner: Mamba: channels inside the mixer; null: expand x d_model.
         dt_rank: Mamba: rank of delta's projection; null: ceil(d_model / 16).
         selective: Mamba: delta, B and C depend on the input; false: they are constants.
         mamba_norms: Mamba: RMSNorm on dt, B and C, as Jamba has it.
@@ -222,6 +223,7 @@ class StackConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
+    d_inner: Optional[int] = None
     dt_rank: Optional[int] = None
     selective: bool = True
     mamba_norms: bool = False
@@ -267,9 +269,14 @@ class StackConfig:
         return sum(map(len, self.layers))
 
     @property
-    def d_inner(self) -> int:
+    def resolved_d_inner(self) -> int:
         """Channels inside a Mamba mixer."""
-        return self.expand * self.d_model
+        return self.d_inner or self.expand * self.d_model
+
+    @property
+    def d_inner_key(self) -> str:
+        """The key that says how many channels there are inside a Mamba mixer, as messages name it."""
+        return "model.expand x model.d_model" if self.d_inner is None else "model.d_inner"
 
     @property
     def resolved_dt_rank(self) -> int:
@@ -290,6 +297,13 @@ class StackConfig:
     def resolved_d_ff(self) -> int:
         """Hidden width of feed-forward layers and, by default, of experts (the paper's 3 d beside Mamba, else 4 d)."""
         return self.d_ff or (4 if "*" in self.pattern else 3) * self.d_model
+
+    def __post_init__(self) -> None:
+        if self.expand != 2 and self.resolved_d_inner != self.expand * self.d_model:
+            raise ValueError(
+                f"model.expand={self.expand} with model.d_inner={self.d_inner}, which is not {self.expand} x "
+                f"model.d_model={self.d_model}: leave one of them out"
+            )
 
     @property
     def _attn_implementation(self) -> str | None:

@@ -1226,7 +1226,7 @@ class SwitchExperts(nn.Module):
 # Symbols, the paper's name first:
 #
 #     D   d_model    width of the residual stream             Delta  delta   step size of a channel at a token
-#     E   expand     d_inner = expand x d_model channels      A      A       decay of a channel's states, negative
+#     E   expand     d_inner = E x D channels, by default     A      A       decay of a channel's states, negative
 #     N   d_state    states of a channel                      B      B       what of the input enters the states
 #     R   dt_rank    rank of delta's projection               C      C       what of the states is read
 #     x   x          input of a channel, after convolution    h      scan    the states
@@ -1309,7 +1309,7 @@ class Mamba(Mixer):
     """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
 
     letter, title = "M", "Mamba"
-    settings = ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms")
+    settings = ("d_state", "d_conv", "resolved_d_inner", "resolved_dt_rank", "selective", "mamba_norms")
     not_matrices = ("A_log",)
 
     def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
@@ -1317,7 +1317,7 @@ class Mamba(Mixer):
         self.config = config
         self.kernels = kernels
         self.fp32_names = ("A_log", "D") if config.selective else ("A_log", "D", "dt_B_C")
-        d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
+        d_inner, d_state, dt_rank = config.resolved_d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = build_linear(config.d_model, 2 * d_inner, kernels=kernels)
         self.conv1d = DepthwiseConv(d_inner, config.d_conv, kernels)
         if config.selective:
@@ -1349,12 +1349,14 @@ class Mamba(Mixer):
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
             "conv1d.bias": uniform(config.d_conv),
-            **({"x_proj.weight": uniform(config.d_inner)} if config.selective else {"dt_B_C": self._constants}),
+            **(
+                {"x_proj.weight": uniform(config.resolved_d_inner)} if config.selective else {"dt_B_C": self._constants}
+            ),
             "dt_proj.weight": uniform(config.resolved_dt_rank),
             "dt_proj.bias": _delta_bias,
             "A_log": _A_log,
             "D": ones,
-            "out_proj.weight": uniform(config.d_inner, out_scale(config)),
+            "out_proj.weight": uniform(config.resolved_d_inner, out_scale(config)),
         }
 
     def initial_state(
@@ -1940,7 +1942,7 @@ class RoutedMamba(Mamba):
         self.dispatcher: Dispatcher = LocalDispatcher(kernels)
         self.reduce: Callable[[Tensor], Tensor] = unchanged
         plain = [name for name in ENTRIES if name not in self.inner.projections]
-        width = len(plain) * config.d_inner
+        width = len(plain) * config.resolved_d_inner
         self.in_proj = build_linear(config.d_model, width, kernels=kernels) if plain else None  # type: ignore[assignment]
         if "out" in self.inner.projections:
             self.out_proj = None  # type: ignore[assignment]
@@ -1948,14 +1950,14 @@ class RoutedMamba(Mamba):
             self.router = Router(config.d_model, self.routing, kernels)
         for name in PROJECTIONS:
             if name in self.inner.projections:
-                width = config.d_inner if name == "out" else config.d_model
+                width = config.resolved_d_inner if name == "out" else config.d_model
                 if self.inner.router == "own":
                     self.add_module(f"{name}_router", Router(width, self.routing, kernels))
                 self.add_module(f"{name}_experts", self._experts(name, width))
 
     def _experts(self, name: str, width: int) -> nn.Module:
         config, moe = self.config, self.routing
-        out = config.d_model if name == "out" else config.d_inner
+        out = config.d_model if name == "out" else config.resolved_d_inner
         if self.inner.expert == "linear":
             scale = out_scale(config) if name == "out" else 1.0
             return LinearExperts(moe.experts, width, out, scale, self.kernels)

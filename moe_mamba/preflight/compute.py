@@ -34,13 +34,13 @@ def sizes(config: Config, topology: Topology, micro_batch: int) -> Sizes:
     length, tokens = config.data.sequence_length, micro_batch * config.data.sequence_length
     is_half = config.train.precision == "bf16"
     operations = kernel_operations(model, moe)
-    width = 2 * model.d_inner if "selective_scan" in operations else model.resolved_d_ff
+    width = 2 * model.resolved_d_inner if "selective_scan" in operations else model.resolved_d_ff
     matmul = [tokens, model.d_model, -(-width // topology.tensor)]
     wanted: list[list[int] | None] = [list(matmul), None, None]
     matmul[0] = _fewer(tokens, MOST_OPERATIONS[kind] / (2 * math.prod(matmul[1:])))
     scan = grouped = None
     if "selective_scan" in operations:
-        scan = [micro_batch, length, -(-model.d_inner // topology.tensor), model.d_state]
+        scan = [micro_batch, length, -(-model.resolved_d_inner // topology.tensor), model.d_state]
         wanted[1] = list(scan)
         scan[0] = _fewer(micro_batch, MOST_UPDATES[kind] / math.prod(scan[1:]))
         scan[1] = _fewer(length, MOST_UPDATES[kind] / (scan[0] * math.prod(scan[2:])))
@@ -48,7 +48,7 @@ def sizes(config: Config, topology: Topology, micro_batch: int) -> Sizes:
         routing, over = moe, topology.expert
         hidden = (moe.d_expert or model.resolved_d_ff) // (topology.tensor if topology.expert_tensor else 1)
         if not has(model, MoE):  # all experts are inside Mamba, each of a projection's channels
-            routing, over, hidden = moe.inner_routing, topology.inner_expert, model.d_inner // topology.tensor
+            routing, over, hidden = moe.inner_routing, topology.inner_expert, model.resolved_d_inner // topology.tensor
         grouped = [max(1, routing.experts // over), tokens * routing.top_k, model.d_model, max(1, hidden)]
         wanted[2] = list(grouped)
         grouped[0] = _fewer(grouped[0], MOST_WEIGHTS[kind] / math.prod(grouped[2:]))

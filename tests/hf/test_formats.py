@@ -24,13 +24,13 @@ BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 INNER: dict[str, Any] = {"inner": {"projections": ["conv", "out"]}}
 LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_factor": 4.0, "rope_original_length": 16}
 MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("moe_mamba", {"pattern": "MEM-*E", "norm": "layernorm"}, {"shared_experts": 1, "balance": "bias"}),
+    ("moe_mamba", {"pattern": "MEM-*E", "d_inner": 21, "norm": "layernorm"}, {"shared_experts": 1, "balance": "bias"}),
     ("moe_mamba", {"pattern": "M", "tied_head": True, "final_norm": False, "selective": False}, {}),
     ("moe_mamba", {"pattern": "(*E)-", "repeat": 2}, {"shared_experts": 1}),
     ("moe_mamba", {"pattern": "M(ME)"}, {"inner": {"projections": ["gate"], "every": 2, "balance": "bias"}}),
     ("moe_mamba", {"pattern": "M"}, {"inner": {"projections": ["conv", "gate", "out"], "router": "shared"}}),
     ("mamba", {"pattern": "M", "repeat": 3, "d_conv": 3, "expand": 3, "dt_rank": 5}, {}),
-    ("mamba", {"pattern": "M", "repeat": 2, "tied_head": True}, {}),
+    ("mamba", {"pattern": "M", "repeat": 2, "tied_head": True, "d_inner": 48}, {}),
     ("llama", {"pattern": "*-", "repeat": 2, "rope_base": 100.0, **SWIGLU}, {}),
     ("llama", {"pattern": "*-", "repeat": 2, "head_dim": 6, **SWIGLU, **BIASES, **LLAMA_3}, {}),
     ("llama", {"pattern": "*-", "rope_type": "linear", "rope_factor": 2.5, **SWIGLU, "attention_bias": True}, {}),
@@ -39,7 +39,7 @@ MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mixtral", {"pattern": "*E", "repeat": 2, **SWIGLU}, MIXTRAL),
     ("mixtral", {"pattern": "*E", "sliding_window": 3, "head_dim": 2, **SWIGLU}, MIXTRAL | {"top_k": 3}),
     ("jamba", {"pattern": "M-ME*-ME", **JAMBA}, TOP_2),
-    ("jamba", {"pattern": "*EM-", "repeat": 2, **JAMBA}, {}),
+    ("jamba", {"pattern": "*EM-", "repeat": 2, "d_inner": 16, **JAMBA}, {}),
     ("jamba", {"pattern": "*-M-", "tied_head": True, **JAMBA}, {}),
 ]
 
@@ -139,6 +139,8 @@ def test_names_and_shapes_are_those_that_transformers_writes(name: str, keys: di
         ("mamba", {"pattern": "M", "norm": "layernorm"}, {}, "norm=layernorm"),
         ("mamba", {"pattern": "M", "final_norm": False}, {}, "final_norm=false"),
         ("mamba", {"pattern": "M", "selective": False}, {}, "selective=false"),
+        ("mamba", {"pattern": "M", "d_inner": 24}, {}, "d_inner=24: MambaForCausalLM has whole multiples of model.d_m"),
+        ("jamba", {"pattern": "M-*-", **JAMBA, "d_inner": 21}, {}, "d_inner=21: JambaForCausalLM has whole multiples"),
         ("llama", {"pattern": "*-*M", **SWIGLU}, {}, "layer 3 is Mamba (M), which LlamaForCausalLM lacks"),
         ("llama", {"pattern": "*--*", **SWIGLU}, {}, "layer 2 is feed-forward (-): LlamaForCausalLM has * and -"),
         ("llama", {"pattern": "*-*", **SWIGLU}, {}, "layer 2 is attention (*), the last"),

@@ -26,7 +26,9 @@ DROPLESS = {"capacity_factor": None}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 
 
-@pytest.mark.parametrize("keys", [{}, {"tied_head": True}, {"norm": "layernorm", "final_norm": False}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"tied_head": True}, {"norm": "layernorm", "final_norm": False, "d_inner": 11}], ids=str
+)
 def test_what_is_saved_is_what_is_loaded(pair: Pair, tmp_path: Path, keys: dict[str, Any]) -> None:
     _, model = pair("MEM-*E", {"router": "top_k", "top_k": 2, "balance": "bias"}, **keys)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -153,13 +155,15 @@ def test_what_goes_with_the_stream_can_change_devices(pair: Pair) -> None:
 
 def test_a_configuration_goes_there_and_back(tmp_path: Path) -> None:
     moe = {"experts": 8, "router": "top_k", "top_k": 2, "capacity_factor": None}
-    config = MoEMambaConfig(pattern="M*E", repeat=2, d_model=64, tied_head=True, moe=moe, eos_token_id=7, kv_heads=4)
+    config = MoEMambaConfig(
+        pattern="M*E", repeat=2, d_model=64, tied_head=True, moe=moe, eos_token_id=7, kv_heads=4, d_inner=85
+    )
     assert config.moe == MoEConfig(**moe).model_dump()
     config.save_pretrained(tmp_path)
     loaded = MoEMambaConfig.from_pretrained(tmp_path)
     assert loaded.to_diff_dict() == config.to_diff_dict() | {"auto_map": loaded.auto_map}
-    ours = ModelConfig(pattern="M*E", repeat=2, d_model=64, tied_head=True, kv_heads=4)
-    derived = ("layers", "d_inner", "resolved_dt_rank", "resolved_kv_heads", "resolved_d_ff")
+    ours = ModelConfig(pattern="M*E", repeat=2, d_model=64, tied_head=True, kv_heads=4, d_inner=85)
+    derived = ("layers", "resolved_d_inner", "resolved_dt_rank", "resolved_kv_heads", "resolved_d_ff")
     for name in (*ModelConfig.model_fields, *derived):
         assert getattr(loaded.stack, name) == getattr(ours, name), name
     assert (loaded.hidden_size, loaded.num_hidden_layers, loaded.tie_word_embeddings) == (64, 6, True)
@@ -179,6 +183,7 @@ def test_a_configuration_goes_there_and_back(tmp_path: Path) -> None:
         ({"moe": {"inner": {"projections": ["conv"], "router": "shared"}}}, "add out, or set moe.inner.router=own"),
         ({"moe": {"inner": {"projections": ["out"], "top_k": 99}}}, "moe.inner.top_k=99 exceeds"),
         ({"d_state": "4"}, "d_state"),
+        ({"expand": 3, "d_inner": 341}, "leave one of them out"),
     ],
     ids=str,
 )

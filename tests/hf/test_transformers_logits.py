@@ -16,7 +16,8 @@ Pair = Callable[..., Any]
 FAMILIES = [
     *(("M", {}), ("*-", {}), ("*E", {}), ("M-", {}), ("ME", {}), ("MEM-*E", {}), ("*M", {"positions": "none"})),
     *(("M*-", {"norm": "layernorm"}), ("ME", {"final_norm": False}), ("M*E", {"tied_head": True})),
-    *(("M", {"mamba_norms": True}), ("M", {"selective": False}), ("*-", {"kv_heads": 2}), ("M", {"dt_rank": 3})),
+    *(("M", {"mamba_norms": True}), ("M", {"selective": False}), ("*-", {"kv_heads": 2})),
+    ("M", {"dt_rank": 3, "d_inner": 21}),
     *(("-E", {"activation": kind}) for kind in ("squared_relu", "gelu", "swiglu")),
 ]
 ROUTERS: list[dict[str, Any]] = [

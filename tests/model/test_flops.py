@@ -35,9 +35,9 @@ def counted(model: LanguageModel) -> tuple[float, float]:
     ("pattern", "moe", "model"),
     [
         ("M", {}, {"mamba_norms": True}),
-        ("M", {}, {"selective": False}),
+        ("M", {}, {"selective": False, "d_inner": 11}),
         ("M", SHARED, {}),
-        ("M", SWITCH, {"activation": "swiglu"}),
+        ("M", SWITCH, {"activation": "swiglu", "d_inner": 11}),
         ("-", {}, {"mlp_bias": True}),
         ("-", {}, {"activation": "swiglu"}),
         ("E", {}, {}),
@@ -52,7 +52,7 @@ def test_products_of_weights_are_those_that_torch_counts(
     pattern: str, moe: dict[str, Any], model: dict[str, Any]
 ) -> None:
     built = build(pattern, moe, model)
-    scan = SCAN if "M" in pattern else 0
+    scan = SCAN * built.config.resolved_d_inner // INNER if "M" in pattern else 0
     assert built.flops_per_token(LENGTH) == counted(built)[0] + scan
 
 

@@ -157,7 +157,8 @@ class Errors:
 
 def test_outputs_and_gradients_without_selection(world: World) -> None:
     """Each tensor-parallel rank's channels use the same constants: their gradient is the sum over the ranks."""
-    for layout, (error, name) in float64_error(world, "M-", [Layout(2, 2)], model__selective=False).items():
+    keys = {"model__selective": False, "model__d_inner": 22}
+    for layout, (error, name) in float64_error(world, "M-", [Layout(2, 2)], **keys).items():
         assert error <= 1e-10, f"{layout}: {name}"
 
 
@@ -183,7 +184,7 @@ def test_parallel_layers_in_float64(world: World, pattern: str, layout: Layout, 
         ("M own", Layout(4, 1, 2), {}),
         ("M own top-2", Layout(4, 2, 1), {}),
         ("ME shared", Layout(4, 2, 4), {"moe__shared_experts": 1}),
-        ("M switch", Layout(4, 2, 4), {"moe__balance": "bias"}),
+        ("M switch", Layout(4, 2, 4), {"moe__balance": "bias", "model__d_inner": 22}),
         pytest.param("ME shared top-2", Layout(4, 1, 4), {"accumulation": 2}, marks=pytest.mark.slow),
         pytest.param("(ME) shared top-2", Layout(4, 2, 2, expert_tensor=True), {}, marks=pytest.mark.slow),
         pytest.param("MM switch", Layout(4, 4, 1), {"train__recompute": True}, marks=pytest.mark.slow),

@@ -106,6 +106,7 @@ EVERY_REFUSAL: list[tuple[str, Layout, dict[str, Any], list[str]]] = [
         ["parallel.tensor=2", "model.kv_heads=3", "set parallel.tensor=1"],
     ),
     ("M", Layout(6, 3), {}, ["parallel.tensor=3", "model.expand x model.d_model=32", "set parallel.tensor=2"]),
+    ("M", Layout(2, 2), {"model__d_inner": 341}, ["parallel.tensor=2", "model.d_inner=341", "set parallel.tensor=1"]),
     ("-", Layout(4, 4), {"model__d_ff": 18}, ["parallel.tensor=4", "model.d_ff=18", "set parallel.tensor=2"]),
     ("ME", Layout(8, 1, 8), {}, ["parallel.expert=8", "moe.experts=4", "set parallel.expert=4"]),
     ("ME", Layout(6, 2, 6), {"moe__experts": 8}, ["parallel.expert=6", "moe.experts=8", "set parallel.expert=2"]),

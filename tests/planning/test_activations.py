@@ -86,7 +86,7 @@ TOP_2 = {"moe__router": "top_k", "moe__top_k": 2, "model__activation": "swiglu"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba": ("M", {}),
     "Mamba with Jamba's norms": ("M", {"model__mamba_norms": True}),
-    "Mamba without selection": ("M", {"model__selective": False}),
+    "Mamba without selection": ("M", {"model__selective": False, "model__d_inner": 341}),
     "attention": ("*", {}),
     "attention over a window, grouped heads": ("*", {"model__kv_heads": 2, "model__sliding_window": 128}),
     "attention without positions": ("*", {"model__positions": "none"}),
@@ -102,7 +102,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "one router, linear experts": ("M", INNER | {"moe__inner__router": "shared", "moe__inner__expert": "linear"}),
     "one router, switch experts": ("M", INNER | {"moe__inner__router": "shared", "moe__inner__expert": "switch"}),
     "own routers, linear experts": ("M", INNER | {"moe__inner__router": "own", "moe__inner__expert": "linear"}),
-    "own routers, switch experts": ("M", INNER | {"moe__inner__router": "own", "moe__inner__expert": "switch"}),
+    "own routers, switch experts": (
+        "M",
+        INNER | {"moe__inner__router": "own", "moe__inner__expert": "switch", "model__d_inner": 340},
+    ),
     "two layers": ("ME", {}),
     "parallel layers": ("(ME)", {}),
     "all layers, layer norm, words": (
@@ -231,5 +234,5 @@ def test_kernels_take_memory_that_no_tracker_sees() -> None:
     config = config_with(model__pattern="M", model__repeat=1)
     plan = RunPlan.of(config, Topology.of(config, Ranks(0, 1, 0, 1)))
     seen, all_of_it = (activations_of(plan, BATCH, Load(), "cuda", hidden).peak for hidden in (False, True))
-    partial = BATCH * 512 * 2 * config.model.d_state * 4 * config.model.d_inner // 32  # gradients of B and C
+    partial = BATCH * 512 * 2 * config.model.d_state * 4 * config.model.resolved_d_inner // 32  # gradients of B and C
     assert 0 < all_of_it - seen <= partial

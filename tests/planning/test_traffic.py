@@ -115,7 +115,7 @@ CASES = {
         {"model__d_model": 256, "model__d_state": 32, **BF16, **RECOMPUTED},
     ),
     "inner": ("M shared", Layout(4, 2, 4), 1, {}),
-    "inner, recomputed": ("(ME)- switch", Layout(4, 2, 4), 1, {**CAPACITY, **RECOMPUTED}),
+    "inner, recomputed": ("(ME)- switch", Layout(4, 2, 4), 1, {**CAPACITY, **RECOMPUTED, "model__d_inner": 22}),
     "inner, top 2": ("M own top-2", Layout(4, 1, 2, 2), 1, BF16),
     "offloaded": ("M-", Layout(4, 2, zero=2), 2, {"parallel__offload_optimizer": True}),
 }

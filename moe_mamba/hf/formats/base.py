@@ -170,6 +170,8 @@ def stack_refusal(model: ModelConfig, moe: MoEConfig, architecture: str) -> str 
         return f"model.activation={model.activation}: {architecture} has only SwiGLU"
     if has(model, Mamba) and not model.selective:
         return f"model.selective=false: {architecture} has only the selective scan"
+    if has(model, Mamba) and model.resolved_d_inner % model.d_model:
+        return f"model.d_inner={model.d_inner}: {architecture} has whole multiples of model.d_model={model.d_model}"
     return None
 
 

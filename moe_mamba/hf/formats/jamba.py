@@ -125,7 +125,7 @@ class Jamba:
             "expert_layer_offset": experts[1],
             "mamba_d_state": model.d_state,
             "mamba_d_conv": model.d_conv,
-            "mamba_expand": model.expand,
+            "mamba_expand": model.resolved_d_inner // model.d_model,
             "mamba_dt_rank": model.resolved_dt_rank,
             "mamba_conv_bias": True,
             "mamba_proj_bias": False,

@@ -78,7 +78,7 @@ def record_experts(
     config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, rows: int, is_out: bool
 ) -> Recorded:
     """What a projection's experts make of (rows, in); ``is_out``: these are channels, else it makes channels."""
-    routing, channels = moe.inner_routing, config.d_inner // share.tensor
+    routing, channels = moe.inner_routing, config.resolved_d_inner // share.tensor
     read, made = (channels, config.d_model) if is_out else (config.d_model, channels)
     here = routing.experts // share.inner_expert
     if moe.inner.expert == "linear":

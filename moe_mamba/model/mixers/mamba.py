@@ -3,7 +3,7 @@
 Symbols, the paper's name first:
 
     D   d_model    width of the residual stream             Delta  delta   step size of a channel at a token
-    E   expand     d_inner = expand x d_model channels      A      A       decay of a channel's states, negative
+    E   expand     d_inner = E x D channels, by default     A      A       decay of a channel's states, negative
     N   d_state    states of a channel                      B      B       what of the input enters the states
     R   dt_rank    rank of delta's projection               C      C       what of the states is read
     x   x          input of a channel, after convolution    h      scan    the states
@@ -106,7 +106,7 @@ class Mamba(Mixer):
     """The mixer: two projections in, a short convolution, the selective scan, a gate, a projection out."""
 
     letter, title = "M", "Mamba"
-    settings = ("d_state", "d_conv", "expand", "resolved_dt_rank", "selective", "mamba_norms")
+    settings = ("d_state", "d_conv", "resolved_d_inner", "resolved_dt_rank", "selective", "mamba_norms")
     not_matrices = ("A_log",)
 
     def __init__(self, config: ModelConfig, kernels: str = "auto") -> None:
@@ -114,7 +114,7 @@ class Mamba(Mixer):
         self.config = config
         self.kernels = kernels
         self.fp32_names = ("A_log", "D") if config.selective else ("A_log", "D", "dt_B_C")
-        d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
+        d_inner, d_state, dt_rank = config.resolved_d_inner, config.d_state, config.resolved_dt_rank
         self.in_proj = build_linear(config.d_model, 2 * d_inner, kernels=kernels)
         self.conv1d = DepthwiseConv(d_inner, config.d_conv, kernels)
         if config.selective:
@@ -146,12 +146,14 @@ class Mamba(Mixer):
             "in_proj.weight": uniform(config.d_model),
             "conv1d.weight": uniform(config.d_conv),
             "conv1d.bias": uniform(config.d_conv),
-            **({"x_proj.weight": uniform(config.d_inner)} if config.selective else {"dt_B_C": self._constants}),
+            **(
+                {"x_proj.weight": uniform(config.resolved_d_inner)} if config.selective else {"dt_B_C": self._constants}
+            ),
             "dt_proj.weight": uniform(config.resolved_dt_rank),
             "dt_proj.bias": _delta_bias,
             "A_log": _A_log,
             "D": ones,
-            "out_proj.weight": uniform(config.d_inner, out_scale(config)),
+            "out_proj.weight": uniform(config.resolved_d_inner, out_scale(config)),
         }
 
     def initial_state(
@@ -249,9 +251,8 @@ class Mamba(Mixer):
         """Each rank has some channels. What ``x_proj`` makes of all channels is used by every rank: it is reduced."""
 
         def channels(axis: int, blocks: int = 1, is_reduced: bool = False) -> tuple[ShardSpec, ...]:
-            block = Block(config.d_inner, units=config.d_inner)
-            key = "model.expand x model.d_model"
-            return (ShardSpec(axis, "tensor", (block,) * blocks, key, is_reduced=is_reduced),)
+            block = Block(config.resolved_d_inner, units=config.resolved_d_inner)
+            return (ShardSpec(axis, "tensor", (block,) * blocks, config.d_inner_key, is_reduced=is_reduced),)
 
         return {
             "in_proj.weight": channels(0, blocks=2),  # [x | z]
@@ -276,7 +277,7 @@ class Mamba(Mixer):
         cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
     ) -> Recorded:
         """See ``Mixer``."""
-        tokens, d_model, channels = share.tokens, config.d_model, config.d_inner // share.tensor
+        tokens, d_model, channels = share.tokens, config.d_model, config.resolved_d_inner // share.tensor
         x = enter(tape, x, share, d_model, joins)
         both = tape.linear(x, tokens, d_model, 2 * channels)
         y = cls.record_inner(config, share, tape, *tape.split(both, tokens * channels, tokens * channels))
@@ -285,7 +286,7 @@ class Mamba(Mixer):
     @classmethod
     def record_inner(cls, config: ModelConfig, share: Share, tape: Tape, x: Recorded, z: Recorded) -> Recorded:
         """All but the projections in and out."""
-        tokens, channels = share.tokens, config.d_inner // share.tensor
+        tokens, channels = share.tokens, config.resolved_d_inner // share.tensor
         low_rank, states = config.resolved_dt_rank, config.d_state
         sizes = low_rank, states, states
         x = tape.one(x, numbers=tokens * channels, keeps=(x,))  # convolution
@@ -316,14 +317,14 @@ class Mamba(Mixer):
     @classmethod
     def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
         """See ``Mixer``: the projections in and out, and what is between them."""
-        channels = config.d_inner // share.tensor
+        channels = config.resolved_d_inner // share.tensor
         ways = [Product(share.tokens, config.d_model, 2 * channels), Product(share.tokens, channels, config.d_model)]
         return [*ways, *cls.inner_work(config, share)]
 
     @classmethod
     def inner_work(cls, config: ModelConfig, share: Share) -> list[Work]:
         """All but the projections in and out."""
-        tokens, width, channels = share.tokens, share.width, config.d_inner // share.tensor
+        tokens, width, channels = share.tokens, share.width, config.resolved_d_inner // share.tensor
         low_rank, states = config.resolved_dt_rank, config.d_state
         made, channel_bytes = low_rank + 2 * states, tokens * channels * width
         work: list[Work] = [
@@ -347,7 +348,7 @@ class Mamba(Mixer):
 
     def flops_per_token(self, length: int) -> int:
         """The matrices' and, for the scan, 9 a state forward (Mamba, section 4.5), three times that in all."""
-        return super().flops_per_token(length) + 27 * self.config.d_inner * self.config.d_state
+        return super().flops_per_token(length) + 27 * self.config.resolved_d_inner * self.config.d_state
 
 
 def out_scale(config: ModelConfig) -> float:

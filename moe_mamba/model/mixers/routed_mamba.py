@@ -81,7 +81,7 @@ class RoutedMamba(Mamba):
         self.dispatcher: Dispatcher = LocalDispatcher(kernels)
         self.reduce: Callable[[Tensor], Tensor] = unchanged
         plain = [name for name in ENTRIES if name not in self.inner.projections]
-        width = len(plain) * config.d_inner
+        width = len(plain) * config.resolved_d_inner
         self.in_proj = build_linear(config.d_model, width, kernels=kernels) if plain else None  # type: ignore[assignment]
         if "out" in self.inner.projections:
             self.out_proj = None  # type: ignore[assignment]
@@ -89,14 +89,14 @@ class RoutedMamba(Mamba):
             self.router = Router(config.d_model, self.routing, kernels)
         for name in PROJECTIONS:
             if name in self.inner.projections:
-                width = config.d_inner if name == "out" else config.d_model
+                width = config.resolved_d_inner if name == "out" else config.d_model
                 if self.inner.router == "own":
                     self.add_module(f"{name}_router", Router(width, self.routing, kernels))
                 self.add_module(f"{name}_experts", self._experts(name, width))
 
     def _experts(self, name: str, width: int) -> nn.Module:
         config, moe = self.config, self.routing
-        out = config.d_model if name == "out" else config.d_inner
+        out = config.d_model if name == "out" else config.resolved_d_inner
         if self.inner.expert == "linear":
             scale = out_scale(config) if name == "out" else 1.0
             return LinearExperts(moe.experts, width, out, scale, self.kernels)
@@ -165,8 +165,8 @@ class RoutedMamba(Mamba):
         """As Mamba; experts are shared among the ranks of one part of the channels, of which each has that part."""
         inner, routing = moe.inner, moe.inner_routing
         specs = super().shard_specs(config, moe)
-        channels = Block(config.d_inner, units=config.d_inner)
-        key = "model.expand x model.d_model"
+        channels = Block(config.resolved_d_inner, units=config.resolved_d_inner)
+        key = config.d_inner_key
         plain = [name for name in ENTRIES if name not in inner.projections]
         if plain:
             specs["in_proj.weight"] = (ShardSpec(0, "tensor", (channels,) * len(plain), key),)
@@ -205,7 +205,7 @@ class RoutedMamba(Mamba):
         cls, config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded, joins: bool
     ) -> Recorded:
         """See ``Mixer``."""
-        inner, tokens, channels = moe.inner, share.tokens, config.d_inner // share.tensor
+        inner, tokens, channels = moe.inner, share.tokens, config.resolved_d_inner // share.tensor
         x = enter(tape, x, share, config.d_model, joins)
         routed: list[str] = [name for name in ENTRIES if name in inner.projections]
         decision: Recorded | None = None
@@ -240,7 +240,7 @@ class RoutedMamba(Mamba):
         """Projections of the same rows; ``decision``: of the shared router, None: of this projection's own."""
         if not names:
             return []
-        tokens, channels, routing = share.tokens, config.d_inner // share.tensor, moe.inner_routing
+        tokens, channels, routing = share.tokens, config.resolved_d_inner // share.tensor, moe.inner_routing
         read, made = (channels, config.d_model) if names == ["out"] else (config.d_model, channels)
         rows, ranks, is_weighted = cls._rows(moe, names[0], share), share.inner_expert, decision is None
         if decision is None:
@@ -273,7 +273,7 @@ class RoutedMamba(Mamba):
     @classmethod
     def work(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Work]:
         """See ``Mixer``; the rows of a shared router are gathered once for both ways in."""
-        inner, routing, channels = moe.inner, moe.inner_routing, config.d_inner // share.tensor
+        inner, routing, channels = moe.inner, moe.inner_routing, config.resolved_d_inner // share.tensor
         here, work = routing.experts // share.inner_expert, cls.inner_work(config, share)
         plain = [name for name in ENTRIES if name not in inner.projections]
         if plain:
@@ -303,7 +303,7 @@ class RoutedMamba(Mamba):
     @classmethod
     def sends(cls, config: ModelConfig, moe: MoEConfig, share: Share) -> list[Sent]:
         """See ``Mixer``: as Mamba; rows of each routed projection, and what switch experts sum or gather inside."""
-        inner, routing, channels = moe.inner, moe.inner_routing, config.d_inner // share.tensor
+        inner, routing, channels = moe.inner, moe.inner_routing, config.resolved_d_inner // share.tensor
         sends, is_shared = super().sends(config, moe, share), inner.router == "shared"
         ways = {name: (config.d_model, channels) for name in ENTRIES if name in inner.projections}
         if is_shared and ways:  # one journey for all ways in

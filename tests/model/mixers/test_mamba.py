@@ -44,17 +44,15 @@ def theirs(mixer: Mamba) -> torch.nn.Module:
             layer_idx=0,
         )
     else:
-        other = MambaMixer(
-            MambaConfig(
-                hidden_size=config.d_model,
-                state_size=config.d_state,
-                time_step_rank=config.resolved_dt_rank,
-                conv_kernel=config.d_conv,
-                expand=config.expand,
-                num_hidden_layers=1,
-            ),
-            layer_idx=0,
+        sizes = MambaConfig(
+            hidden_size=config.d_model,
+            state_size=config.d_state,
+            time_step_rank=config.resolved_dt_rank,
+            conv_kernel=config.d_conv,
+            num_hidden_layers=1,
         )
+        sizes.intermediate_size = config.resolved_d_inner
+        other = MambaMixer(sizes, layer_idx=0)
     weights = {
         THEIR_NAMES.get(name.split(".")[0], name.split(".")[0]) + name[name.find(".") :] * ("." in name): value
         for name, value in mixer.state_dict().items()
@@ -67,9 +65,9 @@ def theirs(mixer: Mamba) -> torch.nn.Module:
 THEIR_NAMES = {"dt_norm": "dt_layernorm", "B_norm": "b_layernorm", "C_norm": "c_layernorm"}
 
 
-@pytest.mark.parametrize("norms", [False, True])
-def test_equals_transformers(norms: bool) -> None:
-    mixer = build(norms)
+@pytest.mark.parametrize(("norms", "d_inner"), [(False, 43), (True, None)])
+def test_equals_transformers(norms: bool, d_inner: int | None) -> None:
+    mixer = build(norms, d_inner=d_inner)
     other = theirs(mixer)
     x = torch.randn(BATCH, LENGTH, 32)
     ours_in, theirs_in = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -93,10 +91,10 @@ def test_equals_transformers(norms: bool) -> None:
 
 
 @pytest.mark.parametrize("selective", [True, False])
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("norms", "d_inner"), [(False, None), (True, 21)])
 @torch.no_grad()
-def test_steps_equal_the_parallel_pass(norms: bool, selective: bool) -> None:
-    mixer = build(norms, selective=selective)
+def test_steps_equal_the_parallel_pass(norms: bool, d_inner: int | None, selective: bool) -> None:
+    mixer = build(norms, selective=selective, d_inner=d_inner)
     x = torch.randn(BATCH, LENGTH, 32)
     expected, _, _ = mixer(x.flatten(0, 1), Sequences(BATCH, LENGTH))
     state = mixer.initial_state(BATCH)
@@ -169,14 +167,14 @@ def test_without_selection_the_scan_is_a_convolution() -> None:
     """The states' part of the output is the channels' inputs times one kernel, the same at every token."""
     mixer = build(selective=False).double()
     torch.nn.init.normal_(mixer.dt_B_C)
-    x = torch.randn(1, LENGTH, mixer.config.d_inner, dtype=torch.float64)
+    x = torch.randn(1, LENGTH, mixer.config.resolved_d_inner, dtype=torch.float64)
     raw, _, B, C = mixer._select(x)
     delta = torch.nn.functional.softplus(raw[0, 0] + mixer.dt_proj.bias)  # (d_inner)
     decay = (delta[:, None] * -mixer.A_log.exp())[..., None] * torch.arange(LENGTH)  # (d_inner, d_state, length)
     kernel = torch.einsum("n,n,dnl,d->dl", B[0, 0], C[0, 0], decay.exp(), delta)
     kernel[:, 0] += mixer.D
     expected = torch.nn.functional.conv1d(
-        torch.nn.functional.pad(x.mT, (LENGTH - 1, 0)), kernel.flip(-1)[:, None], groups=mixer.config.d_inner
+        torch.nn.functional.pad(x.mT, (LENGTH - 1, 0)), kernel.flip(-1)[:, None], groups=mixer.config.resolved_d_inner
     ).mT
     found, _ = selective_scan(x, raw, -mixer.A_log.exp(), B, C, mixer.D, delta_bias=mixer.dt_proj.bias)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

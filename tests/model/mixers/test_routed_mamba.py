@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(case: dict[str, Any], activation: str = "swiglu", **moe: Any) -> RoutedMamba:
-    config = ModelConfig(pattern="M", repeat=1, d_model=D, d_state=3, d_ff=10, activation=activation)
+    config = ModelConfig(pattern="M", repeat=1, d_model=D, d_inner=11, d_state=3, d_ff=10, activation=activation)
     moe = {"experts": EXPERTS, "capacity_factor": 0.1, "router": "expert_choice", "balance": "none"} | moe
     mixer = choose_mixer("M", MoEConfig(**moe, inner=case), 1).build(config, MoEConfig(**moe, inner=case), "auto")
     assert isinstance(mixer, RoutedMamba)
@@ -111,11 +111,13 @@ def reference(mixer: RoutedMamba, u: Tensor) -> tuple[Tensor, dict[str, tuple[Te
         halves |= zip(plain, (u @ mixer.in_proj.weight.T).chunk(len(plain), -1), strict=True)
     for name in ("conv", "gate"):
         if name in inner.projections:
-            halves[name] = routed(name, u, config.d_inner)
+            halves[name] = routed(name, u, config.resolved_d_inner)
     x, z = (halves[name].view(BATCH, LENGTH, -1) for name in ("conv", "gate"))
     weight = mixer.conv1d.weight[:, None]
     padded = functional.pad(x.transpose(1, 2), (config.d_conv - 1, 0))
-    x = functional.silu(functional.conv1d(padded, weight, mixer.conv1d.bias, groups=config.d_inner)).transpose(1, 2)
+    x = functional.silu(functional.conv1d(padded, weight, mixer.conv1d.bias, groups=config.resolved_d_inner)).transpose(
+        1, 2
+    )
     sizes = (config.resolved_dt_rank, config.d_state, config.d_state)
     dt, b, c = (x @ mixer.x_proj.weight.T).split(sizes, dim=-1)
     y, _ = selective_scan(
