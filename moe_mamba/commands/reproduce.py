@@ -1,17 +1,20 @@
 """Make the paper's tables again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from moe_mamba.config_types import Range
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.reproduce.document import to_markdown
+from moe_mamba.reproduce.dry import describe_dry
 from moe_mamba.reproduce.experiment import Table, read_table
-from moe_mamba.reproduce.gathering import gather
+from moe_mamba.reproduce.gathering import gather as gathered
+from moe_mamba.reproduce.jobs import write_jobs, write_slurm
 from moe_mamba.reproduce.launching import Launcher, slots
 from moe_mamba.reproduce.report import main_grid, write_report
 from moe_mamba.reproduce.runs import Run, Workspace, chosen_rows
-from moe_mamba.reproduce.text import Asked, prepare_text
+from moe_mamba.reproduce.text import Asked, prepare_text, text_of
 
 FLAGS = {f"data.{name}": name for name in ("train", "validation", "tokenizer", "text_key")}
 
@@ -27,7 +30,10 @@ def main(
     output: str | None = None,
     at_once: Annotated[int | None, Range(1, 4096)] = None,
     gpus_per_run: Annotated[int, Range(1, 64)] = 1,
-    gather_only: bool = False,
+    dry: bool = False,
+    gather: bool = False,
+    jobs: str | None = None,
+    slurm: str | None = None,
     **overrides: Any,
 ) -> None:
     """Make the runs of a table, or go on with them, and write ours beside the paper's.
@@ -39,51 +45,83 @@ def main(
         seeds: runs of each model, with seeds from 1.
         tokens: budget of each run, in the place of the scale's.
         only: models, by their names in the table's file, with commas between them.
-        output: folder of the runs; of several tables at one scale, which then share what they have in common.
+        output: folder of the runs; tables of mini scale share it by default, and so the runs that they have in common.
         at_once: runs beside one another; as many as there are cores, or GPUs.
         gpus_per_run: GPUs of each run, where there are GPUs.
-        gather_only: start nothing: only gather what is there.
+        dry: start nothing: print what would be made, and what it takes.
+        gather: start nothing: gather what is there.
+        jobs: start nothing: write the commands of the next runs into this file.
+        slurm: start nothing: write the same and the script of a SLURM array into this folder.
         overrides: the text, as --data.train, --data.validation, --data.tokenizer and --data.text_key.
     """
+    _check_modes({"dry": dry, "gather": gather, "jobs": jobs is not None, "slurm": slurm is not None})
     made = read_table(table, version, scale)
-    workspace = _workspace(made, Path(output or f"runs/reproduce/{scale}").expanduser(), tokens, overrides)
     rows, wanted = chosen_rows(made, only), range(1, (seeds or made.made.seeds) + 1)
-    failed = {} if gather_only else _make(workspace, rows, wanted, at_once or slots(gpus_per_run), gpus_per_run)
-    result = gather(workspace, wanted)
-    print(to_markdown([main_grid(result)]))
+    asked = _asked(made, overrides)
+    default = f"runs/reproduce/{scale}" if scale == "mini" else f"runs/reproduce/{scale}/{made.label}"
+    where = Path(output or default).expanduser()
+    at_once = at_once or slots(gpus_per_run)
+    if dry:
+        found = text_of(where / "text", asked) if scale == "mini" else None
+        print(to_markdown(describe_dry(Workspace(made, where, found, tokens), rows, wanted, at_once, print)))
+        return
+    workspace = _workspace(made, where, tokens, asked, gather)
+    if jobs is not None or slurm is not None:
+        _write_jobs(workspace, rows, wanted, gpus_per_run, jobs, slurm)
+        return
+    failed = {} if gather else _make(workspace, rows, wanted, Launcher(where, at_once, gpus_per_run, print))
+    result = gathered(workspace, wanted)
+    print(f"\n{to_markdown([main_grid(result)])}")
     for path in write_report(result):
         print(path)
+    for name, why in failed.items():
+        print(f"failed    {name}: {why}")
     if failed:
-        for name, why in failed.items():
-            print(f"failed    {name}: {why}")
         raise RunStopped(f"{len(failed)} runs have failed: the same command tries them again")
 
 
-def _workspace(table: Table, output: Path, tokens: int | None, overrides: dict[str, Any]) -> Workspace:
-    if unknown := [key for key in overrides if key not in FLAGS]:
-        raise UserError(
-            f"--{unknown[0]}: keys of the models stand in configs/reproduce; here are --{', --'.join(FLAGS)}"
-        )
+def _check_modes(modes: dict[str, bool]) -> None:
+    given = [name for name, is_given in modes.items() if is_given]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} are two things to do: give one of them")
+
+
+def _asked(table: Table, overrides: dict[str, Any]) -> Asked:
+    for key in overrides:
+        if key not in FLAGS:
+            raise UserError(
+                f"unknown flag --{key}: models' keys stand in configs/reproduce; here are --{', --'.join(FLAGS)}"
+            )
     asked = Asked(**{FLAGS[key]: str(value) for key, value in overrides.items()})
+    if table.scale != "mini" and not asked.is_empty:
+        raise UserError(f"--{next(iter(overrides))} is for --scale=mini: configurations name the text of the paper's")
+    return asked
+
+
+def _workspace(table: Table, output: Path, tokens: int | None, asked: Asked, is_there: bool) -> Workspace:
     if table.scale != "mini":
-        if not asked.is_empty:
-            raise UserError("--data flags are for --scale=mini: the paper's scale has the text of its configurations")
         return Workspace(table, output, None, tokens)
-    config = table.config(table.published.reference, {})
-    text = prepare_text(output / "text", asked, config.model.vocab_size, print)
-    return Workspace(table, output, text, tokens)
+    if is_there and text_of(output / "text", asked) is None:
+        raise UserError(f"--gather: {output} holds no runs: make them first, or give another --output")
+    vocab_size = table.config(table.published.reference, {}).model.vocab_size
+    return Workspace(table, output, prepare_text(output / "text", asked, vocab_size, print), tokens)
 
 
-def _make(workspace: Workspace, rows: list[str], seeds: range, at_once: int, gpus_per_run: int) -> dict[str, str]:
-    """Make all runs, stage by stage; name of a run that failed -> why."""
-    launcher = Launcher(workspace.output, at_once, gpus_per_run, print)
+Stage = Callable[[Workspace, list[str], range], list[Run]]
+
+
+def _make(workspace: Workspace, rows: list[str], seeds: range, launcher: Launcher) -> dict[str, str]:
+    """Make all runs, stage by stage, since rates follow from the sweep; name of a run that failed -> why."""
     failed: dict[str, str] = {}
-    for stage in (_sweep, _runs, _one_rate):
-        runs = stage(workspace, rows, seeds)
-        for run in runs:
-            run.check()
-        failed |= launcher.make(runs)
+    for stage in STAGES:
+        failed |= launcher.make(_checked(stage(workspace, rows, seeds)))
     return failed
+
+
+def _checked(runs: list[Run]) -> list[Run]:
+    for run in runs:
+        run.check()
+    return runs
 
 
 def _sweep(workspace: Workspace, rows: list[str], seeds: range) -> list[Run]:
@@ -96,3 +134,29 @@ def _runs(workspace: Workspace, rows: list[str], seeds: range) -> list[Run]:
 
 def _one_rate(workspace: Workspace, rows: list[str], seeds: range) -> list[Run]:
     return [run for seed in seeds for row in rows for run in workspace.one_rate(row, [seed])]
+
+
+STAGES: tuple[Stage, ...] = (_sweep, _runs, _one_rate)
+
+
+def _write_jobs(
+    workspace: Workspace, rows: list[str], seeds: range, gpus_per_run: int, jobs: str | None, slurm: str | None
+) -> None:
+    """Write what can be made now: the sweep, and once it is done the runs."""
+    sweep = [run for run in _checked(_sweep(workspace, rows, seeds)) if run.state in ("new", "begun")]
+    rest = [run for stage in STAGES[1:] for run in _checked(stage(workspace, rows, seeds))]
+    runs = sweep or [run for run in rest if run.state in ("new", "begun")]
+    if not runs:
+        raise UserError("no run is left to be made: gather them with --gather")
+    if jobs is not None:
+        write_jobs(runs, workspace.output, Path(jobs), gpus_per_run)
+        print(f"{len(runs)} commands in {jobs}")
+    else:
+        assert slurm is not None
+        gpus = gpus_per_run if workspace.table.scale == "paper" else 0
+        script = write_slurm(
+            runs, workspace.output, Path(slurm), f"reproduce-{workspace.table.label}", gpus, gpus_per_run
+        )
+        print(f"{len(runs)} runs: sbatch {script}")
+    if sweep:
+        print("These are the sweep's: once they are done, give the same command again for the runs at the rates chosen")

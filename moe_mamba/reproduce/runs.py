@@ -1,6 +1,6 @@
 """The runs of a table: what each is, where it lies, how it stands, and which rate was the best of a sweep."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ class Workspace:
         rate = self.rate(row)
         return [] if rate is None else [self._run(RUNS, row, rate, f"seed{seed}", seed) for seed in seeds]
 
+    def planned(self, row: str) -> Run:
+        """The first run of a row, at its configuration's rate where its own is not known: for what it takes."""
+        rate = self.table.config(row, {}).train.learning_rate
+        return self._run(RUNS, row, rate, "seed1", 1)
+
     def one_rate(self, row: str, seeds: Iterable[int]) -> list[Run]:
         """Runs of a row at its reference's rate; none where that is its own, or not known, or not asked for."""
         own, rate = self.rate(row), self.rate(self.table.reference_of(row))
@@ -193,8 +198,3 @@ def chosen_rows(table: Table, only: str | None) -> list[str]:
     if not names:
         raise UserError(f"--only is empty: give some of {', '.join(table.rows)}")
     return list(dict.fromkeys(names))
-
-
-def states(runs: Iterable[Run]) -> Mapping[str, str]:
-    """Name -> state."""
-    return {run.name: run.state for run in runs}

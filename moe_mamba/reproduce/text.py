@@ -76,8 +76,8 @@ def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str
     Raises:
         UserError: other text is there already, or this one cannot be read.
     """
-    if (folder / FILE).is_file():
-        return _found(folder, asked)
+    if (found := text_of(folder, asked)) is not None:
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     # Read as the configuration reads these keys: a,b and JSON.
     data = DataConfig.model_validate(
@@ -116,6 +116,15 @@ def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str
     )
     write_atomically(folder / FILE, json.dumps(facts.model_dump(), indent=1) + "\n")
     return facts
+
+
+def text_of(folder: Path, asked: Asked) -> Facts | None:
+    """The text that was prepared in a folder; None: none was.
+
+    Raises:
+        UserError: flags ask for other text.
+    """
+    return _found(folder, asked) if (folder / FILE).is_file() else None
 
 
 def _found(folder: Path, asked: Asked) -> Facts:
