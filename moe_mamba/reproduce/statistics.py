@@ -15,7 +15,7 @@ class Mean(NamedTuple):
 
     value: float
     error: float | None
-    count: int
+    seeds: int
 
 
 class Difference(NamedTuple):
@@ -24,7 +24,7 @@ class Difference(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    count: int
+    seeds: int
 
 
 def mean(values: Sequence[float]) -> Mean | None:
@@ -41,9 +41,9 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Diffe
     if found is None:
         return None
     if found.error is None:
-        return Difference(found.value, None, None, found.count)
-    reach = t_quantile(found.count - 1) * found.error
-    return Difference(found.value, found.value - reach, found.value + reach, found.count)
+        return Difference(found.value, None, None, found.seeds)
+    reach = t_quantile(found.seeds - 1) * found.error
+    return Difference(found.value, found.value - reach, found.value + reach, found.seeds)
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
