@@ -49,9 +49,24 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "config_file", "installation"),
     },
+    "reproduce": {
+        *("planning", "run", "model", "data", "config", "config_file", "config_types", "config_yaml"),
+        *("installation", "atomic_file", "json_file"),
+    },
     "rehearsal": {"train", "faults", "planning", "parallel", "model", "kernels", "data", "config"},
     "commands": {
-        *("rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint"),
+        *(
+            "reproduce",
+            "rehearsal",
+            "train",
+            "faults",
+            "preflight",
+            "evaluation",
+            "convert",
+            "planning",
+            "run",
+            "checkpoint",
+        ),
         *(
             "parallel",
             "model",
