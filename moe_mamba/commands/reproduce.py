@@ -70,7 +70,7 @@ def main(
         _write_jobs(workspace, rows, wanted, gpus_per_run, jobs, slurm)
         return
     failed = {} if gather else _make(workspace, rows, wanted, Launcher(where, at_once, gpus_per_run, print))
-    result = gathered(workspace, wanted)
+    result = gathered(workspace, rows, wanted)
     print(f"\n{to_markdown([main_grid(result)])}")
     for path in write_report(result):
         print(path)

@@ -97,8 +97,9 @@ def measure(workspace: Workspace, rows: list[str], at_once: int, say: Callable[[
         RunStopped: a model cannot be trained here, or a signal came.
     """
     with tempfile.TemporaryDirectory() as folder:
+        say(f"measuring {MEASURED} steps of each of {len(rows)} models")
         runs = {row: _short_run(workspace, row, Path(folder)) for row in rows}
-        failed = Launcher(Path(folder), at_once, 1, say).make(runs.values())
+        failed = Launcher(Path(folder), at_once, 1, lambda line: None).make(runs.values())
         for name, why in failed.items():
             raise RunStopped(f"{name} cannot be measured: {why}")
         return {row: _speed(run) for row, run in runs.items()}

@@ -1,6 +1,6 @@
 """What finished runs left, and what a table makes of it. Numbers only: `report.py` puts them into words."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import mean as average
@@ -83,6 +83,7 @@ class RowResult:
         name: of the row.
         counts: parameters by kind.
         rate: peak learning rate; None: its sweep is not done.
+        is_asked: the call was about it.
         swept: rate -> loss of the sweep, None where it diverged.
         traces: seed -> what its run left.
         missing: seed -> the state of its run, for those that were asked for and are not finished.
@@ -95,6 +96,7 @@ class RowResult:
     name: str
     counts: Mapping[str, int]
     rate: float | None
+    is_asked: bool
     swept: Mapping[float, float | None] = field(default_factory=dict)
     traces: Mapping[int, Trace] = field(default_factory=dict)
     missing: Mapping[int, str] = field(default_factory=dict)
@@ -151,22 +153,30 @@ class Result:
     @cached_property
     def missing(self) -> list[str]:
         """Runs that were asked for and are not there, in words."""
-        return [
-            f"{name} seed {seed}: {state}"
-            for name, row in self.rows.items()
-            for seed, state in ({0: "its sweep is not done"} if row.rate is None else row.missing).items()
-        ]
+        lines = []
+        for name, row in self.rows.items():
+            if row.rate is None and row.is_asked:
+                lines.append(f"{name}: its sweep is not done")
+            lines += [f"{name} seed {seed}: {state}" for seed, state in row.missing.items()]
+        return lines
 
 
-def gather(workspace: Workspace, seeds: Iterable[int]) -> Result:
-    """Read what is there: every finished seed that has a folder, and what is missing of those that are asked for."""
-    table, asked = workspace.table, list(seeds)
+def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -> Result:
+    """Read what is there: every finished seed that has a folder.
+
+    Args:
+        workspace: of the table.
+        chosen: rows of which `seeds` are asked for: what of them is not there is missing.
+        seeds: of each of those.
+    """
+    table, wanted = workspace.table, list(seeds)
     rows: dict[str, RowResult] = {}
     spent: dict[str, dict[str, float]] = {SWEEP: {}, RUNS: {}, ONE_RATE: {}}
     for name in table.rows:
+        asked = wanted if name in chosen else []
         config = table.config(name, {} if workspace.text is None else {"model.vocab_size": workspace.text.vocab_size})
         counts = LanguageModel.on_meta(config.model, config.moe).parameter_counts()
-        row = rows[name] = RowResult(name, counts, workspace.rate(name), workspace.swept(name))
+        row = rows[name] = RowResult(name, counts, workspace.rate(name), name in chosen, workspace.swept(name))
         runs = _by_seed(workspace.runs(name, _all(workspace, RUNS, name, asked)))
         row.traces = {seed: read_trace(run) for seed, run in runs.items() if run.state == "finished"}
         row.missing = {seed: run.state for seed, run in runs.items() if seed in asked and seed not in row.traces}

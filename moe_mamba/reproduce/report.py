@@ -68,14 +68,16 @@ def describe(result: Result, pictures: list[Picture]) -> list[Part]:
 def main_grid(result: Result) -> Grid:
     """The table itself."""
     table = result.workspace.table
-    reference = table.rows[table.published.reference].title if table.published.reference in table.rows else "reference"
+    titles = {name: table.rows[table.reference_of(name)].title for name in table.rows}
+    reference = titles[table.published.reference] if len(set(titles.values())) == 1 else "its reference"
     columns: list[tuple[str, Callable[[RowResult], str]]] = [
         ("model", lambda row: table.rows[row.name].title),
         ("parameters", lambda row: f"{row.counts['total']:,}"),
         ("active", lambda row: f"{row.counts['active']:,}"),
         ("peak rate", lambda row: NONE if row.rate is None else f"{row.rate:g}"),
         ("seeds", lambda row: str(len(row.traces))),
-        ("loss", lambda row: _mean(row.loss, 4)),
+        ("loss", lambda row: "diverged" if "diverged" in row.missing.values() else _mean(row.loss, 4)),
+        ("reference", lambda row: NONE if table.reference_of(row.name) == row.name else titles[row.name]),
         (f"difference to {reference} (95 % interval)", lambda row: _difference(row.difference)),
         (f"steps to {reference}'s loss", lambda row: _steps(row)),
         ("fullest expert / mean", lambda row: _number(row.over_seeds("fullest"), 2)),
@@ -92,10 +94,12 @@ def main_grid(result: Result) -> Grid:
 
 def _empty_columns(result: Result) -> set[str]:
     """Columns that no row fills: of experts, where none has any, and of what the paper does not compare."""
-    empty = set()
+    table, empty = result.workspace.table, set()
+    if len({table.reference_of(name) for name in table.rows}) == 1:
+        empty.add("reference")
     if all(row.over_seeds("fullest") is None for row in result.rows.values()):
         empty |= {"fullest expert / mean", "dropped"}
-    published = result.workspace.table.published.published.values()
+    published = table.published.published.values()
     if not any(figures.share or figures.speed_up for figures in published):
         empty.add("paper: steps")
     return empty

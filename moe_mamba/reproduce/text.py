@@ -85,12 +85,13 @@ def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str
     )
     key = asked.text_key or TEXT_KEY
     train, validation = list(data.train_weights), next(iter(data.validation_sets.values()))
-    checksums = _checksums([*train, *([validation] if asked.validation else [])], key)
+    is_given = bool(asked.validation) or train == ["builtin"]
+    checksums = _checksums([*train, *[validation] * is_given], key)
     split, documents = "as it was given", []
-    if train == ["builtin"] and not asked.validation:
+    if is_given and not asked.validation:
         split = "the built-in corpus's own: one document in 16, by the hash of its name"
         documents = [len(builtin_documents(part)) for part in ("train", "validation")]
-    elif not asked.validation:
+    elif not is_given:
         say(f"split     one document in {HELD_OUT} of {', '.join(train)} is held out for validation")
         documents = _hold_out(train, key, folder)
         train, validation, key = [str(folder / "train.jsonl")], str(folder / "validation.jsonl"), TEXT_KEY
