@@ -203,7 +203,8 @@ def read_experiment(path: Path) -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()  # a key that is misspelt is missing, too: say which one is unknown
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise UserError(f"config file {path}: unknown key {place}: correct its name, or leave it out") from None

@@ -9,6 +9,7 @@ from moe_mamba.commands.reproduce import main
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.reproduce.experiment import FOLDER, SCALES, Table, read_experiment, read_table, tables
+from moe_mamba.reproduce.runs import Workspace
 
 VERSIONS = {name: list(read_experiment(FOLDER / f"{name}.yaml").versions) for name in tables()}
 ALL = [
@@ -72,6 +73,18 @@ def test_rows_that_two_tables_share_are_the_same() -> None:
         for row in table.rows:
             other, config = made.setdefault(row, (name, table.config(row, {})))
             assert config == table.config(row, {}), f"{row} of {other} and of {name}"
+
+
+def test_a_row_takes_the_rate_of_another_and_shares_its_sweep(tmp_path: Path) -> None:
+    workspace = Workspace(read_table("experts", "v1", "mini"), tmp_path, None, 4096 * 100)
+    runs = workspace.sweep(["experts_1", "experts_4", "mamba"])
+    assert [run.name for run in runs if run.row == "moe_mamba"] == [
+        f"sweep/moe_mamba/rate{rate}" for rate in ("0.002", "0.004", "0.008", "0.016")
+    ]
+    assert {run.row for run in runs} == {"moe_mamba", "mamba"}
+    assert {(run.config.steps, run.config.run.seed, run.state) for run in runs} == {(20, 1000, "new")}
+    assert workspace.rate("experts_1") is None
+    assert workspace.runs("experts_1", [1]) == []  # before the sweep nobody knows its rate
 
 
 @pytest.mark.parametrize(
