@@ -1,6 +1,6 @@
 """Make the paper's tables again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,11 +129,16 @@ def _sweep(workspace: Workspace, rows: list[str], seeds: range) -> list[Run]:
 
 
 def _runs(workspace: Workspace, rows: list[str], seeds: range) -> list[Run]:
-    return [run for seed in seeds for row in rows for run in workspace.runs(row, [seed])]
+    return _by_seed(run for row in rows for run in workspace.runs(row, seeds))
 
 
 def _one_rate(workspace: Workspace, rows: list[str], seeds: range) -> list[Run]:
-    return [run for seed in seeds for row in rows for run in workspace.one_rate(row, [seed])]
+    return _by_seed(run for row in rows for run in workspace.one_rate(row, seeds))
+
+
+def _by_seed(runs: Iterable[Run]) -> list[Run]:
+    """The first seed of all rows first: a table without its other seeds is one already."""
+    return sorted(runs, key=lambda run: run.config.run.seed)
 
 
 STAGES: tuple[Stage, ...] = (_sweep, _runs, _one_rate)

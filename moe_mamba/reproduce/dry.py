@@ -137,13 +137,17 @@ def _paper(workspace: Workspace, rows: list[str], count: int) -> list[Part]:
         for gpus in WORLDS:
             one = estimate(config, Cluster.of(CLUSTER), gpus, Load())
             total[gpus] += count * one.gpu_hours / gpus
-            cells.append(f"{one.days * 24:,.0f}" if one.fits else f"does not fit ({one.days * 24:,.0f} if it did)")
+            cells.append(_said(one.days * 24, one.fits))
         lines.append([*_figures(workspace, row), str(count), *cells])
     header = ["model", "parameters", "active", "tokens", "FLOPs", "runs"]
     header += [f"hours of one on {gpus} H100{'s' * (gpus > 1)}" for gpus in WORLDS]
-    said = ", ".join(f"{hours:,.0f} hours on {gpus}" for gpus, hours in total.items())
+    said = ", ".join(f"{hours:,.1f} hours on {gpus}" for gpus, hours in total.items())
     note = (
         f"Together, one after the other: {said}. Hours are those of tools/plan.py (docs/planning.md), an estimate that "
         "no GPU has confirmed: without validation, checkpoints and faults."
     )
     return [Grid(header, lines), Paragraph(note)]
+
+
+def _said(hours: float, fits: bool) -> str:
+    return f"{hours:,.1f}" if fits else f"does not fit its memory ({hours:,.1f} if it did)"

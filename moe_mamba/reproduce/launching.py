@@ -161,6 +161,8 @@ class Launcher:
             return None
         if self.stopped_by is not None and (said == "stopped" or one.process.returncode in (130, 143)):
             return None
+        if said == "stopped":
+            return "it was asked to stop by somebody else, and has saved"
         why = said.partition(": ")[2] if said.startswith(("mistake", "failed")) else ""
         log = one.outcome.with_suffix(".log")
         return one_line(why or f"it ended with code {one.process.returncode} and without a word: see {log}")

@@ -242,7 +242,9 @@ def protocol(result: Result) -> list[str]:
         )
     spent = ", ".join(f"{kind.replace('_', ' ')} {hours:.2f}" for kind, hours in result.hours.items())
     unit = "core" if trace is None or not _is_gpu() else "GPU"
-    lines.append(f"{unit.capitalize()} hours: {sum(result.hours.values()):.2f} ({spent}), one {unit} a run.")
+    lines.append(
+        f"{unit.capitalize()} hours, by the clock with one {unit} a run: {sum(result.hours.values()):.2f} ({spent})."
+    )
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return [*lines, f"Python {platform.python_version()}, {libraries}; {platform.machine()}."]
 

@@ -1,7 +1,7 @@
 """The runs of a table: what each is, where it lies, how it stands, and which rate was the best of a sweep."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,14 @@ class Workspace:
         output: where.
         text: of all runs; None: that of the configurations.
         tokens: budget of a run; None: that of the configurations.
+        known: runs whose configurations were read.
     """
 
     table: Table
     output: Path
     text: Facts | None
     tokens: int | None
+    known: dict[tuple[str, str, str, float], Run] = field(default_factory=dict, compare=False)
 
     def sweep(self, rows: Iterable[str]) -> list[Run]:
         """Runs that look for the rates of rows."""
@@ -152,6 +154,9 @@ class Workspace:
         return self._run(SWEEP, row, rate, f"rate{rate:g}", sweep.seed, sweep.share)
 
     def _run(self, kind: str, row: str, rate: float, name: str, seed: int, share: float = 1.0) -> Run:
+        place = (kind, row, name, rate)
+        if place in self.known:
+            return self.known[place]
         keys: dict[str, Any] = {
             "run.folder": str(self.output / kind / row / name),
             "run.seed": seed,
@@ -159,7 +164,7 @@ class Workspace:
             **self._budget(row, share),
             **self._text(),
         }
-        return Run(kind, row, self.table.config(row, keys))
+        return self.known.setdefault(place, Run(kind, row, self.table.config(row, keys)))
 
     def _budget(self, row: str, share: float) -> dict[str, Any]:
         plain = self.table.config(row, {})

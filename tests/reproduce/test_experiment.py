@@ -75,6 +75,15 @@ def test_rows_that_two_tables_share_are_the_same() -> None:
             assert config == table.config(row, {}), f"{row} of {other} and of {name}"
 
 
+def test_dry_at_the_papers_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(table="main", version="v1", scale="paper", dry=True, only="moe_mamba", output=str(tmp_path / "out"))
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "moe_mamba" in line]
+    assert "| 416,342,016 | 26,271,744 | 6,553,600,000 |" in row
+    hours = [float(cell) for cell in row.split("|")[-3:-1]]
+    assert hours[0] > hours[1] > 0
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_row_takes_the_rate_of_another_and_shares_its_sweep(tmp_path: Path) -> None:
     workspace = Workspace(read_table("experts", "v1", "mini"), tmp_path, None, 4096 * 100)
     runs = workspace.sweep(["experts_1", "experts_4", "mamba"])

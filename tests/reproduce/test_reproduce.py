@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -79,6 +81,17 @@ def _call(*flags: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["reproduce.py", *flags])
         parse(main)()
+
+
+def _submitted(folder: Path) -> list[str]:
+    """What task 0 of an array gives to srun."""
+    stand_in = folder / "srun"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": "/", "SLURM_ARRAY_TASK_ID": "0"}
+    done = subprocess.run(["bash", folder / "array.sbatch"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def _raw(folder: Path) -> list[dict[str, Any]]:
@@ -177,6 +190,7 @@ def test_a_second_call_makes_nothing_and_another_budget_is_refused(
     (line,) = (tmp_path / "array" / "jobs.txt").read_text().splitlines()
     assert line.endswith(f"launch/train.py --config={output}/configs/runs/two/seed2.yaml")
     assert "--array=0-0\n" in (tmp_path / "array" / "array.sbatch").read_text()
+    assert _submitted(tmp_path / "array") == ["bash", "-c", f"exec {line}"]
     _call(*flags, "--gather")
     assert "Missing: two seed 2: new." in (output / "tiny-v1" / "table.md").read_text()
     (output / "runs" / "two" / "seed2").mkdir()
