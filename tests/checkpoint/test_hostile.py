@@ -160,7 +160,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return store.newest(folder, said.append, check_resumable), said
 
 
-@pytest.mark.parametrize(("seed", "count"), [(15, 400), pytest.param(16, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "count"), [(15, 120), pytest.param(16, 1000, marks=pytest.mark.long)])
 def test_changed_and_signed_again(run: Path, seed: int, count: int) -> None:
     chance, refused, lines = random.Random(seed), Counter[str](), set()
     expected = {name: store.read_tensor(run / "checkpoints/step-00000002", name) for name in weights_of(run)}
@@ -185,7 +185,7 @@ def test_changed_and_signed_again(run: Path, seed: int, count: int) -> None:
         shutil.rmtree(copy, ignore_errors=True)
     print(f"{count} changed checkpoints: {dict(refused)}")
     assert sum(number for kind, number in refused.items() if kind.endswith("refused")) > count // 2, count
-    assert len(lines) > 100, count
+    assert len(lines) > count // 4, count
 
 
 def weights_of(run: Path) -> list[str]:

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -89,6 +90,7 @@ def test_chunks_that_several_ranks_offer_are_shared_out_evenly_by_bytes() -> Non
     assert set(Counter(chunk for chunks in written for chunk in chunks).values()) == {1}
 
 
+@pytest.mark.slow
 def test_fifty_thousand_chunks_are_planned_in_seconds() -> None:
     tensors = [(f"{kind}/layers.{n}.w", torch.empty(250, 67)) for n in range(95) for kind in ("w", "m", "v")]
     shards = [[shard for name, tensor in tensors for shard in flat_part(name, tensor, rank, 64)] for rank in range(64)]

@@ -87,7 +87,7 @@ def configurations(tree: dict[str, Any], case: str) -> Iterator[Any]:
                 yield from (tree | {key: inside | {name: value}} for value in ODD)
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)], ids=["each fifth", "all"])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)], ids=["each fifth", "all"])
 @pytest.mark.parametrize("case", [*CASES, "state"])
 def test_every_key_of_config_json_with_odd_values(folders: Path, case: str, step: int) -> None:
     folder = folders / case[:5].strip()

@@ -52,7 +52,7 @@ def rejects_in(folder: Path) -> list[dict]:
     return [reject | {"raw": base64.b64decode(reject["raw"]).decode()} for reject in rejects]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_panic_is_a_reject_with_its_place(
     catastrophic: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
 ) -> None:
@@ -73,7 +73,8 @@ def test_a_panic_is_a_reject_with_its_place(
     assert line.startswith(f"{source}, line 2: the tokenizer fails on it")
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_what_never_ends_is_a_reject_with_its_place(
     catastrophic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
@@ -87,12 +88,14 @@ def test_what_never_ends_is_a_reject_with_its_place(
     assert reject["reason"] == "the tokenizer did not end within 2 s on it"
 
 
+@pytest.mark.slow
 def test_a_limit_counts_what_could_not_be_encoded(catastrophic: Path, tmp_path: Path) -> None:
     source = write_documents(tmp_path / "a.jsonl", ["one", PANICS, "two", "three"])
     manifest = preprocess(source, load_tokenizer(catastrophic), tmp_path / "out", limit=3)
     assert (manifest.documents, manifest.failed) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_source_that_the_tokenizer_fails_on_whole_is_refused(catastrophic: Path, tmp_path: Path) -> None:
     source = write_documents(tmp_path / "a.jsonl", [PANICS] * 3)
     with pytest.raises(UserError, match="the tokenizer fails on all 3 documents: give another tokenizer"):
@@ -131,6 +134,7 @@ def children() -> set[int]:
     return {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     BytesTokenizer().save(tmp_path)
     before, killed = children(), []
@@ -155,6 +159,7 @@ def test_a_process_that_is_killed_costs_nothing(tmp_path: Path) -> None:
     assert not children() & set(killed)
 
 
+@pytest.mark.slow
 def test_what_is_given_up_leaves_no_process(catastrophic: Path) -> None:
     before = children()
     encoding_ = encode_in_processes((batch_of(text) for text in ["a", *[NEVER_ENDS] * 20]), catastrophic, "uint16", 2)
@@ -163,6 +168,7 @@ def test_what_is_given_up_leaves_no_process(catastrophic: Path) -> None:
     assert len(children() - before) <= 1  # multiprocessing's resource tracker
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_start_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it has no tokenizer"):
         list(encode_in_processes(iter([batch_of("a")]), tmp_path, "uint16", 1))

@@ -81,6 +81,7 @@ def test_a_text_that_never_ends_has_a_limit(monkeypatch: pytest.MonkeyPatch, cap
     assert capfd.readouterr().err == "seen\n", "standard error is what it was"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_that_encodes_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(_catastrophic().content)
     code = (  # jobs in the background ignore the signal

@@ -110,6 +110,7 @@ def test_large_sources_are_tokenized_on_all_cores(
         prepare_corpus(source, BytesTokenizer(), tmp_path / "cache", limit)
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_shards(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_documents(tmp_path / "a.jsonl", texts)
     alone = prepare_corpus(source, BytesTokenizer(), tmp_path / "alone")

@@ -78,9 +78,9 @@ def test_rejects_are_kept_with_their_places(source: str, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("small_batches")
 def test_the_number_of_workers_does_not_show(source: str, tmp_path: Path) -> None:
-    for workers in (0, 1, 2):
+    for workers in (0, 2):
         preprocess(source, BytesTokenizer(), tmp_path / str(workers), workers=workers, part_bytes=PART)
-    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "2")
+    assert content(tmp_path / "0") == content(tmp_path / "2")
     assert len(Shards.open(tmp_path / "2", verify="checksums").manifest.parts) > 3  # type: ignore[union-attr]
 
 

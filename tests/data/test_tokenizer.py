@@ -85,6 +85,7 @@ def test_gpt2_is_gpt2_in_any_format(shared_data: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).fingerprint == whole.fingerprint
 
 
+@pytest.mark.slow
 def test_fingerprints_differ_where_the_ids_may(shared_data: Path, tmp_path: Path, sentencepiece: Tokenizer) -> None:
     content = json.loads((shared_data / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
     fingerprints = {load_tokenizer(shared_data / "gpt2").fingerprint}

@@ -268,6 +268,7 @@ def test_without_the_harness_the_extra_is_named(plain: Path, monkeypatch: pytest
         main(str(plain), tasks="hellaswag")
 
 
+@pytest.mark.slow
 def test_the_command_runs_and_prints_nothing_else(plain: Path, tasks: Path, tmp_path: Path) -> None:
     """The task's own code imports the package ``evaluate``, as some of the harness's do, and not the tool so named."""
     (tmp_path / "metrics.py").write_text(

@@ -104,6 +104,7 @@ def start_two(start: Callable[..., Job], arguments: tuple[str, ...] = LONG) -> l
     ]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_a_launcher_is_named_in_one_line(start: Callable[..., Job]) -> None:
     job = start(*DEEPSPEED)
     job.wait_for_steps(3)

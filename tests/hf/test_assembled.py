@@ -19,6 +19,7 @@ def test_the_file_is_not_stale(name: str) -> None:
     assert (FOLDER / name).read_text(encoding="utf-8") == FILES[name], "run python tools/assemble_hf.py"
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hf").mkdir()
     monkeypatch.setattr(assemble_hf, "PACKAGE", tmp_path)

@@ -34,8 +34,14 @@ def test_the_standard_collator_counts_every_end(kind: str, tmp_path: Path) -> No
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bytes", "BOS", "no room"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("bytes", marks=pytest.mark.long),
+        pytest.param("BOS", marks=pytest.mark.slow),
+        pytest.param("no room", marks=pytest.mark.long),
+    ],
+)
 def test_a_fine_tuned_model_stops(kind: str, tmp_path: Path) -> None:
     """By the code that its own card shows."""
     pytest.importorskip("accelerate")

@@ -90,6 +90,7 @@ def test_bytes(documents: list[str], tmp_path: Path) -> None:
     _check(BytesTokenizer(), tmp_path, _texts(documents[:20]))
 
 
+@pytest.mark.slow
 def test_gpt2(shared_data: Path, documents: list[str], tmp_path: Path) -> None:
     _check(load_tokenizer(shared_data / "gpt2"), tmp_path, _texts(documents))
 
