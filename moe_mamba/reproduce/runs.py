@@ -15,7 +15,8 @@ from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import FILE, read_metrics
 
 SWEEP, RUNS, ONE_RATE = "sweep", "runs", "one_rate"
-VALIDATIONS = 20  # of a run, at equal distances, where a table is made at mini scale
+VALIDATIONS = 20  # of a run, and checkpoints, at equal distances, where a table is made at mini scale
+APART = 10  # steps between validations at least: a short run would do little else
 # What may differ between what a run was made with and what is asked for now, and makes no other run of it.
 INERT = {
     "run.folder",
@@ -161,12 +162,12 @@ class Workspace:
             "run.folder": str(self.output / kind / row / name),
             "run.seed": seed,
             "train.learning_rate": rate,
-            **self._budget(row, share),
+            **self._budget(kind, row, share),
             **self._text(),
         }
         return self.known.setdefault(place, Run(kind, row, self.table.config(row, keys)))
 
-    def _budget(self, row: str, share: float) -> dict[str, Any]:
+    def _budget(self, kind: str, row: str, share: float) -> dict[str, Any]:
         plain = self.table.config(row, {})
         per_step = plain.train.global_batch * plain.data.sequence_length
         steps = max(1, (self.tokens or plain.steps * per_step) // per_step)
@@ -175,7 +176,8 @@ class Workspace:
         steps = max(1, round(share * steps))
         keys: dict[str, Any] = {"train.steps": steps, "train.tokens": None}
         if self.table.scale == "mini":
-            keys["train.validate_every"] = keys["checkpoint.every"] = max(1, steps // VALIDATIONS)
+            keys["checkpoint.every"] = max(1, steps // VALIDATIONS)
+            keys["train.validate_every"] = 0 if kind == SWEEP else max(APART, steps // VALIDATIONS)
         return keys
 
     def _text(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[
     folder = tmp_path_factory.mktemp("reproduce")
     tree: dict[str, dict[str, Any]] = {
         "moe": {"d_expert": 8, "capacity_factor": None},
-        "train": {"steps": 8, "global_batch": 2, "micro_batch": 2, "validation_batches": 2, "sample_tokens": 0},
+        "train": {"steps": 40, "global_batch": 2, "micro_batch": 2, "validation_batches": 2, "sample_tokens": 0},
         "data": {"sequence_length": 32},
         "logging": {"plots": False},
     }
@@ -110,7 +110,7 @@ def test_the_table_equals_one_computed_from_raw_metrics(made: tuple[Path, list[s
     chosen = {}
     for row in ("plain", "two"):
         tried = {rate: _curve(output / "sweep" / row / f"rate{rate}")[-1] for rate in ("0.003", "0.03")}
-        assert {step for step, _ in tried.values()} == {4}  # half the steps
+        assert {step for step, _ in tried.values()} == {20}  # half the steps
         chosen[row] = min(tried, key=lambda rate: tried[rate][1])
     reference = {seed: _curve(output / "runs" / "plain" / f"seed{seed}") for seed in (1, 2)}
     text = (output / "tiny-v1" / "table.md").read_text()
@@ -118,7 +118,7 @@ def test_the_table_equals_one_computed_from_raw_metrics(made: tuple[Path, list[s
         curves = {seed: _curve(output / "runs" / row / f"seed{seed}") for seed in (1, 2)}
         config = yaml.safe_load((output / "runs" / row / "seed2" / "config.yaml").read_text())
         assert config["train"]["learning_rate"] == said["learning_rate"] == float(chosen[row])
-        assert (config["run"]["seed"], curves[1][-1][0]) == (2, 8)
+        assert (config["run"]["seed"], curves[1][-1][0]) == (2, 40)
         losses = [curves[seed][-1][1] for seed in (1, 2)]
         error = stdev(losses) / math.sqrt(2)
         assert said["loss"] == pytest.approx({"value": mean(losses), "error": error, "seeds": 2})
@@ -138,19 +138,19 @@ def test_the_table_equals_one_computed_from_raw_metrics(made: tuple[Path, list[s
             len(load) * max(load)
             for seed in (1, 2)
             for line in _raw(output / "runs" / row / f"seed{seed}")
-            if line["step"] > 0.9 * 8
+            if line["step"] > 0.9 * 40
             for load in line.get("expert_load", {}).values()
         ]
         assert said["fullest_expert"] == pytest.approx(mean(loads))
 
 
 def _first_below(curve: list[tuple[int, float]], target: float) -> float | None:
-    """Steps to a loss by a fine walk along the curve, as a share of 8 steps."""
+    """Steps to a loss by a fine walk along the curve, as a share of 40 steps."""
     if curve[0][1] <= target:
-        return curve[0][0] / 8
+        return curve[0][0] / 40
     for (start, high), (end, low) in pairwise(curve):
         if low <= target:
-            return (start + (end - start) * (high - target) / (high - low)) / 8
+            return (start + (end - start) * (high - target) / (high - low)) / 40
     return None
 
 
@@ -179,8 +179,8 @@ def test_a_second_call_makes_nothing_and_another_budget_is_refused(
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/*/metrics.jsonl")}
     _call(*flags)
     assert before == {path: path.stat().st_mtime_ns for path in output.glob("*/*/*/metrics.jsonl")}
-    with pytest.raises(UserError, match=r"made with train\.steps=4, and is now to be 8"):
-        _call(*flags, "--tokens=1024")
+    with pytest.raises(UserError, match=r"made with train\.steps=20, and is now to be 40"):
+        _call(*flags, "--tokens=5120")
     with pytest.raises(UserError, match="holds other text"):
         _call(*flags[:2], "--data.train=builtin")
     with pytest.raises(UserError, match="no run is left"):
