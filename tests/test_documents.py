@@ -81,6 +81,7 @@ ELSEWHERE = {
     "python tools/reproduce.py --table main --gather": "tests/reproduce/test_reproduce.py",
     "python tools/reproduce.py --table main --version v2 --scale paper --dry": "tests/reproduce/test_experiment.py",
     "python tools/status.py runs/site": "tests/run/test_status.py",
+    "python tools/experts.py runs/a runs/b --output specialisation": "tests/evaluation/test_experts.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=scan,step,prefill,decode,context --output=rows.json": "tests/test_benchmark.py",
     "python tools/benchmark.py --only=head": "tests/test_benchmark.py",

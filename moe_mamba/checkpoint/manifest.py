@@ -9,6 +9,7 @@ and, once training went on from there, next_step.json (divergence.py).
 """
 
 import math
+import stat
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,17 +112,22 @@ def is_marked_finite(folder: Path) -> bool:
     return read_json(folder / MANIFEST, OTHER, DamagedError).get("finite") is True
 
 
-def read_index(folder: Path) -> dict[str, Stored]:
+def read_index(folder: Path, is_checked: bool = False) -> dict[str, Stored]:
     """Logical tensor -> dtype, shape and chunks; each tensor has as many elements as its chunks, which its files hold.
 
     So whoever allocates what the index says allocates no more than the files hold.
+
+    Args:
+        folder: the step's.
+        is_checked: another rank looks at the files' sizes, which are as many as ranks: if all did, the file system
+            would be asked as many times as the square of their number.
 
     Raises:
         DamagedError: the index is damaged, or does not fit the files' sizes.
         UserError: the checkpoint is of another format version.
     """
     path, files = folder / INDEX, read_manifest(folder)
-    check_sizes(folder, files)
+    check_sizes(folder, {INDEX: files[INDEX]} if is_checked else files)
     entries = check(read_json(path, OTHER, DamagedError, limit=INDEX_LIMIT), _INDEX, path, OTHER, DamagedError)
     index = {name: _stored(entry) for name, entry in entries.items()}
     stored: dict[str, int] = defaultdict(int)
@@ -175,10 +181,14 @@ def check_sizes(folder: Path, files: dict[str, tuple[int, str]]) -> None:
     """Raise a DamagedError that names the first file that is missing or has another size than was written."""
     for name, (size, _) in files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            found = path.stat()
+        except (OSError, ValueError):
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
             raise DamagedError(f"{path} is missing, or no file: {OTHER}")
-        if (found := path.stat().st_size) != size:
-            raise DamagedError(f"{path} has {found:,} bytes, {size:,} were written: {OTHER}")
+        if found.st_size != size:
+            raise DamagedError(f"{path} has {found.st_size:,} bytes, {size:,} were written: {OTHER}")
 
 
 def verify(folder: Path) -> None:

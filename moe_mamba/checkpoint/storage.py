@@ -223,11 +223,16 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Storage of torch.distributed.checkpoint: reads of a step's folder only the bytes that a plan asks for."""
+    """Storage of torch.distributed.checkpoint: reads of a step's folder only the bytes that a plan asks for.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the step's.
+        is_checked: see ``read_index``.
+    """
+
+    def __init__(self, folder: Path, is_checked: bool = False) -> None:
         self.folder = folder
-        self.index = read_index(folder)
+        self.index = read_index(folder, is_checked)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between loads."""

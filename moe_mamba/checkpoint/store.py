@@ -206,7 +206,8 @@ def _load(path: Path, shards: Sequence[Shard], group: dist.ProcessGroup | None, 
 
 def _agree_on_reader(path: Path, group: dist.ProcessGroup | None) -> storage.Reader:
     readers: list[storage.Reader] = []
-    _agree(lambda: readers.append(storage.Reader(path)), group)
+    is_first = _rank_and_size(group)[0] == 0
+    _agree(lambda: readers.append(storage.Reader(path, is_checked=not is_first)), group)
     return readers[0]
 
 

@@ -1,5 +1,6 @@
 """Say what the experts of trained models specialise in."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.config_types import OptionalPositive, Positive, Range
 from moe_mamba.data.prepare import prepare_corpus
+from moe_mamba.data.source import Source
 from moe_mamba.data.tokenizer import Tokenizer
 from moe_mamba.errors import UserError
 from moe_mamba.evaluation.choices import Choices, Text, choices_of
@@ -51,12 +53,13 @@ def main(
     world = World.from_environment()
     if world.size > 1:
         raise UserError("tools/experts.py runs in one process: start it without a launcher")
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"--output={output} is a file: give a folder")
     opened = _open(runs)
     first = next(iter(opened.values()))
-    data = first.config.data
-    length = sequence_length or data.sequence_length
-    source = input or next(iter(data.validation_sets.values()))
-    corpus = prepare_corpus(source, first.tokenizer, data.cache, data.max_documents, text_key=text_key or data.text_key)
+    length = sequence_length or first.config.data.sequence_length
+    source = input or next(iter(first.config.data.validation_sets.values()))
+    corpus = _corpus(source, first, text_key)
     read: list[tuple[Text, dict[str, Choices]]] = []
     for trained in opened.values():
         model, reset = restore_trained(trained, world.device).model, trained.config.data.reset_at_document
@@ -70,14 +73,30 @@ def main(
     ]
     vocabulary, buckets = len(set(text.ids.tolist())), bucket_starts(text)
     what = Read(source, corpus.identity, len(text.ids), length, vocabulary, buckets, shuffles)
-    pairs = agreements(choices, shuffles)
+    pairs = agreements(text.ids, choices, shuffles)
     _write(Path(output), what, found, pairs)
-    print("\n".join(summary(found)))
+    _say(found, pairs)
+    print(f"\n{output}: experts.md, experts.json and experts.png")
+
+
+def _corpus(source: str, trained: Trained, text_key: str | None) -> Source:
+    """The text, as the run would read it; what is to be known of it is said."""
+    data = trained.config.data
+    key = text_key or data.text_key
+    corpus = prepare_corpus(source, trained.tokenizer, data.cache, data.max_documents, text_key=key)
+    rejects = f"{corpus.rejects:,} damaged lines are kept in {corpus.rejects_file}"
+    for line in [rejects] * bool(corpus.rejects) + corpus.notes:
+        print(line, file=sys.stderr)
+    return corpus
+
+
+def _say(runs: Sequence[Run], pairs: Sequence[Agreement]) -> None:
+    """Print the tables of routers."""
+    print("\n".join(summary(runs)))
     if pairs:
         print("\n".join(["", *agreement_table(pairs)]))
-    if any(router.looks_ahead for run in found for router in run.routers.values()):
+    if any(router.looks_ahead for run in runs for router in run.routers.values()):
         print(f"\n{LOOKS_AHEAD}")
-    print(f"\n{output}: experts.md, experts.json and experts.png")
 
 
 def _findings(

@@ -54,7 +54,7 @@ def main(
         raise UserError(f"--gpus={gpus}: a step is made in one world: give one number, or --start")
     logging.disable(logging.WARNING)  # of DeepSpeed: that there is no GPU, and more that is as it must be here
     if start:
-        from moe_mamba.rehearsal.start import start_table
+        from moe_mamba.rehearsal.start_table import start_table
 
         print(start_table(settings, worlds, machine=gpus_per_machine, gpu=gpu))
         return

@@ -79,7 +79,9 @@ def choices_of(
     routers = model.routers()
     if not source.is_text:
         raise UserError(f"{source.name} is no text: give one with --input")
-    ids, ends, taken = [], [], {name: _Taken() for name in routers}
+    ids: list[Numbers] = []
+    ends: list[NDArray[np.bool_]] = []
+    taken = {name: _Taken() for name in routers}
     device = model.embedding.weight.device
     batches = evaluation_batches(source, length, batch, end_of_text, reset)
     model.eval()

@@ -22,7 +22,8 @@ def draw(read: Read, runs: Sequence[Run], agreements: Sequence[Agreement], path:
     shown = [labels[place] for place in np.unique(np.linspace(0, len(labels) - 1, MOST_MAPS).round().astype(int))]
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(12, 3.6 + 2.2 * rows), dpi=130, layout="constrained", facecolor="white")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 2.2 * rows])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 2.2 * rows])
+    top, bottom = parts
     axes = top.subplots(1, 2 + bool(agreements))
     token = {run.name: {label: router.token for label, router in run.routers.items()} for run in runs}
     place = {run.name: {label: router.position for label, router in run.routers.items()} for run in runs}
@@ -30,21 +31,29 @@ def draw(read: Read, runs: Sequence[Run], agreements: Sequence[Agreement], path:
     _curves(axes[1], labels, place, "about its place in the document, bits")
     if agreements:
         pairs = {", ".join(one.runs): one.routers for one in agreements}
-        _curves(axes[2], labels, pairs, "agreement of runs, normalised information")
+        equal = {", ".join(one.runs): one.equal_tokens for one in agreements}
+        _curves(axes[2], labels, pairs, "agreement (dashed: by chance among equal tokens)", equal)
     _maps(bottom, read, runs[0], shown)
     top.suptitle(f"What the experts specialise in: {read.tokens:,} tokens", fontsize=13, color=INK, weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _curves(axes: Any, labels: list[str], curves: dict[str, dict[str, Measure]], title: str) -> None:
-    """A curve over the routers for each name; what chance makes is dotted in its colour."""
+Curves = dict[str, dict[str, Measure]]
+"""Name -> label of the router -> figure."""
+
+
+def _curves(axes: Any, labels: list[str], curves: Curves, title: str, others: Curves | None = None) -> None:
+    """A curve over the routers for each name; what chance makes is dotted in its colour, ``others``' is dashed."""
     for number, (name, measures) in enumerate(curves.items()):
         color = COLORS[number % len(COLORS)]
         places = [place for place, label in enumerate(labels) if label in measures]
         found = [measures[labels[place]] for place in places]
         axes.plot(places, [one.value for one in found], color=color, marker="o", markersize=4, label=name)
         axes.plot(places, [one.shuffled for one in found], color=color, linestyle=":", linewidth=1.2)
+        if others is not None:
+            dashed = [others[name][labels[place]].shuffled for place in places]
+            axes.plot(places, dashed, color=color, linestyle="--", linewidth=1)
     step = -(-len(labels) // 12)
     axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=45 * (len(labels) > 8))
     axes.set_title(title, fontsize=9.5, color=INK, loc="left")

@@ -113,12 +113,14 @@ def _cells(measure: Measure, entropy: float) -> str:
 
 def agreement_table(agreements: Sequence[Agreement]) -> Iterator[str]:
     """A line a pair of runs and router: normalised mutual information of which expert takes a token."""
-    yield "| runs | router | normalised mutual information | by chance |"
-    yield "|---|---|---|---|"
+    yield "| runs | router | normalised mutual information | by chance | by chance among equal tokens |"
+    yield "|---|---|---|---|---|"
     for one in agreements:
         for label, measure in one.routers.items():
-            found = f"{measure.value:.4f} | {measure.shuffled:.4f} +- {measure.spread:.4f}"
-            yield f"| {one.runs[0]}, {one.runs[1]} | {label} | {'- | -' if math.isnan(measure.value) else found} |"
+            found = [f"{measure.value:.4f}"]
+            found += [f"{m.shuffled:.4f} +- {m.spread:.4f}" for m in (measure, one.equal_tokens[label])]
+            cells = "- | - | -" if math.isnan(measure.value) else " | ".join(found)
+            yield f"| {one.runs[0]}, {one.runs[1]} | {label} | {cells} |"
 
 
 def _experts(router: RouterFindings) -> Iterator[str]:

@@ -17,6 +17,8 @@ from moe_mamba.evaluation.information import (
     normalised_information,
 )
 
+FEWEST = 8  # assignments an expert in a bucket of places, below which its loads say little
+
 
 @dataclass(frozen=True)
 class Word:
@@ -46,7 +48,8 @@ class Expert:
         load: share of all assignments.
         special: share of its assignments that are of tokens beyond chance.
         words: of those, the ones with the largest lift.
-        positions: load by place in the document, by the load as a whole, for each bucket; NaN: no token is there.
+        positions: load by place in the document, by the load as a whole, for each bucket; NaN: too few tokens are
+            there, less than FEWEST an expert.
     """
 
     number: int
@@ -81,13 +84,18 @@ class RouterFindings:
 class Agreement:
     """Whether two runs divide the same tokens alike.
 
+    Both figures are the normalised mutual information of the experts that took a token with the largest weight.
+
     Attributes:
         runs: their names.
-        routers: label -> normalised mutual information of the experts that took a token with the largest weight.
+        routers: label of the router -> against a shuffle over all tokens.
+        equal_tokens: the same against a shuffle among tokens of the same id, which leaves what each router's liking for
+            tokens explains.
     """
 
     runs: tuple[str, str]
     routers: dict[str, Measure]
+    equal_tokens: dict[str, Measure]
 
 
 def bucket(position: Numbers) -> Numbers:
@@ -120,6 +128,7 @@ def findings(
     load = by_word.sum(1) / max(1, by_word.sum())
     with np.errstate(divide="ignore", invalid="ignore"):
         positions = by_place / by_place.sum(0) / load[:, None]
+    positions[:, by_place.sum(0) < FEWEST * choices.experts] = np.nan
     experts = [
         Expert(
             number,
@@ -174,24 +183,24 @@ def _words(
     ]
 
 
-def agreements(runs: Mapping[str, Mapping[str, Choices]], shuffles: int = 10) -> list[Agreement]:
-    """Of each pair of runs, whether routers of the same label divide the same tokens alike.
+def agreements(ids: Numbers, runs: Mapping[str, Mapping[str, Choices]], shuffles: int = 10) -> list[Agreement]:
+    """Of each pair of runs, whether routers of the same label divide the same tokens, ``ids`` (tokens,), alike.
 
     Tokens count that both took. Which expert has which number does not matter.
     """
     return [
         Agreement(
             (one, other),
-            {
-                label: _agreement(runs[one][label], runs[other][label], shuffles)
-                for label in runs[one]
-                if label in runs[other]
-            },
+            {label: _agreement(runs[one][label], runs[other][label], shuffles) for label in labels},
+            {label: _agreement(runs[one][label], runs[other][label], shuffles, ids) for label in labels},
         )
         for one, other in combinations(runs, 2)
+        if (labels := [label for label in runs[one] if label in runs[other]])
     ]
 
 
-def _agreement(one: Choices, other: Choices, shuffles: int) -> Measure:
+def _agreement(one: Choices, other: Choices, shuffles: int, groups: Numbers | None = None) -> Measure:
     both = (one.first >= 0) & (other.first >= 0)
-    return against_chance(normalised_information, one.first[both], other.first[both], shuffles)
+    if groups is not None:
+        groups = groups[both]
+    return against_chance(normalised_information, one.first[both], other.first[both], shuffles, groups)

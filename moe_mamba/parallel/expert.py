@@ -111,6 +111,7 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         self._tensor = topology.tensor
         self._tensor_group = groups.tensor
         self._sequence_parallel = sequence_parallel
+        self.leave: Callable[..., Tensor] = mappings.reduce_scatter_to_sequence_parallel_region
         self.gathers_tokens = joins  # type: ignore[misc]  # of this one, not of the class
         self.set_deepspeed_parallelism()  # type: ignore[operator]
 
@@ -139,7 +140,7 @@ class ExpertParallelMoE(MoE, deepspeed.moe.layer.MoE):
         def finish_sums() -> tuple[Tensor, RouterStatistics]:
             y, statistics = finish()  # a part of each sum over an expert's width
             if enters:
-                y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=group)
+                y = self.leave(y, group=group)
             elif not self.gathers_tokens:
                 assert group is not None  # experts are sharded by tensor
                 y = sum_over_ranks(y, group)

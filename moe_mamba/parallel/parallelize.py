@@ -10,6 +10,8 @@ from moe_mamba.checkpoint.shards import Shard
 from moe_mamba.config import TrainConfig
 from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.model.layer import ParallelMixers
+from moe_mamba.model.mixers.routed_mamba import RoutedMamba
 from moe_mamba.parallel.groups import Groups, expert_group_name
 from moe_mamba.parallel.initialize import initialize_shards
 from moe_mamba.parallel.placement import ParameterShard
@@ -51,9 +53,29 @@ def fill_model(model: LanguageModel, plan: RunPlan, groups: Groups) -> LanguageM
     mark_parameters(model, groups, plan.shards)
     model.recompute = config.train.recompute
     if config.train.compile:
+        if config.train.recompute and groups.topology.tensor > 1:
+            _leave_graphs(model)
         for layer in model.layers:
             layer.compile()
     return model
+
+
+def _leave_graphs(model: LanguageModel) -> None:
+    """Let sums leave layers outside their compiled graphs, in place: for layers that are computed again.
+
+    Recomputation ends at the last tensor that the backward pass needs, and a layer's last sum lies behind it. A graph
+    runs to its end, and would make the sum once more.
+    """
+    from moe_mamba.parallel.expert import ExpertParallelMoE
+    from moe_mamba.parallel.tensor import PartialLinear, ReducedLinear, RowLinear
+
+    for module in model.modules():
+        if isinstance(module, ParallelMixers | RoutedMamba):
+            module.reduce = torch.compiler.disable(module.reduce)
+        elif isinstance(module, ExpertParallelMoE):
+            module.leave = torch.compiler.disable(module.leave)
+        elif isinstance(module, RowLinear) and not isinstance(module, PartialLinear | ReducedLinear):
+            module._reduce = torch.compiler.disable(module._reduce)  # type: ignore[method-assign]
 
 
 def build_for_inference(plan: RunPlan, groups: Groups) -> LanguageModel:

@@ -4,6 +4,7 @@ The store asks nobody who he is: whoever reaches its port may write there, so wh
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -51,6 +52,12 @@ def read_key(store: dist.Store, key: str, kind: Any) -> Any:
     return checked(store.get(key), kind)
 
 
+@functools.cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """What checks values of a type, made once: that takes longer than a hundred values do, and rank 0 reads of all."""
+    return TypeAdapter(kind)
+
+
 def checked(value: bytes, kind: Any) -> Any:
     """JSON of some type, from a store.
 
@@ -58,7 +65,7 @@ def checked(value: bytes, kind: Any) -> Any:
         UserError: it is of another type.
     """
     try:
-        return TypeAdapter(kind).validate_json(value)
+        return adapter(kind).validate_json(value)
     except ValidationError:
         raise UserError(
             "what the ranks tell each other at MASTER_ADDR and MASTER_PORT was overwritten, by another job or program: "

@@ -54,6 +54,11 @@ class Curve:
                 return low * (size / left) ** slope
         raise AssertionError("points are in order")
 
+    @property
+    def most(self) -> float:
+        """The largest value that was measured."""
+        return max(value for _, value in self.points)
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -160,8 +165,17 @@ class Cluster:
     def product_rate(self, is_half: bool, smallest: float, share: float) -> float:
         """Operations a second of a product whose smallest dimension is ``smallest``."""
         if self.products is not None:
-            return self.products.at(max(1.0, smallest))
+            return min(self.products.at(max(1.0, smallest)), self.products.most)
         return share * (self.bf16 if is_half else self.fp32)
+
+    def peak(self, is_half: bool) -> float:
+        """Operations a second of which MFU is a share: of products, by a data sheet.
+
+        Without one, on a measured CPU, it is the fastest that was measured: products, scan or attention.
+        """
+        if self.products is None:
+            return self.bf16 if is_half else self.fp32
+        return max(self.bf16 if is_half else self.fp32, self.products.most, self.plain, self.attention or 0.0)
 
     def pass_seconds(self, size: float, operators: float) -> float:
         """Seconds of passes over ``size`` bytes in all by that many of our kernels."""

@@ -112,7 +112,7 @@ class Estimate:
     @property
     def mfu(self) -> float:
         """The model's operations by what the device could do at most in the precision of the run."""
-        peak = self.cluster.bf16 if self.plan.config.train.precision == "bf16" else self.cluster.fp32
+        peak = self.cluster.peak(self.plan.config.train.precision == "bf16")
         return self.flops_per_token * self.tokens_per_second / peak
 
     @property

@@ -8,7 +8,7 @@ ZeRO 0 keeps all of everything. ZeRO 1 and 2 lay each group's weights in one fla
 part: fp32 masters and two moments. Under ZeRO 1 gradients stay whole until the step, in fp32, but where the only
 micro-step's are reduced as they come (on GPUs). Then, and under ZeRO 2, a rank keeps its part in fp32 where weights are
 bf16; in a model that is fp32 throughout, DeepSpeed keeps whole the gradients of all parameters of which the rank
-updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master.
+updates some. ZeRO-3 keeps a part of each parameter, in fp32, beside its master, and small parameters whole besides.
 """
 
 import math
@@ -71,7 +71,7 @@ def _buffers(plan: RunPlan, groups: tuple[OptimizerGroup, ...]) -> int:
 def _without_zero(plan: RunPlan, groups: tuple[OptimizerGroup, ...], device: str, micro_steps: int) -> EngineState:
     """All in fp32. Gradients are averaged when all are there, in copies of ``WHOLE_BUCKET`` elements."""
     count = sum(group.size for group in groups)
-    together = min(count, WHOLE_BUCKET) if plan.topology.data > 1 else 0
+    together = min(count, WHOLE_BUCKET)  # copied by a single data rank as well
     return EngineState(
         parameters=count,
         weights=FP32 * count + _buffers(plan, groups),
@@ -157,8 +157,9 @@ def _parts_of_parameters(
     offloads, ranks = plan.config.parallel.offload_optimizer, plan.topology.data
     sizes = [size for group in groups for size in group.sizes]
     count, owned = sum(sizes), sum(-(-size // ranks) for size in sizes)
-    persistent = sum(size for size in sizes if size <= PERSISTENT)
-    gathered = min(count - persistent, LIVE)
+    # A single data rank's parts are the weights themselves: it gathers nothing.
+    persistent = sum(size for size in sizes if size <= PERSISTENT) if ranks > 1 else 0
+    gathered = min(count - persistent, LIVE) if ranks > 1 else 0
     return EngineState(
         parameters=count,
         weights=FP32 * (owned + persistent) + _buffers(plan, groups),

@@ -9,11 +9,10 @@ from types import NoneType
 from typing import Any
 
 import torch.distributed as dist
-from pydantic import TypeAdapter
 
 from moe_mamba.errors import UserError
 from moe_mamba.parallel.messages import Text
-from moe_mamba.parallel.store import checked, wait_for_keys
+from moe_mamba.parallel.store import adapter, checked, wait_for_keys
 from moe_mamba.parallel.topology import World
 
 SAMPLES = 8  # round trips of which the quickest is taken
@@ -45,7 +44,7 @@ class Exchange:
             UserError: ranks do not come in time; rank 0 names them, and the others hear it at the next `from_first`.
         """
         name = self._next()
-        self._store.set(f"{name}/{self.world.rank}", TypeAdapter(kind).dump_json(value).decode())
+        self._store.set(f"{name}/{self.world.rank}", adapter(kind).dump_json(value).decode())
         if not self.world.is_first:
             return None
         keys = [f"{name}/{rank}" for rank in range(self.world.size)]
@@ -91,9 +90,8 @@ class Exchange:
             self.from_first()
             return checked(self._get(f"{key}/{self.world.rank}", self.timeout), kind)
         assert values is not None
-        adapter = TypeAdapter(kind)
         for rank, value in enumerate(values[1:], 1):
-            self._store.set(f"{key}/{rank}", adapter.dump_json(value).decode())
+            self._store.set(f"{key}/{rank}", adapter(kind).dump_json(value).decode())
         self.from_first()
         return values[0]
 
@@ -131,7 +129,7 @@ class Exchange:
 
     def _publish(self, call: int, message: tuple[str | None, Any], kind: Any) -> None:
         """Say why rank 0 refuses, or its value: for the call that the others are in, or come to next."""
-        self._store.set(f"{call}/first", TypeAdapter(tuple[Text | None, kind]).dump_json(message).decode())
+        self._store.set(f"{call}/first", adapter(tuple[Text | None, kind]).dump_json(message).decode())
 
     def _hear(self, name: str, kind: Any) -> Any:
         message = self._get(f"{name}/first", 2 * self.timeout)  # rank 0 may wait for another meanwhile

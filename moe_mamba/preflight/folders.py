@@ -1,8 +1,8 @@
 """Whether ranks see the same folder: each writes a file, and looks for those of all others."""
 
+import contextlib
 import os
 import secrets
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def look(exchange: Exchange, machine: str, folders: dict[str, Path]) -> dict[str
     everyone = exchange.to_first((machine, told), tuple[str, dict[str, tuple[list[Range], str | None]]])
     exchange.from_first()  # all have looked
     for place in places.values():
-        shutil.rmtree(place, ignore_errors=True)
+        _remove(place, world.rank)
     seen: dict[str, list[Seen]] = {}
     known: dict[tuple[Range, ...], frozenset[int]] = {}  # most see the same: one set for all of them
     for rank, (host, folders_seen) in enumerate(everyone or ()):
@@ -126,6 +126,16 @@ def _write(folder: Path, rank: int, nonce: str) -> str | None:
     except OSError as error:
         return f"it cannot be written ({error.strerror})"
     return None
+
+
+def _remove(folder: Path, rank: int) -> None:
+    """Remove this rank's file; the last one's folder is empty then, and goes as well.
+
+    If each removed all files, a shared file system would be asked as many times as the square of their number.
+    """
+    with contextlib.suppress(OSError):
+        (folder / str(rank)).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _list(folder: Path, read: tuple[int, ...], nonce: str) -> tuple[list[int], str | None]:

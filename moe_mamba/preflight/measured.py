@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
 from pydantic import ValidationError
 
 from moe_mamba.errors import UserError, shown
 from moe_mamba.planning.cluster import Cluster, Curve, Link, Reached
+from moe_mamba.planning.devices import peak_flops
 from moe_mamba.preflight.report import Measures, Report
 
 SCAN_OPERATIONS = 27  # of a state, forward and backward, as models count them
@@ -29,7 +31,7 @@ def cluster_of(path: Path, preset: Cluster | None = None) -> Cluster:
     measures = report.measures
     if measures is None:
         raise UserError(f"{path} has findings and no measures: correct what it refuses, and run the preflight again")
-    return _cluster(report, measures, preset, report.ranks[0].device != "cpu")
+    return _cluster(report, measures, preset, report.ranks[0].device)
 
 
 def _read(path: Path) -> Report:
@@ -47,13 +49,13 @@ def _read(path: Path) -> Report:
         ) from None
 
 
-def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu: bool) -> Cluster:
+def _cluster(report: Report, measures: Measures, preset: Cluster | None, device: str) -> Cluster:
     curves = {curve.what: Curve(tuple(curve.points)) for curve in measures.curves}
     if "product" not in curves or "pass" not in curves:
         raise UserError("the preflight has no curves of speed over sizes: it is of an older version: run it anew")
     compute, products = measures.compute, curves["product"]
     scans = [one.scan_tokens for one in compute if one.scan_tokens is not None]
-    memory_rate, fastest = median(one.copy_bytes for one in compute), max(rate for _, rate in products.points)
+    memory_rate, fastest = median(one.copy_bytes for one in compute), products.most
     plain = fastest
     if scans and measures.sizes.scan:
         plain = median(scans) * measures.sizes.scan[2] * measures.sizes.scan[3] * SCAN_OPERATIONS
@@ -70,8 +72,8 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
         name=f"measured {report.made}",
         gpus_per_machine=max(len(ranks) for ranks in report.machines.values()),
         memory=memory or cluster.memory,
-        bf16=fastest if is_half else cluster.bf16,
-        fp32=cluster.fp32 if is_half else fastest,
+        bf16=peak_flops(device, torch.bfloat16) or (fastest if is_half else cluster.bf16),
+        fp32=peak_flops(device, torch.float32) or (cluster.fp32 if is_half else fastest),
         plain=plain,
         memory_rate=memory_rate,
         inside=_link(measures, is_inside=True) or cluster.inside,
@@ -79,11 +81,11 @@ def _cluster(report: Report, measures: Measures, preset: Cluster | None, is_gpu:
         disk_rate=min((one.write_bytes for one in measures.storage), default=cluster.disk_rate),
         operator=curves["pass"].points[0][1],
         reached=Reached(1, 1, 1, 1, 1, 1, cluster.reached.beside),
-        is_gpu=is_gpu,
+        is_gpu=device != "cpu",
         products=products,
         passes=curves["pass"],
         kernels=curves.get("kernel", curves["pass"]),
-        attention=curves["attention"].points[0][1] if "attention" in curves else None,
+        attention=curves["attention"].points[0][1] if "attention" in curves else fastest,
         collectives=collectives,
         measured_ranks=report.world_size,
     )

@@ -23,13 +23,15 @@ from moe_mamba.preflight.facts import rank_facts
 from moe_mamba.preflight.folders import Seen, cache_folders, grouped, look
 from moe_mamba.preflight.report import Clock, Finding, Folder, RankFacts
 
+TOLD = 8  # refusals, and as many other findings, that ranks other than the first hear
+
 
 @dataclass(frozen=True)
 class Comparison:
     """What came out when the ranks compared what they know; all but the findings only on rank 0.
 
     Attributes:
-        findings: the same on every rank.
+        findings: on rank 0 all; on the others the first refusals and warnings, without the names of machines.
         machines: host name -> its ranks.
         ranks: facts of each.
         clocks: of machines other than rank 0's.
@@ -103,7 +105,7 @@ def compare(exchange: Exchange, config: Config, *, thorough: bool) -> Comparison
     offset = exchange.clock_offset(others, speaks and not world.is_first)
     everyone = exchange.to_first((facts, offset), tuple[RankFacts, tuple[float, float] | None])
     comparison = _conclude(config, machines, everyone, seen, paths) if everyone else None
-    findings = exchange.from_first(comparison and comparison.findings, list[Finding])
+    findings = exchange.from_first(comparison and _told(comparison.findings), list[Finding])
     exchange.to_first()  # rank 0, which has the store, is the last to leave
     if comparison is not None:
         return comparison
@@ -135,6 +137,13 @@ def _conclude(
         *(_describe(folder) for folder in folders if folder.name.startswith("cache of ") and len(machines) > 1),
     ]
     return Comparison(findings, machines, ranks, clocks, folders, size)
+
+
+def _told(findings: list[Finding]) -> list[Finding]:
+    """What all ranks hear: a finding for each machine, told to each rank, would be as many as the square of them."""
+    refused = [finding for finding in findings if finding.level == "refused"]
+    others = [finding for finding in findings if finding.level != "refused"]
+    return [finding.model_copy(update={"machines": []}) for finding in (*refused[:TOLD], *others[:TOLD])]
 
 
 def _describe(folder: Folder) -> Finding:

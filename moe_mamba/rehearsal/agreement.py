@@ -1,7 +1,10 @@
-"""Whether ranks agree: in each group all members order the same collectives, one after the other, or they hang."""
+"""Whether ranks agree: in each group all members order the same collectives, one after the other, or they hang.
+
+And, where they do, whether the order between calls of different groups lets all of them come to their end.
+"""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
@@ -9,6 +12,7 @@ from moe_mamba.parallel.topology import name_ranks
 from moe_mamba.rehearsal.collectives import Collective
 
 SHOWN = 8  # sizes of an all-to-all
+NAMED = 2  # ranks of a circle
 
 
 class Call(NamedTuple):
@@ -38,11 +42,82 @@ class Disagreement(NamedTuple):
         return f"the group of {_named(self.group)} hangs or fails at its collective {self.position:,}: {said}"
 
 
+class Circle(NamedTuple):
+    """Ranks that wait for one another for ever.
+
+    Attributes:
+        waits: (rank, the call that it cannot end); each waits for the next rank's, the last for the first's.
+    """
+
+    waits: tuple[tuple[int, Call], ...]
+
+    def __str__(self) -> str:
+        first, *others = [rank for rank, _ in self.waits]
+        said = [
+            f"rank {rank} waits for rank {other} in {_kind(call)} of {_named(call.collective.group)}{_at(call)}"
+            for (rank, call), other in zip(self.waits[:NAMED], [*others, first], strict=False)
+        ]
+        rest = f"; and so on, {len(self.waits):,} ranks in a circle" * (len(self.waits) > NAMED)
+        return f"no rank of a circle can go on: {'; '.join(said)}{rest}"
+
+
+def meeting(rank: int, one: Collective) -> Hashable:
+    """What a rank waits at: a call of its group, or the other end of a send or receive."""
+    if one.kind not in ("send", "receive"):
+        return one.group, one.channel
+    ends = (rank, one.root) if one.kind == "send" else (one.root, rank)
+    return ends, one.group, one.channel
+
+
+def circle(orders: Mapping[int, Sequence[Hashable]]) -> list[tuple[int, int]]:
+    """Go through all calls, each of which ends when all who make it are there; nothing: every rank comes to its end.
+
+    So it is with NCCL on one stream, and what NCCL asks for where there are several communicators. A call that the host
+    does not wait for counts alike.
+
+    Args:
+        orders: rank -> what it waits at, in order (``meeting``). Who makes a call at all makes it as often as the
+            others, which ``disagreement`` has seen.
+
+    Returns:
+        (rank, number of its call from 0): each waits for the next rank, and the last for the first.
+    """
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for rank, order in orders.items():
+        for key in set(order):
+            members[key].append(rank)
+    place = dict.fromkeys(orders, 0)
+    there: dict[Hashable, list[int]] = defaultdict(list)
+    going = list(orders)
+    while going:
+        rank = going.pop()
+        if place[rank] == len(orders[rank]):
+            continue
+        key = orders[rank][place[rank]]
+        there[key].append(rank)
+        if len(there[key]) == len(members[key]):
+            for member in there[key]:
+                place[member] += 1
+            going += there.pop(key)
+    at = {rank: order[place[rank]] for rank, order in orders.items() if place[rank] < len(order)}
+    if not at:
+        return []
+    seen: dict[int, None] = {}
+    rank = min(at)
+    while rank not in seen:
+        seen[rank] = None
+        missing = [member for member in members[at[rank]] if at[member] != at[rank]]
+        # A circle of two is told best.
+        rank = next((member for member in missing if rank in members[at[member]]), missing[0])
+    ranks = list(seen)
+    return [(member, place[member]) for member in ranks[ranks.index(rank) :]]
+
+
 def disagreement(ranks: Mapping[int, Sequence[Call]]) -> Disagreement | None:
     """Compare what ranks do, group by group; None: those of each group that are given agree.
 
-    Groups of one rank are left out. Sends and receives have two ends, and are compared between these; an order between
-    calls of different groups is not looked at.
+    Groups of one rank are left out. Sends and receives have two ends, and are compared between these. The order between
+    calls of different groups is another question: ``circle``.
 
     Args:
         ranks: rank -> all its calls in order.
@@ -129,11 +204,18 @@ def _does(call: Call | None, group: tuple[int, ...]) -> str:
     if call is None:
         return "makes no further call"
     one = call.collective
-    article = "an" if one.kind.startswith("a") else "a"
     root = "" if one.root is None else f" with rank {one.root}"
     sent = "" if one.sent is None else f", to each {_sizes(one.sent)}, from each {_sizes(one.received or ())}"
-    place = f" ({call.place})" if call.place else ""
-    return f"makes {article} {one.kind} of {one.bytes:,} bytes of {one.dtype}{root}{sent}{place}"
+    return f"makes {_kind(call)} of {one.bytes:,} bytes of {one.dtype}{root}{sent}{_at(call)}"
+
+
+def _kind(call: Call) -> str:
+    kind = call.collective.kind
+    return f"{'an' if kind.startswith('a') else 'a'} {kind}"
+
+
+def _at(call: Call) -> str:
+    return f" ({call.place})" if call.place else ""
 
 
 def _sizes(sizes: Sequence[int]) -> str:

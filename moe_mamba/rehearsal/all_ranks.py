@@ -1,7 +1,7 @@
 """All ranks of a world agree on what they send to one another, though only a few are rehearsed."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import zip_longest
 
@@ -12,7 +12,7 @@ from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.cluster import Cluster
 from moe_mamba.planning.load import Load
 from moe_mamba.planning.micro_batch import largest_micro_batch
-from moe_mamba.rehearsal.agreement import Call, Disagreement, disagreement
+from moe_mamba.rehearsal.agreement import Call, Circle, Disagreement, circle, disagreement, meeting
 from moe_mamba.rehearsal.roles import Entry, Layout
 from moe_mamba.rehearsal.step import Report, rehearse
 
@@ -22,7 +22,7 @@ MICRO_STEPS = 2  # at most, of a step: one between, and the last, after which we
 def check_all(
     config: Config, gpus: int, load: Load, say: Callable[[str], None], *, machine: int = 8, gpu: str = "h100"
 ) -> None:
-    """Rehearse the first and the last rank of each role, and compare in each group what its members do.
+    """Rehearse the first and the last rank of each role, compare what members of groups do, and follow all ranks.
 
     Args:
         config: of the run; of its micro-steps no more than two are made.
@@ -34,7 +34,7 @@ def check_all(
 
     Raises:
         UserError: the run would be refused.
-        RunStopped: a rank breaks, or a group's members do not do the same: names the first.
+        RunStopped: a rank breaks, a group's members do not do the same, or ranks wait for one another: names the first.
     """
     local = min(machine, gpus)
     plan = RunPlan.of(config, Topology.of(config, World(0, gpus, 0, local)))
@@ -52,9 +52,10 @@ def check_all(
         say(f"  {len(ranks):>9,} ranks, {len(done[0]):,} collectives each; rehearsed {named} in {seconds:.0f} s")
         if found := difference(layout, seen[0], done[0], seen[-1], done[-1]):
             raise RunStopped(str(found))
-        entries.append([one for one in map(Entry.merged, done[0], done[-1]) if one is not None])
+        entries.append(merged(seen[0], done[0], seen[-1], done[-1]))
     for line in compare(layout, roles, entries):
         say(line)
+    say(follow(layout, roles, entries))
 
 
 def check_some(
@@ -79,6 +80,9 @@ def check_some(
         say(f"rank {rank:<6,} {len(done[rank]):,} collectives, rehearsed in {report.seconds:.0f} s")
     if found := disagreement(done):
         raise RunStopped(str(found))
+    orders = {rank: [meeting(rank, call.collective) for call in calls] for rank, calls in done.items()}
+    if waits := circle(orders):
+        raise RunStopped(str(Circle(tuple((rank, done[rank][number]) for rank, number in waits))))
     groups = Counter(group for calls in done.values() for group in {call.collective.group for call in calls})
     shared = sum(count > 1 and len(group) > 1 for group, count in groups.items())
     say(f"agree       in {shared:,} groups that have several of these ranks, whose members make the same collectives")
@@ -127,6 +131,35 @@ def compare(layout: Layout, roles: Sequence[Sequence[int]], entries: Sequence[Se
     return lines
 
 
+def follow(layout: Layout, roles: Sequence[Sequence[int]], entries: Sequence[Sequence[Entry]]) -> str:
+    """Let every rank go through its calls, each of which waits for all of its group; a line about it.
+
+    Args:
+        layout: the ranks.
+        roles: the ranks of each role.
+        entries: what those do; in each group all members do the same.
+
+    Raises:
+        RunStopped: ranks wait for one another.
+    """
+    numbers: dict[Hashable, int] = {}  # of what is waited at: groups of all ranks are long keys
+    orders: dict[int, list[int]] = {}
+    for ranks, done in zip(roles, entries, strict=True):
+        kinds = [(entry.group, entry.channel, entry.kind, entry.root) for entry in done]
+        of_kind = dict(zip(kinds, done, strict=True))
+        for rank in ranks:
+            found = {
+                kind: numbers.setdefault(meeting(rank, layout.ends(rank, entry)), len(numbers))
+                for kind, entry in of_kind.items()
+            }
+            orders[rank] = [found[kind] for kind in kinds]
+    if waits := circle(orders):
+        role_of = {rank: number for number, ranks in enumerate(roles) for rank in ranks}
+        calls = ((rank, layout.call(rank, entries[role_of[rank]][number])) for rank, number in waits)
+        raise RunStopped(str(Circle(tuple(calls))))
+    return f"end         every rank comes to its end through {sum(map(len, orders.values())):,} calls of all ranks"
+
+
 def _settle(roles: Sequence[list[Entry]]) -> None:
     """Where an exchange of rows may be several things for one role, take what it is for all, in place."""
     for position in range(min(map(len, roles))):
@@ -150,6 +183,25 @@ def difference(
                 first, second = ((r, None if entry is None else layout.call(r, entry)) for r, entry in calls)
                 return Disagreement(layout.members(rank, name), position, first, second)
     return None
+
+
+def merged(rank: int, entries: Sequence[Entry], other: int, others: Sequence[Entry]) -> list[Entry]:
+    """What two ranks of one role do, which is the same in each kind of group.
+
+    Raises:
+        RunStopped: they order calls of several groups in another way, so others of their role cannot follow from them.
+    """
+    found: list[Entry] = []
+    for number, (one, two) in enumerate(zip(entries, others, strict=True), 1):
+        both = one.merged(two)
+        if both is None:
+            raise RunStopped(
+                f"ranks {rank} and {other} hold the same and order their calls differently, which may hang: "
+                f"call {number:,} is of the group {one.group} on one ({one.place}), "
+                f"of {two.group} on the other ({two.place})"
+            )
+        found.append(both)
+    return found
 
 
 def _shortened(plan: RunPlan, gpu: str) -> Config:

@@ -195,6 +195,12 @@ class Layout:
                     found.add((number, sign * width))
         return frozenset(found)
 
+    def ends(self, rank: int, entry: Entry) -> Collective:
+        """Who takes part in an entry that a rank of the role makes, without sizes."""
+        group = self.members(rank, entry.group)
+        root = None if entry.root is None else group[entry.root]
+        return Collective(entry.kind, group, 0, entry.dtype, root, channel=entry.channel)
+
     def call(self, rank: int, entry: Entry) -> Call:
         """What a rank of the role makes of an entry."""
         group = self.members(rank, entry.group)

@@ -38,13 +38,14 @@ def describe_dry(
     if workspace.table.scale == "paper":
         return _paper(workspace, rows, count)
     speeds = measure(workspace, rows, at_once, say)
-    lines, total, extra = [], 0.0, 0.0
+    lines, total, extra, longest = [], 0.0, 0.0, 0.0
     sweep = workspace.sweep(rows)
     for row in rows:
         config = workspace.planned(row).config
         hours = _hours(config, speeds[row])
         swept = [_hours(run.config, speeds[row]) for run in sweep if run.row == row]
         total += count * hours + sum(swept)
+        longest = max(longest, hours)
         extra += count * hours if workspace.table.reference_of(row) != row else 0.0
         lines.append([*_figures(workspace, row), f"{speeds[row]:,.0f}", str(len(swept)), str(count), f"{hours:.2f}"])
     header = [
@@ -59,7 +60,7 @@ def describe_dry(
         "hours of one",
     ]
     said = (
-        f"Together {total:.1f} core hours, {total / at_once:.1f} hours with {at_once} at once. Speeds are measured: "
+        f"Together {total:.1f} core hours, {max(total / at_once, longest):.1f} hours with {at_once} at once. Speeds are measured: "
         f"{MEASURED - WARM_UP} steps of each model, {at_once} at once, here and now. Validation is in the hours, a "
         "start (some seconds) is not."
     )

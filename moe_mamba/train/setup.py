@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_mamba.checkpoint import store
 from moe_mamba.config import Config, ParallelConfig
+from moe_mamba.config_file import parse_config
 from moe_mamba.data.tokenizer import load_tokenizer
 from moe_mamba.model.pattern import has_experts
 from moe_mamba.parallel.parallelize import check_compiler
@@ -16,7 +17,7 @@ from moe_mamba.planning.fit import check_fit
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
-from moe_mamba.run.restore import check_resumable, find_weights, read_config
+from moe_mamba.run.restore import check_resumable, find_weights
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.verification import verify_at_once
 
@@ -28,6 +29,7 @@ class StartState:
     Attributes:
         config: as it was asked for, with the size of the vocabulary.
         newest: the checkpoint to go on from.
+        description: what it says beside its tensors; empty where there is none.
         done: steps that it has made.
         warm: the checkpoint whose weights a fresh run takes.
         micro_batch: sequences that a device works on at once.
@@ -36,15 +38,11 @@ class StartState:
 
     config: Config
     newest: Path | None
+    description: dict[str, Any]
     done: int
     warm: Path | None
     micro_batch: int
     is_verified: bool
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Of the checkpoint to go on from; empty where there is none."""
-        return store.read_description(self.newest) if self.newest else {}
 
 
 def check(config: Config, world: World) -> Topology:
@@ -76,7 +74,8 @@ def prepare_run(
     if newest is None and any(folder.checkpoints.glob("step-*")):
         screen.say("restart   there is no usable checkpoint: training starts from step 0")
     done = store.step_of(newest) if newest else 0
-    config = _with_vocabulary(config, newest)
+    description = store.read_description(newest) if newest else {}
+    config = _with_vocabulary(config, description)
     plan = RunPlan.of(config, topology)
     if warning := check_fit(plan):
         screen.say(warning)
@@ -85,25 +84,24 @@ def prepare_run(
         folder.forget_tokenizer()
     corpora = open_corpora(config, folder, screen.say) if done < config.steps else None
     if newest and corpora:
-        corpora.check_unchanged(store.read_description(newest), folder)
+        corpora.check_unchanged(description, folder)
     is_verified = not (config.data.verify and corpora) or verify_at_once(corpora, folder, screen.say)
-    return StartState(config, newest, done, warm, choose_micro_batch(plan), is_verified), plan, corpora
+    return StartState(config, newest, description, done, warm, choose_micro_batch(plan), is_verified), plan, corpora
 
 
-def _with_vocabulary(config: Config, newest: Path | None) -> Config:
+def _with_vocabulary(config: Config, description: dict[str, Any]) -> Config:
     """Where ``model.vocab_size`` is null: the size that a run goes on with, or the tokenizer's for a new one."""
     if config.has_vocabulary:
         return config
-    if newest is not None:
-        return config.with_vocabulary(read_config(newest, store.read_description(newest)).model.vocab_size)
+    if description:
+        return config.with_vocabulary(parse_config(description["config"]).model.vocab_size)
     return config.with_vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
 
 
 def accumulation_changes(config: Config, start: StartState, micro_steps: int) -> list[str]:
     """What a run that goes on with other micro-batches than its checkpoint's should say: a line, or none."""
-    assert start.newest is not None
     before = start.description
-    parallel = read_config(start.newest, before).parallel
+    parallel = parse_config(before["config"]).parallel
     was = before["micro_steps"], _routed_together(before["micro_batch"], parallel)
     now = micro_steps, _routed_together(start.micro_batch, config.parallel)
     by_device = config.moe.balance_over == "device"

@@ -110,14 +110,30 @@ def test_seeds_agree_whatever_the_numbers_of_their_experts() -> None:
     one = RANDOM.integers(0, EXPERTS, N)
     other = np.where(RANDOM.random(N) < 0.5, one, RANDOM.integers(0, EXPERTS, N))
     runs = {"a": one, "b": (one * 3 + 1) % EXPERTS, "c": other, "d": RANDOM.integers(0, EXPERTS, N)}
-    found = {pair.runs: pair.routers["1"] for pair in agreements({k: {"1": choices_by(v)} for k, v in runs.items()})}
+    words = RANDOM.integers(0, WORDS, N)
+    pairs = agreements(words, {name: {"1": choices_by(expert)} for name, expert in runs.items()}, shuffles=4)
+    found = {pair.runs: pair.routers["1"] for pair in pairs}
     assert found["a", "b"].value == pytest.approx(1)
     a, b, information = by_hand(one.tolist(), other.tolist())
     assert found["a", "c"].value == pytest.approx(2 * information / (a + b), abs=1e-12)
     assert abs(found["a", "d"].beyond) < 5 * found["a", "d"].spread and found["a", "c"].beyond > 0.1
     left = Choices(np.arange(N), one, np.where(np.arange(N) < 9, -1, one), EXPERTS, looks_ahead=False)
-    (pair,) = agreements({"left": {"1": left, "2": left}, "b": {"1": choices_by(runs["b"])}})
+    (pair,) = agreements(words, {"left": {"1": left, "2": left}, "b": {"1": choices_by(runs["b"])}}, 2)
     assert list(pair.routers) == ["1"] and pair.routers["1"].value == pytest.approx(1)  # tokens that both took
+
+
+def test_what_tokens_explain_of_an_agreement_is_told_apart() -> None:
+    """By token alone, nothing is left among equal tokens; by the token before alone, all of it is."""
+    words = RANDOM.integers(0, WORDS, N)
+    before = np.roll(words, 1)
+    kept = [RANDOM.random(N) < 0.7 for _ in range(2)]
+    for labels, is_by_token in ((words, True), (before, False)):
+        one, other = (np.where(mine, labels % EXPERTS, RANDOM.integers(0, EXPERTS, N)) for mine in kept)
+        (pair,) = agreements(words, {"a": {"1": choices_by(one)}, "b": {"1": choices_by(other)}})
+        everywhere, equal = pair.routers["1"], pair.equal_tokens["1"]
+        assert everywhere.value == equal.value > 0.2 and everywhere.shuffled < 0.01
+        assert (abs(equal.beyond) < 5 * equal.spread) == is_by_token
+        assert (equal.shuffled < 0.05) != is_by_token
 
 
 def test_counts_beyond_chance_are_rare_by_chance() -> None:
@@ -196,6 +212,7 @@ def test_a_text_is_read_in_whole_windows_with_places_in_documents(tmp_path: Path
 CHOICE = {"router": "expert_choice", "capacity_factor": 1.0, "balance": "none"}
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_numbers_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,5 +238,6 @@ def test_the_command_writes_tables_numbers_and_a_picture(
     assert Path("out/experts.png").read_bytes().startswith(b"\x89PNG")
     assert "dense: model.pattern=M has no experts" in refusal(main, "dense", "--input=text.txt")
     assert "no run is given" in refusal(main)
+    assert "--output=text.txt is a file" in refusal(main, "one", "--output=text.txt")
     assert "named twice" in refusal(main, "one", "one")
     assert "one whole window of 9999 tokens" in refusal(main, "one", "--input=text.txt", "--sequence_length=9999")

@@ -137,9 +137,21 @@ def test_a_preflight_is_a_cluster(tmp_path: Path) -> None:
     assert (cluster.gpus_per_machine, cluster.memory, cluster.disk_rate) == (2, 2**34, 2e8)
     assert cluster.plain == 4e4 * 512 * 16 * 27
     assert cluster.product_rate(False, 16, 0.1) == 1e10  # what is reached was measured
+    assert cluster.product_rate(False, 4096, 1.0) == 5e10  # and nothing beyond it is believed
+    assert cluster.peak(False) == 5e10  # MFU is of the fastest, whatever it is
+    assert change(cluster, {"plain_tflops": 0.09}).peak(False) == pytest.approx(9e10)
     assert cluster.collective_seconds("all-reduce", 10 * 1048576, 10, range(2)) == pytest.approx((1e-2, 0))
     # of a group twice as large each rank moves 3/4 of the bytes in the place of 1/2
     assert cluster.collective_seconds("all-reduce", 1048576, 1, range(4))[1] == pytest.approx(1.5e-3)
+
+
+def test_a_measured_gpu_has_the_peak_of_its_data_sheet(tmp_path: Path) -> None:
+    path = tmp_path / "preflight.json"
+    path.write_text(json.dumps(report()).replace('"cpu"', '"NVIDIA H100 80GB HBM3"'), encoding="utf-8")
+    cluster = cluster_of(path)
+    assert cluster.is_gpu
+    assert [cluster.peak(is_half) for is_half in (True, False)] == [989e12, 67e12]
+    assert cluster.product_rate(True, 16, 1.0) == 1e10
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,8 @@ ALL, PARALLEL = "M*-E", "(ME)M shared"
                 (ALL, Layout(2, 1, 1, 2), OFFLOADED),
                 ("M*-", Layout(4, 2, zero=3), HALF),
                 ("M*-", Layout(2, zero=3), OFFLOADED),
+                ("M*-", Layout(2, 2, zero=3), HALF),
+                ("M*-", Layout(1, zero=3), OFFLOADED),
             )
         ),
     ],

@@ -20,10 +20,11 @@ from moe_mamba.parallel.expert import ExpertDispatcher
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.parallel.topology import Topology, World
 from moe_mamba.planning.load import Load
-from moe_mamba.rehearsal.agreement import Call, disagreement
-from moe_mamba.rehearsal.all_ranks import calls_of, check_all, check_some, compare, difference
+from moe_mamba.rehearsal.agreement import Call, Circle, circle, disagreement, meeting
+from moe_mamba.rehearsal.all_ranks import calls_of, check_all, check_some, compare, difference, follow, merged
 from moe_mamba.rehearsal.collectives import Collective, recording
 from moe_mamba.rehearsal.load import Matrix, Rows
+from moe_mamba.rehearsal.roles import Entry
 from moe_mamba.rehearsal.roles import Layout as Ranks
 from moe_mamba.rehearsal.step import Report, rehearse
 from moe_mamba.train.feed import GlobalBatch
@@ -124,7 +125,12 @@ def check_layout(world: Processes, rehearsals: Rehearsals, config: Config, size:
             follows = [ranks.call(rank, one) for one in map(settled(entries, role), range(len(entries[role[0]])))]
             assert among_others(follows) == [one for one in ran[rank][0] if len(one.group) > 1]
     assert disagreement({rank: [Call(one) for one in found] for rank, (found, _) in enumerate(ran)}) is None
-    assert compare(ranks, roles, [entries[role[0]] for role in roles])
+    assert not circle({rank: [meeting(rank, one) for one in found] for rank, (found, _) in enumerate(ran)})
+    of_roles = [entries[role[0]] for role in roles]
+    assert compare(ranks, roles, of_roles)
+    assert f"through {sum(len(among_others(calls_of(one))) for one in reports):,} calls" in follow(
+        ranks, roles, of_roles
+    )
 
 
 def settled(entries: list[Any], role: tuple[int, ...]) -> Callable[[int], Any]:
@@ -233,3 +239,46 @@ def test_the_first_call_that_differs_is_named(
 ) -> None:
     found = disagreement({0: list(map(Call, first)), 1: list(map(Call, second)), 2: [Call(A._replace(group=(2,)))]})
     assert (found and found.position) == position
+
+
+PAIR, THREE = Collective("all-reduce", (0, 1), 8), Collective("all-gather", (0, 1, 2), 8)
+GO, COME = ({rank: Collective(kind, (0, 1), 8, root=1 - rank) for rank in (0, 1)} for kind in ("send", "receive"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "waits"),
+    [
+        ([[PAIR, THREE], [PAIR, THREE], [THREE]], []),
+        ([[PAIR, THREE], [THREE, PAIR], [THREE]], [(0, 0), (1, 0)]),
+        ([[PAIR, THREE, PAIR], [PAIR, PAIR, THREE], [THREE]], [(0, 1), (1, 1)]),
+        ([[PAIR, PAIR._replace(channel=1)], [PAIR._replace(channel=1), PAIR]], [(0, 0), (1, 0)]),
+        ([[GO[0], COME[0]], [COME[1], GO[1]]], []),
+        ([[GO[0], COME[0]], [GO[1], COME[1]]], [(0, 0), (1, 0)]),
+    ],
+)
+def test_an_order_of_groups_that_hangs_is_found(ranks: list[list[Collective]], waits: list[tuple[int, int]]) -> None:
+    """In each group all do the same, and of several groups one rank makes another's call first."""
+    assert disagreement({rank: list(map(Call, calls)) for rank, calls in enumerate(ranks)}) is None
+    assert circle({rank: [meeting(rank, one) for one in calls] for rank, calls in enumerate(ranks)}) == waits
+
+
+def test_ranks_in_a_circle_are_named_though_no_two_share_two_groups() -> None:
+    """Of two roles, on a square of tensor and data ranks."""
+    ranks = layout_of(config_of("M", Layout(4, 2)), 4)
+    tensor, data = (Entry("all-reduce", name, "float32", 0, f"{name}.py:1 reduce", 8) for name in ("tensor", "data"))
+    orders = [[data, tensor, data], [data, data, tensor]]
+    assert compare(ranks, [(0, 3), (1, 2)], orders)
+    with pytest.raises(RunStopped) as stop:
+        follow(ranks, [(0, 3), (1, 2)], orders)
+    assert str(stop.value) == (
+        "no rank of a circle can go on: rank 0 waits for rank 1 in an all-reduce of ranks 0-1 (tensor.py:1 reduce); "
+        "rank 1 waits for rank 3 in an all-reduce of ranks 1, 3 (data.py:1 reduce); and so on, 4 ranks in a circle"
+    )
+    assert follow(ranks, [(0, 1), (2, 3)], orders).endswith("through 12 calls of all ranks")
+    assert merged(0, orders[0], 3, orders[0]) == orders[0]
+    with pytest.raises(RunStopped, match=r"ranks 0 and 1 hold the same .* call 2 is of the group tensor on one"):
+        merged(0, orders[0], 1, orders[1])
+    two = str(Circle(((0, Call(PAIR)), (1, Call(THREE)))))
+    assert two.endswith(
+        "rank 0 waits for rank 1 in an all-reduce of ranks 0-1; rank 1 waits for rank 0 in an all-gather of ranks 0-2"
+    )
