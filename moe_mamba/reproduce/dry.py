@@ -59,10 +59,11 @@ def describe_dry(
         "runs",
         "hours of one",
     ]
+    hours = max(total / at_once, longest)
     said = (
-        f"Together {total:.1f} core hours, {max(total / at_once, longest):.1f} hours with {at_once} at once. Speeds are "
-        f"measured: {MEASURED - WARM_UP} steps of each model, {at_once} at once, here and now. Validation is in the "
-        "hours, a start (some seconds) is not."
+        f"Together {total:.1f} core hours, {hours:.1f} hours with {at_once} at once. Speeds are measured: "
+        f"{MEASURED - WARM_UP} steps of each model, {at_once} at once, here and now. Validation is in the hours, a "
+        "start (some seconds) is not."
     )
     parts: list[Part] = [Grid(header, lines), Paragraph(said)]
     if workspace.table.made.one_rate:
