@@ -148,9 +148,9 @@ def _write_jobs(
     workspace: Workspace, rows: list[str], seeds: range, gpus_per_run: int, jobs: str | None, slurm: str | None
 ) -> None:
     """Write what can be made now: the sweep, and once it is done the runs."""
-    sweep = [run for run in _checked(_sweep(workspace, rows, seeds)) if run.state in ("new", "begun")]
+    sweep = [run for run in _checked(_sweep(workspace, rows, seeds)) if not run.is_done]
     rest = [run for stage in STAGES[1:] for run in _checked(stage(workspace, rows, seeds))]
-    runs = sweep or [run for run in rest if run.state in ("new", "begun")]
+    runs = sweep or [run for run in rest if not run.is_done]
     if not runs:
         raise UserError("no run is left to be made: gather them with --gather")
     if jobs is not None:

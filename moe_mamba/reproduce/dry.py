@@ -19,7 +19,6 @@ from moe_mamba.run.metrics import read_metrics
 MEASURED, WARM_UP = 8, 3  # steps that are made of each row, and the first of them that do not count
 CLUSTER, WORLDS = "h100", (1, 8)
 FORWARD = 1 / 3  # share of a training step that a validation of as many tokens takes
-TERA = 1e12
 
 
 def describe_dry(
@@ -34,31 +33,22 @@ def describe_dry(
         at_once: runs beside one another.
         say: prints a line.
     """
-    count = len(list(seeds))
+    wanted = list(seeds)
     if workspace.table.scale == "paper":
-        return _paper(workspace, rows, count)
+        return _paper(workspace, rows, wanted)
     speeds = measure(workspace, rows, at_once, say)
     lines, total, extra, longest = [], 0.0, 0.0, 0.0
-    sweep = workspace.sweep(rows)
+    sweep = {run.name: run for run in workspace.sweep(rows) if not run.is_done}
     for row in rows:
-        config = workspace.planned(row).config
-        hours = _hours(config, speeds[row])
-        swept = [_hours(run.config, speeds[row]) for run in sweep if run.row == row]
-        total += count * hours + sum(swept)
-        longest = max(longest, hours)
-        extra += count * hours if workspace.table.reference_of(row) != row else 0.0
-        lines.append([*_figures(workspace, row), f"{speeds[row]:,.0f}", str(len(swept)), str(count), f"{hours:.2f}"])
-    header = [
-        "model",
-        "parameters",
-        "active",
-        "tokens",
-        "FLOPs",
-        "tokens/s",
-        "runs of the sweep",
-        "runs",
-        "hours of one",
-    ]
+        hours, count = _hours(workspace.planned(row).config, speeds[row]), _left(workspace, row, wanted)
+        # A sweep that rows share counts once, with the first of them.
+        own = [sweep.pop(run.name) for run in workspace.sweep([row]) if run.name in sweep]
+        total += count * hours + sum(_hours(run.config, speeds[row]) for run in own)
+        longest = max(longest, hours * (count > 0))
+        extra += len(wanted) * hours if workspace.table.reference_of(row) != row else 0.0
+        lines.append([*_figures(workspace, row), f"{speeds[row]:,.0f}", str(len(own)), str(count), f"{hours:.2f}"])
+    header = ["model", "parameters", "active", "tokens", "FLOPs", "tokens/s"]
+    header += ["runs of the sweep left", "runs left", "hours of one"]
     hours = max(total / at_once, longest)
     said = (
         f"Together {total:.1f} core hours, {hours:.1f} hours with {at_once} at once. Speeds are measured: "
@@ -69,6 +59,11 @@ def describe_dry(
     if workspace.table.made.one_rate:
         parts.append(Paragraph(f"Runs at the reference's rate, where rates differ: at most {extra:.1f} hours more."))
     return parts
+
+
+def _left(workspace: Workspace, row: str, seeds: list[int]) -> int:
+    """Runs of a row that are not done; all, where its rate is not known yet."""
+    return len(seeds) - sum(run.is_done for run in workspace.runs(row, seeds))
 
 
 def _figures(workspace: Workspace, row: str) -> list[str]:
@@ -132,16 +127,16 @@ def _speed(run: Run) -> float:
     )
 
 
-def _paper(workspace: Workspace, rows: list[str], count: int) -> list[Part]:
+def _paper(workspace: Workspace, rows: list[str], seeds: list[int]) -> list[Part]:
     lines, total = [], dict.fromkeys(WORLDS, 0.0)
     for row in rows:
-        config, cells = workspace.planned(row).config, []
+        config, cells, count = workspace.planned(row).config, [], _left(workspace, row, seeds)
         for gpus in WORLDS:
             one = estimate(config, Cluster.of(CLUSTER), gpus, Load())
             total[gpus] += count * one.gpu_hours / gpus
             cells.append(_said(one.days * 24, one.fits))
         lines.append([*_figures(workspace, row), str(count), *cells])
-    header = ["model", "parameters", "active", "tokens", "FLOPs", "runs"]
+    header = ["model", "parameters", "active", "tokens", "FLOPs", "runs left"]
     header += [f"hours of one on {gpus} H100{'s' * (gpus > 1)}" for gpus in WORLDS]
     said = ", ".join(f"{hours:,.1f} hours on {gpus}" for gpus, hours in total.items())
     note = (

@@ -101,7 +101,7 @@ class Launcher:
         Raises:
             RunStopped: a signal came; all runs have saved, and the same call goes on with them.
         """
-        waiting = [run for run in runs if run.state in ("new", "begun")]
+        waiting = [run for run in runs if not run.is_done]
         total, failed, working = len(waiting), dict[str, str](), list[_Process]()
         with self._signals():
             while working or (waiting and self.stopped_by is None):

@@ -61,6 +61,11 @@ class Run:
             return "diverged"
         return "finished" if last["event"] == "finish" and last["step"] == self.config.steps else "begun"
 
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to make of it."""
+        return self.state in ("finished", "diverged")
+
     def loss(self) -> float | None:
         """Validation loss at the end, in nats/token; None: it is not finished, or has diverged."""
         if self.state != "finished":
@@ -141,7 +146,7 @@ class Workspace:
         if sweep is None:
             return {}
         runs = {rate: self._sweep_run(self._owner(row), rate, sweep) for rate in sweep.rates}
-        return {rate: run.loss() for rate, run in runs.items() if run.state in ("finished", "diverged")}
+        return {rate: run.loss() for rate, run in runs.items() if run.is_done}
 
     def seeds(self, kind: str, row: str) -> list[int]:
         """Seeds of a row that have a folder."""

@@ -172,6 +172,21 @@ def test_what_is_left_is_whole_and_needs_nothing_else(made: tuple[Path, list[str
 
 
 @pytest.mark.slow
+def test_dry_says_what_it_takes_here(made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    output, flags = made
+    before = sorted(output.rglob("*"))
+    _call(*flags, "--dry", "--only=two")
+    said = capsys.readouterr().out
+    (row,) = [line for line in said.splitlines() if line.startswith("| Two experts (two) |")]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells[:3] == ["656", "528", "2,560"]  # feed-forward 2 x 8 x 24, an expert 2 x 8 x 8, the router 16
+    assert float(cells[4].replace(",", "")) > 0
+    assert cells[5:7] == ["0", "0"]  # all is done
+    assert "hours" in said
+    assert sorted(output.rglob("*")) == before
+
+
+@pytest.mark.slow
 def test_a_second_call_makes_nothing_and_another_budget_is_refused(
     made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -199,18 +214,3 @@ def test_a_second_call_makes_nothing_and_another_budget_is_refused(
     with pytest.raises(RunStopped, match="1 runs have failed"):
         _call(*flags)
     assert "failed    runs/two/seed2: " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_dry_says_what_it_takes_here(made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    output, flags = made
-    before = sorted(output.rglob("*"))
-    _call(*flags, "--dry", "--only=two")
-    said = capsys.readouterr().out
-    (row,) = [line for line in said.splitlines() if line.startswith("| Two experts (two) |")]
-    cells = [cell.strip() for cell in row.split("|")[2:-1]]
-    assert cells[:3] == ["656", "528", "2,560"]  # feed-forward 2 x 8 x 24, an expert 2 x 8 x 8, the router 16
-    assert float(cells[4].replace(",", "")) > 0
-    assert cells[5:7] == ["2", "2"]
-    assert "hours" in said
-    assert sorted(output.rglob("*")) == before
