@@ -160,7 +160,7 @@ def test_everything_that_asks_about_layers_has_an_answer(registered: None) -> No
     assert "layers.0.mixer.share" in model.fp32_parameter_names()
     assert model.mixers()[0].flops_per_token(8) == 6 * 2 * 16 * 32
     share = Share(batch=2, length=8, width=4, rows_of=lambda *_: Rows(0, 0))
-    found = layer_peak((TokenShift,), config.model, config.moe, share, Tape(4), merged=True)
+    found = layer_peak((TokenShift,), config.model, config.moe, [share], Tape(4), merged=True)
     stream, channels = 2 * 8 * 16 * 4, 2 * 8 * 32 * 4  # its input, two tensors of channels, the norm's scales
     assert found.kept == stream + 2 * channels + 2 * 8 * 4
     with pytest.raises(UserError, match=r"^model\.pattern=TM has the layer T of tests\.test_new_mixer.*assemble_hf"):

@@ -4,7 +4,7 @@ Sizes are a rank's (``work.Share``). Tensor-parallel ranks share the stream's to
 ``parallel/tensor.py`` for what is gathered where.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from moe_mamba.config import ModelConfig, MoEConfig
@@ -97,38 +97,41 @@ def record_combination(
     return made
 
 
-def layer_peak(mixers: "Mixers", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, merged: bool) -> Peak:
+def layer_peak(
+    mixers: "Mixers", config: ModelConfig, moe: MoEConfig, shares: Sequence[Share], tape: Tape, merged: bool
+) -> Peak:
     """What a layer keeps and takes.
 
     Args:
         mixers: of the layer.
         config: of the model.
         moe: of its experts.
-        share: sizes.
+        shares: sizes for each mixer, which differ in the rows that its routers send.
         tape: an empty one.
         merged: whether the layer gets the stream with its update added: the first one does, and with recomputation all.
     """
-    tokens = share.tokens // share.tensor
+    tokens = shares[0].tokens // shares[0].tensor
     stream = tape.tensor(tokens * config.d_model)
     update = None if merged else tape.tensor(tokens * config.d_model)
     normalised, total = record_norm(tape, stream, update, tokens, config.d_model, config.norm)
-    made = _record_mixers(mixers, config, moe, share, tape, normalised)
+    made = _record_mixers(mixers, config, moe, shares, tape, normalised)
     return tape.peak((total, made), (stream,) if update is None else (stream, update))
 
 
 def _record_mixers(
-    mixers: "Mixers", config: ModelConfig, moe: MoEConfig, share: Share, tape: Tape, x: Recorded
+    mixers: "Mixers", config: ModelConfig, moe: MoEConfig, shares: Sequence[Share], tape: Tape, x: Recorded
 ) -> Recorded:
     """The mixers of a layer on one input, as ``layer.ParallelMixers`` runs them: those whose rows travel end last."""
+    share = shares[0]
     if len(mixers) == 1:
         return mixers[0].record(config, moe, share, tape, x, False)
     joins = {mixer: mixer.gathers_tokens or (mixer.routes and share.expert_tensor) for mixer in mixers}
     whole = enter(tape, x, share, config.d_model, not any(joins.values()))
     together: list[Recorded] = []
     apart: list[Recorded] = []
-    for mixer in sorted(mixers, key=lambda mixer: mixer.begins):
+    for mixer, own in sorted(zip(mixers, shares, strict=True), key=lambda one: one[0].begins):
         is_joined = joins[mixer] and share.tensor > 1
-        y = mixer.record(config, moe, share, tape, whole if joins[mixer] else x, is_joined)
+        y = mixer.record(config, moe, own, tape, whole if joins[mixer] else x, is_joined)
         (together if joins[mixer] else apart).append(y)
     if together:
         apart.append(leave(tape, tape.add(*together), share, config.d_model, False))

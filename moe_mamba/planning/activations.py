@@ -10,16 +10,15 @@ instructions for bf16 makes of the matrices of a product.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from moe_mamba.model.costs import embedding_bytes, head_peak, layer_peak
 from moe_mamba.model.pattern import LayerSpec, layer_specs
 from moe_mamba.model.tape import Peak, Tape
-from moe_mamba.model.work import Rows, Share
+from moe_mamba.model.work import Share
 from moe_mamba.parallel.run_plan import RunPlan
 from moe_mamba.planning.load import Load
 from moe_mamba.planning.state import BF16, FP32
-from moe_mamba.planning.traffic import share_of
+from moe_mamba.planning.traffic import name_of, share_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,10 @@ class Activations:
 def activations_of(
     plan: RunPlan, micro_batch: int, load: Load, device: str = "cuda", hidden: bool = True
 ) -> Activations:
-    """What a micro-step keeps and takes on the rank of an expert group that gets most rows.
+    """What a micro-step keeps and takes on the rank of an expert group whose rows take most.
+
+    A load has its first expert the fullest, so it is the first rank; one that a run has recorded differs from layer to
+    layer, and all ranks of the group are asked.
 
     Args:
         plan: of the run.
@@ -47,6 +49,22 @@ def activations_of(
         device: type of the device: on ``cuda`` Triton's kernels run, unless ``run.kernels`` says otherwise.
         hidden: whether to count what back ends take inside a call, which no tracker of tensors sees.
     """
+    found = [_on_rank(place, micro_batch, load, device, hidden) for place in _places(plan, load)]
+    return Activations(max(one.kept for one in found), max(one.peak for one in found))
+
+
+def _places(plan: RunPlan, load: Load) -> list[RunPlan]:
+    """The plan as ranks see it that have different experts, as far as these differ in what comes to them."""
+    topology = plan.topology
+    several = topology.tensor * topology.expert * topology.inner_expert if load.recorded is not None else 1
+    ranks = range(min(topology.world.size, several))
+    places = (replace(topology, world=replace(topology.world, rank=rank)) for rank in ranks)
+    different = {(place.expert_rank, place.inner_expert_rank): place for place in places}
+    return [replace(plan, topology=place) for place in different.values()]
+
+
+def _on_rank(plan: RunPlan, micro_batch: int, load: Load, device: str, hidden: bool) -> Activations:
+    """As ``activations_of``, on the rank of ``plan``."""
     config = plan.config
     micro_step = _MicroStep(plan, micro_batch, load, device, hidden)
     first = micro_step.stream + embedding_bytes(micro_step.share(""))
@@ -86,29 +104,13 @@ class _MicroStep:
         """What a layer keeps and takes; recorded loads differ from layer to layer."""
         config = self._plan.config
         merged = config.train.recompute or index == 0
-        prefix = f"layers.{index}." if self._load.recorded is not None else ""
+        prefix = f"layers.{index}.mixer" if self._load.recorded is not None else ""
         key = spec, merged, prefix
         if key not in self._layers:
-            self._layers[key] = layer_peak(
-                spec.mixers, config.model, config.moe, self.share(prefix), self.tape(), merged
-            )
+            shares = [self.share(name_of(prefix, place, spec.mixers)) for place in range(len(spec.mixers))]
+            self._layers[key] = layer_peak(spec.mixers, config.model, config.moe, shares, self.tape(), merged)
         return self._layers[key]
 
-    def share(self, prefix: str) -> Share:
-        """Sizes of this rank's part."""
-        topology = self._plan.topology
-
-        def rows_of(group: str, router: str, experts: int, rows: int) -> Rows:
-            ranks = topology.expert if group == "expert" else topology.inner_expert
-            return Rows(rows, most_received(self._load, ranks, experts, rows))
-
-        return replace(share_of(self._plan, self._batch, self._load, prefix), rows_of=rows_of)
-
-
-@lru_cache(maxsize=4096)
-def most_received(load: Load, ranks: int, experts: int, rows: int) -> int:
-    """Rows that the experts of a rank get at most, of a group each of whose ranks sends ``rows``."""
-    if ranks == 1:
-        return rows
-    matrix, here = load.matrix(ranks, experts, rows), experts // ranks
-    return max(sum(sum(row[first : first + here]) for row in matrix) for first in range(0, experts, here))
+    def share(self, prefix: str = "") -> Share:
+        """Sizes of this rank's part, of the mixer of this name."""
+        return share_of(self._plan, self._batch, self._load, prefix)

@@ -117,7 +117,8 @@ def _rehearse(plan: RunPlan, micro_batch: int, stage: Stage, rows: Rows, begin: 
     model = shard_copy(plan, groups)
     config = plan.config
     rows.give(model, config.train.compile)
-    with device.WithoutNumbers(allow_non_fake_inputs=True), stage, _compiling_for_nobody():
+    asking = rows.answering(config.train.compile)
+    with device.WithoutNumbers(allow_non_fake_inputs=True), stage, asking, _compiling_for_nobody():
         fill_model(model, plan, groups)
         check_model(model, plan, stage)
         stage.phase = "engine"

@@ -237,3 +237,19 @@ def test_kernels_take_memory_that_no_tracker_sees() -> None:
     seen, all_of_it = (activations_of(plan, BATCH, Load(), "cuda", hidden).peak for hidden in (False, True))
     partial = BATCH * 512 * 2 * config.model.d_state * 4 * config.model.resolved_d_inner // 32  # gradients of B and C
     assert 0 < all_of_it - seen <= partial
+
+
+def test_of_recorded_loads_each_layer_has_its_own() -> None:
+    """Where another rank is full in each layer, none keeps what one that is full in both does."""
+    config = config_of("EE", Layout(2, 1, 2), 2, data__sequence_length=512)
+    experts = config.moe.experts
+    full, empty = ((share,) * (experts // 2) for share in (1.8 / experts, 0.2 / experts))
+    plan = RunPlan.of(config, Topology.of(config, Ranks(0, 2, 0, 2)))
+
+    def kept(first: tuple[float, ...], second: tuple[float, ...]) -> int:
+        load = Load("run:planted", recorded=(("0", first), ("1", second)))
+        return activations_of(plan, 2, load, hidden=False).kept
+
+    in_turns, in_both = kept(full + empty, empty + full), kept(full + empty, full + empty)
+    assert in_turns == pytest.approx(activations_of(plan, 2, Load(), hidden=False).kept, rel=0.001)
+    assert in_both == kept(empty + full, empty + full) > 1.2 * in_turns

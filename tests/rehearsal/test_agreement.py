@@ -73,6 +73,9 @@ def test_torch_tracks_the_same_peak(rehearsals: Rehearsals, pattern: str, keys: 
         ("MEM-*E", Layout(4, 2, 2, zero=1), {}),
         pytest.param("MEM-*E", Layout(4, 2, 2, zero=1), {"train__recompute": True}, marks=pytest.mark.slow),
         pytest.param("ME", Layout(8, 2, 4, zero=2), {}, marks=pytest.mark.slow),
+        # Experts' products read their rows, and no mixer is a loop over time.
+        pytest.param("*E", Layout(2, 1, 2), {"run__kernels": "reference"}, marks=pytest.mark.slow),
+        pytest.param("M-", Layout(1), {"model__selective": False}, marks=pytest.mark.slow),
         pytest.param("*E", Layout(4, 2, 2, zero=1, expert_tensor=True), {}, marks=pytest.mark.slow),
         pytest.param("M own", Layout(4, 1, 2, zero=1), {}, marks=pytest.mark.slow),
         pytest.param("(ME)(*E)-", Layout(4, 2, 4, zero=2), {}, marks=pytest.mark.slow),

@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,17 @@ def test_the_table_and_the_json(rehearsals: Rehearsals, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_52_billion_parameters_in_two_minutes_and_four_gib() -> None:
+    """Minutes of a processor, so that other work does not count (32 s on an idle core)."""
     code = (
         "import resource, sys; sys.argv[0] = 'rehearse.py'; import tools.rehearse as tool; "
         "from moe_mamba.command_line import run_command; run_command(tool.main); "
-        "print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print('used', used.ru_utime, used.ru_maxrss)"
     )
     flags = ["--gpus", "1024", "--rank", "17", "--train.micro_batch=1", "--train.global_batch=256"]
     command = [sys.executable, "-c", code, "--config", str(ROOT / "configs/scale/jamba_52b.yaml"), *flags]
-    begin = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    seconds = time.perf_counter() - begin
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "memory at its peak" in done.stdout
-    assert seconds < 120
-    assert int(done.stdout.rsplit(maxsplit=1)[-1]) < 4 * 2**20
+    _, seconds, kilobytes = done.stdout.rsplit(maxsplit=2)
+    assert float(seconds) < 120
+    assert int(kilobytes) < 4 * 2**20
