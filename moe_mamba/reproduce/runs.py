@@ -52,19 +52,24 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``new``, ``begun``, ``finished``, or ``diverged``: its loss became NaN or Inf, and would again."""
+        """``new``, ``begun``, ``finished``, ``diverged`` (its loss became NaN or Inf, and would again), or ``unvalidated``.
+
+        The last is a run that was asked to stop while it validated after its last step: it has no loss to compare.
+        """
         events, _ = read_events(self.folder)
         if not events:
             return "new"
         last = events[-1]
         if last["event"] == "nan" and last.get("action") == "stop":
             return "diverged"
-        return "finished" if last["event"] == "finish" and last["step"] == self.config.steps else "begun"
+        if last["event"] != "finish" or last["step"] != self.config.steps:
+            return "begun"
+        return "unvalidated" if self._last_validation() is None else "finished"
 
     @property
     def is_done(self) -> bool:
         """Whether there is nothing left to make of it."""
-        return self.state in ("finished", "diverged")
+        return self.state in ("finished", "diverged", "unvalidated")
 
     def loss(self) -> float | None:
         """Validation loss at the end, in nats/token; None: it is not finished, or has diverged."""
