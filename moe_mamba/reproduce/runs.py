@@ -52,9 +52,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``new``, ``begun``, ``finished``, ``diverged`` (its loss became NaN or Inf, and would again), or ``unvalidated``.
+        """``new``, ``begun``, ``finished``, ``diverged`` or ``unvalidated``.
 
-        The last is a run that was asked to stop while it validated after its last step: it has no loss to compare.
+        Diverged: its loss became NaN or Inf, and would again. Unvalidated: it was asked to stop while it validated
+        after its last step, and has no loss to compare.
         """
         events, _ = read_events(self.folder)
         if not events:
@@ -73,11 +74,12 @@ class Run:
 
     def loss(self) -> float | None:
         """Validation loss at the end, in nats/token; None: it is not finished, or has diverged."""
-        if self.state != "finished":
-            return None
-        return next(
-            line["validation_loss"] for line in reversed(read_metrics(self.folder)) if "validation_loss" in line
-        )
+        return self._last_validation() if self.state == "finished" else None
+
+    def _last_validation(self) -> float | None:
+        lines = read_metrics(self.folder)
+        last = (line for line in lines if line["step"] == self.config.steps and "validation_loss" in line)
+        return next((line["validation_loss"] for line in last), None)
 
     def check(self) -> None:
         """Raise a UserError where its folder holds a run of another configuration."""
@@ -151,7 +153,7 @@ class Workspace:
         if sweep is None:
             return {}
         runs = {rate: self._sweep_run(self._owner(row), rate, sweep) for rate in sweep.rates}
-        return {rate: run.loss() for rate, run in runs.items() if run.is_done}
+        return {rate: run.loss() for rate, run in runs.items() if run.state in ("finished", "diverged")}
 
     def seeds(self, kind: str, row: str) -> list[int]:
         """Seeds of a row that have a folder."""
