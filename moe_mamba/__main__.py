@@ -19,6 +19,7 @@ COMMANDS = {
     "convert_from_hf": "turn a Hugging Face folder into a run's folder",
     "upcycle": "turn a dense model into a mixture of experts",
     "experts": "say what the experts of trained models specialise in",
+    "reproduce": "make the paper's tables again: runs, table, pictures, report",
     "plot": "draw the loss curves of runs in one picture",
     "inspect_checkpoint": "check a checkpoint, and say what it holds",
 }

@@ -139,21 +139,25 @@ def reference() -> str:
 
 
 def changed_on_resume(saved: Config, asked: Config) -> list[tuple[str, Any, Any]]:
-    """Keys that a resumed run may not change, but that differ: (dotted name, saved value, asked value).
+    """Keys that a resumed run may not change, but that differ: as :func:`changed`."""
+    free = {"train", "parallel", "checkpoint", "logging"}
+    fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
+    free_in_fixed = {"run.folder", "run.kernels", "data.cache", "data.verify"}
+    return [
+        (key, *values)
+        for key, *values in changed(saved, asked)
+        if key in fixed_in_free or (key.partition(".")[0] not in free and key not in free_in_fixed)
+    ]
+
+
+def changed(saved: Config, asked: Config) -> list[tuple[str, Any, Any]]:
+    """Keys that differ: (dotted name, saved value, asked value).
 
     A ``model.vocab_size`` of null asks for the saved one.
     """
     asked = asked if asked.has_vocabulary else asked.with_vocabulary(saved.model.vocab_size)
-    free = {"train", "parallel", "checkpoint", "logging"}
-    fixed_in_free = {"train.global_batch", "train.precision", "train.warm_start"}
-    free_in_fixed = {"run.folder", "run.kernels", "data.cache", "data.verify"}
     before, after = (dict(_flat(config)) for config in (saved, asked))
-    return [
-        (key, before[key], after[key])
-        for key in before
-        if before[key] != after[key]
-        and (key in fixed_in_free or (key.partition(".")[0] not in free and key not in free_in_fixed))
-    ]
+    return [(key, before[key], after[key]) for key in before if before[key] != after[key]]
 
 
 def _flat(config: Config) -> Iterator[tuple[str, Any]]:

@@ -74,6 +74,12 @@ ELSEWHERE = {
     "deepspeed --hostfile launch/hostfile.example launch/preflight.py --config configs/paper/moe_mamba_100m.yaml": (
         "tests/preflight/test_preflight.py"
     ),
+    "python tools/reproduce.py --table main --scale mini --seeds 1 --tokens 200000": (
+        "tests/reproduce/test_reproduce.py"
+    ),
+    "python tools/reproduce.py --table main --dry": "tests/reproduce/test_reproduce.py",
+    "python tools/reproduce.py --table main --gather": "tests/reproduce/test_reproduce.py",
+    "python tools/reproduce.py --table main --version v2 --scale paper --dry": "tests/reproduce/test_experiment.py",
     "python tools/status.py runs/site": "tests/run/test_status.py",
     "python tools/experts.py runs/a runs/b --output specialisation": "tests/evaluation/test_experts.py",
     "python tools/benchmark.py --only=scan,step": "tests/test_benchmark.py",

@@ -49,23 +49,18 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluation", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "config_file", "installation"),
     },
+    "reproduce": {
+        *("planning", "run", "model", "data", "config", "config_file", "config_types", "config_yaml"),
+        *("installation", "atomic_file", "json_file"),
+    },
     "rehearsal": {
         *("train", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),
         *("model", "kernels", "data", "config", "safetensors_header"),
     },
     "commands": {
-        *("rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run", "checkpoint"),
-        *(
-            "parallel",
-            "model",
-            "data",
-            "config",
-            "config_types",
-            "config_file",
-            "command_line",
-            "installation",
-            "atomic_file",
-        ),
+        *("reproduce", "rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run"),
+        *("checkpoint", "parallel", "model", "data", "config", "config_types", "config_file", "command_line"),
+        *("installation", "atomic_file"),
     },
     "__main__": {"command_line"},
 }

@@ -1,0 +1,1 @@
+"""The paper's tables, made again: experiments as data, their runs, and what is gathered from them."""

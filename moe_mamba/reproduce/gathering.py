@@ -1,0 +1,273 @@
+"""What finished runs left, and what a table makes of it. Numbers only: `report.py` puts them into words."""
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import mean as average
+from statistics import median
+from typing import Any
+
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.reproduce.runs import ONE_RATE, RUNS, SWEEP, Run, Workspace
+from moe_mamba.reproduce.statistics import Difference, Mean, mean, paired, share_of_steps
+from moe_mamba.run.events import STARTS, read_events, time_of
+from moe_mamba.run.metrics import read_metrics
+
+LAST = 0.1  # share of the steps, at the end, over which load and dropped tokens are averaged
+STATES = {"unvalidated": "stopped in its last validation: remove its folder, and it is made again"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a finished run left.
+
+    Attributes:
+        steps: it made.
+        tokens_per_step: of all sequences.
+        curve: (step, validation loss in nats/token), in order.
+        fullest: tokens of the fullest expert by the mean, over layers and the last steps; None: it has no experts.
+        dropped: share of assignments dropped, over the same.
+        tokens_per_second: the median.
+        hours: from its first step to its last, validation and saving included, all its starts together.
+    """
+
+    steps: int
+    tokens_per_step: int
+    curve: list[tuple[int, float]]
+    fullest: float | None
+    dropped: float | None
+    tokens_per_second: float
+    hours: float
+
+    @property
+    def loss(self) -> float:
+        """Validation loss at the end."""
+        return self.curve[-1][1]
+
+
+def read_trace(run: Run) -> Trace:
+    """Read a finished run."""
+    lines = read_metrics(run.folder)
+    steps = run.config.steps
+    end = [line for line in lines if line["step"] > (1 - LAST) * steps and "expert_load" in line]
+    loads = [len(load) * max(load) for line in end for load in line["expert_load"].values()]
+    return Trace(
+        steps=steps,
+        tokens_per_step=run.config.train.global_batch * run.config.data.sequence_length,
+        curve=[(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None],
+        fullest=average(loads) if loads else None,
+        dropped=average(line["dropped"] for line in end) if end else None,
+        tokens_per_second=median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line),
+        hours=hours_of(run),
+    )
+
+
+def hours_of(run: Run) -> float:
+    """Hours in which a run's process was at work, as far as its events tell: what a kill lost is not all in it."""
+    events, _ = read_events(run.folder)
+    seconds, begun, last = 0.0, None, None
+    for event in events:
+        time = time_of(event)
+        if event["event"] in STARTS:
+            seconds += (last - begun).total_seconds() if begun and last else 0.0
+            begun = time
+        last = time
+    seconds += (last - begun).total_seconds() if begun and last else 0.0
+    return seconds / 3600
+
+
+@dataclass
+class RowResult:
+    """What a row came to.
+
+    Attributes:
+        name: of the row.
+        counts: parameters by kind.
+        rate: peak learning rate; None: its sweep is not done.
+        is_asked: the call was about it.
+        swept: rate -> loss of the sweep, None where it diverged.
+        traces: seed -> what its run left.
+        missing: seed -> the state of its run, for those that were asked for and are not finished.
+        one_rate: seed -> loss at the reference's rate, where that is another.
+        difference: of the losses to the reference's; None for the reference.
+        one_rate_difference: the same, both at the reference's rate.
+        shares: seed -> steps to the reference's final loss, as a share of its steps; None: never.
+    """
+
+    name: str
+    counts: Mapping[str, int]
+    rate: float | None
+    is_asked: bool
+    swept: Mapping[float, float | None] = field(default_factory=dict)
+    traces: Mapping[int, Trace] = field(default_factory=dict)
+    missing: Mapping[int, str] = field(default_factory=dict)
+    one_rate: Mapping[int, float] = field(default_factory=dict)
+    difference: Difference | None = None
+    one_rate_difference: Difference | None = None
+    shares: Mapping[int, float | None] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Seed -> validation loss at the end."""
+        return {seed: trace.loss for seed, trace in self.traces.items()}
+
+    @property
+    def loss(self) -> Mean | None:
+        """Over seeds."""
+        return mean(list(self.losses.values()))
+
+    @property
+    def share(self) -> Mean | None:
+        """Of steps to the reference's loss, where all seeds reach it."""
+        values = list(self.shares.values())
+        return None if None in values else mean([value for value in values if value is not None])
+
+    @property
+    def curve(self) -> dict[int, list[float]]:
+        """Step -> validation losses there, of the seeds that have one."""
+        found: dict[int, list[float]] = {}
+        for trace in self.traces.values():
+            for step, loss in trace.curve:
+                found.setdefault(step, []).append(loss)
+        return dict(sorted(found.items()))
+
+    def over_seeds(self, name: str) -> float | None:
+        """Mean of a figure of the traces."""
+        values = [value for trace in self.traces.values() if (value := getattr(trace, name)) is not None]
+        return average(values) if values else None
+
+
+@dataclass
+class Result:
+    """A table's numbers.
+
+    Attributes:
+        workspace: its runs.
+        rows: by name, in the table's order.
+        hours: kind of runs -> hours of them all, those of other tables in the same folder left out.
+    """
+
+    workspace: Workspace
+    rows: dict[str, RowResult]
+    hours: dict[str, float]
+
+    @cached_property
+    def missing(self) -> list[str]:
+        """Runs that were asked for and are not there, in words."""
+        lines = []
+        for name, row in self.rows.items():
+            if row.rate is None and row.is_asked:
+                lines.append(f"{name}: its sweep is not done")
+            lines += [f"{name} seed {seed}: {STATES.get(state, state)}" for seed, state in row.missing.items()]
+        return lines
+
+
+def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -> Result:
+    """Read what is there: every finished seed that has a folder.
+
+    Args:
+        workspace: of the table.
+        chosen: rows of which `seeds` are asked for: what of them is not there is missing.
+        seeds: of each of those.
+    """
+    table, wanted = workspace.table, list(seeds)
+    rows: dict[str, RowResult] = {}
+    spent: dict[str, dict[str, float]] = {SWEEP: {}, RUNS: {}, ONE_RATE: {}}
+    for name in table.rows:
+        asked = wanted if name in chosen else []
+        config = table.config(name, {} if workspace.text is None else {"model.vocab_size": workspace.text.vocab_size})
+        counts = LanguageModel.on_meta(config.model, config.moe).parameter_counts()
+        row = rows[name] = RowResult(name, counts, workspace.rate(name), name in chosen, workspace.swept(name))
+        runs = _by_seed(workspace.runs(name, _all(workspace, RUNS, name, asked)))
+        row.traces = {seed: read_trace(run) for seed, run in runs.items() if run.state == "finished"}
+        row.missing = {seed: run.state for seed, run in runs.items() if seed in asked and seed not in row.traces}
+        others = _by_seed(workspace.one_rate(name, _all(workspace, ONE_RATE, name, asked)))
+        row.one_rate = {seed: loss for seed, run in others.items() if (loss := run.loss()) is not None}
+        for run in (*workspace.sweep([name]), *runs.values(), *others.values()):
+            spent[run.kind][run.name] = hours_of(run)
+    for name, row in rows.items():
+        reference = rows.get(table.reference_of(name))
+        if reference is not None and reference is not row and table.experiment.rows[name].compares:
+            _compare(row, reference)
+    return Result(workspace, rows, {kind: sum(found.values()) for kind, found in spent.items()})
+
+
+def _compare(row: RowResult, reference: RowResult) -> None:
+    row.difference = paired(row.losses, reference.losses)
+    row.one_rate_difference = paired(row.one_rate, reference.losses)
+    row.shares = {
+        seed: share_of_steps(trace.curve, reference.traces[seed].loss, reference.traces[seed].steps)
+        for seed, trace in row.traces.items()
+        if seed in reference.traces
+    }
+
+
+def _all(workspace: Workspace, kind: str, row: str, asked: list[int]) -> list[int]:
+    return sorted({*asked, *workspace.seeds(kind, row)})
+
+
+def _by_seed(runs: Iterable[Run]) -> dict[int, Run]:
+    return {run.config.run.seed: run for run in runs}
+
+
+def over_tokens(row: RowResult, reference: RowResult, shares: Iterable[float]) -> dict[int, Difference]:
+    """Tokens -> paired difference there, at about these shares of the steps, where both have validated."""
+    common = sorted(set(row.curve) & set(reference.curve))
+    found: dict[int, Difference] = {}
+    for share in shares:
+        trace = next(iter(row.traces.values()), None)
+        if trace is None or not common:
+            return found
+        step = min(common, key=lambda step: abs(step - share * trace.steps))
+        at = [{seed: dict(one.curve).get(step) for seed, one in each.traces.items()} for each in (row, reference)]
+        losses: list[dict[int, float]] = [
+            {seed: loss for seed, loss in side.items() if loss is not None} for side in at
+        ]
+        difference = paired(*losses)
+        if difference is not None:
+            found[step * trace.tokens_per_step] = difference
+    return found
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """All numbers of a table."""
+    table, text = result.workspace.table, result.workspace.text
+    return {
+        "table": table.name,
+        "version": table.version,
+        "scale": table.scale,
+        "source": table.published.source,
+        "reference": table.published.reference,
+        "text": text.model_dump() if text else None,
+        "hours": result.hours,
+        "rows": {name: _row(result, row) for name, row in result.rows.items()},
+        "missing": result.missing,
+    }
+
+
+def _row(result: Result, row: RowResult) -> dict[str, Any]:
+    table = result.workspace.table
+    figures = table.published.published.get(row.name)
+    return {
+        "title": table.rows[row.name].title,
+        "parameters": dict(row.counts),
+        "learning_rate": row.rate,
+        "sweep": [{"learning_rate": rate, "loss": loss} for rate, loss in row.swept.items()],
+        "loss": row.loss._asdict() if row.loss else None,
+        "difference": row.difference._asdict() if row.difference else None,
+        "share_of_steps": row.share._asdict() if row.share else None,
+        "one_rate": {"losses": dict(row.one_rate), "difference": _dict(row.one_rate_difference)},
+        "fullest_expert": row.over_seeds("fullest"),
+        "dropped": row.over_seeds("dropped"),
+        "tokens_per_second": row.over_seeds("tokens_per_second"),
+        "hours": row.over_seeds("hours"),
+        "seeds": {
+            seed: {"loss": trace.loss, "share_of_steps": row.shares.get(seed), "curve": trace.curve}
+            for seed, trace in row.traces.items()
+        },
+        "paper": figures.model_dump() if figures else None,
+    }
+
+
+def _dict(difference: Difference | None) -> dict[str, Any] | None:
+    return difference._asdict() if difference else None

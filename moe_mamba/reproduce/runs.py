@@ -1,0 +1,219 @@
+"""The runs of a table: what each is, where it lies, how it stands, and which rate was the best of a sweep."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_mamba.config import Config
+from moe_mamba.config_file import changed, load_config
+from moe_mamba.errors import UserError, shown
+from moe_mamba.reproduce.experiment import Sweep, Table
+from moe_mamba.reproduce.text import Facts
+from moe_mamba.run.events import read_events
+from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.metrics import FILE, read_metrics
+
+SWEEP, RUNS, ONE_RATE = "sweep", "runs", "one_rate"
+VALIDATIONS = 20  # of a run, and checkpoints, at equal distances, where a table is made at mini scale
+APART = 10  # steps between validations at least: a short run would do little else
+# What may differ between what a run was made with and what is asked for now, and makes no other run of it.
+INERT = {
+    "run.folder",
+    "run.kernels",
+    *(f"data.{key}" for key in ("train", "validation", "tokenizer", "cache", "verify")),
+}
+INERT_SECTIONS = {"checkpoint", "logging", "parallel"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a table.
+
+    Attributes:
+        kind: sweep, runs or one_rate: the folder of the output that it lies in.
+        row: name of the model.
+        config: all that makes it.
+    """
+
+    kind: str
+    row: str
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.config.run.folder)
+
+    @property
+    def name(self) -> str:
+        """In words that sort: runs/mamba/seed1."""
+        return "/".join((self.kind, self.row, self.folder.name))
+
+    @property
+    def state(self) -> str:
+        """``new``, ``begun``, ``finished``, ``diverged`` or ``unvalidated``.
+
+        Diverged: its loss became NaN or Inf, and would again. Unvalidated: it was asked to stop while it validated
+        after its last step, and has no loss to compare.
+        """
+        events, _ = read_events(self.folder)
+        if not events:
+            return "new"
+        last = events[-1]
+        if last["event"] == "nan" and last.get("action") == "stop":
+            return "diverged"
+        if last["event"] != "finish" or last["step"] != self.config.steps:
+            return "begun"
+        return "unvalidated" if self._last_validation() is None else "finished"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to make of it."""
+        return self.state in ("finished", "diverged", "unvalidated")
+
+    def loss(self) -> float | None:
+        """Validation loss at the end, in nats/token; None: it is not finished, or has diverged."""
+        return self._last_validation() if self.state == "finished" else None
+
+    def _last_validation(self) -> float | None:
+        lines = read_metrics(self.folder)
+        last = (line for line in lines if line["step"] == self.config.steps and "validation_loss" in line)
+        return next((line["validation_loss"] for line in last), None)
+
+    def check(self) -> None:
+        """Raise a UserError where its folder holds a run of another configuration."""
+        folder = RunFolder(self.folder)
+        if not (folder.config.is_file() and (self.folder / FILE).is_file()):
+            return
+        for key, before, now in changed(load_config(folder.config), self.config):
+            if key not in INERT and key.partition(".")[0] not in INERT_SECTIONS:
+                raise UserError(
+                    f"{self.folder} was made with {key}={before}, and is now to be {now}: give another --output"
+                )
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A table's runs in an output folder.
+
+    Attributes:
+        table: what is made.
+        output: where.
+        text: of all runs; None: that of the configurations.
+        tokens: budget of a run; None: that of the configurations.
+        known: runs whose configurations were read.
+    """
+
+    table: Table
+    output: Path
+    text: Facts | None
+    tokens: int | None
+    known: dict[tuple[str, str, str, float], Run] = field(default_factory=dict, compare=False)
+
+    def sweep(self, rows: Iterable[str]) -> list[Run]:
+        """Runs that look for the rates of rows."""
+        found: dict[str, Run] = {}
+        for row in map(self._owner, rows):
+            if (sweep := self.table.made.sweep) is not None:
+                found |= {run.name: run for run in (self._sweep_run(row, rate, sweep) for rate in sweep.rates)}
+        return list(found.values())
+
+    def runs(self, row: str, seeds: Iterable[int]) -> list[Run]:
+        """Runs of a row; none as long as its rate is not known."""
+        rate = self.rate(row)
+        return [] if rate is None else [self._run(RUNS, row, rate, f"seed{seed}", seed) for seed in seeds]
+
+    def planned(self, row: str) -> Run:
+        """The first run of a row, at its configuration's rate where its own is not known: for what it takes."""
+        rate = self.table.config(row, {}).train.learning_rate
+        return self._run(RUNS, row, rate, "seed1", 1)
+
+    def one_rate(self, row: str, seeds: Iterable[int]) -> list[Run]:
+        """Runs of a row at its reference's rate; none where that is its own, or not known, or not asked for."""
+        own, rate = self.rate(row), self.rate(self.table.reference_of(row))
+        if not self.table.made.one_rate or own is None or rate is None or own == rate:
+            return []
+        return [self._run(ONE_RATE, row, rate, f"seed{seed}", seed) for seed in seeds]
+
+    def rate(self, row: str) -> float | None:
+        """The peak learning rate of a row: the best of its sweep, or its configuration's; None: not known yet."""
+        sweep = self.table.made.sweep
+        if sweep is None:
+            return self.table.config(self._owner(row), {}).train.learning_rate
+        losses = self.swept(row)
+        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if len(losses) < len(sweep.rates) or not known:
+            return None
+        return min(known, key=lambda rate: (known[rate], rate))
+
+    def swept(self, row: str) -> dict[float, float | None]:
+        """Rate -> validation loss at the end of its run of the sweep, None where it diverged; those that are done."""
+        sweep = self.table.made.sweep
+        if sweep is None:
+            return {}
+        runs = {rate: self._sweep_run(self._owner(row), rate, sweep) for rate in sweep.rates}
+        return {rate: run.loss() for rate, run in runs.items() if run.state in ("finished", "diverged")}
+
+    def seeds(self, kind: str, row: str) -> list[int]:
+        """Seeds of a row that have a folder."""
+        folders = (self.output / kind / row).glob("seed*")
+        return sorted(int(text) for path in folders if (text := path.name.removeprefix("seed")).isdecimal())
+
+    def _owner(self, row: str) -> str:
+        return self.table.made.runs[row].rate_of or row
+
+    def _sweep_run(self, row: str, rate: float, sweep: Sweep) -> Run:
+        return self._run(SWEEP, row, rate, f"rate{rate:g}", sweep.seed, sweep.share)
+
+    def _run(self, kind: str, row: str, rate: float, name: str, seed: int, share: float = 1.0) -> Run:
+        place = (kind, row, name, rate)
+        if place in self.known:
+            return self.known[place]
+        keys: dict[str, Any] = {
+            "run.folder": str(self.output / kind / row / name),
+            "run.seed": seed,
+            "train.learning_rate": rate,
+            **self._budget(kind, row, share),
+            **self._text(),
+        }
+        return self.known.setdefault(place, Run(kind, row, self.table.config(row, keys)))
+
+    def _budget(self, kind: str, row: str, share: float) -> dict[str, Any]:
+        plain = self.table.config(row, {})
+        per_step = plain.train.global_batch * plain.data.sequence_length
+        steps = max(1, (self.tokens or plain.steps * per_step) // per_step)
+        if self.tokens is None and share == 1 and self.table.scale == "paper":
+            return {}
+        steps = max(1, round(share * steps))
+        keys: dict[str, Any] = {"train.steps": steps, "train.tokens": None}
+        if self.table.scale == "mini":
+            keys["checkpoint.every"] = max(1, steps // VALIDATIONS)
+            keys["train.validate_every"] = 0 if kind == SWEEP else max(APART, steps // VALIDATIONS)
+        return keys
+
+    def _text(self) -> dict[str, Any]:
+        if self.text is None:
+            return {}
+        return {
+            "data.train": self.text.train,
+            "data.validation": {"validation": self.text.validation},
+            "data.tokenizer": self.text.tokenizer,
+            "data.cache": str(self.output / "text" / "cache"),
+            "model.vocab_size": self.text.vocab_size,
+        }
+
+
+def chosen_rows(table: Table, only: str | None) -> list[str]:
+    """Rows of a table that ``--only`` names; all of them where it is not given.
+
+    Raises:
+        UserError: a name is no row.
+    """
+    names = list(table.rows) if only is None else [name for name in only.split(",") if name]
+    for name in names:
+        if name not in table.rows:
+            raise UserError(f"--only={shown(name)[1:-1]}: give some of {', '.join(table.rows)}")
+    if not names:
+        raise UserError(f"--only is empty: give some of {', '.join(table.rows)}")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,180 @@
+"""The text of a table: where validation comes from, the vocabulary, and what of both a reader can check."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_mamba.atomic_file import put_in_place, write_atomically
+from moe_mamba.config import DataConfig
+from moe_mamba.data.builtin import builtin_documents
+from moe_mamba.data.corpus import TEXT_KEY, Corpus
+from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
+from moe_mamba.data.shards import is_shards
+from moe_mamba.errors import UserError
+from moe_mamba.json_file import Record, Size, Text, read_json
+
+FILE = "text.json"
+HELD_OUT = 50  # where no validation is given, one document in so many is held out for it
+PIECES = "sentencepiece"
+
+
+class Facts(Record):
+    """What stands in `text.json`.
+
+    Attributes:
+        asked: as the flags had it.
+        train: sources that runs train on.
+        validation: the source that they validate on.
+        tokenizer: what runs take.
+        vocab_size: of the models.
+        sha256: file, as it was given -> its checksum.
+        tokens: of training and of validation.
+        documents: of training and of validation, where they were counted.
+        split: how validation was held out.
+        vocabulary: in words.
+    """
+
+    asked: dict[Text, Any]
+    train: list[Text]
+    validation: Text
+    tokenizer: Text
+    vocab_size: Size
+    sha256: dict[Text, Text]
+    tokens: list[Size]
+    documents: list[Size]
+    split: Text
+    vocabulary: Text
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What flags say of the text; empty where they say nothing."""
+
+    train: str = ""
+    validation: str = ""
+    tokenizer: str = ""
+    text_key: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no flag was given."""
+        return not any(asdict(self).values())
+
+
+def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], None]) -> Facts:
+    """Hold out the validation, train the vocabulary and tokenize, once; a second call finds it done.
+
+    Args:
+        folder: of the text, in the output.
+        asked: by flags; nothing asks for what is there already, else for the built-in corpus.
+        vocab_size: pieces to train, where no tokenizer is given.
+        say: is told what takes long.
+
+    Raises:
+        UserError: other text is there already, or this one cannot be read.
+    """
+    if (found := text_of(folder, asked)) is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    # Read as the configuration reads these keys: a,b and JSON.
+    data = DataConfig.model_validate(
+        {"train": asked.train or "builtin", "validation": asked.validation or "builtin:validation"}
+    )
+    key = asked.text_key or TEXT_KEY
+    train, validation = list(data.train_weights), next(iter(data.validation_sets.values()))
+    is_given = bool(asked.validation) or train == ["builtin"]
+    checksums = _checksums([*train, *[validation] * is_given], key)
+    split, documents = "as it was given", []
+    if is_given and not asked.validation:
+        split = "the built-in corpus's own: one document in 16, by the hash of its name"
+        documents = [len(builtin_documents(part)) for part in ("train", "validation")]
+    elif not is_given:
+        say(f"split     one document in {HELD_OUT} of {', '.join(train)} is held out for validation")
+        documents = _hold_out(train, key, folder)
+        train, validation, key = [str(folder / "train.jsonl")], str(folder / "validation.jsonl"), TEXT_KEY
+        split = f"documents {HELD_OUT}, {2 * HELD_OUT}, ... are held out"
+    tokenizer = prepare_tokenizer(
+        asked.tokenizer or PIECES, train, _most(asked, vocab_size), folder / "tokenizer", text_key=key
+    )
+    sources = [
+        prepare_corpus(source, tokenizer, folder / "cache", text_key=key, say=say) for source in [*train, validation]
+    ]
+    sizes = [source.extent[0] for source in sources]
+    facts = Facts(
+        asked=asdict(asked),
+        train=train,
+        validation=validation,
+        tokenizer=str(folder / "tokenizer"),
+        vocab_size=tokenizer.vocab_size if asked.tokenizer else vocab_size,
+        sha256=checksums,
+        tokens=[sum(sizes[:-1]), sizes[-1]],
+        documents=documents,
+        split=split,
+        vocabulary=asked.tokenizer or f"SentencePiece (BPE) of {vocab_size:,}, trained on the training text",
+    )
+    write_atomically(folder / FILE, json.dumps(facts.model_dump(), indent=1) + "\n")
+    return facts
+
+
+def text_of(folder: Path, asked: Asked) -> Facts | None:
+    """The text that was prepared in a folder; None: none was.
+
+    Raises:
+        UserError: flags ask for other text.
+    """
+    return _found(folder, asked) if (folder / FILE).is_file() else None
+
+
+def _found(folder: Path, asked: Asked) -> Facts:
+    facts = Facts.model_validate(read_json(folder / FILE, "remove the folder, or give another --output"))
+    if not asked.is_empty and facts.asked != asdict(asked):
+        was = ", ".join(f"--data.{key}={value}" for key, value in facts.asked.items() if value) or "the built-in corpus"
+        raise UserError(f"{folder} holds other text, of {was}: give that, or another --output")
+    return facts
+
+
+def _most(asked: Asked, vocab_size: int) -> int:
+    """Tokens that a tokenizer may have: of one that is given, any number."""
+    return 2**24 if asked.tokenizer else vocab_size
+
+
+def _checksums(sources: Sequence[str], key: str) -> dict[str, str]:
+    found = {}
+    for source in sources:
+        if is_shards(source) or source.startswith("hf:"):
+            continue  # shards have checksums of their own; a hub's files are its matter
+        if source.startswith("builtin"):
+            split = source.partition(":")[2] or "train"
+            found[source] = hashlib.sha256("\0".join(builtin_documents(split)).encode()).hexdigest()
+            continue
+        for file in Corpus(source, key).files:
+            with open(file.name, "rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _hold_out(sources: Sequence[str], key: str, folder: Path) -> list[int]:
+    """Write documents of training and of validation as JSON lines; how many there are of each."""
+    if shards := [source for source in sources if is_shards(source)]:
+        raise UserError(
+            f"--data.train={shards[0]} is shards, of which nothing is held out: give --data.validation, too"
+        )
+    names = ("train", "validation")
+    paths = [folder / f"{name}.jsonl.tmp" for name in names]
+    counts = [0, 0]
+    with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as validation:
+        for source in sources:
+            for document in Corpus(source, key).documents():
+                is_held_out = (sum(counts) + 1) % HELD_OUT == 0
+                counts[is_held_out] += 1
+                (train, validation)[is_held_out].write(json.dumps({"text": document.text}) + "\n")
+    if not counts[1]:
+        raise UserError(
+            f"--data.train has {counts[0]} documents, and one in {HELD_OUT} is held out: give --data.validation, too"
+        )
+    for path, name in zip(paths, names, strict=True):
+        put_in_place(path, folder / f"{name}.jsonl")
+    return counts

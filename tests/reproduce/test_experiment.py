@@ -1,0 +1,159 @@
+"""The tables that ship: every row can be made, with the parameters and figures that it is to have; what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_mamba.commands.reproduce import main
+from moe_mamba.errors import UserError
+from moe_mamba.model.language_model import LanguageModel
+from moe_mamba.reproduce.experiment import FOLDER, SCALES, Table, read_experiment, read_table, tables
+from moe_mamba.reproduce.runs import Workspace
+
+VERSIONS = {name: list(read_experiment(FOLDER / f"{name}.yaml").versions) for name in tables()}
+ALL = [
+    pytest.param(name, version, scale, id=f"{name}-{version}-{scale}")
+    for name, versions in VERSIONS.items()
+    for version in versions
+    for scale in SCALES
+]
+MINI_MAMBA = 261_120  # active parameters, without embedding, head and norms
+
+
+def test_every_table_of_the_paper_is_here() -> None:
+    assert VERSIONS == {
+        "designs": ["v2"],
+        "experts": ["v1", "v2"],
+        "inner": ["v2"],
+        "lr": ["v1"],
+        "main": ["v1", "v2"],
+        "parallel": ["v2"],
+        "ratio": ["v2"],
+    }
+
+
+@pytest.mark.parametrize(("name", "version", "scale"), ALL)
+def test_every_row_can_be_made(name: str, version: str, scale: str) -> None:
+    table = read_table(name, version, scale)
+    assert table.published.reference in table.rows
+    for row in table.rows:
+        assert table.reference_of(row) in table.rows, row
+        config = table.config(row, {})
+        assert config.data.sequence_length * config.train.global_batch * config.steps > 0
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_active_parameters_of_mini_scale_are_near_one_another(name: str) -> None:
+    table = read_table(name, None, "mini")
+    found = {}
+    for row in table.rows if name != "lr" else ["rate_1"]:  # all its rows are one model
+        config = table.config(row, {})
+        found[row] = LanguageModel.on_meta(config.model, config.moe).parameter_counts()["active"]
+    bound = 0.001 if name in ("main", "experts", "parallel") else 0.02  # the paper's own are 7 % apart
+    assert all(abs(count / MINI_MAMBA - 1) <= bound for count in found.values()), found
+
+
+@pytest.mark.parametrize(("version", "scale", "steps"), [("v1", "paper", 100_000), ("v2", "paper", 150_000)])
+def test_the_papers_scale_is_the_papers(version: str, scale: str, steps: int) -> None:
+    table = read_table("main", version, scale)
+    config = table.config("moe_mamba", {})
+    assert (config.steps, config.moe.experts) == (steps, 32 if version == "v1" else 42)
+    assert list(config.data.train_weights) == ["hf:allenai/c4:en:train"]
+    experts = read_table("experts", version, scale)
+    per_step = config.data.sequence_length * config.train.global_batch
+    assert experts.config("moe_mamba", {}).moe.experts == 16
+    assert experts.config("mamba", {}).steps == (steps if version == "v1" else 10**9 // per_step)
+
+
+def test_rows_that_two_tables_share_are_the_same() -> None:
+    made: dict[str, tuple[str, object]] = {}
+    for name in VERSIONS:
+        table = read_table(name, None, "mini")
+        for row in table.rows:
+            other, config = made.setdefault(row, (name, table.config(row, {})))
+            assert config == table.config(row, {}), f"{row} of {other} and of {name}"
+
+
+def test_dry_at_the_papers_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(table="main", version="v1", scale="paper", dry=True, only="moe_mamba", output=str(tmp_path / "out"))
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "moe_mamba" in line]
+    assert "| 416,342,016 | 26,271,744 | 6,553,600,000 |" in row
+    hours = [float(cell) for cell in row.split("|")[-3:-1]]
+    assert hours[0] > hours[1] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_takes_the_rate_of_another_and_shares_its_sweep(tmp_path: Path) -> None:
+    workspace = Workspace(read_table("experts", "v1", "mini"), tmp_path, None, 4096 * 100)
+    runs = workspace.sweep(["experts_1", "experts_4", "mamba"])
+    assert [run.name for run in runs if run.row == "moe_mamba"] == [
+        f"sweep/moe_mamba/rate{rate}" for rate in ("0.002", "0.004", "0.008", "0.016")
+    ]
+    assert {run.row for run in runs} == {"moe_mamba", "mamba"}
+    assert {(run.config.steps, run.config.run.seed, run.state) for run in runs} == {(20, 1000, "new")}
+    assert workspace.rate("experts_1") is None
+    assert workspace.runs("experts_1", [1]) == []  # before the sweep nobody knows its rate
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--table=six"], ["--table=six", "designs, experts"]),
+        (["--table=lr", "--version=v2"], ["only v1 has this table"]),
+        (["--table=main", "--version=v3"], ["v1 and v2"]),
+        (["--table=main", "--scale=huge"], ["--scale=huge", "mini, paper"]),
+        (["--table=main", "--only=mamba,jamba"], ["--only=jamba", "moe_mamba"]),
+        (["--table=main", "--only=,"], ["--only is empty"]),
+        (["--table=main", "--seeds=0"], ["seeds"]),
+        (["--table=main", "--model.d_model=8"], ["--model.d_model", "configs/reproduce"]),
+        (["--table=main", "--dry", "--gather"], ["--dry and --gather"]),
+        (["--table=main", "--scale=paper", "--data.train=a.jsonl"], ["--data.train", "mini"]),
+        (["--table=main", "--gather"], ["no runs"]),
+        (["--table=main", "--data.train=none.jsonl"], ["none.jsonl"]),
+    ],
+)
+def test_refusals(
+    refusal: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], named: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refusal(main, *flags)
+    for part in named:
+        assert part in line
+
+
+TINY = """
+title: Tiny
+rows: {a: {title: A}, b: {title: B}}
+mini: {config: configs/mini.yaml, runs: {a: {}, b: {}}}
+versions: {v1: {source: nowhere, reference: a, published: {a: {loss: 3.5}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("title: Tiny", "titel: Tiny", "titel"),
+        ("a: {title: A}", "a: {title: A, at: soon}", "rows.a.at='soon'"),
+        ("a: {title: A}", "a: {title: A, reference: c}", "'c' is no row"),
+        ("reference: a", "reference: c", "'c' is no row"),
+        ("runs: {a: {}, b: {}}", "runs: {c: {}}", "'c' is no row"),
+        ("b: {}}", "b: {rate_of: c}}", "'c' is no row"),
+        ("config: configs/mini.yaml, ", "", "mini.runs.a has no config"),
+        ("v1: {", "v7: {", "versions.v7"),
+        ("loss: 3.5", "loss: 3.5, perplexity: 3", "perplexity"),
+        ("source: nowhere, ", "", "versions.v1.source is missing"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, before: str, after: str, named: str) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    table = Table("tiny", "v1", "mini", read_experiment(file))
+    assert list(table.rows) == ["a", "b"]
+    with pytest.raises(UserError, match="no --scale=paper"):
+        Table("tiny", "v1", "paper", read_experiment(file))
+    assert before in TINY
+    file.write_text(TINY.replace(before, after))
+    with pytest.raises(UserError) as error:
+        read_experiment(file)
+    assert named in str(error.value)

@@ -1,0 +1,216 @@
+"""A whole small table, its runs in processes of their own: table, pictures, and the same numbers by other code."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_mamba.command_line import parse
+from moe_mamba.commands.reproduce import main
+from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.reproduce import experiment
+
+T1 = 12.7062  # Student's t, 95 %, one degree of freedom
+MODEL = {"model.d_model": 8, "model.d_state": 2, "model.vocab_size": 257}
+SPEC: dict[str, Any] = {
+    "title": "Two models",
+    "axis": "experts",
+    "rows": {
+        "plain": {"title": "Plain", "at": 1},
+        "two": {"title": "Two experts", "at": 2},
+    },
+    "mini": {
+        "config": "base.yaml",
+        "seeds": 2,
+        "one_rate": True,
+        "sweep": {"rates": [3e-3, 3e-2], "share": 0.5},
+        "runs": {
+            "plain": {"keys": {"model.pattern": "-", "model.repeat": 2}},
+            "two": {"keys": {"model.pattern": "-E", "moe.experts": 2}},
+        },
+    },
+    "versions": {
+        "v1": {
+            "source": "a test",
+            "reference": "plain",
+            "published": {"plain": {"loss": 3.5, "share": 1}, "two": {"loss": 3.41, "share": 0.5}},
+        }
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+    """The output of a table of two rows and two seeds, and the flags that made it."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    tree: dict[str, dict[str, Any]] = {
+        "moe": {"d_expert": 8, "capacity_factor": None},
+        "train": {"steps": 40, "global_batch": 2, "micro_batch": 2, "validation_batches": 2, "sample_tokens": 0},
+        "data": {"sequence_length": 32},
+        "logging": {"plots": False},
+    }
+    for key, value in MODEL.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    (folder / "base.yaml").write_text(yaml.safe_dump(tree))
+    spec = SPEC | {"mini": SPEC["mini"] | {"config": str(folder / "base.yaml")}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    lines = [json.dumps({"text": f"{n} plus {n % 7} is {n + n % 7}."}) for n in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--table=tiny", f"--output={folder / 'out'}", f"--data.train={folder / 'text.jsonl'}"]
+    flags += ["--data.tokenizer=bytes"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "FOLDER", folder)
+        _call(*flags)
+        yield folder / "out", flags
+
+
+def _call(*flags: str) -> None:
+    """The tool, in this process; its runs are processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["reproduce.py", *flags])
+        parse(main)()
+
+
+def _submitted(folder: Path) -> list[str]:
+    """What task 0 of an array gives to srun."""
+    stand_in = folder / "srun"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": "/", "SLURM_ARRAY_TASK_ID": "0"}
+    done = subprocess.run(["bash", folder / "array.sbatch"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def _raw(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _curve(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["validation_loss"]) for line in _raw(folder) if "validation_loss" in line]
+
+
+@pytest.mark.slow
+def test_the_table_equals_one_computed_from_raw_metrics(made: tuple[Path, list[str]]) -> None:
+    output, _ = made
+    found = json.loads((output / "tiny-v1" / "table.json").read_text())
+    assert found["missing"] == []
+    chosen = {}
+    for row in ("plain", "two"):
+        tried = {rate: _curve(output / "sweep" / row / f"rate{rate}")[-1] for rate in ("0.003", "0.03")}
+        assert {step for step, _ in tried.values()} == {20}  # half the steps
+        chosen[row] = min(tried, key=lambda rate: tried[rate][1])
+    reference = {seed: _curve(output / "runs" / "plain" / f"seed{seed}") for seed in (1, 2)}
+    text = (output / "tiny-v1" / "table.md").read_text()
+    for row, said in found["rows"].items():
+        curves = {seed: _curve(output / "runs" / row / f"seed{seed}") for seed in (1, 2)}
+        config = yaml.safe_load((output / "runs" / row / "seed2" / "config.yaml").read_text())
+        assert config["train"]["learning_rate"] == said["learning_rate"] == float(chosen[row])
+        assert (config["run"]["seed"], curves[1][-1][0]) == (2, 40)
+        losses = [curves[seed][-1][1] for seed in (1, 2)]
+        error = stdev(losses) / math.sqrt(2)
+        assert said["loss"] == pytest.approx({"value": mean(losses), "error": error, "seeds": 2})
+        assert f"{mean(losses):.4f} ± {error:.4f}" in text
+        if row == "plain":
+            assert said["difference"] is None
+            continue
+        apart = [losses[seed - 1] - reference[seed][-1][1] for seed in (1, 2)]
+        reach = T1 * stdev(apart) / math.sqrt(2)
+        expected = {"value": mean(apart), "low": mean(apart) - reach, "high": mean(apart) + reach, "seeds": 2}
+        assert said["difference"] == pytest.approx(expected, rel=1e-4)
+        assert f"{mean(apart):+.4f} ({mean(apart) - reach:+.4f} to {mean(apart) + reach:+.4f})" in text
+        for seed in (1, 2):
+            share = _first_below(curves[seed], reference[seed][-1][1])
+            assert said["seeds"][str(seed)]["share_of_steps"] == pytest.approx(share)
+        loads = [
+            len(load) * max(load)
+            for seed in (1, 2)
+            for line in _raw(output / "runs" / row / f"seed{seed}")
+            if line["step"] > 0.9 * 40
+            for load in line.get("expert_load", {}).values()
+        ]
+        assert said["fullest_expert"] == pytest.approx(mean(loads))
+
+
+def _first_below(curve: list[tuple[int, float]], target: float) -> float | None:
+    """Steps to a loss by a fine walk along the curve, as a share of 40 steps."""
+    if curve[0][1] <= target:
+        return curve[0][0] / 40
+    for (start, high), (end, low) in pairwise(curve):
+        if low <= target:
+            return (start + (end - start) * (high - target) / (high - low)) / 40
+    return None
+
+
+@pytest.mark.slow
+def test_what_is_left_is_whole_and_needs_nothing_else(made: tuple[Path, list[str]]) -> None:
+    output, _ = made
+    folder = output / "tiny-v1"
+    page = (folder / "report.html").read_text()
+    assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 2
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    for part in ("sha256", "Core hours", "3.41", "-0.09", "196 and 4 documents", "torch 2"):
+        assert part in page
+    assert (folder / "axis.png").read_bytes()[:4] == b"\x89PNG"
+    held_out = (output / "text" / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"].split()[0] for line in held_out] == ["49", "99", "149", "199"]
+    one_rate = {path.parent.name for path in (output / "one_rate").glob("*/seed1")}
+    found = json.loads((folder / "table.json").read_text())["rows"]
+    assert one_rate == {row for row in found if found[row]["learning_rate"] != found["plain"]["learning_rate"]}
+
+
+@pytest.mark.slow
+def test_dry_says_what_it_takes_here(made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    output, flags = made
+    before = sorted(output.rglob("*"))
+    _call(*flags, "--dry", "--only=two")
+    said = capsys.readouterr().out
+    (row,) = [line for line in said.splitlines() if line.startswith("| Two experts (two) |")]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells[:3] == ["5,248", "4,224", "2,560"]  # 8 x (2 x 8 x 24 + 2 or 1 x 2 x 8 x 8 + 16)
+    assert float(cells[4].replace(",", "")) > 0
+    assert cells[5:7] == ["0", "0"]  # all is done
+    assert "hours" in said
+    assert sorted(output.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_second_call_makes_nothing_and_another_budget_is_refused(
+    made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output, flags = made
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/*/metrics.jsonl")}
+    _call(*flags)
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("*/*/*/metrics.jsonl")}
+    with pytest.raises(UserError, match=r"made with train\.steps=20, and is now to be 40"):
+        _call(*flags, "--tokens=5120")
+    with pytest.raises(UserError, match="holds other text"):
+        _call(*flags[:2], "--data.train=builtin")
+    with pytest.raises(UserError, match="no run is left"):
+        _call(*flags, f"--jobs={tmp_path / 'jobs.txt'}")
+    shutil.rmtree(output / "runs" / "two" / "seed2")
+    _call(*flags, f"--slurm={tmp_path / 'array'}")
+    (line,) = (tmp_path / "array" / "jobs.txt").read_text().splitlines()
+    assert line.endswith(f"launch/train.py --config={output}/configs/runs/two/seed2.yaml")
+    assert "--array=0-0\n" in (tmp_path / "array" / "array.sbatch").read_text()
+    assert _submitted(tmp_path / "array") == ["bash", "-c", f"exec {line}"]
+    _call(*flags, "--gather")
+    assert "Missing: two seed 2: new." in (output / "tiny-v1" / "table.md").read_text()
+    (output / "runs" / "two" / "seed2").mkdir()
+    (output / "runs" / "two" / "seed2" / "checkpoints").write_text("a file in the way")
+    capsys.readouterr()
+    with pytest.raises(RunStopped, match="1 runs have failed"):
+        _call(*flags)
+    assert "failed    runs/two/seed2: " in capsys.readouterr().out
