@@ -74,7 +74,6 @@ def test_torch_tracks_the_same_peak(rehearsals: Rehearsals, pattern: str, keys: 
         pytest.param("MEM-*E", Layout(4, 2, 2, zero=1), {"train__recompute": True}, marks=pytest.mark.slow),
         pytest.param("ME", Layout(8, 2, 4, zero=2), {}, marks=pytest.mark.slow),
         # Experts' products read their rows, and no mixer is a loop over time.
-        pytest.param("*E", Layout(2, 1, 2), {"run__kernels": "reference"}, marks=pytest.mark.slow),
         pytest.param("M-", Layout(1), {"model__selective": False}, marks=pytest.mark.slow),
         pytest.param("*E", Layout(4, 2, 2, zero=1, expert_tensor=True), {}, marks=pytest.mark.slow),
         pytest.param("M own", Layout(4, 1, 2, zero=1), {}, marks=pytest.mark.slow),
@@ -111,3 +110,10 @@ def test_the_plan_says_the_same(rehearsals: Rehearsals, pattern: str, layout: La
         if len(one.group) > 1:
             found[one.kind, one.group] += one.bytes
     assert found == planned
+
+
+@pytest.mark.slow
+def test_the_reference_kernels_read_counts_of_the_load(rehearsals: Rehearsals) -> None:
+    config = config_of("*E", Layout(2, 1, 2), train__precision="bf16", run__kernels="reference")
+    report = rehearsals.run(step.rehearse, config, 2, 0)
+    assert "rows of each expert" in {wait.what for wait in report.waits}
