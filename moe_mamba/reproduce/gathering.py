@@ -14,7 +14,6 @@ from moe_mamba.run.events import STARTS, read_events, time_of
 from moe_mamba.run.metrics import read_metrics
 
 LAST = 0.1  # share of the steps, at the end, over which load and dropped tokens are averaged
-STATES = {"unvalidated": "stopped in its last validation: remove its folder, and it is made again"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Result:
         for name, row in self.rows.items():
             if row.rate is None and row.is_asked:
                 lines.append(f"{name}: its sweep is not done")
-            lines += [f"{name} seed {seed}: {STATES.get(state, state)}" for seed, state in row.missing.items()]
+            lines += [f"{name} seed {seed}: {state}" for seed, state in row.missing.items()]
         return lines
 
 

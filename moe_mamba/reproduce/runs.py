@@ -52,34 +52,27 @@ class Run:
 
     @property
     def state(self) -> str:
-        """``new``, ``begun``, ``finished``, ``diverged`` or ``unvalidated``.
-
-        Diverged: its loss became NaN or Inf, and would again. Unvalidated: it was asked to stop while it validated
-        after its last step, and has no loss to compare.
-        """
+        """``new``, ``begun``, ``finished`` or ``diverged``: its loss became NaN or Inf, and would again."""
         events, _ = read_events(self.folder)
         if not events:
             return "new"
         last = events[-1]
         if last["event"] == "nan" and last.get("action") == "stop":
             return "diverged"
-        if last["event"] != "finish" or last["step"] != self.config.steps:
-            return "begun"
-        return "unvalidated" if self._last_validation() is None else "finished"
+        return "finished" if last["event"] == "finish" and last["step"] == self.config.steps else "begun"
 
     @property
     def is_done(self) -> bool:
         """Whether there is nothing left to make of it."""
-        return self.state in ("finished", "diverged", "unvalidated")
+        return self.state in ("finished", "diverged")
 
     def loss(self) -> float | None:
         """Validation loss at the end, in nats/token; None: it is not finished, or has diverged."""
-        return self._last_validation() if self.state == "finished" else None
-
-    def _last_validation(self) -> float | None:
+        if self.state != "finished":
+            return None
         lines = read_metrics(self.folder)
         last = (line for line in lines if line["step"] == self.config.steps and "validation_loss" in line)
-        return next((line["validation_loss"] for line in last), None)
+        return next(line["validation_loss"] for line in last)
 
     def check(self) -> None:
         """Raise a UserError where its folder holds a run of another configuration."""

@@ -54,12 +54,11 @@ def train(config: Config, folder: RunFolder, screen: Screen) -> bool:
             assert start is not None
             start_up.reached("groups")
             config = start.config
-            if start.done >= config.steps:
+            if start.done >= config.steps and not start.is_unvalidated:
                 watch.is_done = True
                 report.finished(config, folder, screen, start.done, world)
                 return True
             corpora = corpora or open_corpora(config, folder, screen.say)
             plan = plan or RunPlan.of(config, topology)
             start_up.reached("corpora")
-            Trainer(plan, folder, screen, corpora, start, watch, start_up).run()
-        return watch.step == config.steps
+            return Trainer(plan, folder, screen, corpora, start, watch, start_up).run()

@@ -17,6 +17,7 @@ from moe_mamba.planning.fit import check_fit
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
+from moe_mamba.run.metrics import FILE, read_metrics
 from moe_mamba.run.restore import check_resumable, find_weights
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.verification import verify_at_once
@@ -34,6 +35,7 @@ class StartState:
         warm: the checkpoint whose weights a fresh run takes.
         micro_batch: sequences that a device works on at once.
         is_verified: the corpora were read whole, or need not be.
+        is_unvalidated: the run was stopped in the validation after its last step, which is still to be made.
     """
 
     config: Config
@@ -43,6 +45,7 @@ class StartState:
     warm: Path | None
     micro_batch: int
     is_verified: bool
+    is_unvalidated: bool = False
 
 
 def check(config: Config, world: World) -> Topology:
@@ -82,11 +85,28 @@ def prepare_run(
     warm = find_weights(plan.model, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()
-    corpora = open_corpora(config, folder, screen.say) if done < config.steps else None
+    is_unvalidated = newest is not None and _is_unvalidated(config, folder, done)
+    corpora = open_corpora(config, folder, screen.say) if done < config.steps or is_unvalidated else None
     if newest and corpora:
         corpora.check_unchanged(description, folder)
     is_verified = not (config.data.verify and corpora) or verify_at_once(corpora, folder, screen.say)
-    return StartState(config, newest, description, done, warm, choose_micro_batch(plan), is_verified), plan, corpora
+    micro_batch = choose_micro_batch(plan)
+    start = StartState(config, newest, description, done, warm, micro_batch, is_verified, is_unvalidated)
+    return start, plan, corpora
+
+
+def validates_after(config: Config, step: int) -> bool:
+    """Whether a run scores its validation sets after a step."""
+    every = config.train.validate_every
+    return step == config.steps or bool(every and step % every == 0)
+
+
+def _is_unvalidated(config: Config, folder: RunFolder, step: int) -> bool:
+    """Whether the metrics of a run know its last step, and not the scores that belong to it."""
+    if not validates_after(config, step) or not (folder.path / FILE).is_file():
+        return False
+    last = [line for line in read_metrics(folder.path) if line.get("step") == step]
+    return bool(last) and not any("validation" in line for line in last)
 
 
 def _with_vocabulary(config: Config, description: dict[str, Any]) -> Config:

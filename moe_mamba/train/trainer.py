@@ -39,7 +39,7 @@ from moe_mamba.train.profile import Trace, profiler
 from moe_mamba.train.recovery import Recovery
 from moe_mamba.train.restarts import note_first_step, note_start
 from moe_mamba.train.schedule import RateCurve
-from moe_mamba.train.setup import StartState, accumulation_changes
+from moe_mamba.train.setup import StartState, accumulation_changes, validates_after
 from moe_mamba.train.start_up import StartUp
 from moe_mamba.train.steps import Outcome, Step, Steps
 from moe_mamba.train.throughput import Throughput
@@ -87,7 +87,7 @@ class Trainer:
         self.recovery = Recovery(config.train, start.done, start.description)
         self.rates = RateCurve.resumed(config, start.done, start.description)
         self.tokens_per_step = config.train.global_batch * config.data.sequence_length
-        self.micro_batch = start.micro_batch
+        self.micro_batch, self.is_unvalidated = start.micro_batch, start.is_unvalidated
         share = topology.sequences_per_data_rank(config.train.global_batch, config.train.micro_batch)
         self.micro_steps = share // self.micro_batch
         announce_by(screen.shout)  # the rank that builds is not always the first
@@ -128,8 +128,8 @@ class Trainer:
         """The model inside the engine."""
         return self.engine.module
 
-    def run(self) -> None:
-        """Do the steps that are left, then report."""
+    def run(self) -> bool:
+        """Do the steps that are left, then report; False: it was stopped before, and is saved."""
         train, steps = self.config.train, self.config.steps
         limit_collectives(self.config.parallel.timeout + 60)  # the watch is quicker, and says the place
         note_start(self.events, self.folder, self.screen, self.step, steps, self.pace.hosts)
@@ -139,6 +139,8 @@ class Trainer:
         feed = Feed(self.corpora.loader, self.topology, self.micro_batch, self.micro_steps)
         profile = profiler(train.profile, self.folder.profile, self.world)
         with profile as trace, self.saver:
+            if self.is_unvalidated:
+                self.scores = self._validate()
             while self.step < steps and self.reason is None:
                 with closing(feed.ahead(self.recovery.numbers())) as batches:
                     self._train_on(batches, trace)
@@ -147,15 +149,16 @@ class Trainer:
         self.screen.stop_bar()
         self.watch.is_done = True
         self.metrics.close()
-        if self.step < steps:
+        if self.step < steps or not self.scores:  # stopped in the last validation, which the next start makes
             self.events.write("stop", self.step, reason=f"stopped by {self.reason}")
             self.screen.say(f"stopped by {self.reason} at step {self.step:,}: saved; the same command resumes the run")
-            return
+            return False
         self.events.write("finish", self.step)
         if without := self.recovery.without_targets:
             self.screen.say(f"note      {without:,} of {steps:,} steps had no target to count, and changed nothing")
         if self.world.is_first:
             report.finish(self.config, self.folder, self.screen, self.model, self.corpora, self.scores, self.topology)
+        return True
 
     def _train_on(self, batches: Iterator[GlobalBatch], trace: Trace) -> None:
         """Make steps until one is refused, or the run is to end: the device works on one while the last is read."""
@@ -205,9 +208,8 @@ class Trainer:
     def _pause(self) -> None:
         """Validate, and save, where it is time to."""
         is_last, every = self.step == self.config.steps, self.config.checkpoint.every
-        validate_every = self.config.train.validate_every
         scores = {}
-        if is_last or (validate_every and self.step % validate_every == 0):
+        if validates_after(self.config, self.step):
             scores = self.scores = self._validate()
         if is_last or (every and self.step % every == 0):
             if self.verification:

@@ -20,7 +20,7 @@ from moe_mamba.faults.coordinator import hang_line
 from moe_mamba.faults.signals import REASONS, Stop, launchers
 from moe_mamba.run.metrics import read_metrics
 from tests import ROOT
-from tests.train.runs import STEPS, curve, run, same_weights
+from tests.train.runs import STEPS, curve, run, same_weights, validations
 from tests.train.seams import stepping_in
 from tests.world import WorkerError, World, free_port
 
@@ -187,6 +187,7 @@ def interrupt() -> None:
     [
         ("step", 2, 3, terminate),
         ("validation", 3, 3, interrupt),
+        ("validation", STEPS, STEPS, terminate),
         ("save", 2, 2, terminate),
     ],
 )
@@ -200,7 +201,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_no_bit_changes(
     assert f"stopped by {reason} at step {saved}: saved; the same command resumes the run" in log
     assert "result " not in log
     assert (folder / "checkpoints" / f"step-{saved:08d}").exists()
-    assert curve(run(world, tiny, folder, ranks=2)) == curve(read_metrics(two))
+    found, expected = run(world, tiny, folder, ranks=2), read_metrics(two)
+    assert curve(found) == curve(expected)
+    assert validations(found) == validations(expected)
+    assert "result " in (folder / "log.txt").read_text()
     same_weights(folder, two)
 
 

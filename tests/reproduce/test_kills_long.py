@@ -56,11 +56,7 @@ def test_stopped_and_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     assert _start(disturbed).wait() == 0
     for run in RUNS:
         same_weights(disturbed / run, tmp_path / "plain" / run)
-        found, expected = _figures(disturbed, run), _figures(tmp_path / "plain", run)
-        assert [line for line in expected if line in found] == found
-        # A stop that comes while a run validates leaves that validation out.
-        assert all("validation" in line for line in expected if line not in found)
-        assert found[-1] == expected[-1]
+        assert _figures(disturbed, run) == _figures(tmp_path / "plain", run)
     rows = [json.loads((path / "lr-v1/table.json").read_text())["rows"] for path in (tmp_path / "plain", disturbed)]
     for name in ("rate_0.5", "rate_1"):
         assert rows[0][name]["loss"] == rows[1][name]["loss"]

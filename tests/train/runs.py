@@ -28,6 +28,11 @@ def curve(metrics: list[dict]) -> list[float]:
     return [line["loss"] for line in metrics if "loss" in line]
 
 
+def validations(metrics: list[dict]) -> list[tuple[int, float]]:
+    """Step and loss of each validation."""
+    return [(line["step"], line["validation_loss"]) for line in metrics if "validation_loss" in line]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     step = store.resolve(folder)
     return {name: store.read_tensor(step, name) for name in store.logical_tensors(step)}
