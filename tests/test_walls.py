@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "file_lock": set(),
     "lean_import": set(),
     "json_file": set(),
+    "output_file": {"atomic_file"},
     "safetensors_header": {"json_file"},
     "config_types": set(),
     "config_yaml": set(),
@@ -60,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "commands": {
         *("reproduce", "rehearsal", "train", "faults", "preflight", "evaluation", "convert", "planning", "run"),
         *("checkpoint", "parallel", "model", "data", "config", "config_types", "config_file", "command_line"),
-        *("installation", "atomic_file"),
+        *("installation", "atomic_file", "output_file"),
     },
     "__main__": {"command_line"},
 }

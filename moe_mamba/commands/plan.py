@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from moe_mamba.commands.outputs import output as writable
-from moe_mamba.commands.outputs import save
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config, reference
 from moe_mamba.config_types import DEVICES, Range, refused
 from moe_mamba.errors import UserError
 from moe_mamba.installation import command
+from moe_mamba.output_file import output as writable
+from moe_mamba.output_file import save
 from moe_mamba.planning.cluster import PRESETS, Cluster
 from moe_mamba.planning.estimate import Estimate, estimate
 from moe_mamba.planning.figures import Figures, change

@@ -5,10 +5,10 @@ import logging
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from moe_mamba.commands.outputs import output, save
 from moe_mamba.config_file import load_config
 from moe_mamba.config_types import DEVICES, Range
 from moe_mamba.errors import UserError, shown
+from moe_mamba.output_file import output, save
 from moe_mamba.planning.cluster import PRESETS
 from moe_mamba.planning.load import Load
 
