@@ -102,11 +102,11 @@ def validates_after(config: Config, step: int) -> bool:
 
 
 def _is_unvalidated(config: Config, folder: RunFolder, step: int) -> bool:
-    """Whether the metrics of a run know its last step, and not the scores that belong to it."""
+    """Whether the metrics of a run, where there are any, lack the scores that belong to its last step."""
     if not validates_after(config, step) or not (folder.path / FILE).is_file():
         return False
-    last = [line for line in read_metrics(folder.path) if line.get("step") == step]
-    return bool(last) and not any("validation" in line for line in last)
+    lines = read_metrics(folder.path)
+    return bool(lines) and not any("validation" in line and line["step"] == step for line in lines)
 
 
 def _with_vocabulary(config: Config, description: dict[str, Any]) -> Config:

@@ -195,14 +195,15 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_no_bit_changes(
     world: World, tiny: Path, tmp_path: Path, two: Path, place: str, step: int, saved: int, action: Callable[[], None]
 ) -> None:
     folder = tmp_path / "run"
-    keys = {"run.folder": str(folder)}
+    every = 2 if place == "validation" else 1  # a step that is validated need have no line of its own
+    keys = {"run.folder": str(folder), "logging.every": every}
     world.run(train_and_break, place, 1, step, action, ranks=2, config=str(tiny), **keys)
     reason, log = "SIGTERM" if action is terminate else "SIGINT", (folder / "log.txt").read_text()
     assert f"stopped by {reason} at step {saved}: saved; the same command resumes the run" in log
     assert "result " not in log
     assert (folder / "checkpoints" / f"step-{saved:08d}").exists()
-    found, expected = run(world, tiny, folder, ranks=2), read_metrics(two)
-    assert curve(found) == curve(expected)
+    found, expected = run(world, tiny, folder, ranks=2, **{"logging.every": every}), read_metrics(two)
+    assert curve(found) == curve([line for line in expected if line["step"] % every == 0])
     assert validations(found) == validations(expected)
     assert "result " in (folder / "log.txt").read_text()
     same_weights(folder, two)
