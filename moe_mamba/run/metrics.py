@@ -198,6 +198,13 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
+def lacks_validation(folder: Path, step: int) -> bool:
+    """Whether a run's metrics, where there are any, have no scores of a step; damaged lines are passed over."""
+    path = folder / FILE
+    lines = [line for line, _ in _lines(path) if line is not None] if path.is_file() else []
+    return bool(lines) and not any("validation" in line and line["step"] == step for line in lines)
+
+
 def router_label(name: str) -> str:
     """A router's name in metrics: its layer's index, and what of the name says more where a layer has several."""
     return name.removeprefix("layers.").replace(".mixer", "").removesuffix(".router")

@@ -17,7 +17,7 @@ from moe_mamba.planning.fit import check_fit
 from moe_mamba.planning.micro_batch import choose_micro_batch
 from moe_mamba.run.console import Screen
 from moe_mamba.run.folder import RunFolder
-from moe_mamba.run.metrics import FILE, read_metrics
+from moe_mamba.run.metrics import lacks_validation
 from moe_mamba.run.restore import check_resumable, find_weights
 from moe_mamba.train.corpora import Corpora, open_corpora
 from moe_mamba.train.verification import verify_at_once
@@ -85,7 +85,7 @@ def prepare_run(
     warm = find_weights(plan.model, config.train.warm_start) if config.train.warm_start and not newest else None
     if newest is None:
         folder.forget_tokenizer()
-    is_unvalidated = newest is not None and _is_unvalidated(config, folder, done)
+    is_unvalidated = newest is not None and validates_after(config, done) and lacks_validation(folder.path, done)
     corpora = open_corpora(config, folder, screen.say) if done < config.steps or is_unvalidated else None
     if newest and corpora:
         corpora.check_unchanged(description, folder)
@@ -99,14 +99,6 @@ def validates_after(config: Config, step: int) -> bool:
     """Whether a run scores its validation sets after a step."""
     every = config.train.validate_every
     return step == config.steps or bool(every and step % every == 0)
-
-
-def _is_unvalidated(config: Config, folder: RunFolder, step: int) -> bool:
-    """Whether the metrics of a run, where there are any, lack the scores that belong to its last step."""
-    if not validates_after(config, step) or not (folder.path / FILE).is_file():
-        return False
-    lines = read_metrics(folder.path)
-    return bool(lines) and not any("validation" in line and line["step"] == step for line in lines)
 
 
 def _with_vocabulary(config: Config, description: dict[str, Any]) -> Config:

@@ -10,7 +10,7 @@ import pytest
 
 from moe_mamba.config import LoggingConfig
 from moe_mamba.errors import UserError
-from moe_mamba.run.metrics import MetricsWriter, read_metrics
+from moe_mamba.run.metrics import MetricsWriter, lacks_validation, read_metrics
 from tests import ROOT
 
 QUIET = LoggingConfig()
@@ -151,3 +151,11 @@ def test_wandb_without_a_key_is_offline_and_silent(tmp_path: Path, monkeypatch: 
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])) == 4
+
+
+def test_scores_that_are_missing_are_known_beside_damaged_lines(tmp_path: Path) -> None:
+    assert not lacks_validation(tmp_path, 3), "there are no metrics to lack any"
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 1.0}\nnothing\n{"step": 2, "validation": {}}\n')
+    assert lacks_validation(tmp_path, 3)
+    assert not lacks_validation(tmp_path, 2)
