@@ -18,7 +18,8 @@ from moe_mamba.parallel.topology import World as Ranks
 from moe_mamba.parallel.zero3 import gathered_shape
 from moe_mamba.planning.state import EngineState, state_of
 from moe_mamba.train.objective import Objective
-from tests.parallel.layouts import Layout, batch_of, build, config_of, share_of
+from tests.parallel.layouts import Layout, batch_of, build, config_of, legal_layouts, share_of
+from tests.parallel.test_parity import PATTERNS
 from tests.planning.storages import stored
 from tests.world import World
 
@@ -146,6 +147,17 @@ ALL, PARALLEL = "M*-E", "(ME)M shared"
     ],
 )
 def test_the_engine_keeps_what_is_planned(world: World, pattern: str, layout: Layout, keys: dict[str, Any]) -> None:
+    check(world, pattern, layout, keys)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_in_the_whole_matrix(world: World, pattern: str) -> None:
+    for layout in legal_layouts(pattern):
+        check(world, pattern, layout, HALF if layout.zero else {})
+
+
+def check(world: World, pattern: str, layout: Layout, keys: dict[str, Any]) -> None:
     config = config_of(pattern, layout, 2, model__d_model=64, moe__d_expert=64, **keys)
     state, groups = planned(config, layout.ranks)
     ranks = world.run(held, config, ranks=layout.ranks)
