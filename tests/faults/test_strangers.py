@@ -181,7 +181,7 @@ def test_the_token_is_never_sent_and_a_proof_serves_once(ranks: Callable[[int], 
 def test_another_rank_of_the_same_number_is_shut_out(ranks: Callable[[int], Ranks]) -> None:
     world = ranks(3)
     world.join(0, 1)
-    with pytest.raises(OSError, match="closed the connection|timed out"):  # the last try may have no time left
+    with pytest.raises(OSError, match=r"closed the connection|timed out"):  # the last try may have no time left
         join_hub(*HERE, world.hub.port, world.hub.token, 1, 0.5)
     world.join(2)
     assert world.is_reported(1) == f"{name(1)} {DEATH}"
