@@ -167,6 +167,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
     "cross_entropy": {
         "triton": _triton("cross_entropy", "cross_entropy"),
+        "cpu": _cpu("cross_entropy", "cpu_cross_entropy", "cross_entropy"),
         "torch": Backend("cross_entropy.torch_cross_entropy", "cross_entropy", WIDE),
         "reference": Backend("cross_entropy.reference", "cross_entropy", WIDE),
     },

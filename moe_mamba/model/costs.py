@@ -155,7 +155,8 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
     y = record_norm(tape, total, None, tokens, d, config.norm)[0] if config.final_norm else total
     mine = y.bytes if share.tensor > 1 else 0  # is there while all tokens' are
     y = enter(tape, y, share, d, False)
-    chunks = max(1, -(-share.tokens * rows * tape.width // linear.CHUNK))
+    most = linear.chunk_bytes("cpu" if tape.on_cpu else "cuda", rows * d * tape.width, share.tensor == 1)
+    chunks = max(1, -(-share.tokens * rows * tape.width // most))
     chunk = -(-share.tokens // chunks) * rows * tape.width
     weight_width = tape.width if chunks == 1 else max(FP32, tape.width)
     gradients = tape.tensor(share.tokens * d), tape.tensor(rows * d, weight_width)

@@ -89,12 +89,14 @@ class Tape:
         fused: whether Triton's kernels run (on GPUs), which keep less than torch's own operations.
         hidden: whether to count what back ends take inside a call, which no tracker of tensors sees.
         is_sharded: whether ZeRO-3 shards the weights, which then are fp32 and cast where they are used.
+        on_cpu: whether the head's chunks are those of a CPU.
     """
 
     width: int
     fused: bool = False
     hidden: bool = True
     is_sharded: bool = False
+    on_cpu: bool = False
     operations: list[Operation] = field(default_factory=list)
 
     def tensor(self, numbers: int, width: int | None = None, has_gradient: bool = True) -> Recorded:

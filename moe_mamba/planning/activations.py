@@ -91,6 +91,7 @@ class _MicroStep:
         config = plan.config
         self._width = BF16 if config.train.precision == "bf16" else FP32
         self._fused = device == "cuda" and config.run.kernels in ("auto", "triton")
+        self._on_cpu = device == "cpu"
         self._layers: dict[tuple[LayerSpec, bool, str], Peak] = {}
         self.rows = plan.shards["embedding.weight"].local_shape[0]
         tokens = micro_batch * config.data.sequence_length // plan.topology.tensor
@@ -98,7 +99,8 @@ class _MicroStep:
 
     def tape(self) -> Tape:
         """An empty one."""
-        return Tape(self._width, self._fused, self._hidden, self._plan.config.parallel.zero == 3)
+        is_sharded = self._plan.config.parallel.zero == 3
+        return Tape(self._width, self._fused, self._hidden, is_sharded, self._on_cpu)
 
     def layer(self, spec: LayerSpec, index: int) -> Peak:
         """What a layer keeps and takes; recorded loads differ from layer to layer."""

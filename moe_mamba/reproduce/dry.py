@@ -45,7 +45,7 @@ def describe_dry(
         own = [sweep.pop(run.name) for run in workspace.sweep([row]) if run.name in sweep]
         total += count * hours + sum(_hours(run.config, speeds[row]) for run in own)
         longest = max(longest, hours * (count > 0))
-        extra += len(wanted) * hours if workspace.table.reference_of(row) != row else 0.0
+        extra += (workspace.table.reference_of(row) != row) * min(len(wanted), workspace.table.made.one_rate) * hours
         lines.append([*_figures(workspace, row), f"{speeds[row]:,.0f}", str(len(own)), str(count), f"{hours:.2f}"])
     header = ["model", "parameters", "active", "tokens", "FLOPs", "tokens/s"]
     header += ["runs of the sweep left", "runs left", "hours of one"]

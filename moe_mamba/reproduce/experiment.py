@@ -65,7 +65,9 @@ class Scale(Section):
 
     config: PathText = Field("", description="configuration of the rows that name none")
     sweep: Sweep | None = Field(None, description="how learning rates are found; null: they stand in configurations")
-    one_rate: bool = Field(False, description="also run rows at the reference's rate, where theirs differs")
+    one_rate: Annotated[int, Range(0, 999)] = Field(
+        0, description="runs of each row at the reference's rate, where its own differs"
+    )
     seeds: Positive = Field(1, description="runs of each row")
     runs: dict[str, Made] = Field(description="row -> how it is made")
     notes: list[FilledText] = Field([], description="said under the table")

@@ -123,11 +123,12 @@ class Workspace:
         return self._run(RUNS, row, rate, "seed1", 1)
 
     def one_rate(self, row: str, seeds: Iterable[int]) -> list[Run]:
-        """Runs of a row at its reference's rate; none where that is its own, or not known, or not asked for."""
+        """Runs of a row at its reference's rate, of the first seeds; none where that is its own, or not known."""
         own, rate = self.rate(row), self.rate(self.table.reference_of(row))
-        if not self.table.made.one_rate or own is None or rate is None or own == rate:
+        if own is None or rate is None or own == rate:
             return []
-        return [self._run(ONE_RATE, row, rate, f"seed{seed}", seed) for seed in seeds]
+        first = list(seeds)[: self.table.made.one_rate]
+        return [self._run(ONE_RATE, row, rate, f"seed{seed}", seed) for seed in first]
 
     def rate(self, row: str) -> float | None:
         """The peak learning rate of a row: the best of its sweep, or its configuration's; None: not known yet."""

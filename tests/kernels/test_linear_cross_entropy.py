@@ -36,9 +36,9 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if size < 0:
         usual = linear._chunks
 
-        def of_four(stream: Tensor, weight: Tensor, rows: int, product: Product) -> Any:
+        def of_four(stream: Tensor, weight: Tensor, rows: int, product: Product, is_whole: bool) -> Any:
             monkeypatch.setattr(linear, "CHUNK", 4 * weight.shape[0] * stream.itemsize)
-            return usual(stream, weight, rows, product)
+            return usual(stream, weight, rows, product, is_whole)
 
         monkeypatch.setattr(linear, "_chunks", of_four)
     else:
@@ -119,6 +119,27 @@ def test_a_bf16_weights_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPat
     targets = torch.zeros(1024, dtype=torch.long)
     _, _, gradient = results(stream, weight, targets)
     assert_equal((gradient,), (expected_of(stream, weight, targets)[2],), 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "weight", "is_whole", "most"),
+    [
+        ("cpu", linear.CACHED, True, linear.CACHED),
+        ("cpu", linear.CACHED + 1, True, linear.CHUNK),  # does not stay in the cache
+        ("cpu", linear.CACHED, False, linear.CHUNK),  # every chunk waits for other ranks
+        ("cuda", linear.CACHED, True, linear.CHUNK),
+    ],
+)
+def test_a_chunk_of_a_cpu_stays_in_its_cache(device: str, weight: int, is_whole: bool, most: int) -> None:
+    assert linear.chunk_bytes(device, weight, is_whole) == most
+
+
+def test_chunks_of_a_small_vocabulary_on_a_cpu() -> None:
+    """By their number: what each adds to the weight's gradient is tested above."""
+    stream, weight, targets = torch.randn(3000, 4), torch.randn(1024, 4), torch.randint(0, 1024, (3000,))
+    seen = list[int]()
+    linear_scores(stream, weight, targets, argmax=lambda logits: seen.append(len(logits)) or logits.argmax(-1))
+    assert seen == [1000, 1000, 1000]  # 12 MB of logits, 4 MiB at a time
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])

@@ -126,7 +126,7 @@ FORWARD: dict[str, tuple[tuple[str, ...], Callable[[bool], list[Any]]]] = {
         lambda is_full: [leaf(4, CHANNELS), order(is_full).token, order(is_full).slot],
     ),
     "combine_rows": (("torch", "triton"), combine_arguments),
-    "cross_entropy": (("torch", "triton"), logits_arguments),
+    "cross_entropy": (("torch", "cpu", "triton"), logits_arguments),
 }
 # In bf16 and without gradients, as in generation.
 NARROW = {"linear": linear_arguments, "grouped_matmul": grouped_arguments, "rms_norm": norm_arguments}

@@ -33,7 +33,7 @@ SPEC: dict[str, Any] = {
     "mini": {
         "config": "base.yaml",
         "seeds": 2,
-        "one_rate": True,
+        "one_rate": 2,
         "sweep": {"rates": [3e-3, 3e-2], "share": 0.5},
         "runs": {
             "plain": {"keys": {"model.pattern": "-", "model.repeat": 2}},

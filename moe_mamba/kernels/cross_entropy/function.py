@@ -1,4 +1,4 @@
-"""What the torch and the Triton version share: the loss from a part's statistics, and what is kept for its gradient."""
+"""What the torch, C++ and Triton versions share: the loss from a part's statistics, and what its gradient needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,18 +20,22 @@ A log of infinity marks a token that does not count; its gradient is 0, whatever
 """
 
 
-def define_parts(backend: str, statistics: Statistics, gradient: Gradient) -> tuple[Statistics, Gradient]:
+def define_parts(
+    backend: str, statistics: Statistics, gradient: Gradient, key: str = operators.ANY_DEVICE
+) -> tuple[Statistics, Gradient]:
     """A back end's two parts as operators; what stands between them may talk to other ranks, and is in no operator."""
     return (
         operators.define(
             f"cross_entropy_{backend}(Tensor logits, Tensor local) -> (Tensor largest, Tensor total, Tensor predicted)",
             statistics,
             _statistics_fake,
+            key,
         ),
         operators.define(
             f"cross_entropy_{backend}_backward(Tensor logits, Tensor local, Tensor log_sum, Tensor incoming) -> Tensor",
             gradient,
             lambda logits, local, log_sum, incoming: logits.new_empty(logits.shape),
+            key,
         ),
     )
 

@@ -20,6 +20,18 @@ from moe_mamba.kernels.validation import require_dimensions, require_shapes
 CHUNK = 2**28  # bytes of a chunk's logits; twice that is held, for the gradient of the logits lies beside them
 # Of 50,304 words these are 1,334 tokens in fp32 and 2,668 in bf16: enough that adding a chunk's weight gradient to
 # the others', a pass over the whole weight, takes little beside the products.
+CACHED = 2**22  # the same on a CPU whose cache holds the weight too: there the logits never go to memory
+
+
+def chunk_bytes(device: str, weight: int, is_whole: bool) -> int:
+    """Most that a chunk's logits take.
+
+    Args:
+        device: type of the device that it lies on.
+        weight: bytes of the head's weight on this rank.
+        is_whole: whether that is the whole vocabulary's; ranks that share it talk with one another at every chunk.
+    """
+    return min(CACHED, CHUNK) if device == "cpu" and is_whole and weight <= CACHED else CHUNK
 
 
 def linear_cross_entropy(
@@ -60,8 +72,9 @@ def linear_cross_entropy(
 
     rows, product = weight.shape[0] if rows is None else rows, product_of(stream, backend)
     if torch.is_grad_enabled() and (stream.requires_grad or weight.requires_grad):
-        return _ChunkedHead.apply(stream, weight, rows, losses_of, product)
-    return _sum([losses_of(logits, chunk) for chunk, logits in _chunks(stream, weight, rows, product)], stream)
+        return _ChunkedHead.apply(stream, weight, rows, losses_of, product, reduce is None)
+    chunks = _chunks(stream, weight, rows, product, reduce is None)
+    return _sum([losses_of(logits, chunk) for chunk, logits in chunks], stream)
 
 
 @torch.no_grad()
@@ -89,8 +102,8 @@ def linear_scores(
         backend: see there.
     """
     _check(stream, weight, targets)
-    losses, right, product = [], targets.new_zeros(()), product_of(stream, backend)
-    for chunk, logits in _chunks(stream, weight, weight.shape[0] if rows is None else rows, product):
+    losses, right, rows = [], targets.new_zeros(()), weight.shape[0] if rows is None else rows
+    for chunk, logits in _chunks(stream, weight, rows, product_of(stream, backend), reduce is None):
         losses.append(cross_entropy(logits, targets[chunk], first, reduce, backend))
         right += (argmax(logits) == targets[chunk]).sum()  # no id is -100
     return _sum(losses, stream), right
@@ -107,12 +120,13 @@ class _ChunkedHead(torch.autograd.Function):
         rows: int,
         losses_of: Callable[[Tensor, slice], Tensor],
         product: Product,
+        is_whole: bool,
     ) -> Tensor:
         """The sum of the losses; ``losses_of`` gives those of a chunk's logits."""
         matrix, losses = weight.to(stream.dtype), []
         stream_gradient = torch.empty_like(stream) if ctx.needs_input_grad[0] else None
         total = _Total(matrix, product) if ctx.needs_input_grad[1] else None
-        for chunk, logits in _chunks(stream, matrix, rows, product):
+        for chunk, logits in _chunks(stream, matrix, rows, product, is_whole):
             with torch.enable_grad():
                 one = losses_of(logits.requires_grad_(), chunk)
                 (gradient,) = torch.autograd.grad(one.sum(), logits)  # (tokens of the chunk, rows)
@@ -135,7 +149,7 @@ class _ChunkedHead(torch.autograd.Function):
             stream_gradient = stream_gradient.mul_(incoming)
         if weight_gradient is not None:
             weight_gradient = weight_gradient.mul_(incoming).to(ctx.weight_dtype)
-        return stream_gradient, weight_gradient, None, None, None
+        return stream_gradient, weight_gradient, None, None, None, None
 
 
 class _Total:
@@ -175,10 +189,13 @@ def _check(stream: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise UserError(f"{name}: targets is {targets.dtype}, and must be torch.int64")
 
 
-def _chunks(stream: Tensor, weight: Tensor, rows: int, product: Product) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    stream: Tensor, weight: Tensor, rows: int, product: Product, is_whole: bool
+) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of tokens, of equal sizes but for the last, and their logits, in memory that the next chunk takes over."""
     tokens, weight = stream.shape[0], weight.to(stream.dtype)
-    chunks = max(1, -(-tokens * weight.shape[0] * stream.itemsize // CHUNK))
+    most = chunk_bytes(stream.device.type, weight.nbytes, is_whole)
+    chunks = max(1, -(-tokens * weight.shape[0] * stream.itemsize // most))
     size = max(1, -(-tokens // chunks))
     buffer = stream.new_empty(min(size, tokens), weight.shape[0])
     for start in range(0, tokens, size):
