@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from moe_mamba.config_types import Range
 from moe_mamba.errors import RunStopped, UserError
+from moe_mamba.reproduce.archive import check_archive, write_archive
 from moe_mamba.reproduce.document import to_markdown
 from moe_mamba.reproduce.dry import describe_dry
 from moe_mamba.reproduce.experiment import Table, read_table
@@ -34,13 +35,15 @@ def main(
     gather: bool = False,
     jobs: str | None = None,
     slurm: str | None = None,
+    archive: str | None = None,
     **overrides: Any,
 ) -> None:
     """Make the runs of a table, or go on with them, and write ours beside the paper's.
 
     Args:
-        table: main, experts, lr, parallel, inner, ratio or designs: a file of configs/reproduce.
-        version: of the paper, v1 or v2; the first that has the table, where none is given.
+        table: main, experts, lr, parallel, inner, ratio or designs of the paper; routers or resets beyond it: a file
+            of configs/reproduce.
+        version: of the paper, v1 or v2, or ours; the first that has the table, where none is given.
         scale: mini (two cores), or paper (GPUs).
         seeds: runs of each model, with seeds from 1.
         tokens: budget of each run, in the place of the scale's.
@@ -52,9 +55,11 @@ def main(
         gather: start nothing: gather what is there.
         jobs: start nothing: write the commands of the next runs into this file.
         slurm: start nothing: write the same and the script of a SLURM array into this folder.
+        archive: in the end, also write the raw metrics of the table's runs into this file (.tar.xz); unpacked, it is an
+            --output for --gather.
         overrides: the text, as --data.train, --data.validation, --data.tokenizer and --data.text_key.
     """
-    _check_modes({"dry": dry, "gather": gather, "jobs": jobs is not None, "slurm": slurm is not None})
+    _check_modes({"dry": dry, "gather": gather, "jobs": jobs is not None, "slurm": slurm is not None}, archive)
     made = read_table(table, version, scale)
     rows, wanted = chosen_rows(made, only), range(1, (seeds or made.made.seeds) + 1)
     asked = _asked(made, overrides)
@@ -74,16 +79,23 @@ def main(
     print(f"\n{to_markdown([main_grid(result)])}")
     for path in write_report(result):
         print(path)
+    if archive is not None:
+        write_archive(result, Path(archive))
+        print(archive)
     for name, why in failed.items():
         print(f"failed    {name}: {why}")
     if failed:
         raise RunStopped(f"{len(failed)} runs have failed: the same command tries them again")
 
 
-def _check_modes(modes: dict[str, bool]) -> None:
+def _check_modes(modes: dict[str, bool], archive: str | None) -> None:
     given = [name for name, is_given in modes.items() if is_given]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} are two things to do: give one of them")
+    if archive is not None:
+        if given and given != ["gather"]:
+            raise UserError(f"--archive with --{given[0]}, which makes no table: give one of them")
+        check_archive(Path(archive))
 
 
 def _asked(table: Table, overrides: dict[str, Any]) -> Asked:

@@ -69,6 +69,7 @@ class Scale(Section):
         0, description="runs of each row at the reference's rate, where its own differs"
     )
     seeds: Positive = Field(1, description="runs of each row")
+    share: Fraction = Field(1.0, description="share of the scale's tokens that runs have; below 1: an early look")
     runs: dict[str, Made] = Field(description="row -> how it is made")
     notes: list[FilledText] = Field([], description="said under the table")
 
@@ -89,19 +90,21 @@ class Version(Section):
 
     source: FilledText = Field(description="where the figures stand")
     reference: FilledText = Field(description="row that others are compared with")
-    published: dict[str, Figures] = Field(description="row -> the paper's figures")
+    published: dict[str, Figures] = Field({}, description="row -> the paper's figures")
     not_published: list[FilledText] = Field([], description="what the paper leaves open")
     paper: Scale | None = Field(None, description="the paper's own scale")
 
 
 class Experiment(Section):
-    """A table of the paper."""
+    """A table of the paper, or one beyond it."""
 
     title: FilledText = Field(description="what is compared")
     axis: Text = Field("", description="what `at` of the rows is, on a logarithmic scale")
     rows: dict[str, Row] = Field(description="name, as in folders -> row, in the table's order")
     mini: Scale | None = Field(None, description="the scale of two cores, the same for all versions")
-    versions: dict[Literal["v1", "v2"], Version] = Field(description="those of the paper that have this table")
+    versions: dict[Literal["v1", "v2", "ours"], Version] = Field(
+        description="those of the paper that have this table; ours: none has"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Experiment":
@@ -129,7 +132,7 @@ class Table:
 
     Attributes:
         name: of the table, as in ``--table``.
-        version: of the paper, v1 or v2.
+        version: of the paper, v1 or v2; ours, where it has no such table.
         scale: mini or paper.
         experiment: the whole file.
         published: what the version says.

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from moe_mamba.model.language_model import LanguageModel
-from moe_mamba.reproduce.runs import ONE_RATE, RUNS, SWEEP, Run, Workspace
+from moe_mamba.reproduce.runs import ONE_RATE, SWEEP, Run, Workspace
 from moe_mamba.reproduce.statistics import Difference, Mean, mean, paired, share_of_steps
 from moe_mamba.run.events import STARTS, read_events, time_of
 from moe_mamba.run.metrics import read_metrics
@@ -171,13 +171,13 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
     """
     table, wanted = workspace.table, list(seeds)
     rows: dict[str, RowResult] = {}
-    spent: dict[str, dict[str, float]] = {SWEEP: {}, RUNS: {}, ONE_RATE: {}}
+    spent: dict[str, dict[str, float]] = {SWEEP: {}, workspace.kind: {}, ONE_RATE: {}}
     for name in table.rows:
         asked = wanted if name in chosen else []
         config = table.config(name, {} if workspace.text is None else {"model.vocab_size": workspace.text.vocab_size})
         counts = LanguageModel.on_meta(config.model, config.moe).parameter_counts()
         row = rows[name] = RowResult(name, counts, workspace.rate(name), name in chosen, workspace.swept(name))
-        runs = _by_seed(workspace.runs(name, _all(workspace, RUNS, name, asked)))
+        runs = _by_seed(workspace.runs(name, _all(workspace, workspace.kind, name, asked)))
         row.traces = {seed: read_trace(run) for seed, run in runs.items() if run.state == "finished"}
         row.missing = {seed: run.state for seed, run in runs.items() if seed in asked and seed not in row.traces}
         others = _by_seed(workspace.one_rate(name, _all(workspace, ONE_RATE, name, asked)))
@@ -235,9 +235,10 @@ def to_json(result: Result) -> dict[str, Any]:
         "table": table.name,
         "version": table.version,
         "scale": table.scale,
+        "share_of_tokens": table.made.share,
         "source": table.published.source,
         "reference": table.published.reference,
-        "text": text.model_dump() if text else None,
+        "text": text.public() if text else None,
         "hours": result.hours,
         "rows": {name: _row(result, row) for name, row in result.rows.items()},
         "missing": result.missing,

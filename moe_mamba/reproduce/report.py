@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_mamba.atomic_file import write_atomically
 from moe_mamba.reproduce.document import Grid, Heading, Paragraph, Part, Picture, to_html, to_markdown
-from moe_mamba.reproduce.experiment import Figures
+from moe_mamba.reproduce.experiment import Figures, Table
 from moe_mamba.reproduce.gathering import Result, RowResult, over_tokens, to_json
 from moe_mamba.reproduce.pictures import draw_axis, draw_tokens
 from moe_mamba.reproduce.statistics import Difference, Mean, crossing, mean
@@ -47,7 +47,7 @@ def describe(result: Result, pictures: list[Picture]) -> list[Part]:
     table = result.workspace.table
     parts: list[Part] = [
         Heading(f"{table.experiment.title}: {table.scale} scale", 1),
-        Paragraph(f"The paper's figures: {table.published.source}. Losses are in nats/token."),
+        Paragraph(f"{_source(table)} Losses are in nats/token."),
         main_grid(result),
         Paragraph(items=[*_notes(result), *(f"Missing: {line}." for line in result.missing)]),
         *pictures,
@@ -63,6 +63,11 @@ def describe(result: Result, pictures: list[Picture]) -> list[Part]:
     if table.published.not_published:
         parts += [Heading("What the paper leaves open"), Paragraph(items=table.published.not_published)]
     return parts
+
+
+def _source(table: Table) -> str:
+    source = table.published.source
+    return f"The paper's figures: {source}." if table.published.published else f"Not in the paper: {source}."
 
 
 def main_grid(result: Result) -> Grid:
@@ -102,6 +107,8 @@ def _empty_columns(result: Result) -> set[str]:
     published = table.published.published.values()
     if not any(figures.share or figures.speed_up for figures in published):
         empty.add("paper: steps")
+    if not published:
+        empty |= {"paper: loss", "paper: difference"}
     return empty
 
 
@@ -113,6 +120,9 @@ def _notes(result: Result) -> list[str]:
         "Steps to a loss: where a run's validation loss, by straight lines between validations, first is at or below "
         "the final loss of the reference's run of the same seed, as a share of that run's steps. Nothing is smoothed.",
     ]
+    if table.made.share < 1:
+        few = "" if table.made.seeds > 1 else " and one seed, so without intervals"
+        lines.append(f"An early look: {table.made.share:.0%} of the scale's tokens{few}.")
     lines += [f"{table.rows[name].title}: {table.rows[name].note}." for name in result.rows if table.rows[name].note]
     lines += table.made.notes
     if (place := _crossing(result)) is not None:
@@ -215,11 +225,12 @@ def protocol(result: Result) -> list[str]:
     table, text = result.workspace.table, result.workspace.text
     lines = []
     if text is not None:
-        lines += [f"Text: {name}, sha256 {digest}." for name, digest in text.sha256.items()]
+        public = text.public()
+        lines += [f"Text: {name}, sha256 {digest}." for name, digest in public["sha256"].items()]
         counts = f" ({text.documents[0]:,} and {text.documents[1]:,} documents)" if text.documents else ""
         lines.append(
             f"Training on {text.tokens[0]:,} tokens, validation on a part of {text.tokens[1]:,}{counts}; split: "
-            f"{text.split}. Vocabulary: {text.vocabulary}, {text.vocab_size:,} tokens."
+            f"{text.split}. Vocabulary: {public['vocabulary']}, {text.vocab_size:,} tokens."
         )
         if not any(text.asked.values()):
             lines.append("The built-in corpus is too small for claims: it shows that the tool works.")
@@ -238,7 +249,7 @@ def protocol(result: Result) -> list[str]:
     if (sweep := table.made.sweep) is not None:
         lines.append(
             f"Learning rates: each model's own, the best of {len(sweep.rates)} on seed {sweep.seed:,} with "
-            f"{sweep.share:.0%} of the tokens and the schedule stretched to them; the same budget for each model."
+            f"{sweep.share:.0%} of the tokens and the schedule shrunk to them; the same budget for each model."
         )
     spent = ", ".join(f"{kind.replace('_', ' ')} {hours:.2f}" for kind, hours in result.hours.items())
     unit = "core" if trace is None or not _is_gpu() else "GPU"

@@ -48,6 +48,15 @@ class Facts(Record):
     split: Text
     vocabulary: Text
 
+    def public(self) -> dict[str, Any]:
+        """What a reader can check; files by their names alone, which say nothing of the machine."""
+        shown = self.model_dump(include={"vocab_size", "tokens", "documents", "split"})
+        vocabulary = Path(self.vocabulary).name if self.asked.get("tokenizer") else self.vocabulary
+        return shown | {
+            "sha256": {Path(name).name: digest for name, digest in self.sha256.items()},
+            "vocabulary": vocabulary,
+        }
+
 
 @dataclass(frozen=True)
 class Asked:

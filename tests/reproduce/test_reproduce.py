@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -169,6 +170,41 @@ def test_what_is_left_is_whole_and_needs_nothing_else(made: tuple[Path, list[str
     one_rate = {path.parent.name for path in (output / "one_rate").glob("*/seed1")}
     found = json.loads((folder / "table.json").read_text())["rows"]
     assert one_rate == {row for row in found if found[row]["learning_rate"] != found["plain"]["learning_rate"]}
+
+
+@pytest.mark.slow
+def test_the_archive_makes_the_same_table(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    output, flags = made
+    packed = tmp_path / "metrics.tar.xz"
+    _call(*flags, "--gather", f"--archive={packed}")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    for file in (tmp_path / "unpacked").rglob("*.json*"):
+        assert str(output.parent) not in file.read_text(), file
+    _call("--table=tiny", f"--output={tmp_path / 'unpacked'}", "--gather")
+    files = [folder / "tiny-v1" / "table.json" for folder in (output, tmp_path / "unpacked")]
+    first, second = (json.loads(file.read_text()) for file in files)
+    for table in (first, second):
+        for row in table["rows"].values():
+            del row["tokens_per_second"]  # of which six digits are kept, as of loads
+            row["fullest_expert"] = row["fullest_expert"] and round(row["fullest_expert"], 4)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_a_table_that_the_paper_has_not_names_no_figures(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    output, flags = made
+    spec = yaml.safe_load((output.parent / "tiny.yaml").read_text())
+    spec["versions"] = {"ours": {"source": "a second test", "reference": "plain"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "FOLDER", tmp_path)
+        _call("--table=own", *flags[1:], "--gather")
+    text = (output / "own-ours" / "table.md").read_text()
+    assert "Not in the paper: a second test." in text
+    assert "| paper: " not in text and "not published" not in text
+    found, other = (json.loads((output / name / "table.json").read_text()) for name in ("own-ours", "tiny-v1"))
+    assert found["rows"]["two"]["difference"] == other["rows"]["two"]["difference"]
 
 
 @pytest.mark.slow
