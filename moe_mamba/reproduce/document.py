@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1150px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1400px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.6em } h2 { font-size: 1.15em; margin-top: 2em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
-th, td { text-align: right; padding: .3em .7em; border-bottom: 1px solid #e5e7eb; vertical-align: top }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto;
+        font-size: .93em }
+th, td { text-align: right; padding: .3em .55em; border-bottom: 1px solid #e5e7eb; vertical-align: top }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #9ca3af; font-weight: 600 }
 img { max-width: 100% } code { background: #f3f4f6; padding: 0 .25em }
 """

@@ -30,6 +30,7 @@ def draw_tokens(result: Result, path: Path) -> bool:
     margin = 0.03 * (max(highest) - min(lowest)) or 0.01
     axes.set_ylim(min(lowest) - margin, max(highest) + margin)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(_in_words())
     axes.set_xlabel("tokens")
     axes.set_ylabel("validation loss, nats/token")
     axes.legend(frameon=False, fontsize=9)
@@ -83,6 +84,13 @@ def _figure() -> tuple[Any, Any]:
 
     figure = Figure(figsize=(9, 5.4), dpi=130, layout="constrained", facecolor="white")
     return figure, figure.add_subplot()
+
+
+def _in_words() -> Any:
+    """Writes 5 M for 5000000."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter()
 
 
 def _save(figure: Any, axes: Any, title: str, path: Path) -> None:
