@@ -79,6 +79,7 @@ ELSEWHERE = {
     ),
     "python tools/reproduce.py --table main --dry": "tests/reproduce/test_reproduce.py",
     "python tools/reproduce.py --table main --gather": "tests/reproduce/test_reproduce.py",
+    "python tools/reproduce.py --table main --gather --archive main.tar.xz": "tests/reproduce/test_reproduce.py",
     "python tools/reproduce.py --table main --version v2 --scale paper --dry": "tests/reproduce/test_experiment.py",
     "python tools/status.py runs/site": "tests/run/test_status.py",
     "python tools/experts.py runs/a runs/b --output specialisation": "tests/evaluation/test_experts.py",
