@@ -16,7 +16,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.reproduce.gathering import LAST, Result
 from moe_mamba.reproduce.runs import ONE_RATE, Run, Workspace
 from moe_mamba.reproduce.text import FILE as TEXT
-from moe_mamba.reproduce.text import Facts
+from moe_mamba.reproduce.text import Facts, name_of
 from moe_mamba.run.events import FILE as EVENTS
 from moe_mamba.run.events import read_events
 from moe_mamba.run.metrics import FILE as METRICS
@@ -65,8 +65,8 @@ def _runs(workspace: Workspace) -> Iterator[Run]:
     rows = list(workspace.table.rows)
     yield from workspace.sweep(rows)
     for row in rows:
-        yield from workspace.runs(row, workspace.seeds(workspace.kind, row))
-        yield from workspace.one_rate(row, workspace.seeds(ONE_RATE, row))
+        yield from workspace.runs(row, workspace.seeds(workspace.kind(), row))
+        yield from workspace.one_rate(row, workspace.seeds(workspace.kind(ONE_RATE), row))
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:
@@ -90,11 +90,10 @@ def _rounded(value: Any) -> Any:
 
 
 def _anonymous(text: Facts) -> dict[str, Any]:
-    """The text's facts with files by their names alone."""
-    named = {key: Path(value).name if isinstance(value, str) else value for key, value in text.asked.items()}
+    """The text's facts with files by their names alone; of flags only that they were given."""
     return text.model_dump() | text.public() | {
-        "asked": named,
-        "train": [Path(source).name for source in text.train],
-        "validation": Path(text.validation).name,
-        "tokenizer": Path(text.tokenizer).name,
+        "asked": {key: "given" if value else "" for key, value in text.asked.items()},
+        "train": [name_of(source) for source in text.train],
+        "validation": name_of(text.validation),
+        "tokenizer": name_of(text.tokenizer),
     }  # fmt: skip

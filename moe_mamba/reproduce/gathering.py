@@ -171,16 +171,16 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
     """
     table, wanted = workspace.table, list(seeds)
     rows: dict[str, RowResult] = {}
-    spent: dict[str, dict[str, float]] = {SWEEP: {}, workspace.kind: {}, ONE_RATE: {}}
+    spent: dict[str, dict[str, float]] = {SWEEP: {}, workspace.kind(): {}, workspace.kind(ONE_RATE): {}}
     for name in table.rows:
         asked = wanted if name in chosen else []
         config = table.config(name, {} if workspace.text is None else {"model.vocab_size": workspace.text.vocab_size})
         counts = LanguageModel.on_meta(config.model, config.moe).parameter_counts()
         row = rows[name] = RowResult(name, counts, workspace.rate(name), name in chosen, workspace.swept(name))
-        runs = _by_seed(workspace.runs(name, _all(workspace, workspace.kind, name, asked)))
+        runs = _by_seed(workspace.runs(name, _all(workspace, workspace.kind(), name, asked)))
         row.traces = {seed: read_trace(run) for seed, run in runs.items() if run.state == "finished"}
         row.missing = {seed: run.state for seed, run in runs.items() if seed in asked and seed not in row.traces}
-        others = _by_seed(workspace.one_rate(name, _all(workspace, ONE_RATE, name, asked)))
+        others = _by_seed(workspace.one_rate(name, _all(workspace, workspace.kind(ONE_RATE), name, asked)))
         row.one_rate = {seed: loss for seed, run in others.items() if (loss := run.loss()) is not None}
         for run in (*workspace.sweep([name]), *runs.values(), *others.values()):
             spent[run.kind][run.name] = hours_of(run)

@@ -104,11 +104,10 @@ class Workspace:
     tokens: int | None
     known: dict[tuple[str, str, str, float], Run] = field(default_factory=dict, compare=False)
 
-    @property
-    def kind(self) -> str:
-        """Of the table's runs: tables that train for as long share them."""
+    def kind(self, of: str = RUNS) -> str:
+        """The folder of the table's runs, or of those at one rate: only tables that train for as long share it."""
         share = self.table.made.share
-        return RUNS if share == 1 else f"{RUNS}_{100 * share:g}"
+        return of if share == 1 else f"{of}_{100 * share:g}"
 
     def sweep(self, rows: Iterable[str]) -> list[Run]:
         """Runs that look for the rates of rows."""
@@ -123,12 +122,12 @@ class Workspace:
         rate = self.rate(row)
         if rate is None:
             return []
-        return [self._run(self.kind, row, rate, f"seed{seed}", seed, self.table.made.share) for seed in seeds]
+        return [self._run(self.kind(), row, rate, f"seed{seed}", seed, self.table.made.share) for seed in seeds]
 
     def planned(self, row: str) -> Run:
         """The first run of a row, at its configuration's rate where its own is not known: for what it takes."""
         rate = self.table.config(row, {}).train.learning_rate
-        return self._run(self.kind, row, rate, "seed1", 1, self.table.made.share)
+        return self._run(self.kind(), row, rate, "seed1", 1, self.table.made.share)
 
     def one_rate(self, row: str, seeds: Iterable[int]) -> list[Run]:
         """Runs of a row at its reference's rate, of the first seeds; none where that is its own, or not known."""
@@ -136,7 +135,7 @@ class Workspace:
         if own is None or rate is None or own == rate:
             return []
         first = list(seeds)[: self.table.made.one_rate]
-        return [self._run(ONE_RATE, row, rate, f"seed{seed}", seed, self.table.made.share) for seed in first]
+        return [self._run(self.kind(ONE_RATE), row, rate, f"seed{seed}", seed, self.table.made.share) for seed in first]
 
     def rate(self, row: str) -> float | None:
         """The peak learning rate of a row: the best of its sweep, or its configuration's; None: not known yet."""

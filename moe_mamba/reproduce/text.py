@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,11 +52,13 @@ class Facts(Record):
     def public(self) -> dict[str, Any]:
         """What a reader can check; files by their names alone, which say nothing of the machine."""
         shown = self.model_dump(include={"vocab_size", "tokens", "documents", "split"})
-        vocabulary = Path(self.vocabulary).name if self.asked.get("tokenizer") else self.vocabulary
-        return shown | {
-            "sha256": {Path(name).name: digest for name, digest in self.sha256.items()},
-            "vocabulary": vocabulary,
-        }
+        checksums, seen = dict[str, str](), Counter[str]()
+        for source, digest in self.sha256.items():
+            name = name_of(source)
+            seen[name] += 1
+            checksums[name if seen[name] == 1 else f"{name} ({seen[name]})"] = digest
+        vocabulary = name_of(self.vocabulary) if self.asked.get("tokenizer") else self.vocabulary
+        return shown | {"sha256": checksums, "vocabulary": vocabulary}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Asked:
     def is_empty(self) -> bool:
         """Whether no flag was given."""
         return not any(asdict(self).values())
+
+
+def name_of(source: str) -> str:
+    """A source without the folders that it lies in on this machine; a data set of a hub is its name already."""
+    return source if source.startswith(("hf:", "builtin")) else Path(source).name
 
 
 def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], None]) -> Facts:

@@ -10,6 +10,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.reproduce.experiment import FOLDER, SCALES, Table, read_experiment, read_table, tables
 from moe_mamba.reproduce.runs import Workspace
+from moe_mamba.reproduce.text import Facts, name_of
 
 VERSIONS = {name: list(read_experiment(FOLDER / f"{name}.yaml").versions) for name in tables()}
 ALL = [
@@ -105,6 +106,25 @@ def test_an_early_look_has_fewer_tokens_and_folders_of_its_own(tmp_path: Path) -
     assert {run.config.steps for run in short.sweep(["mamba"])} == {15}
     assert (long.planned("mamba").name, long.planned("mamba").config.steps) == ("runs/mamba/seed1", 100)
     assert (short.planned("mamba").name, short.planned("mamba").config.steps) == ("runs_50/mamba/seed1", 50)
+
+
+def test_what_is_public_of_a_text_names_no_folder_and_loses_no_file() -> None:
+    facts = Facts(
+        asked={"train": "/home/me/a/text.jsonl,/home/me/b/text.jsonl", "tokenizer": "/home/me/words"},
+        train=["/home/me/a/text.jsonl", "/home/me/b/text.jsonl", "hf:allenai/c4:en:train"],
+        validation="/home/me/c.jsonl",
+        tokenizer="/home/me/out/tokenizer",
+        vocab_size=300,
+        sha256={"/home/me/a/text.jsonl": "1", "/home/me/b/text.jsonl": "2", "builtin:validation": "3"},
+        tokens=[10, 20],
+        documents=[],
+        split="as it was given",
+        vocabulary="/home/me/words",
+    )
+    public = facts.public()
+    assert public["sha256"] == {"text.jsonl": "1", "text.jsonl (2)": "2", "builtin:validation": "3"}
+    assert public["vocabulary"] == "words"
+    assert name_of("hf:allenai/c4:en:train") == "hf:allenai/c4:en:train"
 
 
 def test_only_expert_choice_looks_ahead_and_so_compares_with_nothing() -> None:

@@ -3,7 +3,6 @@
 //
 // A token is one thread's, and its sum has one order, so that results do not depend on the number of threads.
 
-#include <cmath>
 #include <limits>
 
 #include "tile.h"
@@ -34,6 +33,7 @@ inline Vector<T> load(const From* from, int64_t left) {
     return value;
 }
 
+// NaN is passed over: the sum meets it, and makes the loss NaN.
 template <class T, class From>
 T largest_of(const From* logits, int64_t rows) {
     constexpr int64_t BLOCK = SIDE * WIDTH<T>;
@@ -83,11 +83,11 @@ void statistics(const CrossEntropy& call, int64_t token, const From* logits) {
     ((T*)call.predicted)[token] = local >= 0 && local < call.rows ? T(logits[local]) : T(0);
 }
 
-template <class T, class Type>
-void gradient(const CrossEntropy& call, int64_t token, const Type* logits, Type* to) {
+template <class T, class From>
+void gradient(const CrossEntropy& call, int64_t token, const From* logits, From* to) {
     const T log_sum = ((const T*)call.log_sum)[token], incoming = ((const T*)call.incoming)[token];
     if (log_sum == std::numeric_limits<T>::infinity()) {  // it does not count, whatever its logits are
-        std::fill_n(to, call.rows, Type{});
+        std::fill_n(to, call.rows, From{});
         return;
     }
     for (int64_t row = 0; row < call.rows; row += WIDTH<T>) {
@@ -98,7 +98,7 @@ void gradient(const CrossEntropy& call, int64_t token, const Type* logits, Type*
     const int64_t local = call.local[token];
     if (local < 0 || local >= call.rows) return;
     const Vector<T> power = exp<T>(broadcast<T>(T(logits[local])) - log_sum);
-    to[local] = rounded<Type>((power[0] - T(1)) * incoming);
+    to[local] = rounded<From>((power[0] - T(1)) * incoming);
 }
 
 // Calls use(token, pointer to its logits, pointer to their gradient) for all tokens.
