@@ -171,6 +171,12 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "torch": Backend("cross_entropy.torch_cross_entropy", "cross_entropy", WIDE),
         "reference": Backend("cross_entropy.reference", "cross_entropy", WIDE),
     },
+    "cross_entropy_with_gradient": {
+        "triton": _triton("cross_entropy", "cross_entropy_with_gradient"),
+        "cpu": _cpu("cross_entropy", "cpu_cross_entropy", "cross_entropy_with_gradient"),
+        "torch": Backend("cross_entropy.torch_cross_entropy", "cross_entropy_with_gradient", WIDE),
+        "reference": Backend("cross_entropy.reference", "cross_entropy_with_gradient", WIDE),
+    },
 }
 
 

@@ -155,9 +155,10 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
     y = record_norm(tape, total, None, tokens, d, config.norm)[0] if config.final_norm else total
     mine = y.bytes if share.tensor > 1 else 0  # is there while all tokens' are
     y = enter(tape, y, share, d, False)
-    most = linear.chunk_bytes("cpu" if tape.on_cpu else "cuda", rows * d * tape.width, share.tensor == 1)
+    where, is_whole = "cpu" if tape.on_cpu else "cuda", share.tensor == 1
+    most = linear.chunk_bytes(where, rows * d * tape.width, is_whole)
     chunks = max(1, -(-share.tokens * rows * tape.width // most))
-    chunk = -(-share.tokens // chunks) * rows * tape.width
+    chunk = linear.held_chunks(where, is_whole) * -(-share.tokens // chunks) * rows * tape.width
     weight_width = tape.width if chunks == 1 else max(FP32, tape.width)
     gradients = tape.tensor(share.tokens * d), tape.tensor(rows * d, weight_width)
     loss = tape.tensor(1, FP32)
@@ -169,7 +170,7 @@ def head_peak(config: ModelConfig, share: Share, tape: Tape, rows: int) -> Peak:
         (loss,),
         gradients,
         weights=cast,
-        forward=mine + tape.cast_bytes(rows * d) + 2 * chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
+        forward=mine + tape.cast_bytes(rows * d) + chunk + min(product, linear.CHUNK) + 6 * share.tokens * FP32,
         gradient="kept",
     )
     return tape.peak((loss,), (stream,))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_mamba.errors import UserError
-from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy, torch_cross_entropy
+from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy, cross_entropy_with_gradient, torch_cross_entropy
 from tests.kernels.available import available, cases, device, typed_cases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -68,6 +68,63 @@ def test_equals_the_reference(backend: str, on: str, dtype: torch.dtype, vocabul
     assert_equal((losses,), expected[:1], min(TOLERANCE[dtype], 1e-5))
     assert_equal((gradient,), expected[1:], TOLERANCE[dtype])
     assert losses[[0, 4]].eq(0).all() and gradient[[0, 4]].eq(0).all() and gradient[:, -1].eq(0).all()
+
+
+def of_sum(
+    logits: Tensor, targets: Tensor, backend: str, first: int = 0, reduce: Reduce | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses, and the gradient of their sum, by autograd, in float64 on the CPU."""
+    leaf = logits.detach().clone().requires_grad_()
+    losses = cross_entropy(leaf, targets.to(leaf.device), first, reduce, backend)
+    return losses.detach().double().cpu(), torch.autograd.grad(losses.sum(), leaf)[0].double().cpu()
+
+
+def at_once(
+    logits: Tensor, targets: Tensor, backend: str, first: int = 0, reduce: Reduce | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same without autograd, which may write over its logits."""
+    taken = logits.detach().clone()
+    losses, gradient = cross_entropy_with_gradient(taken, targets.to(logits.device), first, reduce, backend)
+    assert losses.dtype == torch.promote_types(logits.dtype, torch.float32) and gradient.dtype == logits.dtype
+    assert not losses.requires_grad and not gradient.requires_grad
+    assert (gradient.data_ptr() == taken.data_ptr()) == (backend == "cpu" and reduce is None)
+    return losses.double().cpu(), gradient.double().cpu()
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("vocabulary", [3, 70])
+@pytest.mark.parametrize(("backend", "on", "dtype"), typed_cases("cross_entropy_with_gradient"))
+def test_losses_and_gradient_at_once(backend: str, on: str, dtype: torch.dtype, vocabulary: int) -> None:
+    logits, targets = operands(vocabulary)
+    logits = logits.to(dtype)
+    expected = of_sum(logits.double(), targets, "reference")
+    losses, gradient = at_once(logits.to(on), targets, backend)
+    assert_equal((losses,), expected[:1], min(TOLERANCE[dtype], 1e-5))
+    assert_equal((gradient,), expected[1:], TOLERANCE[dtype])
+    assert losses[[0, 4]].eq(0).all() and gradient[[0, 4]].eq(0).all() and gradient[:, -1].eq(0).all()
+
+
+@pytest.mark.parametrize(NAMES, cases("cross_entropy_with_gradient"))
+def test_at_once_of_a_part_with_bad_targets_and_of_strided_logits(backend: str, on: str) -> None:
+    logits, targets = operands(70)
+    logits, targets[5] = logits.to(on, torch.float32), 70
+
+    def twice(*parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return parts[0], 2 * parts[1], parts[2]
+
+    for one, first, reduce in ((logits, 0, None), (logits, 0, twice), (logits[:, 10:], 10, None)):
+        expected, found = of_sum(one, targets, backend, first, reduce), at_once(one, targets, backend, first, reduce)
+        assert expected[0][5].isnan() == (reduce is None)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+    for strided in (logits.t().contiguous().t(), torch.cat([logits, logits], 1)[:, :70]):
+        losses, gradient = cross_entropy_with_gradient(strided, targets.to(on), backend=backend)
+        torch.testing.assert_close(
+            (losses.double().cpu(), gradient.double().cpu()),
+            of_sum(logits, targets, backend),
+            rtol=1e-6,
+            atol=1e-7,
+            equal_nan=True,
+        )
 
 
 @pytest.mark.parametrize(NAMES, cases("cross_entropy"))

@@ -110,6 +110,11 @@ def logits_arguments(is_full: bool) -> list[Any]:
     return [torch.randn(5, 7), torch.tensor([0, 6, -100, 3, 9])]
 
 
+def in_place_arguments(is_full: bool) -> list[Any]:
+    local = torch.tensor([0, 6, 3, 3, 9])
+    return [torch.randn(5, 7), local, torch.tensor([True, True, False, True, True]), *torch.empty(3, 5)]
+
+
 # Operator without its back end -> its back ends, and its arguments, with every optional one and without them.
 FORWARD: dict[str, tuple[tuple[str, ...], Callable[[bool], list[Any]]]] = {
     "selective_scan": (("cpu", "torch", "triton"), scan_arguments),
@@ -143,6 +148,7 @@ CASES += [
 CASES += [
     pytest.param("grouped_matmul_torch_by_group", lambda is_full: [one.detach() for one in grouped_arguments(True)]),
     pytest.param("widened_product", lambda is_full: in_bf16([leaf(6, 3), leaf(3, 5), leaf(6, 5)]), marks=needs_cpp),
+    pytest.param("cross_entropy_cpu_in_place", in_place_arguments, marks=needs_cpp),
     pytest.param(*VENDOR_SCAN, id="selective_scan_vendor"),
 ]
 

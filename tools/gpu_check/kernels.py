@@ -19,7 +19,7 @@ from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.kernels import causal_conv, causal_conv_step, grouped_matmul, selective_scan, selective_scan_step
 from moe_mamba.kernels.activation import activation
 from moe_mamba.kernels.backends import BACKENDS
-from moe_mamba.kernels.cross_entropy import IGNORED, cross_entropy
+from moe_mamba.kernels.cross_entropy import IGNORED, cross_entropy, cross_entropy_with_gradient
 from moe_mamba.kernels.rms_norm import rms_norm
 from moe_mamba.kernels.routing import combine_rows, gather_rows, sort_by_expert
 
@@ -124,6 +124,8 @@ def cases(tiny: bool) -> Iterator[Case]:
     targets[1] = IGNORED
     logits = {"logits": 4 * _normal(tokens, vocabulary), "targets": targets}
     yield Case("cross_entropy", "one target ignored", logits, _call_cross_entropy)
+    at_once = "cross_entropy_with_gradient"
+    yield Case(at_once, "one target ignored", logits, _call_cross_entropy_with_gradient, has_gradients=False)
 
 
 def _steps(batch: int, d_inner: int, d_state: int) -> Iterator[Case]:
@@ -222,6 +224,10 @@ def _call_combine(named: Named, backend: str) -> Tensor:
 
 def _call_cross_entropy(named: Named, backend: str) -> Tensor:
     return cross_entropy(named["logits"], named["targets"], backend=backend)
+
+
+def _call_cross_entropy_with_gradient(named: Named, backend: str) -> tuple[Tensor, Tensor]:
+    return cross_entropy_with_gradient(named["logits"].clone(), named["targets"], backend=backend)
 
 
 def _call_norm(named: Named, backend: str) -> tuple[Tensor, ...]:

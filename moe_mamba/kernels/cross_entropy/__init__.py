@@ -15,7 +15,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.kernels.backends import choose
 from moe_mamba.kernels.validation import require_dimensions, require_shapes
 
-__all__ = ["IGNORED", "Reduce", "cross_entropy"]
+__all__ = ["IGNORED", "Reduce", "cross_entropy", "cross_entropy_with_gradient"]
 
 IGNORED = -100
 """The target of a token that does not count, as in torch."""
@@ -47,9 +47,34 @@ def cross_entropy(
     Raises:
         UserError: shapes or dtypes that disagree, or a back end that does not exist.
     """
-    require_dimensions("cross_entropy", "logits", logits, "tokens rows")
-    require_shapes("cross_entropy", (("targets", targets, (logits.shape[0],)),))
-    if targets.dtype != torch.int64:
-        raise UserError(f"cross_entropy: targets is {targets.dtype}, and must be torch.int64")
+    _check("cross_entropy", logits, targets)
     _, function = choose("cross_entropy", logits.device.type, logits.dtype, backend)
     return function(logits, targets, first, reduce)
+
+
+@torch.no_grad()
+def cross_entropy_with_gradient(
+    logits: Tensor, targets: Tensor, first: int = 0, reduce: Reduce | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token, and the gradient of their sum, (tokens, rows) in the logits' dtype; without autograd.
+
+    The logits are given up: where the back end can, the gradient takes their place in memory.
+
+    Args:
+        logits: see ``cross_entropy``, as for all others.
+        targets: see there.
+        first: see there.
+        reduce: see there.
+        backend: see there.
+    """
+    name = "cross_entropy_with_gradient"
+    _check(name, logits, targets)
+    _, function = choose(name, logits.device.type, logits.dtype, backend)
+    return function(logits, targets, first, reduce)
+
+
+def _check(name: str, logits: Tensor, targets: Tensor) -> None:
+    require_dimensions(name, "logits", logits, "tokens rows")
+    require_shapes(name, (("targets", targets, (logits.shape[0],)),))
+    if targets.dtype != torch.int64:
+        raise UserError(f"{name}: targets is {targets.dtype}, and must be torch.int64")

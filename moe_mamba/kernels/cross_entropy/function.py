@@ -45,6 +45,36 @@ def _statistics_fake(logits: Tensor, local: Tensor) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty(logits.shape[0], dtype=work) for _ in range(3))
 
 
+def losses_of(
+    parts: tuple[Tensor, Tensor, Tensor], targets: Tensor, local: Tensor, rows: int, reduce: Reduce | None
+) -> tuple[Tensor, Tensor]:
+    """Losses (tokens), and the logs that the gradient needs, infinity for tokens that do not count.
+
+    Args:
+        parts: what ``Statistics`` gives.
+        targets: (tokens), of the whole vocabulary.
+        local: the same as rows of these logits.
+        rows: of these logits.
+        reduce: see ``moe_mamba.kernels.cross_entropy``.
+    """
+    largest, total, predicted = parts
+    if reduce is None:
+        predicted = predicted.masked_fill((local < 0) | (local >= rows), torch.nan)
+    else:
+        largest, total, predicted = reduce(largest, total, predicted)
+    log_sum, ignored = total.log() + largest, targets == IGNORED
+    return (log_sum - predicted).masked_fill_(ignored, 0), log_sum.masked_fill(ignored, torch.inf)
+
+
+def with_gradient(
+    logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None, statistics: Statistics, gradient: Gradient
+) -> tuple[Tensor, Tensor]:
+    """Losses (tokens) and the gradient of their sum, without autograd."""
+    local = targets - first
+    losses, log_sum = losses_of(statistics(logits, local), targets, local, logits.shape[1], reduce)
+    return losses, gradient(logits, local, log_sum, torch.ones_like(log_sum))
+
+
 class CrossEntropy(torch.autograd.Function):
     """Keeps the logits as they came, and one number per token."""
 
@@ -60,15 +90,10 @@ class CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Losses (tokens); targets become local: rows of these logits, or outside of [0, rows)."""
         local = targets - first
-        largest, total, predicted = statistics(logits, local)
-        if reduce is None:
-            predicted = predicted.masked_fill((local < 0) | (local >= logits.shape[1]), torch.nan)
-        else:
-            largest, total, predicted = reduce(largest, total, predicted)
-        log_sum, ignored = total.log() + largest, targets == IGNORED
-        ctx.save_for_backward(logits, local, log_sum.masked_fill(ignored, torch.inf))
+        losses, log_sum = losses_of(statistics(logits, local), targets, local, logits.shape[1], reduce)
+        ctx.save_for_backward(logits, local, log_sum)
         ctx.gradient = gradient
-        return (log_sum - predicted).masked_fill_(ignored, 0)
+        return losses
 
     @staticmethod
     @once_differentiable

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_mamba.errors import UserError
-from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy
+from moe_mamba.kernels.cross_entropy import Reduce, cross_entropy, cross_entropy_with_gradient
 from moe_mamba.kernels.products import Product, product_of
 from moe_mamba.kernels.validation import require_dimensions, require_shapes
 
-CHUNK = 2**28  # bytes of a chunk's logits; twice that is held, for the gradient of the logits lies beside them
+CHUNK = 2**28  # bytes of a chunk's logits; twice that is held where their gradient cannot take their place
 # Of 50,304 words these are 1,334 tokens in fp32 and 2,668 in bf16: enough that adding a chunk's weight gradient to
 # the others', a pass over the whole weight, takes little beside the products.
 CACHED = 2**22  # the same on a CPU whose cache holds the weight too: there the logits never go to memory
@@ -32,6 +32,16 @@ def chunk_bytes(device: str, weight: int, is_whole: bool) -> int:
         is_whole: whether that is the whole vocabulary's; ranks that share it talk with one another at every chunk.
     """
     return min(CACHED, CHUNK) if device == "cpu" and is_whole and weight <= CACHED else CHUNK
+
+
+def held_chunks(device: str, is_whole: bool) -> int:
+    """How often a chunk's logits stand in memory while there are gradients: C++ writes those in the logits' place.
+
+    Args:
+        device: see ``chunk_bytes``, as for the other.
+        is_whole: see there.
+    """
+    return 1 if device == "cpu" and is_whole else 2
 
 
 def linear_cross_entropy(
@@ -66,15 +76,15 @@ def linear_cross_entropy(
         UserError: shapes or dtypes that disagree, or a back end that does not exist.
     """
     _check(stream, weight, targets)
-
-    def losses_of(logits: Tensor, chunk: slice) -> Tensor:
-        return cross_entropy(logits, targets[chunk], first, reduce, backend)
-
     rows, product = weight.shape[0] if rows is None else rows, product_of(stream, backend)
     if torch.is_grad_enabled() and (stream.requires_grad or weight.requires_grad):
-        return _ChunkedHead.apply(stream, weight, rows, losses_of, product, reduce is None)
+
+        def both_of(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+            return cross_entropy_with_gradient(logits, targets[chunk], first, reduce, backend)
+
+        return _ChunkedHead.apply(stream, weight, rows, both_of, product, reduce is None)
     chunks = _chunks(stream, weight, rows, product, reduce is None)
-    return _sum([losses_of(logits, chunk) for chunk, logits in chunks], stream)
+    return _sum([cross_entropy(one, targets[chunk], first, reduce, backend) for chunk, one in chunks], stream)
 
 
 @torch.no_grad()
@@ -118,19 +128,17 @@ class _ChunkedHead(torch.autograd.Function):
         stream: Tensor,
         weight: Tensor,
         rows: int,
-        losses_of: Callable[[Tensor, slice], Tensor],
+        both_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
         product: Product,
         is_whole: bool,
     ) -> Tensor:
-        """The sum of the losses; ``losses_of`` gives those of a chunk's logits."""
+        """The sum of the losses; ``both_of`` a chunk's logits gives its losses and the gradient of their sum."""
         matrix, losses = weight.to(stream.dtype), []
         stream_gradient = torch.empty_like(stream) if ctx.needs_input_grad[0] else None
         total = _Total(matrix, product) if ctx.needs_input_grad[1] else None
         for chunk, logits in _chunks(stream, matrix, rows, product, is_whole):
-            with torch.enable_grad():
-                one = losses_of(logits.requires_grad_(), chunk)
-                (gradient,) = torch.autograd.grad(one.sum(), logits)  # (tokens of the chunk, rows)
-            losses.append(one.detach())
+            one, gradient = both_of(logits, chunk)  # (tokens of the chunk), (tokens of the chunk, rows)
+            losses.append(one)
             if stream_gradient is not None:
                 product(gradient, matrix, out=stream_gradient[chunk])
             if total is not None:
@@ -202,7 +210,7 @@ def _chunks(
         chunk = slice(start, min(start + size, tokens))
         logits = product(stream[chunk], weight.t(), out=buffer[: chunk.stop - start])
         logits[:, rows:] = -torch.inf
-        yield chunk, logits.detach()
+        yield chunk, logits
 
 
 def _sum(losses: list[Tensor], stream: Tensor) -> Tensor:

@@ -15,3 +15,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | 
     is_outside = (local < 0) | (local >= logits.shape[1])
     predicted = wide.gather(1, local.masked_fill(is_outside, 0)[:, None])[:, 0].masked_fill(is_outside, torch.nan)
     return (wide.logsumexp(1) - predicted).masked_fill(targets == IGNORED, 0)
+
+
+def cross_entropy_with_gradient(
+    logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None
+) -> tuple[Tensor, Tensor]:
+    """See ``moe_mamba.kernels.cross_entropy``; autograd's gradient."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        losses = cross_entropy(leaf, targets, first, reduce)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient

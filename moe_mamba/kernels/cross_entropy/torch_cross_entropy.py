@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.cross_entropy import Reduce
-from moe_mamba.kernels.cross_entropy.function import CrossEntropy, define_parts
+from moe_mamba.kernels.cross_entropy.function import CrossEntropy, define_parts, with_gradient
 
 CHUNK = 1 << 19  # logits of a chunk: 2 MiB in fp32, which stay in a CPU's cache
 ON_ACCELERATOR = 16  # times as many there, where small kernels wait for their launch
@@ -61,3 +61,10 @@ statistics, gradient = define_parts("torch", _statistics, _gradient)
 def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None) -> Tensor:
     """See ``moe_mamba.kernels.cross_entropy``."""
     return CrossEntropy.apply(logits, targets, first, reduce, statistics, gradient)
+
+
+def cross_entropy_with_gradient(
+    logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None
+) -> tuple[Tensor, Tensor]:
+    """See ``moe_mamba.kernels.cross_entropy``; the gradient is new memory."""
+    return with_gradient(logits, targets, first, reduce, statistics, gradient)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_mamba.kernels.compilation import Specimen
 from moe_mamba.kernels.cross_entropy import Reduce
-from moe_mamba.kernels.cross_entropy.function import CrossEntropy, define_parts
+from moe_mamba.kernels.cross_entropy.function import CrossEntropy, define_parts, with_gradient
 from moe_mamba.kernels.launch import ceil_divide, next_power_of_2, on_device, unit_stride
 
 BLOCK = 4096  # logits that a program holds at once
@@ -87,6 +87,13 @@ statistics, gradient = define_parts("triton", _statistics, _gradient)
 def cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None) -> Tensor:
     """See ``moe_mamba.kernels.cross_entropy``."""
     return CrossEntropy.apply(logits, targets, first, reduce, statistics, gradient)
+
+
+def cross_entropy_with_gradient(
+    logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None
+) -> tuple[Tensor, Tensor]:
+    """See ``moe_mamba.kernels.cross_entropy``; the gradient is new memory."""
+    return with_gradient(logits, targets, first, reduce, statistics, gradient)
 
 
 def specimens() -> list[Specimen]:

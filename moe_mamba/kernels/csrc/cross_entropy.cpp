@@ -1,8 +1,9 @@
 // Cross entropy of tokens from their logits, and the gradient of the logits, for CPUs: one call for the statistics, one
-// for the gradient, each reading a token's logits while they are in the nearest cache.
+// for the gradient, and one for both, for those who need the logits no more.
 //
 // A token is one thread's, and its sum has one order, so that results do not depend on the number of threads.
 
+#include <cmath>
 #include <limits>
 
 #include "tile.h"
@@ -14,7 +15,7 @@ struct CrossEntropy {
     Tensor logits, gradient;  // (1, tokens, rows)
     const int64_t* local;     // (tokens): row of the target, or outside of [0, rows)
     void *largest, *total, *predicted;
-    const void *log_sum, *incoming;
+    const void *log_sum, *incoming, *counts;
 };
 
 namespace {
@@ -83,51 +84,76 @@ void statistics(const CrossEntropy& call, int64_t token, const From* logits) {
     ((T*)call.predicted)[token] = local >= 0 && local < call.rows ? T(logits[local]) : T(0);
 }
 
+// Of exp(logits - log_sum), less 1 at the target, times incoming. `to` may be the logits.
 template <class T, class From>
-void gradient(const CrossEntropy& call, int64_t token, const From* logits, From* to) {
-    const T log_sum = ((const T*)call.log_sum)[token], incoming = ((const T*)call.incoming)[token];
+void gradient(const CrossEntropy& call, int64_t token, const From* logits, From* to, T log_sum, T incoming) {
     if (log_sum == std::numeric_limits<T>::infinity()) {  // it does not count, whatever its logits are
         std::fill_n(to, call.rows, From{});
         return;
     }
-    for (int64_t row = 0; row < call.rows; row += WIDTH<T>) {
-        const int64_t left = call.rows - row;
-        const Vector<T> made = exp<T>(load<T>(logits + row, left) - log_sum) * incoming;
-        copy_out<T>(&made, to + row, 0, 1, std::min<int64_t>(WIDTH<T>, left));
-    }
     const int64_t local = call.local[token];
-    if (local < 0 || local >= call.rows) return;
-    const Vector<T> power = exp<T>(broadcast<T>(T(logits[local])) - log_sum);
+    const bool is_inside = local >= 0 && local < call.rows;
+    const T predicted = is_inside ? T(logits[local]) : T(0);
+    constexpr int64_t BLOCK = SIDE * WIDTH<T>;
+    int64_t row = 0;
+    for (; row + BLOCK <= call.rows; row += BLOCK) {
+        UNROLL for (int i = 0; i < SIDE; ++i) {
+            const int64_t at = row + i * WIDTH<T>;
+            const Vector<T> made = exp<T>(load<T>(logits + at, WIDTH<T>) - log_sum) * incoming;
+            copy_out<T>(&made, to + at, 0, 1, WIDTH<T>);
+        }
+    }
+    for (; row < call.rows; row += WIDTH<T>) {
+        const int64_t left = std::min<int64_t>(WIDTH<T>, call.rows - row);
+        const Vector<T> made = exp<T>(load<T>(logits + row, left) - log_sum) * incoming;
+        copy_out<T>(&made, to + row, 0, 1, left);
+    }
+    if (!is_inside) return;
+    const Vector<T> power = exp<T>(broadcast<T>(predicted) - log_sum);
     to[local] = rounded<From>((power[0] - T(1)) * incoming);
 }
 
-// Calls use(token, pointer to its logits, pointer to their gradient) for all tokens.
-template <class T, class Use>
+// Statistics, and the gradient of the losses' sum in the place of the logits, while they are in the nearest cache.
+template <class T, class From>
+void in_place(const CrossEntropy& call, int64_t token, From* logits) {
+    statistics<T>(call, token, logits);
+    const T log_sum = std::log(((const T*)call.total)[token]) + ((const T*)call.largest)[token];
+    const bool counts = ((const bool*)call.counts)[token];
+    gradient<T>(call, token, logits, logits, counts ? log_sum : std::numeric_limits<T>::infinity(), T(1));
+}
+
+// Calls use(token, pointer to its logits) for all tokens, with the dtype that is computed in.
+template <class Use>
 void for_tokens(const CrossEntropy& call, Use use) {
     const int64_t worth = call.tokens * call.rows / SHARE;
     const int64_t team = std::max<int64_t>(1, std::min({call.threads, call.tokens, worth}));
+    const auto all = [&](auto computed) {
+        using T = decltype(computed);
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t token = 0; token < call.tokens; ++token) {
-        with_type<T>(Type(call.type), call.logits, 0, token, 0, [&](auto* logits) {
-            using From = std::decay_t<decltype(*logits)>;
-            const int64_t at = token * call.gradient.step_stride;
-            use(token, (const From*)logits, (From*)call.gradient.data + at);
-        });
-    }
+        for (int64_t token = 0; token < call.tokens; ++token)
+            with_type<T>(Type(call.type), call.logits, 0, token, 0, [&](auto* logits) { use(computed, token, logits); });
+    };
+    call.type == float64 ? all(double()) : all(float());
 }
 
 }  // namespace
 
 extern "C" void cross_entropy_statistics(const CrossEntropy* call) {
-    if (call->type == float64)
-        for_tokens<double>(*call, [&](int64_t token, auto* from, auto*) { statistics<double>(*call, token, from); });
-    else
-        for_tokens<float>(*call, [&](int64_t token, auto* from, auto*) { statistics<float>(*call, token, from); });
+    for_tokens(*call, [&](auto computed, int64_t token, auto* logits) {
+        statistics<decltype(computed)>(*call, token, logits);
+    });
 }
 
 extern "C" void cross_entropy_gradient(const CrossEntropy* call) {
-    if (call->type == float64)
-        for_tokens<double>(*call, [&](int64_t token, auto* from, auto* to) { gradient<double>(*call, token, from, to); });
-    else
-        for_tokens<float>(*call, [&](int64_t token, auto* from, auto* to) { gradient<float>(*call, token, from, to); });
+    for_tokens(*call, [&](auto computed, int64_t token, auto* logits) {
+        using T = decltype(computed);
+        auto* to = (decltype(logits))call->gradient.data + token * call->gradient.step_stride;
+        gradient<T>(*call, token, logits, to, ((const T*)call->log_sum)[token], ((const T*)call->incoming)[token]);
+    });
+}
+
+extern "C" void cross_entropy_in_place(const CrossEntropy* call) {
+    for_tokens(*call, [&](auto computed, int64_t token, auto* logits) {
+        in_place<decltype(computed)>(*call, token, logits);
+    });
 }
