@@ -91,7 +91,7 @@ PARTS = (
     Part("kernels/activation/torch_activation.py", prefix="plain_"),
     Part("kernels/rms_norm/reference.py", prefix="plain_"),
     Part("kernels/cross_entropy/__init__.py", only=("IGNORED", "Reduce")),
-    Part("kernels/cross_entropy/reference.py", prefix="plain_", drop=(_WITH_REDUCE,)),
+    Part("kernels/cross_entropy/reference.py", only=("cross_entropy",), prefix="plain_", drop=(_WITH_REDUCE,)),
     Part("kernels/causal_conv/__init__.py", only=("_final_state",)),
     Part("kernels/causal_conv/reference.py", prefix="plain_"),
     Part("kernels/causal_conv/torch_conv.py", only=("causal_conv_step",), prefix="plain_"),

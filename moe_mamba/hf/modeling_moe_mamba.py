@@ -216,17 +216,6 @@ def plain_cross_entropy(logits: Tensor, targets: Tensor, first: int, reduce: Red
     return (wide.logsumexp(1) - predicted).masked_fill(targets == IGNORED, 0)
 
 
-def plain_cross_entropy_with_gradient(
-    logits: Tensor, targets: Tensor, first: int, reduce: Reduce | None
-) -> tuple[Tensor, Tensor]:
-    """See ``moe_mamba.kernels.cross_entropy``; autograd's gradient."""
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        losses = cross_entropy(leaf, targets, first, reduce)
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    return losses.detach(), gradient
-
-
 # From moe_mamba/kernels/causal_conv/__init__.py:
 # Mamba's short convolution: depthwise, causal, with SiLU (arXiv 2312.00752, section 3.4 and figure 3).
 

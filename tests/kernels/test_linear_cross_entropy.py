@@ -324,12 +324,13 @@ def peaks(request: pytest.FixtureRequest, *sizes: int) -> dict[str, float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_is_two_chunks_and_the_gradients(request: pytest.FixtureRequest) -> None:
-    tokens, words, d_model, chunk = 2048, 16_384, 32, 2**23
-    logits, gradients = tokens * words * 4 / 2**20, (tokens + words) * d_model * 4 / 2**20  # 128 and 2 MiB
+def test_memory_is_the_chunks_held_and_the_gradients(request: pytest.FixtureRequest) -> None:
+    tokens, words, d_model, chunk = 2048, 16_384, 80, 2**26  # the weight is beyond a CPU's cache
+    logits, gradients = tokens * words * 4 / 2**20, (tokens + words) * d_model * 4 / 2**20  # 128 and 5.6 MiB
+    held = linear.held_chunks("cpu", True) if requirements.cpu() is None else 2  # torch's gradient is new memory
     found = peaks(request, tokens, words, d_model, chunk)
     assert found["all logits"] > 1.5 * logits  # they and their gradient, less what the first pass left free
-    assert found["fused"] < 2 * chunk / 2**20 + gradients + 32
+    assert 0.9 * held * chunk / 2**20 < found["fused"] < held * chunk / 2**20 + gradients + 32
 
 
 @pytest.mark.skipif(requirements.cpu() is not None, reason="no C++ compiler")

@@ -56,7 +56,7 @@ def cross_entropy(
 def cross_entropy_with_gradient(
     logits: Tensor, targets: Tensor, first: int = 0, reduce: Reduce | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each token, and the gradient of their sum, (tokens, rows) in the logits' dtype; without autograd.
+    """The loss of each token, and the gradient of their sum with respect to the logits; without autograd.
 
     The logits are given up: where the back end can, the gradient takes their place in memory.
 
@@ -66,6 +66,12 @@ def cross_entropy_with_gradient(
         first: see there.
         reduce: see there.
         backend: see there.
+
+    Returns:
+        Losses as ``cross_entropy`` has them, (tokens), and the gradient, (tokens, rows) in the logits' dtype.
+
+    Raises:
+        UserError: see there.
     """
     name = "cross_entropy_with_gradient"
     _check(name, logits, targets)

@@ -37,6 +37,8 @@ def chunk_bytes(device: str, weight: int, is_whole: bool) -> int:
 def held_chunks(device: str, is_whole: bool) -> int:
     """How often a chunk's logits stand in memory while there are gradients: C++ writes those in the logits' place.
 
+    A CPU without C++ holds two, of which this says nothing.
+
     Args:
         device: see ``chunk_bytes``, as for the other.
         is_whole: see there.
