@@ -208,6 +208,29 @@ def test_a_table_that_the_paper_has_not_names_no_figures(made: tuple[Path, list[
 
 
 @pytest.mark.slow
+def test_a_run_of_several_processes_at_the_papers_scale(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    output, flags = made
+    base = yaml.safe_load((output.parent / "base.yaml").read_text())
+    base["train"] |= {"steps": 6, "micro_batch": 1}
+    base["data"] |= {"train": str(output / "text" / "train.jsonl"), "validation": str(output / "text" / "validation.jsonl")}
+    base["data"]["tokenizer"] = "bytes"
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    spec = yaml.safe_load((output.parent / "tiny.yaml").read_text())
+    runs = spec.pop("mini")["runs"]
+    spec["versions"]["v1"]["paper"] = {"config": str(tmp_path / "base.yaml"), "seeds": 1, "runs": runs}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "FOLDER", tmp_path)
+        _call("--table=two", "--scale=paper", f"--output={tmp_path / 'out'}", "--gpus_per_run=2", "--at_once=1")
+    found = json.loads((tmp_path / "out" / "two-v1" / "table.json").read_text())
+    assert found["missing"] == []
+    for row in ("plain", "two"):
+        folder = tmp_path / "out" / "runs" / row / "seed1"
+        start = json.loads((folder / "events.jsonl").read_text().splitlines()[0])
+        assert (start["event"], start["processes"], _curve(folder)[-1][0]) == ("start", 2, 6)
+
+
+@pytest.mark.slow
 def test_dry_says_what_it_takes_here(made: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     output, flags = made
     before = sorted(output.rglob("*"))
