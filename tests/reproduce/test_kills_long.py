@@ -14,8 +14,8 @@ import pytest
 from tests import ROOT
 from tests.train.runs import same_weights
 
-FLAGS = ["--table=lr", "--only=rate_0.5,rate_1", "--tokens=163840", "--seeds=1", "--data.tokenizer=bytes"]
-RUNS = ("runs/rate_0.5/seed1", "runs/rate_1/seed1")
+FLAGS = ["--table=lr", "--only=rate_0.5,rate_1", "--tokens=327680", "--seeds=1", "--data.tokenizer=bytes"]
+RUNS = ("runs_50/rate_0.5/seed1", "runs_50/rate_1/seed1")  # an early look: half the tokens
 SPEEDS = ("tokens_per_second", "tflops", "pace")
 
 
