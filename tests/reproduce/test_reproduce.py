@@ -1,7 +1,6 @@
 """A whole small table, its runs in processes of their own: table, pictures, and the same numbers by other code."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -9,9 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -21,8 +18,8 @@ from moe_mamba.command_line import parse
 from moe_mamba.commands.reproduce import main
 from moe_mamba.errors import RunStopped, UserError
 from moe_mamba.reproduce import experiment
+from tests.reproduce.independent import check_table, curve
 
-T1 = 12.7062  # Student's t, 95 %, one degree of freedom
 MODEL = {"model.d_model": 8, "model.d_state": 2, "model.vocab_size": 257}
 SPEC: dict[str, Any] = {
     "title": "Two models",
@@ -95,64 +92,19 @@ def _submitted(folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _raw(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _curve(folder: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["validation_loss"]) for line in _raw(folder) if "validation_loss" in line]
-
-
 @pytest.mark.slow
 def test_the_table_equals_one_computed_from_raw_metrics(made: tuple[Path, list[str]]) -> None:
     output, _ = made
     found = json.loads((output / "tiny-v1" / "table.json").read_text())
     assert found["missing"] == []
-    chosen = {}
-    for row in ("plain", "two"):
-        tried = {rate: _curve(output / "sweep" / row / f"rate{rate}")[-1] for rate in ("0.003", "0.03")}
-        assert {step for step, _ in tried.values()} == {20}  # half the steps
-        chosen[row] = min(tried, key=lambda rate: tried[rate][1])
-    reference = {seed: _curve(output / "runs" / "plain" / f"seed{seed}") for seed in (1, 2)}
-    text = (output / "tiny-v1" / "table.md").read_text()
     for row, said in found["rows"].items():
-        curves = {seed: _curve(output / "runs" / row / f"seed{seed}") for seed in (1, 2)}
+        tried = {rate: curve(output / "sweep" / row / f"rate{rate}")[-1] for rate in ("0.003", "0.03")}
+        assert {step for step, _ in tried.values()} == {20}  # half the steps
         config = yaml.safe_load((output / "runs" / row / "seed2" / "config.yaml").read_text())
-        assert config["train"]["learning_rate"] == said["learning_rate"] == float(chosen[row])
-        assert (config["run"]["seed"], curves[1][-1][0]) == (2, 40)
-        losses = [curves[seed][-1][1] for seed in (1, 2)]
-        error = stdev(losses) / math.sqrt(2)
-        assert said["loss"] == pytest.approx({"value": mean(losses), "error": error, "seeds": 2})
-        assert f"{mean(losses):.4f} ± {error:.4f}" in text
-        if row == "plain":
-            assert said["difference"] is None
-            continue
-        apart = [losses[seed - 1] - reference[seed][-1][1] for seed in (1, 2)]
-        reach = T1 * stdev(apart) / math.sqrt(2)
-        expected = {"value": mean(apart), "low": mean(apart) - reach, "high": mean(apart) + reach, "seeds": 2}
-        assert said["difference"] == pytest.approx(expected, rel=1e-4)
-        assert f"{mean(apart):+.4f} ({mean(apart) - reach:+.4f} to {mean(apart) + reach:+.4f})" in text
-        for seed in (1, 2):
-            share = _first_below(curves[seed], reference[seed][-1][1])
-            assert said["seeds"][str(seed)]["share_of_steps"] == pytest.approx(share)
-        loads = [
-            len(load) * max(load)
-            for seed in (1, 2)
-            for line in _raw(output / "runs" / row / f"seed{seed}")
-            if line["step"] > 0.9 * 40
-            for load in line.get("expert_load", {}).values()
-        ]
-        assert said["fullest_expert"] == pytest.approx(mean(loads))
-
-
-def _first_below(curve: list[tuple[int, float]], target: float) -> float | None:
-    """Steps to a loss by a fine walk along the curve, as a share of 40 steps."""
-    if curve[0][1] <= target:
-        return curve[0][0] / 40
-    for (start, high), (end, low) in pairwise(curve):
-        if low <= target:
-            return (start + (end - start) * (high - target) / (high - low)) / 40
-    return None
+        best = float(min(tried, key=lambda rate: tried[rate][1]))
+        assert config["train"]["learning_rate"] == said["learning_rate"] == best
+        assert (config["run"]["seed"], curve(output / "runs" / row / "seed2")[-1][0]) == (2, 40)
+    check_table(output, output / "tiny-v1", {"two": "plain"})
 
 
 @pytest.mark.slow
@@ -209,11 +161,11 @@ def test_a_table_that_the_paper_has_not_names_no_figures(made: tuple[Path, list[
 
 @pytest.mark.slow
 def test_a_run_of_several_processes_at_the_papers_scale(made: tuple[Path, list[str]], tmp_path: Path) -> None:
-    output, flags = made
+    output, _ = made
     base = yaml.safe_load((output.parent / "base.yaml").read_text())
     base["train"] |= {"steps": 6, "micro_batch": 1}
-    base["data"] |= {"train": str(output / "text" / "train.jsonl"), "validation": str(output / "text" / "validation.jsonl")}
-    base["data"]["tokenizer"] = "bytes"
+    text = {name: str(output / "text" / f"{name}.jsonl") for name in ("train", "validation")}
+    base["data"] |= text | {"tokenizer": "bytes"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     spec = yaml.safe_load((output.parent / "tiny.yaml").read_text())
     runs = spec.pop("mini")["runs"]
@@ -227,7 +179,7 @@ def test_a_run_of_several_processes_at_the_papers_scale(made: tuple[Path, list[s
     for row in ("plain", "two"):
         folder = tmp_path / "out" / "runs" / row / "seed1"
         start = json.loads((folder / "events.jsonl").read_text().splitlines()[0])
-        assert (start["event"], start["processes"], _curve(folder)[-1][0]) == ("start", 2, 6)
+        assert (start["event"], start["processes"], curve(folder)[-1][0]) == ("start", 2, 6)
 
 
 @pytest.mark.slow
