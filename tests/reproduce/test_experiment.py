@@ -92,7 +92,7 @@ def test_a_row_takes_the_rate_of_another_and_shares_its_sweep(tmp_path: Path) ->
     workspace = Workspace(read_table("experts", "v1", "mini"), tmp_path, None, 4096 * 100)
     runs = workspace.sweep(["experts_1", "experts_4", "mamba"])
     assert [run.name for run in runs if run.row == "moe_mamba"] == [
-        f"sweep/moe_mamba/rate{rate}" for rate in ("0.002", "0.004", "0.008", "0.016", "0.032")
+        f"sweep/moe_mamba/rate{rate}" for rate in ("0.0005", "0.001", "0.002", "0.004", "0.008", "0.016", "0.032")
     ]
     assert {run.row for run in runs} == {"moe_mamba", "mamba"}
     assert {(run.config.steps, run.config.run.seed, run.state) for run in runs} == {(15, 1000, "new")}
