@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "reproduce": {
         *("planning", "run", "model", "data", "config", "config_file", "config_types", "config_yaml"),
-        *("installation", "atomic_file", "json_file"),
+        *("installation", "atomic_file", "file_lock", "json_file"),
     },
     "rehearsal": {
         *("train", "faults", "preflight", "planning", "run", "checkpoint", "parallel"),

@@ -64,6 +64,8 @@ def main(
     rows, wanted = chosen_rows(made, only), range(1, (seeds or made.made.seeds) + 1)
     asked = _asked(made, overrides)
     default = f"runs/reproduce/{scale}" if scale == "mini" else f"runs/reproduce/{scale}/{made.label}"
+    if output == "":
+        raise UserError("--output is empty: give a folder, or leave it out")
     where = Path(output or default).expanduser()
     at_once = at_once or slots(gpus_per_run)
     if dry:
@@ -76,6 +78,8 @@ def main(
         return
     failed = {} if gather else _make(workspace, rows, wanted, Launcher(where, at_once, gpus_per_run, print))
     result = gathered(workspace, rows, wanted)
+    if gather and not any(row.traces for row in result.rows.values()):
+        raise UserError(f"--gather: {where} holds no finished run of this table ({'; '.join(result.missing)})")
     print(f"\n{to_markdown([main_grid(result)])}")
     for path in write_report(result):
         print(path)

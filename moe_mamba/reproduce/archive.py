@@ -1,7 +1,7 @@
 """The raw metrics of a table's runs in one small file, from which anybody makes the table again.
 
-Validation losses are whole. Of the rest six digits are kept, and of experts' loads what the table reads: the end. No
-path of the machine that made them is in it, nor its name.
+Each run has its configuration beside its metrics. Validation losses are whole. Of the rest six digits are kept, and of
+experts' loads what the table reads: the end. No path of the machine that made them is in it, nor its name.
 """
 
 import io
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moe_mamba.atomic_file import put_in_place
 from moe_mamba.errors import UserError
 from moe_mamba.reproduce.gathering import LAST, Result
@@ -19,6 +21,7 @@ from moe_mamba.reproduce.text import FILE as TEXT
 from moe_mamba.reproduce.text import Facts, name_of
 from moe_mamba.run.events import FILE as EVENTS
 from moe_mamba.run.events import read_events
+from moe_mamba.run.folder import RunFolder
 from moe_mamba.run.metrics import FILE as METRICS
 from moe_mamba.run.metrics import read_metrics
 
@@ -32,6 +35,8 @@ def check_archive(path: Path) -> None:
     """Raise a UserError where no archive can be written to a path."""
     if not path.name.endswith(SUFFIX):
         raise UserError(f"--archive={path}: give a file that ends in {SUFFIX}")
+    if path.is_dir():
+        raise UserError(f"--archive={path} is a folder: give a file")
     if not path.parent.is_dir():
         raise UserError(f"--archive={path}: there is no folder {path.parent}: make it first")
 
@@ -57,8 +62,23 @@ def _files(workspace: Workspace) -> Iterator[tuple[str, str]]:
     for run in _runs(workspace):
         if run.is_done:
             events, _ = read_events(run.folder)
+            yield f"{run.name}/{RunFolder(run.folder).config.name}", _configuration(run)
             yield f"{run.name}/{EVENTS}", _lines({key: one[key] for key in OF_EVENTS if key in one} for one in events)
             yield f"{run.name}/{METRICS}", _lines(_short(line, run.config.steps) for line in read_metrics(run.folder))
+
+
+def _configuration(run: Run) -> str:
+    """Of a run, with its folder and its text by their names alone."""
+    tree = run.config.model_dump()
+    tree["run"]["folder"] = run.name
+    data = run.config.data
+    tree["data"] |= {
+        "train": [name_of(source) for source in data.train_weights],
+        "validation": {name: name_of(source) for name, source in data.validation_sets.items()},
+        "tokenizer": name_of(data.tokenizer),
+        "cache": name_of(data.cache),
+    }
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _runs(workspace: Workspace) -> Iterator[Run]:

@@ -6,7 +6,7 @@ No code knows a model by its name: a table is a file, and another table another 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from moe_mamba.config import Config
 from moe_mamba.config_file import load_config
@@ -52,10 +52,19 @@ class Made(Section):
     rate_of: Text = Field("", description="takes the learning rate of this row, in the place of a sweep of its own")
 
 
+def _different(rates: list[float]) -> list[float]:
+    """Rates of which each has a folder of its own, which is named by six digits."""
+    if len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise ValueError("two of the sweep's rates are the same: leave one out")
+    return rates
+
+
 class Sweep(Section):
     """The search of each row's learning rate, with one budget for all."""
 
-    rates: list[Rate] = Field(description="peak learning rates that are tried")
+    rates: Annotated[list[Rate], Field(min_length=1), AfterValidator(_different)] = Field(
+        description="peak learning rates that are tried"
+    )
     share: Fraction = Field(0.2, description="share of the run's tokens; the schedule ends there")
     seed: Annotated[int, Range(0, 2**31)] = Field(1000, description="a seed that no run of the table has")
 
@@ -115,8 +124,12 @@ class Experiment(Section):
             self._check_names(f"versions.{name}.reference", [version.reference])
         for place, scale in scales:
             self._check_names(f"{place}.runs", scale.runs)
+            if scale.sweep and scale.sweep.seed <= scale.seeds:
+                raise ValueError(f"{place}.sweep.seed={scale.sweep.seed} is a seed of the table's runs: give another")
             for row, made in scale.runs.items():
                 self._check_names(f"{place}.runs.{row}.rate_of", [made.rate_of] * bool(made.rate_of))
+                if made.rate_of and (made.rate_of not in scale.runs or scale.runs[made.rate_of].rate_of):
+                    raise ValueError(f"{place}.runs.{row}.rate_of: {made.rate_of} has no rate of its own at this scale")
                 if not (made.config or scale.config):
                     raise ValueError(f"{place}.runs.{row} has no config, and neither has {place}: give one")
         self._check_names("rows", [row.reference for row in self.rows.values() if row.reference])
@@ -143,8 +156,8 @@ class Table:
         if scale not in SCALES:
             raise UserError(f"--scale={shown(scale)[1:-1]}: give one of {', '.join(SCALES)}")
         if version not in experiment.versions:
-            has = " and ".join(experiment.versions)
-            raise UserError(f"--table={name} --version={shown(version)[1:-1]}: only {has} has this table: give that")
+            has = " or ".join(experiment.versions)
+            raise UserError(f"--table={name} --version={shown(version)[1:-1]}: of this table there is {has}: give that")
         self.name, self.version, self.scale, self.experiment = name, version, scale, experiment
         self.published: Version = experiment.versions[version]  # type: ignore[index]
         made = experiment.mini if scale == "mini" else self.published.paper

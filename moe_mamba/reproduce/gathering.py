@@ -26,8 +26,8 @@ class Trace:
         curve: (step, validation loss in nats/token), in order.
         fullest: tokens of the fullest expert by the mean, over layers and the last steps; None: it has no experts.
         dropped: share of assignments dropped, over the same.
-        tokens_per_second: the median.
-        hours: from its first step to its last, validation and saving included, all its starts together.
+        tokens_per_second: the median; None: it was too short to measure any.
+        hours: from its start to its end, validation and saving included, all its starts together.
     """
 
     steps: int
@@ -35,7 +35,7 @@ class Trace:
     curve: list[tuple[int, float]]
     fullest: float | None
     dropped: float | None
-    tokens_per_second: float
+    tokens_per_second: float | None
     hours: float
 
     @property
@@ -45,18 +45,23 @@ class Trace:
 
 
 def read_trace(run: Run) -> Trace:
-    """Read a finished run."""
+    """Read a finished run.
+
+    Raises:
+        UserError: its metrics lack the end.
+    """
     lines = read_metrics(run.folder)
     steps = run.config.steps
     end = [line for line in lines if line["step"] > (1 - LAST) * steps and "expert_load" in line]
     loads = [len(load) * max(load) for line in end for load in line["expert_load"].values()]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return Trace(
         steps=steps,
         tokens_per_step=run.config.train.global_batch * run.config.data.sequence_length,
-        curve=[(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None],
+        curve=run.curve(),
         fullest=average(loads) if loads else None,
         dropped=average(line["dropped"] for line in end) if end else None,
-        tokens_per_second=median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line),
+        tokens_per_second=median(speeds) if speeds else None,
         hours=hours_of(run),
     )
 
@@ -86,7 +91,7 @@ class RowResult:
         is_asked: the call was about it.
         swept: rate -> loss of the sweep, None where it diverged.
         traces: seed -> what its run left.
-        missing: seed -> the state of its run, for those that were asked for and are not finished.
+        missing: seed -> the state of its run, for those that were asked for and are not finished, or have diverged.
         one_rate: seed -> loss at the reference's rate, where that is another.
         difference: of the losses to the reference's; None for the reference.
         one_rate_difference: the same, both at the reference's rate.
@@ -104,6 +109,11 @@ class RowResult:
     difference: Difference | None = None
     one_rate_difference: Difference | None = None
     shares: Mapping[int, float | None] = field(default_factory=dict)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a seed has diverged: what the others came to says nothing of the row, and compares with nothing."""
+        return "diverged" in self.missing.values()
 
     @property
     def losses(self) -> dict[int, float]:
@@ -168,6 +178,9 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
         workspace: of the table.
         chosen: rows of which `seeds` are asked for: what of them is not there is missing.
         seeds: of each of those.
+
+    Raises:
+        UserError: a run was made with another configuration, or is damaged.
     """
     table, wanted = workspace.table, list(seeds)
     rows: dict[str, RowResult] = {}
@@ -179,14 +192,17 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
         row = rows[name] = RowResult(name, counts, workspace.rate(name), name in chosen, workspace.swept(name))
         runs = _by_seed(workspace.runs(name, _all(workspace, workspace.kind(), name, asked)))
         row.traces = {seed: read_trace(run) for seed, run in runs.items() if run.state == "finished"}
-        row.missing = {seed: run.state for seed, run in runs.items() if seed in asked and seed not in row.traces}
+        states = {seed: run.state for seed, run in runs.items() if seed not in row.traces}
+        row.missing = {seed: state for seed, state in states.items() if seed in asked or state == "diverged"}
         others = _by_seed(workspace.one_rate(name, _all(workspace, workspace.kind(ONE_RATE), name, asked)))
         row.one_rate = {seed: loss for seed, run in others.items() if (loss := run.loss()) is not None}
         for run in (*workspace.sweep([name]), *runs.values(), *others.values()):
+            run.check()
             spent[run.kind][run.name] = hours_of(run)
     for name, row in rows.items():
         reference = rows.get(table.reference_of(name))
-        if reference is not None and reference is not row and table.experiment.rows[name].compares:
+        compares = table.experiment.rows[name].compares and not row.diverged
+        if reference is not None and reference is not row and compares and not reference.diverged:
             _compare(row, reference)
     return Result(workspace, rows, {kind: sum(found.values()) for kind, found in spent.items()})
 

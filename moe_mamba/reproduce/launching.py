@@ -26,6 +26,7 @@ IN_USE = "is in use by another run"  # of a process that an earlier call left be
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_UNTIL_FREE = 5.0
 ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = (130, 143, *(-number for number in ASKED_TO_STOP))  # what a process that was asked to stop ends with
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -107,14 +108,16 @@ class Launcher:
             while working or (waiting and self.stopped_by is None):
                 while waiting and len(working) < self.at_once and self.stopped_by is None:
                     free = next(slot for slot in range(self.at_once) if slot not in {one.slot for one in working})
-                    working.append(self._start(waiting.pop(0), free))
+                    run = waiting.pop(0)
+                    if not run.is_done:  # another call may have made it meanwhile
+                        working.append(self._start(run, free))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 for one in [one for one in working if one.process.poll() is not None]:
                     working.remove(one)
                     fault = self._fault(one)
                     if fault and IN_USE in fault:
                         time.sleep(SECONDS_UNTIL_FREE)
-                        waiting.insert(0, one.run)
+                        waiting.append(one.run)
                         continue
                     if fault:
                         failed[one.run.name] = fault
@@ -159,7 +162,7 @@ class Launcher:
         said = one.outcome.read_text(encoding="utf-8").strip()
         if said == "finished" or one.run.state == "diverged":
             return None
-        if self.stopped_by is not None and (said == "stopped" or one.process.returncode in (130, 143)):
+        if self.stopped_by is not None and (said == "stopped" or one.process.returncode in STOPPED):
             return None
         if said == "stopped":
             return "it was asked to stop by somebody else, and has saved"

@@ -81,16 +81,16 @@ def main_grid(result: Result) -> Grid:
         ("active", lambda row: f"{row.counts['active']:,}"),
         ("peak rate", lambda row: NONE if row.rate is None else f"{row.rate:g}"),
         ("seeds", lambda row: str(len(row.traces))),
-        ("loss", lambda row: "diverged" if "diverged" in row.missing.values() else _mean(row.loss, 4)),
+        ("loss", lambda row: "diverged" if row.diverged else _mean(row.loss, 4)),
         ("reference", lambda row: NONE if table.reference_of(row.name) == row.name else titles[row.name]),
-        (f"difference to {reference} (95 % interval)", lambda row: _difference(row.difference)),
+        (f"difference to {reference} (95 % interval)", lambda row: _difference(row.difference, len(row.traces))),
         (f"steps to {reference}'s loss", lambda row: _steps(row)),
         ("fullest expert / mean", lambda row: _number(row.over_seeds("fullest"), 2)),
         ("dropped", lambda row: _percent(row.over_seeds("dropped"))),
         ("tokens/s", lambda row: _number(row.over_seeds("tokens_per_second"), 0)),
         ("paper: loss", lambda row: _published(result, row, lambda figures: _paper_loss(figures))),
         ("paper: difference", lambda row: _paper_difference(result, row)),
-        ("paper: steps", lambda row: _published(result, row, _paper_steps)),
+        ("paper: steps", lambda row: _paper_steps(result, row)),
     ]
     kept = [(name, cell) for name, cell in columns if name not in _empty_columns(result)]
     rows = [[cell(row) for _, cell in kept] for row in result.rows.values()]
@@ -141,14 +141,23 @@ def _crossing(result: Result) -> str | None:
     if len(points) < 2:
         return None
     place, name = crossing(sorted(points)), table.rows[table.published.reference].title
-    where = "does not cross it here" if place is None else f"crosses it at about {place:.3g}"
-    return f"Over {table.experiment.axis}, the loss {where} ({name}; straight lines over the logarithm)."
+    if place is not None:
+        where = f"crosses that of {name} at about {place:.3g} (straight lines over the logarithm)"
+    elif min(points)[1] <= 0:
+        where = f"is below that of {name} from the first on"
+    else:
+        where = f"does not reach that of {name}"
+    return f"Over {table.experiment.axis}, the loss {where}."
 
 
 def _order(result: Result) -> list[str]:
     """The order of the rows by loss, ours and the paper's."""
     table = result.workspace.table
-    ours = {name: row.loss.value for name, row in result.rows.items() if row.loss and table.rows[name].compares}
+    ours = {
+        name: row.loss.value
+        for name, row in result.rows.items()
+        if row.loss and table.rows[name].compares and not row.diverged
+    }
     paper = {name: figures.loss for name in ours if (figures := table.published.published.get(name)) and figures.loss}
     if len(paper) < 2:
         return []
@@ -165,7 +174,7 @@ def trend_grid(result: Result) -> Grid | None:
     found = {}
     for name, row in result.rows.items():
         reference = result.rows.get(table.reference_of(name))
-        if reference is not None and reference is not row and table.rows[name].compares:
+        if row.difference is not None and reference is not None:
             found[name] = over_tokens(row, reference, SHARES)
     places = sorted({tokens for differences in found.values() for tokens in differences})
     if not places:
@@ -190,7 +199,7 @@ def sweep_grid(result: Result) -> Grid | None:
             rows.append([table.rows[name].title, *[NONE] * len(rates), f"that of {table.rows[owner].title}"])
             continue
         cells = [_swept(row, rate) for rate in rates]
-        edge = " (an end of the grid)" if row.rate in (min(rates), max(rates)) else ""
+        edge = " (an end of the grid)" if len(rates) > 1 and row.rate in (min(rates), max(rates)) else ""
         rows.append([table.rows[name].title, *cells, NONE if row.rate is None else f"{row.rate:g}{edge}"])
     return Grid(["model", *(f"{rate:g}" for rate in rates), "chosen"], rows)
 
@@ -257,7 +266,7 @@ def protocol(result: Result) -> list[str]:
         f"{unit.capitalize()} hours, by the clock with one {unit} a run: {sum(result.hours.values()):.2f} ({spent})."
     )
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    return [*lines, f"Python {platform.python_version()}, {libraries}; {platform.machine()}."]
+    return [*lines, f"Gathered with Python {platform.python_version()}, {libraries}; {platform.machine()}."]
 
 
 def _is_gpu() -> bool:
@@ -286,9 +295,14 @@ def _paper_difference(result: Result, row: RowResult) -> str:
     return f"{own.loss - other.loss:+.2f}"
 
 
-def _paper_steps(figures: Figures) -> str:
-    if figures.share is None and figures.speed_up is None:
+def _paper_steps(result: Result, row: RowResult) -> str:
+    published = result.workspace.table.published.published
+    figures, other = published.get(row.name), published.get(result.workspace.table.reference_of(row.name))
+    if figures is None:
         return UNPUBLISHED
+    if figures.share is None and figures.speed_up is None:
+        never = figures.loss is not None and other is not None and other.loss is not None and figures.loss > other.loss
+        return NONE if never else UNPUBLISHED
     share = figures.share or 1 / (figures.speed_up or 1)
     speed_up = figures.speed_up or 1 / share
     return f"{share:.0%}" + (f" ({speed_up:.3g}x fewer)" if speed_up != 1 else "")
@@ -310,12 +324,14 @@ def _mean(value: Mean | None, digits: int) -> str:
     return f"{value.value:.{digits}f}" + ("" if value.error is None else f" ± {value.error:.{digits}f}")
 
 
-def _difference(value: Difference | None) -> str:
+def _difference(value: Difference | None, seeds: int | None = None) -> str:
+    """In words; how many seeds both have, where that is not all that the row has."""
     if value is None:
         return NONE
     if value.low is None or value.high is None:
         return f"{value.value:+.4f} (one seed)"
-    return f"{value.value:+.4f} ({value.low:+.4f} to {value.high:+.4f})"
+    pairs = "" if seeds in (None, value.seeds) else f"; {value.seeds} seeds"
+    return f"{value.value:+.4f} ({value.low:+.4f} to {value.high:+.4f}{pairs})"
 
 
 def _number(value: float | None, digits: int) -> str:

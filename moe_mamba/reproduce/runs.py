@@ -70,9 +70,22 @@ class Run:
         """Validation loss at the end, in nats/token; None: it is not finished, or has diverged."""
         if self.state != "finished":
             return None
+        return self.curve()[-1][1]
+
+    def curve(self) -> list[tuple[int, float]]:
+        """Steps and validation losses in nats/token of a finished run, in order.
+
+        Raises:
+            UserError: that of the last step is not there.
+        """
         lines = read_metrics(self.folder)
-        last = (line for line in lines if line["step"] == self.config.steps and "validation_loss" in line)
-        return next(line["validation_loss"] for line in last)
+        found = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+        if not found or found[-1][0] != self.config.steps:
+            raise UserError(
+                f"{self.folder / FILE} has no validation loss of step {self.config.steps}, with which it "
+                "finished: it is damaged; remove the folder, and the run is made again"
+            )
+        return found
 
     def check(self) -> None:
         """Raise a UserError where its folder holds a run of another configuration."""
@@ -82,7 +95,8 @@ class Run:
         for key, before, now in changed(load_config(folder.config), self.config):
             if key not in INERT and key.partition(".")[0] not in INERT_SECTIONS:
                 raise UserError(
-                    f"{self.folder} was made with {key}={before}, and is now to be {now}: give another --output"
+                    f"{self.folder} was made with {key}={before}, and is now to be {now}: give what it was made with, "
+                    "move it away, or give another --output"
                 )
 
 

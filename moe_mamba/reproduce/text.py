@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from moe_mamba.data.corpus import TEXT_KEY, Corpus
 from moe_mamba.data.prepare import prepare_corpus, prepare_tokenizer
 from moe_mamba.data.shards import is_shards
 from moe_mamba.errors import UserError
+from moe_mamba.file_lock import lock
 from moe_mamba.json_file import Record, Size, Text, read_json
 
 FILE = "text.json"
@@ -93,9 +96,23 @@ def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str
     Raises:
         UserError: other text is there already, or this one cannot be read.
     """
-    if (found := text_of(folder, asked)) is not None:
-        return found
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return text_of(folder, asked) or _prepare(folder, asked, vocab_size, say)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for another call that prepares text in a folder; the lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], None]) -> Facts:
     # Read as the configuration reads these keys: a,b and JSON.
     data = DataConfig.model_validate(
         {"train": asked.train or "builtin", "validation": asked.validation or "builtin:validation"}

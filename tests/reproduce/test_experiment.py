@@ -1,6 +1,8 @@
 """The tables that ship: every row can be made, with the parameters and figures that it is to have; what is refused."""
 
+import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.reproduce.experiment import FOLDER, SCALES, Table, read_experiment, read_table, tables
 from moe_mamba.reproduce.runs import Workspace
-from moe_mamba.reproduce.text import Facts, name_of
+from moe_mamba.reproduce.text import Asked, Facts, name_of, prepare_text
 
 VERSIONS = {name: list(read_experiment(FOLDER / f"{name}.yaml").versions) for name in tables()}
 ALL = [
@@ -127,6 +129,17 @@ def test_what_is_public_of_a_text_names_no_folder_and_loses_no_file() -> None:
     assert name_of("hf:allenai/c4:en:train") == "hf:allenai/c4:en:train"
 
 
+def test_two_calls_at_once_prepare_one_text(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} is {n}."}) + "\n" for n in range(5000)))
+    asked = Asked(train=str(tmp_path / "text.jsonl"), tokenizer="bytes")
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(prepare_text, tmp_path / "out", asked, 257, lambda line: None) for _ in range(2)]
+        first, second = (call.result() for call in calls)
+    assert first == second
+    lines = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert [len(lines), json.loads(lines[-1])["text"]] == [4900, "4998 is 4998."]
+
+
 def test_only_expert_choice_looks_ahead_and_so_compares_with_nothing() -> None:
     table = read_table("routers", None, "mini")
     configs = {row: table.config(row, {}).moe for row in table.rows}
@@ -141,10 +154,10 @@ def test_only_expert_choice_looks_ahead_and_so_compares_with_nothing() -> None:
     ("flags", "named"),
     [
         (["--table=six"], ["--table=six", "designs, experts"]),
-        (["--table=routers", "--version=v2"], ["only ours has this table"]),
+        (["--table=routers", "--version=v2"], ["of this table there is ours"]),
         (["--table=routers", "--scale=paper"], ["no --scale=paper"]),
-        (["--table=lr", "--version=v2"], ["only v1 has this table"]),
-        (["--table=main", "--version=v3"], ["v1 and v2"]),
+        (["--table=lr", "--version=v2"], ["of this table there is v1"]),
+        (["--table=main", "--version=v3"], ["v1 or v2"]),
         (["--table=main", "--scale=huge"], ["--scale=huge", "mini, paper"]),
         (["--table=main", "--only=mamba,jamba"], ["--only=jamba", "moe_mamba"]),
         (["--table=main", "--only=,"], ["--only is empty"]),
@@ -156,6 +169,7 @@ def test_only_expert_choice_looks_ahead_and_so_compares_with_nothing() -> None:
         (["--table=main", "--dry", "--archive=a.tar.xz"], ["--archive with --dry"]),
         (["--table=main", "--gather", "--archive=a.zip"], ["--archive=a.zip", ".tar.xz"]),
         (["--table=main", "--gather", "--archive=none/a.tar.xz"], ["no folder none"]),
+        (["--table=main", "--output="], ["--output is empty"]),
         (["--table=main", "--data.train=none.jsonl"], ["none.jsonl"]),
     ],
 )
@@ -187,6 +201,10 @@ versions: {v1: {source: nowhere, reference: a, published: {a: {loss: 3.5}}}}
         ("b: {}}", "b: {rate_of: c}}", "'c' is no row"),
         ("config: configs/mini.yaml, ", "", "mini.runs.a has no config"),
         ("v1: {", "v7: {", "versions.v7"),
+        ("runs: {a: {}, b: {}}", "runs: {a: {rate_of: b}, b: {rate_of: a}}", "has no rate of its own"),
+        ("mini: {", "mini: {sweep: {rates: []}, ", "rates"),
+        ("mini: {", "mini: {sweep: {rates: [8.e-3, 8.e-3]}, ", "the same"),
+        ("mini: {", "mini: {sweep: {rates: [8.e-3], seed: 1}, ", "is a seed of the table's runs"),
         ("loss: 3.5", "loss: 3.5, perplexity: 3", "perplexity"),
         ("source: nowhere, ", "", "versions.v1.source is missing"),
     ],

@@ -1,0 +1,93 @@
+"""What gathering says of runs that are damaged, have diverged, are missing, or were made otherwise."""
+
+import json
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from moe_mamba.commands.reproduce import main
+from moe_mamba.errors import UserError
+from tests import ROOT
+
+ARCHIVE = ROOT / "docs" / "measurements" / "science" / "main.tar.xz"
+ONLY = "mamba,moe_mamba"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def output(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the committed runs, to be spoilt."""
+    return Path(shutil.copytree(whole, tmp_path / "output"))
+
+
+def _row(output: Path, title: str) -> list[str]:
+    lines = (output / "main-v1" / "table.md").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"| {title} |")).split(" | ")
+
+
+def _spoil(output: Path, name: str, kept: int) -> None:
+    path = output / name / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+
+
+@pytest.mark.parametrize("run", ["runs/moe_mamba/seed2", "sweep/mamba/rate0.008"])
+@pytest.mark.parametrize("kept", [0, -1])
+def test_a_damaged_end_is_no_other_loss(output: Path, run: str, kept: int) -> None:
+    _spoil(output, run, kept)
+    with pytest.raises(UserError, match=rf"{run}/metrics.jsonl has no validation loss of step \d+"):
+        main(table="main", gather=True, only=ONLY, output=str(output))
+
+
+def test_runs_that_were_made_otherwise_are_refused(output: Path) -> None:
+    with pytest.raises(UserError, match=r"rate[\d.]+ was made with train\.steps=732, and is now to be 37"):
+        main(table="main", gather=True, only=ONLY, tokens=1_000_000, output=str(output))
+    assert not (output / "main-v1").exists()
+    path = output / "runs" / "mamba" / "seed3" / "config.yaml"
+    path.write_text(path.read_text().replace("weight_decay: 0.1\n", "weight_decay: 0.5\n"))
+    with pytest.raises(UserError, match=r"runs/mamba/seed3 was made with train\.weight_decay=0.5, and is now to be"):
+        main(table="main", gather=True, only=ONLY, output=str(output))
+
+
+def test_an_empty_table_is_not_written(output: Path) -> None:
+    shutil.rmtree(output / "runs")
+    with pytest.raises(UserError, match="no finished run of this table"):
+        main(table="main", gather=True, only=ONLY, output=str(output))
+    assert not (output / "main-v1").exists()
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_of_a_row_that_diverged_no_difference_is_told(output: Path, seeds: int) -> None:
+    path = output / "runs" / "moe_mamba" / "seed2" / "events.jsonl"
+    lines = path.read_text().splitlines()
+    last = json.loads(lines[-1]) | {"event": "nan", "action": "stop", "step": 4000}
+    path.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    main(table="main", gather=True, only=ONLY, seeds=seeds, output=str(output))
+    text = (output / "main-v1" / "table.md").read_text()
+    assert _row(output, "MoE-Mamba")[5:8] == ["diverged", "-", "-"]
+    assert "Missing: moe_mamba seed 2: diverged." in text
+    assert "Order here" not in text and "The difference over tokens" not in text
+
+
+def test_a_difference_over_fewer_seeds_says_so(output: Path) -> None:
+    shutil.rmtree(output / "runs" / "mamba" / "seed5")
+    main(table="main", gather=True, only=ONLY, output=str(output))
+    row = _row(output, "MoE-Mamba")
+    assert row[4] == "5"
+    assert re.fullmatch(r"-\d\.\d{4} \(-\d\.\d{4} to -\d\.\d{4}; 4 seeds\)", row[6])
+
+
+def test_an_archive_has_all_and_names_nothing_of_the_machine(whole: Path) -> None:
+    kinds = {path.name for path in whole.rglob("*") if path.is_file()}
+    assert kinds == {"text.json", "config.yaml", "events.jsonl", "metrics.jsonl"}
+    for path in whole.rglob("*.yaml"):
+        assert not re.search(r": /|- /|: ~", path.read_text()), path
