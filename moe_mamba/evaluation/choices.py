@@ -98,7 +98,9 @@ def choices_of(
             marked = windows.tokens == end_of_text
             ends += list((marked if windows.ends is None else marked | windows.ends)[whole])
     if not ids:
-        raise UserError(f"{source.name} has not one whole window of {length} tokens: lower --sequence_length")
+        raise UserError(
+            f"the text has not one whole window of {length} tokens: lower --sequence_length, or give more --input"
+        )
     text = Text(np.concatenate(ids), _positions(np.concatenate(ends)), len(ids))
     return text, {router_label(name): taken[name].choices(router, len(text.ids)) for name, router in routers.items()}
 
