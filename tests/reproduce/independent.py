@@ -42,7 +42,7 @@ def check_table(output: Path, folder: Path, references: dict[str, str], runs: st
         assert {seed: one["loss"] for seed, one in said["seeds"].items()} == losses
         value, error = mean(losses.values()), _error(list(losses.values()))
         assert said["loss"] == pytest.approx({"value": value, "error": error, "seeds": len(losses)})
-        assert f"{value:.4f} ± {error:.4f}" if error else f"{value:.4f}" in text
+        assert (f"| {value:.4f} ± {error:.4f} |" if error else f"| {value:.4f} |") in text
         _check_load(said, output / runs / row, max(curves.values())[-1][0])
         reference = references.get(row, row)
         if reference == row:
