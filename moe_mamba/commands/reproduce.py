@@ -15,7 +15,7 @@ from moe_mamba.reproduce.jobs import write_jobs, write_slurm
 from moe_mamba.reproduce.launching import Launcher, slots
 from moe_mamba.reproduce.report import main_grid, write_report
 from moe_mamba.reproduce.runs import Run, Workspace, chosen_rows
-from moe_mamba.reproduce.text import Asked, prepare_text, text_of
+from moe_mamba.reproduce.text import Asked, expected_text, prepare_text, text_of
 
 FLAGS = {f"data.{name}": name for name in ("train", "validation", "tokenizer", "text_key")}
 
@@ -69,8 +69,8 @@ def main(
     where = Path(output or default).expanduser()
     at_once = at_once or slots(gpus_per_run)
     if dry:
-        found = text_of(where / "text", asked) if scale == "mini" else None
-        print(to_markdown(describe_dry(Workspace(made, where, found, tokens), rows, wanted, at_once, print)))
+        text = (text_of(where / "text", asked) or expected_text(asked, _vocab_size(made))) if scale == "mini" else None
+        print(to_markdown(describe_dry(Workspace(made, where, text, tokens), rows, wanted, at_once, print)))
         return
     workspace = _workspace(made, where, tokens, asked, gather)
     if jobs is not None or slurm is not None:
@@ -119,8 +119,12 @@ def _workspace(table: Table, output: Path, tokens: int | None, asked: Asked, is_
         return Workspace(table, output, None, tokens)
     if is_there and text_of(output / "text", asked) is None:
         raise UserError(f"--gather: {output} holds no runs: make them first, or give another --output")
-    vocab_size = table.config(table.published.reference, {}).model.vocab_size
-    return Workspace(table, output, prepare_text(output / "text", asked, vocab_size, print), tokens)
+    return Workspace(table, output, prepare_text(output / "text", asked, _vocab_size(table), print), tokens)
+
+
+def _vocab_size(table: Table) -> int:
+    """Words of the vocabulary that is trained where none is given."""
+    return table.config(table.published.reference, {}).model.vocab_size
 
 
 Stage = Callable[[Workspace, list[str], range], list[Run]]

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from moe_mamba.config import Config
 from moe_mamba.errors import RunStopped
@@ -103,7 +104,7 @@ def measure(workspace: Workspace, rows: list[str], at_once: int, say: Callable[[
 
 
 def _short_run(workspace: Workspace, row: str, folder: Path) -> Run:
-    keys = {
+    keys: dict[str, Any] = {
         "run.folder": str(folder / "runs" / row / "dry"),
         "data.train": ["builtin"],
         "data.validation": {"validation": "builtin:validation"},
@@ -116,6 +117,8 @@ def _short_run(workspace: Workspace, row: str, folder: Path) -> Run:
         "checkpoint.every": 0,
         "logging.every": 1,
     }
+    if workspace.text is not None:
+        keys["model.vocab_size"] = workspace.text.vocab_size
     return Run("dry", row, workspace.table.config(row, keys))
 
 

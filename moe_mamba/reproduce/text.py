@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,18 @@ class Asked:
         """Whether no flag was given."""
         return not any(asdict(self).values())
 
+    @property
+    def names_tokenizer(self) -> bool:
+        """Whether a vocabulary is given, and not to be trained."""
+        return self.tokenizer not in ("", PIECES)
+
+    def sources(self) -> tuple[list[str], str]:
+        """Of training, and of validation, read as the configuration reads these keys: a,b and JSON."""
+        data = DataConfig.model_validate(
+            {"train": self.train or "builtin", "validation": self.validation or "builtin:validation"}
+        )
+        return list(data.train_weights), next(iter(data.validation_sets.values()))
+
 
 def name_of(source: str) -> str:
     """A source without the folders that it lies in on this machine; a data set of a hub is its name already."""
@@ -113,12 +126,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _prepare(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], None]) -> Facts:
-    # Read as the configuration reads these keys: a,b and JSON.
-    data = DataConfig.model_validate(
-        {"train": asked.train or "builtin", "validation": asked.validation or "builtin:validation"}
-    )
     key = asked.text_key or TEXT_KEY
-    train, validation = list(data.train_weights), next(iter(data.validation_sets.values()))
+    train, validation = asked.sources()
     is_given = bool(asked.validation) or train == ["builtin"]
     checksums = _checksums([*train, *[validation] * is_given], key)
     split, documents = "as it was given", []
@@ -142,15 +151,42 @@ def _prepare(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], N
         train=train,
         validation=validation,
         tokenizer=str(folder / "tokenizer"),
-        vocab_size=tokenizer.vocab_size if asked.tokenizer else vocab_size,
+        vocab_size=tokenizer.vocab_size if asked.names_tokenizer else vocab_size,
         sha256=checksums,
         tokens=[sum(sizes[:-1]), sizes[-1]],
         documents=documents,
         split=split,
-        vocabulary=asked.tokenizer or f"SentencePiece (BPE) of {vocab_size:,}, trained on the training text",
+        vocabulary=asked.tokenizer if asked.names_tokenizer else _trained(vocab_size),
     )
     write_atomically(folder / FILE, json.dumps(facts.model_dump(), indent=1) + "\n")
     return facts
+
+
+def expected_text(asked: Asked, vocab_size: int) -> Facts:
+    """What flags will give, without reading the text: sources and size of the vocabulary, and no token counted.
+
+    Raises:
+        UserError: there is no such file or tokenizer.
+    """
+    train, validation = asked.sources()
+    for source in [*train, validation]:
+        if not is_shards(source):
+            Corpus(source, asked.text_key or TEXT_KEY)
+    if asked.names_tokenizer:
+        with tempfile.TemporaryDirectory() as folder:
+            vocab_size = prepare_tokenizer(asked.tokenizer, train, _most(asked, vocab_size), folder).vocab_size
+    return Facts(
+        asked=asdict(asked),
+        train=train,
+        validation=validation,
+        tokenizer=asked.tokenizer or PIECES,
+        vocab_size=vocab_size,
+        sha256={},
+        tokens=[],
+        documents=[],
+        split="not made yet",
+        vocabulary=asked.tokenizer if asked.names_tokenizer else _trained(vocab_size),
+    )
 
 
 def text_of(folder: Path, asked: Asked) -> Facts | None:
@@ -172,7 +208,11 @@ def _found(folder: Path, asked: Asked) -> Facts:
 
 def _most(asked: Asked, vocab_size: int) -> int:
     """Tokens that a tokenizer may have: of one that is given, any number."""
-    return 2**24 if asked.tokenizer else vocab_size
+    return 2**24 if asked.names_tokenizer else vocab_size
+
+
+def _trained(vocab_size: int) -> str:
+    return f"SentencePiece (BPE) of {vocab_size:,}, trained on the training text"
 
 
 def _checksums(sources: Sequence[str], key: str) -> dict[str, str]:

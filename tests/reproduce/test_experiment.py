@@ -12,7 +12,7 @@ from moe_mamba.errors import UserError
 from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.reproduce.experiment import FOLDER, SCALES, Table, read_experiment, read_table, tables
 from moe_mamba.reproduce.runs import Workspace
-from moe_mamba.reproduce.text import Asked, Facts, name_of, prepare_text
+from moe_mamba.reproduce.text import Asked, Facts, expected_text, name_of, prepare_text
 
 VERSIONS = {name: list(read_experiment(FOLDER / f"{name}.yaml").versions) for name in tables()}
 ALL = [
@@ -129,6 +129,18 @@ def test_what_is_public_of_a_text_names_no_folder_and_loses_no_file() -> None:
     assert name_of("hf:allenai/c4:en:train") == "hf:allenai/c4:en:train"
 
 
+@pytest.mark.parametrize(("tokenizer", "words"), [("", 300), ("sentencepiece", 300), ("bytes", 257)])
+def test_the_vocabulary_is_known_before_the_text_is_prepared(tmp_path: Path, tokenizer: str, words: int) -> None:
+    words_of = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    texts = [f"{first} and {second} are numbers" for first in words_of for second in words_of]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = Asked(train=str(tmp_path / "text.jsonl"), tokenizer=tokenizer)
+    expected = expected_text(asked, 300)
+    made = prepare_text(tmp_path / "out", asked, 300, lambda line: None)
+    assert (expected.vocab_size, expected.vocabulary) == (made.vocab_size, made.vocabulary)
+    assert made.vocab_size == words
+
+
 def test_two_calls_at_once_prepare_one_text(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} is {n}."}) + "\n" for n in range(5000)))
     asked = Asked(train=str(tmp_path / "text.jsonl"), tokenizer="bytes")
@@ -171,6 +183,9 @@ def test_only_expert_choice_looks_ahead_and_so_compares_with_nothing() -> None:
         (["--table=main", "--gather", "--archive=none/a.tar.xz"], ["no folder none"]),
         (["--table=main", "--output="], ["--output is empty"]),
         (["--table=main", "--data.train=none.jsonl"], ["none.jsonl"]),
+        (["--table=main", "--data.train=none.jsonl", "--dry"], ["none.jsonl"]),
+        (["--table=main", "--data.validation=none.jsonl", "--dry"], ["none.jsonl"]),
+        (["--table=main", "--data.tokenizer=none.model", "--dry"], ["none.model"]),
     ],
 )
 def test_refusals(
