@@ -76,7 +76,7 @@ ELSEWHERE = {
         "tests/preflight/test_preflight.py"
     ),
     "python tools/reproduce.py --table main --scale mini --seeds 1 --tokens 200000": (
-        "tests/reproduce/test_reproduce.py"
+        "tests/reproduce/test_mini_long.py"
     ),
     "python tools/reproduce.py --table main --dry": "tests/reproduce/test_reproduce.py",
     "python tools/reproduce.py --table main --only mamba,moe_mamba --gather": "tests/reproduce/test_committed.py",
