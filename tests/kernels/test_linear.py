@@ -128,7 +128,7 @@ def laid_out(rows: int, columns: int, layout: str) -> Tensor:
     "layouts", [("plain", "plain"), ("plain", "transposed"), ("transposed", "plain"), ("apart", "apart")]
 )
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (6, 40, 16), (7, 300, 33), (100, 257, 530), (0, 5, 3), (4, 0, 5), (5, 3, 0)]
+    "sizes", [(1, 1, 1), (6, 40, 16), (7, 300, 33), (100, 257, 530), (780, 70, 20), (0, 5, 3), (4, 0, 5), (5, 3, 0)]
 )
 def test_widened_products_equal_float64(sizes: tuple[int, int, int], layouts: tuple[str, str]) -> None:
     """Whole tiles and parts of them, several passes over the inner dimension, none, and an output with gaps."""

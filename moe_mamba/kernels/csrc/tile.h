@@ -105,12 +105,13 @@ inline void with_type(Type type, const Tensor& tensor, int64_t row, int64_t step
     }
 }
 
-// Aligned memory that begins as zeros.
+// Aligned memory that begins as zeros, or with whatever is there.
 template <class V>
 class Buffer {
    public:
-    explicit Buffer(int64_t count) : data_(static_cast<V*>(::operator new(count * sizeof(V), std::align_val_t(64)))) {
-        std::fill_n(data_, count, V{});
+    explicit Buffer(int64_t count, bool zeros = true)
+        : data_(static_cast<V*>(::operator new(count * sizeof(V), std::align_val_t(64)))) {
+        if (zeros) std::fill_n(data_, count, V{});
     }
     ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
     Buffer(const Buffer&) = delete;
