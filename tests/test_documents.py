@@ -79,7 +79,6 @@ ELSEWHERE = {
         "tests/reproduce/test_mini_long.py"
     ),
     "python tools/reproduce.py --table main --dry": "tests/reproduce/test_reproduce.py",
-    "python tools/reproduce.py --table main --only mamba,moe_mamba --gather": "tests/reproduce/test_committed.py",
     "python tools/reproduce.py --table main --gather": "tests/reproduce/test_reproduce.py",
     "python tools/reproduce.py --table main --gather --archive main.tar.xz": "tests/reproduce/test_reproduce.py",
     "python tools/reproduce.py --table main --version v2 --scale paper --dry": "tests/reproduce/test_experiment.py",
