@@ -57,6 +57,7 @@ ELSEWHERE = {
     "pytest -m long tests/test_synthetic_tasks.py": "tests/test_synthetic_tasks.py",
     "pytest -m long tests/parallel/test_parity.py": "tests/parallel/test_parity.py",
     "pytest -m long tests/reproduce": "tests/reproduce/test_kills_long.py",
+    "pytest -m long tests/reproduce/test_mini_long.py": "tests/reproduce/test_mini_long.py",
     "tools/gpu_check.sh": "tests/test_gpu_check.py",
     "sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sbatch --config configs/paper/moe_mamba_100m.yaml": (
         "tests/launch/test_slurm.py"
