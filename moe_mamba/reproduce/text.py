@@ -156,7 +156,7 @@ def _prepare(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], N
         tokens=[sum(sizes[:-1]), sizes[-1]],
         documents=documents,
         split=split,
-        vocabulary=asked.tokenizer if asked.names_tokenizer else _trained(vocab_size),
+        vocabulary=_vocabulary(asked, vocab_size),
     )
     write_atomically(folder / FILE, json.dumps(facts.model_dump(), indent=1) + "\n")
     return facts
@@ -185,7 +185,7 @@ def expected_text(asked: Asked, vocab_size: int) -> Facts:
         tokens=[],
         documents=[],
         split="not made yet",
-        vocabulary=asked.tokenizer if asked.names_tokenizer else _trained(vocab_size),
+        vocabulary=_vocabulary(asked, vocab_size),
     )
 
 
@@ -211,7 +211,10 @@ def _most(asked: Asked, vocab_size: int) -> int:
     return 2**24 if asked.names_tokenizer else vocab_size
 
 
-def _trained(vocab_size: int) -> str:
+def _vocabulary(asked: Asked, vocab_size: int) -> str:
+    """In words."""
+    if asked.names_tokenizer:
+        return asked.tokenizer
     return f"SentencePiece (BPE) of {vocab_size:,}, trained on the training text"
 
 
