@@ -125,7 +125,7 @@ COMBINATIONS = [("bf16", True), ("fp32", False)]
 OTHERS = [("bf16", False), ("fp32", True)]
 
 
-@pytest.mark.parametrize(("place", "name"), enumerate(MODELS))
+@pytest.mark.parametrize(("place", "name"), list(enumerate(MODELS)))
 def test_what_is_kept_and_taken_is_declared(place: int, name: str) -> None:
     """One of the precisions each, with recomputation or without; the slow test has the other ways."""
     pattern, keys = MODELS[name]
