@@ -49,9 +49,19 @@ def best_level(levels: Collection[Level], machine: str, flags: Collection[str]) 
 
 def processor_flags() -> frozenset[str]:
     """The sets of instructions of this machine that its system lets programs use; empty where it is not Linux."""
+    return frozenset(_of_processor("flags|Features").split())
+
+
+def processor_vendor() -> str:
+    """Who made this x86 processor, as it says itself, such as ``AuthenticAMD``; empty on others and without Linux."""
+    return _of_processor("vendor_id")
+
+
+def _of_processor(names: str) -> str:
+    """What Linux says of the first processor under one of these names; empty: nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+        return ""
+    found = re.search(rf"^(?:{names})\s*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""

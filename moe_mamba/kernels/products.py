@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from moe_mamba.kernels.backends import choose
-from moe_mamba.kernels.levels import processor_flags
+from moe_mamba.kernels.levels import processor_flags, processor_vendor
 from moe_mamba.kernels.widened import widened_product
 
-# As Linux calls them on x86 and on ARM. AVX-512's bf16 alone is none: it multiplies no faster than fp32, and packs.
-MULTIPLIES = frozenset(["amx_bf16", "bf16"])
 ISA = "ONEDNN_MAX_CPU_ISA"  # environment variable: the most that oneDNN, which multiplies, may use
+AMD = "AuthenticAMD"
 
 
 def multiplies_bf16() -> bool:
@@ -33,8 +32,14 @@ multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def read_processor() -> bool:
     """See ``multiplies_bf16``, which does not read it twice."""
-    most = os.environ.get(ISA, "ALL").upper()
-    return bool(MULTIPLIES & processor_flags()) and (most in ("ALL", "DEFAULT") or "AMX" in most)
+    flags, most = processor_flags(), os.environ.get(ISA, "ALL").upper()
+    is_free = most in ("ALL", "DEFAULT")
+    if "amx_bf16" in flags and (is_free or "AMX" in most):
+        return True
+    # Twice as fast as fp32 on AMD's since Zen 4. Intel's are no faster than fp32, and oneDNN packs for them.
+    if "avx512_bf16" in flags and processor_vendor() == AMD:
+        return is_free or any(name in most for name in ("BF16", "FP16", "AMX", "AVX10"))
+    return "bf16" in flags and is_free  # ARM
 
 
 def is_bf16_on_cpu(tensor: Tensor) -> bool:

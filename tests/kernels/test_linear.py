@@ -209,10 +209,28 @@ def test_a_group_sees_nothing_of_the_next_ones_nan(processor: bool, product: Pro
     assert made[0].isfinite().all() and made[1].isnan().all()
 
 
-def test_what_one_dnn_may_not_use_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "processor_flags", lambda: frozenset(["amx_bf16"]))
-    for most, expected in (("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", True), ("all", True)):
-        forget()
-        monkeypatch.setenv(ISA, most)
-        assert multiplies_bf16() is expected
+@pytest.mark.parametrize(
+    ("flag", "vendor", "most", "expected"),
+    [
+        ("amx_bf16", "GenuineIntel", "all", True),
+        ("amx_bf16", "GenuineIntel", "AVX512_CORE_AMX", True),
+        ("amx_bf16", "GenuineIntel", "AVX512_CORE_BF16", False),
+        ("avx512_bf16", "GenuineIntel", "all", False),
+        ("avx512_bf16", "AuthenticAMD", "default", True),
+        ("avx512_bf16", "AuthenticAMD", "AVX512_CORE_BF16", True),
+        ("avx512_bf16", "AuthenticAMD", "AVX512_CORE_AMX", True),
+        ("avx512_bf16", "AuthenticAMD", "AVX512_CORE_VNNI", False),
+        ("avx2", "AuthenticAMD", "all", False),
+        ("bf16", "", "all", True),
+    ],
+)
+def test_who_multiplies_bf16_faster(
+    monkeypatch: pytest.MonkeyPatch, flag: str, vendor: str, most: str, expected: bool
+) -> None:
+    """By the flags of the processor, whose it is, and what oneDNN may use of it."""
+    monkeypatch.setattr(products, "processor_flags", lambda: frozenset([flag]))
+    monkeypatch.setattr(products, "processor_vendor", lambda: vendor)
+    monkeypatch.setenv(ISA, most)
+    forget()
+    assert multiplies_bf16() is expected
     forget()

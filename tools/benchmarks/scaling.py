@@ -52,13 +52,14 @@ class ScalingShapes:
     pairs: int = 4  # of Mamba and experts
     worlds: tuple[int, ...] = (2, 4)
     layouts: tuple[str, ...] = tuple(LAYOUTS)
+    warming: int = 5  # steps before any is timed
     timed: int = 3  # steps in which collectives are timed
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @staticmethod
     def choose(tiny: bool) -> "ScalingShapes":
         """The shapes that docs/measurements.md reports, or tiny ones."""
-        return ScalingShapes(32, 16, 16, 1, (2,), ("expert",), 1) if tiny else ScalingShapes()
+        return ScalingShapes(32, 16, 16, 1, (2,), ("expert",), 1, 1) if tiny else ScalingShapes()
 
     def config(self, ranks: int, layout: str) -> Config:
         """``ME`` with 8 dropless experts under ZeRO 1; tensor-parallel ranks share the tokens of as many processes."""
@@ -110,6 +111,7 @@ class Processes:
     def __init__(self, ranks: int, layout: str, shapes: ScalingShapes) -> None:
         self.ranks = ranks
         self.layout = layout
+        self._shapes = shapes
         self._folder = tempfile.TemporaryDirectory(prefix="scaling-")
         context = multiprocessing.get_context("forkserver")
         self._connections, self._processes = [], []
@@ -123,8 +125,8 @@ class Processes:
             self._processes.append(process)
 
     def __enter__(self) -> "Processes":
-        """Do the first steps, in which memory is allocated."""
-        self.step()
+        """Do the first steps, in which memory is allocated: after some, all that a step takes was freed by the last."""
+        self._ask(self._shapes.warming, timing=False)
         return self
 
     def __exit__(self, *failure: object) -> None:

@@ -66,7 +66,7 @@ def bf16_row(tiny: bool, repeats: int) -> Row:
 
 
 def bf16_goal(goal: float) -> float:
-    """How many times faster than fp32: ``goal`` where the processor multiplies bf16, else as fast."""
+    """How many times as fast as fp32: ``goal`` where the processor multiplies bf16 faster, else 1."""
     return goal if multiplies_bf16() else 1.0
 
 
