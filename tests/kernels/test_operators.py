@@ -102,6 +102,10 @@ def in_bf16(arguments: list[Any]) -> list[Any]:
     ]
 
 
+def to_train(arguments: list[Any]) -> list[Any]:
+    return [one.requires_grad_() if isinstance(one, Tensor) else one for one in arguments]
+
+
 def norm_arguments(is_full: bool) -> list[Any]:
     return [leaf(5, CHANNELS), leaf(CHANNELS), 1e-5, leaf(5, CHANNELS) if is_full else None]
 
@@ -146,6 +150,7 @@ CASES += [
     for name, make in NARROW.items()
 ]
 CASES += [
+    pytest.param("rms_norm_cpu_trained", lambda is_full: to_train(in_bf16(norm_arguments(is_full))), marks=needs_cpp),
     pytest.param("grouped_matmul_torch_by_group", lambda is_full: [one.detach() for one in grouped_arguments(True)]),
     pytest.param("widened_product", lambda is_full: in_bf16([leaf(6, 3), leaf(3, 5), leaf(6, 5)]), marks=needs_cpp),
     pytest.param("cross_entropy_cpu_in_place", in_place_arguments, marks=needs_cpp),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_mamba.errors import UserError
+from moe_mamba.kernels import requirements
 from moe_mamba.kernels.backends import BACKENDS
 from moe_mamba.kernels.rms_norm import rms_norm, torch_rms_norm
 from tests.kernels.available import available, cases, device, typed_cases
@@ -49,7 +50,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance * max(value.norm(), 1e-3), f"{name}: {error / value.norm()}"
 
 
-@pytest.mark.parametrize("shape", [(5, 1), (2, 3, 7), (9, 40)])
+@pytest.mark.parametrize("shape", [(5, 1), (2, 3, 7), (9, 40), (150, 33)])
 @pytest.mark.parametrize(("backend", "on", "dtype"), typed_cases("rms_norm"))
 def test_equals_the_reference(backend: str, on: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for residual in (True, False):
@@ -103,6 +104,20 @@ def test_bf16_without_gradients(backend: str, on: str, d: int, has_residual: boo
     torch.testing.assert_close(stream, total, rtol=1e-2, atol=0)  # Triton's interpreter cuts bf16 off
     assert stream.equal(total) or backend == "triton"
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.skipif(requirements.cpu() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_threads_change_no_bit_of_bf16(has_residual: bool) -> None:
+    made = operands(517, 200, residual=has_residual)  # enough for three threads
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            found.append(results(made, torch.bfloat16, "cpu", "cpu"))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(found[0][name].equal(other[name]) for other in found[1:] for name in other)
 
 
 @pytest.mark.parametrize(("backend", "on"), cases("rms_norm"))
