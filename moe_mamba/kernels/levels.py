@@ -4,6 +4,7 @@ A library built for the machine at hand (``native``) may stop with an illegal in
 an image, or into a folder that many machines share, is built once per level; each machine loads the best that it has.
 """
 
+import platform
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ def processor_flags() -> frozenset[str]:
 def processor_vendor() -> str:
     """Who made this x86 processor, as it says itself, such as ``AuthenticAMD``; empty on others and without Linux."""
     return _of_processor("vendor_id")
+
+
+def processor_name() -> str:
+    """What this processor calls itself, such as ``AMD EPYC``; its architecture where it does not say."""
+    return _of_processor("model name") or platform.machine()
 
 
 def _of_processor(names: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from moe_mamba.config import Config
 from moe_mamba.installation import CHECKOUT, PACKAGE
 from moe_mamba.kernels.backends import choose
+from moe_mamba.kernels.levels import processor_name
 from moe_mamba.model.pattern import kernel_operations
 from moe_mamba.parallel.network import gloo_address, host_addresses
 from moe_mamba.parallel.topology import World
@@ -57,6 +58,12 @@ def rank_facts(config: Config, world: World, *, thorough: bool) -> RankFacts:
         most_open_files=None if hard == resource.RLIM_INFINITY else hard,
         keepalive=ssh_keepalive() if world.local_size < world.size else "unused",
     )
+
+
+def device_name(device: torch.device) -> str:
+    """Its type and what it calls itself: ``cpu (AMD EPYC)``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return f"{device.type} ({name})"
 
 
 def versions() -> dict[str, str]:

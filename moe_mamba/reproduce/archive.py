@@ -28,7 +28,8 @@ from moe_mamba.run.metrics import read_metrics
 SUFFIX = ".tar.xz"
 DIGITS = 6
 WHOLE = ("step", "tokens", "validation_loss")
-OF_EVENTS = ("time", "event", "step", "action")  # what the state of a run and its hours are read from
+# What the state of a run, its hours and what it was made with are read from.
+OF_EVENTS = ("time", "event", "step", "action", "device", "versions")
 
 
 def check_archive(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What finished runs left, and what a table makes of it. Numbers only: `report.py` puts them into words."""
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,6 +81,17 @@ def hours_of(run: Run) -> float:
     return seconds / 3600
 
 
+def makers_of(run: Run) -> set[str]:
+    """Device and libraries of each of a run's starts, in words; empty words where one did not note them."""
+    events, _ = read_events(run.folder)
+    return {_maker(event) for event in events if event["event"] in STARTS}
+
+
+def _maker(start: dict[str, Any]) -> str:
+    libraries = [f"{name} {number}" for name, number in start.get("versions", {}).items() if number != "none"]
+    return f"{start['device']} with {', '.join(libraries)}" if "device" in start else ""
+
+
 @dataclass
 class RowResult:
     """What a row came to.
@@ -154,11 +166,14 @@ class Result:
         workspace: its runs.
         rows: by name, in the table's order.
         hours: kind of runs -> hours of them all, those of other tables in the same folder left out.
+        made_with: devices and libraries, in words (none where runs did not note them) -> how many of these runs they
+            made, at least in part.
     """
 
     workspace: Workspace
     rows: dict[str, RowResult]
     hours: dict[str, float]
+    made_with: Counter[str]
 
     @cached_property
     def missing(self) -> list[str]:
@@ -185,6 +200,7 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
     table, wanted = workspace.table, list(seeds)
     rows: dict[str, RowResult] = {}
     spent: dict[str, dict[str, float]] = {SWEEP: {}, workspace.kind(): {}, workspace.kind(ONE_RATE): {}}
+    made_with: dict[str, set[str]] = {}
     for name in table.rows:
         asked = wanted if name in chosen else []
         config = table.config(name, {} if workspace.text is None else {"model.vocab_size": workspace.text.vocab_size})
@@ -199,12 +215,14 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
         for run in (*workspace.sweep([name]), *runs.values(), *others.values()):
             run.check()
             spent[run.kind][run.name] = hours_of(run)
+            made_with[run.name] = makers_of(run)
     for name, row in rows.items():
         reference = rows.get(table.reference_of(name))
         compares = table.experiment.rows[name].compares and not row.diverged
         if reference is not None and reference is not row and compares and not reference.diverged:
             _compare(row, reference)
-    return Result(workspace, rows, {kind: sum(found.values()) for kind, found in spent.items()})
+    hours = {kind: sum(found.values()) for kind, found in spent.items()}
+    return Result(workspace, rows, hours, Counter(maker for makers in made_with.values() for maker in makers))
 
 
 def _compare(row: RowResult, reference: RowResult) -> None:
@@ -256,6 +274,7 @@ def to_json(result: Result) -> dict[str, Any]:
         "reference": table.published.reference,
         "text": text.public() if text else None,
         "hours": result.hours,
+        "made_with": dict(result.made_with),
         "rows": {name: _row(result, row) for name, row in result.rows.items()},
         "missing": result.missing,
     }

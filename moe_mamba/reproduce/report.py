@@ -1,9 +1,7 @@
 """A table's numbers in words: ours beside the paper's, the sweep, the trend, the protocol."""
 
 import json
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from moe_mamba.atomic_file import write_atomically
@@ -13,7 +11,6 @@ from moe_mamba.reproduce.gathering import Result, RowResult, over_tokens, to_jso
 from moe_mamba.reproduce.pictures import draw_axis, draw_tokens
 from moe_mamba.reproduce.statistics import Difference, Mean, crossing, mean
 
-LIBRARIES = ("torch", "deepspeed", "numpy", "sentencepiece")
 SHARES = (0.25, 0.5, 0.75, 1.0)
 NONE, UNPUBLISHED = "-", "not published"
 
@@ -261,18 +258,23 @@ def protocol(result: Result) -> list[str]:
             f"{sweep.share:.0%} of the tokens and the schedule shrunk to them; the same budget for each model."
         )
     spent = ", ".join(f"{kind.replace('_', ' ')} {hours:.2f}" for kind, hours in result.hours.items())
-    unit = "core" if trace is None or not _is_gpu() else "GPU"
+    unit = "core" if trace is None or not _is_on_gpus(result) else "GPU"
     lines.append(
         f"{unit.capitalize()} hours, by the clock with one {unit} a run: {sum(result.hours.values()):.2f} ({spent})."
     )
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    return [*lines, f"Gathered with Python {platform.python_version()}, {libraries}; {platform.machine()}."]
+    return lines + _made_with(result)
 
 
-def _is_gpu() -> bool:
-    import torch
+def _is_on_gpus(result: Result) -> bool:
+    return any(maker.startswith("cuda") for maker in result.made_with)
 
-    return torch.cuda.is_available()
+
+def _made_with(result: Result) -> list[str]:
+    """On what the runs were made, and with which libraries."""
+    lines = [f"On {maker}: {count} runs." for maker, count in sorted(result.made_with.items()) if maker]
+    if silent := result.made_with[""]:
+        lines.append(f"{silent} runs did not note on what they were made.")
+    return lines
 
 
 def _published(result: Result, row: RowResult, words: Callable[[Figures], str]) -> str:

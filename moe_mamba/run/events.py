@@ -43,6 +43,8 @@ class Event(Line):
     batches: list[Whole] = []
     rank: Whole = 0
     host: Text = ""
+    device: Text = ""
+    versions: dict[Text, Text] = {}
     times: Number = 0.0
     share: Number = 0.0
 

@@ -4,6 +4,9 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
+from moe_mamba.preflight.facts import device_name, versions
 from moe_mamba.run.console import Screen
 from moe_mamba.run.events import STARTS, Events, read_events, why_ended
 from moe_mamba.run.folder import RunFolder
@@ -14,7 +17,15 @@ from moe_mamba.train.start_up import StartUp
 COUNTERS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
-def note_start(events: Events, folder: RunFolder, screen: Screen, step: int, steps: int, hosts: Sequence[str]) -> None:
+def note_start(
+    events: Events,
+    folder: RunFolder,
+    screen: Screen,
+    step: int,
+    steps: int,
+    hosts: Sequence[str],
+    device: torch.device,
+) -> None:
     """Note that training begins, or goes on: the why, and another number of processes, are said as well.
 
     Only the first rank does anything.
@@ -26,6 +37,7 @@ def note_start(events: Events, folder: RunFolder, screen: Screen, step: int, ste
         step: steps that are made already.
         steps: of the whole run.
         hosts: rank -> name of its machine.
+        device: that this rank computes on.
     """
     if not events.enabled:
         return
@@ -36,6 +48,8 @@ def note_start(events: Events, folder: RunFolder, screen: Screen, step: int, ste
     details = {
         "processes": len(hosts),
         "machines": machines,
+        "device": device_name(device),
+        "versions": versions(),
         "steps": steps,
         "log_bytes": folder.log.stat().st_size if folder.log.exists() else 0,
         "launcher": {name: os.environ[name] for name in COUNTERS if name in os.environ},

@@ -132,7 +132,7 @@ class Trainer:
         """Do the steps that are left, then report; False: it was stopped before, and is saved."""
         train, steps = self.config.train, self.config.steps
         limit_collectives(self.config.parallel.timeout + 60)  # the watch is quicker, and says the place
-        note_start(self.events, self.folder, self.screen, self.step, steps, self.pace.hosts)
+        note_start(self.events, self.folder, self.screen, self.step, steps, self.pace.hosts, self.world.device)
         if late := self.recovery.too_late:
             self.screen.say(f"note      train.skip_batches: {late} were trained on before, and stay")
         self.screen.start_bar(self.step, steps)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.train import train
 from moe_mamba.config import Config
@@ -53,6 +54,7 @@ def test_a_restart_says_its_number_its_reason_and_the_new_world(world: World, ti
     start, restart = starts_of(folder)
     host = socket.gethostname()
     assert (start["event"], start["step"], start["processes"], start["machines"]) == ("start", 0, 2, {host: 2})
+    assert start["device"].startswith("cpu (") and start["versions"]["torch"] == torch.__version__
     assert (restart["event"], restart["step"], restart["number"], restart["processes"]) == ("restart", 2, 1, 1)
     assert restart["reason"].startswith("rank 1 (")
     assert restart["reason"].endswith("RuntimeError: the roof fell in (its traceback is in the log)")

@@ -114,7 +114,7 @@ def test_what_is_left_is_whole_and_needs_nothing_else(made: tuple[Path, list[str
     page = (folder / "report.html").read_text()
     assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    for part in ("sha256", "Core hours", "3.41", "-0.09", "196 and 4 documents", "torch 2"):
+    for part in ("sha256", "Core hours", "3.41", "-0.09", "196 and 4 documents", "On cpu (", "torch 2"):
         assert part in page
     assert (folder / "axis.png").read_bytes()[:4] == b"\x89PNG"
     held_out = (output / "text" / "validation.jsonl").read_text().splitlines()
