@@ -160,7 +160,7 @@ def _order(result: Result) -> list[str]:
         return []
     said = []
     for who, losses in (("Order here,", ours), ("Order in the paper,", paper)):
-        titles = ", ".join(table.rows[name].title for name in sorted(paper, key=losses.__getitem__))
+        titles = "; ".join(table.rows[name].title for name in sorted(paper, key=losses.__getitem__))
         said.append(f"{who} from the lowest loss: {titles}.")
     return said
 
