@@ -15,7 +15,7 @@ from tests import ROOT
 from tests.reproduce.independent import check_table
 
 SCIENCE = ROOT / "docs" / "measurements" / "science"
-ARCHIVES = {"main": ["main-v1"]}  # archive -> its tables
+ARCHIVES = {"main": ["main-v1"], "experts": ["experts-v1"]}  # archive -> its tables
 SECTIONS = ("What was run",)
 
 
