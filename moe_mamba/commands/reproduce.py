@@ -41,8 +41,8 @@ def main(
     """Make the runs of a table, or go on with them, and write ours beside the paper's.
 
     Args:
-        table: main, experts, lr, parallel, inner, ratio or designs of the paper; routers or resets beyond it: a file
-            of configs/reproduce.
+        table: main, experts, lr, parallel, inner, ratio or designs of the paper; routers, resets or rates beyond it: a
+            file of configs/reproduce.
         version: of the paper, v1 or v2, or ours; the first that has the table, where none is given.
         scale: mini (two cores), or paper (GPUs).
         seeds: runs of each model, with seeds from 1.

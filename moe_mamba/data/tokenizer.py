@@ -88,8 +88,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: str | Pat
         )
     except RuntimeError as error:
         raise UserError(
-            f"no SentencePiece model of {vocab_size} pieces from this corpus ({_reason(error)}): change "
-            "model.vocab_size (256 of them are bytes), or give more text"
+            f"no SentencePiece model of {vocab_size} pieces from this corpus ({_reason(error)}): give more "
+            "text, or change model.vocab_size (256 of them are bytes)"
         ) from error
     tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(folder)

@@ -50,6 +50,7 @@ class Made(Section):
     config: PathText = Field("", description="configuration; empty: the scale's")
     keys: Keys = Field({}, description="keys of it that differ, dotted")
     rate_of: Text = Field("", description="takes the learning rate of this row, in the place of a sweep of its own")
+    rate: Rate | None = Field(None, description="peak learning rate, in the place of a sweep of its own")
 
 
 def _different(rates: list[float]) -> list[float]:
@@ -128,6 +129,8 @@ class Experiment(Section):
                 raise ValueError(f"{place}.sweep.seed={scale.sweep.seed} is a seed of the table's runs: give another")
             for row, made in scale.runs.items():
                 self._check_names(f"{place}.runs.{row}.rate_of", [made.rate_of] * bool(made.rate_of))
+                if made.rate_of and made.rate is not None:
+                    raise ValueError(f"{place}.runs.{row} has rate and rate_of: give one of them")
                 if made.rate_of and (made.rate_of not in scale.runs or scale.runs[made.rate_of].rate_of):
                     raise ValueError(f"{place}.runs.{row}.rate_of: {made.rate_of} has no rate of its own at this scale")
                 if not (made.config or scale.config):

@@ -191,9 +191,10 @@ def sweep_grid(result: Result) -> Grid | None:
     rates = table.made.sweep.rates
     rows = []
     for name, row in result.rows.items():
-        owner = table.made.runs[name].rate_of
-        if owner:
-            rows.append([table.rows[name].title, *[NONE] * len(rates), f"that of {table.rows[owner].title}"])
+        made = table.made.runs[name]
+        if made.rate_of or made.rate is not None:
+            whose = f"that of {table.rows[made.rate_of].title}" if made.rate_of else f"{made.rate:g}, given"
+            rows.append([table.rows[name].title, *[NONE] * len(rates), whose])
             continue
         cells = [_swept(row, rate) for rate in rates]
         edge = " (an end of the grid)" if len(rates) > 1 and row.rate in (min(rates), max(rates)) else ""
@@ -230,31 +231,33 @@ def protocol(result: Result) -> list[str]:
     """What was done, for who wants to repeat it."""
     table, text = result.workspace.table, result.workspace.text
     lines = []
+    config = table.config(table.published.reference, {})
+    train, length = config.train, config.data.sequence_length
     if text is not None:
         public = text.public()
         lines += [f"Text: {name}, sha256 {digest}." for name, digest in public["sha256"].items()]
         counts = f" ({text.documents[0]:,} and {text.documents[1]:,} documents)" if text.documents else ""
         lines.append(
-            f"Training on {text.tokens[0]:,} tokens, validation on a part of {text.tokens[1]:,}{counts}; split: "
-            f"{text.split}. Vocabulary: {public['vocabulary']}, {text.vocab_size:,} tokens."
+            f"Training on {text.tokens[0]:,} tokens, validation on "
+            f"{_validated(text.tokens[1], (train.validation_batches or 0) * train.global_batch * length)}{counts}; "
+            f"split: {text.split}. Vocabulary: {public['vocabulary']}, {text.vocab_size:,} tokens."
         )
         if not any(text.asked.values()):
             lines.append("The built-in corpus is too small for claims: it shows that the tool works.")
-    config = table.config(table.published.reference, {})
     trace = next((trace for row in result.rows.values() for trace in row.traces.values()), None)
     if trace is not None:
         tokens = trace.steps * trace.tokens_per_step
         epochs = f", {tokens / text.tokens[0]:.2f} epochs" if text else ""
         lines.append(f"Each run: {trace.steps:,} steps of {trace.tokens_per_step:,} tokens, {tokens:,} in all{epochs}.")
-    train = config.train
     lines.append(
         f"AdamW ({train.beta1:g}, {train.beta2:g}), weight decay {train.weight_decay:g}, gradient clip "
         f"{train.gradient_clip:g}, {train.schedule} to {train.minimum_rate:g} of the peak after {train.warmup:.0%} "
-        f"warm-up, {train.precision}; sequences of {config.data.sequence_length:,}."
+        f"warm-up, {train.precision}; sequences of {length:,}."
     )
     if (sweep := table.made.sweep) is not None:
+        but = ", save where it is given" if any(made.rate is not None for made in table.made.runs.values()) else ""
         lines.append(
-            f"Learning rates: each model's own, the best of {len(sweep.rates)} on seed {sweep.seed:,} with "
+            f"Learning rates: each model's own{but}, the best of {len(sweep.rates)} on seed {sweep.seed:,} with "
             f"{sweep.share:.0%} of the tokens and the schedule shrunk to them; the same budget for each model."
         )
     spent = ", ".join(f"{kind.replace('_', ' ')} {hours:.2f}" for kind, hours in result.hours.items())
@@ -263,6 +266,13 @@ def protocol(result: Result) -> list[str]:
         f"{unit.capitalize()} hours, by the clock with one {unit} a run: {sum(result.hours.values()):.2f} ({spent})."
     )
     return lines + _made_with(result)
+
+
+def _validated(tokens: int, read: int) -> str:
+    """What runs validate on; ``read``: tokens that they would read, 0: all."""
+    if not read:
+        return f"all of {tokens:,}"
+    return f"the first {read:,} of {tokens:,}" if read <= tokens else f"{tokens:,}, where {read:,} are wanted"
 
 
 def _is_on_gpus(result: Result) -> bool:

@@ -127,7 +127,7 @@ class Workspace:
         """Runs that look for the rates of rows."""
         found: dict[str, Run] = {}
         for row in map(self._owner, rows):
-            if (sweep := self.table.made.sweep) is not None:
+            if (sweep := self._sweep(row)) is not None:
                 found |= {run.name: run for run in (self._sweep_run(row, rate, sweep) for rate in sweep.rates)}
         return list(found.values())
 
@@ -152,10 +152,13 @@ class Workspace:
         return [self._run(self.kind(ONE_RATE), row, rate, f"seed{seed}", seed, self.table.made.share) for seed in first]
 
     def rate(self, row: str) -> float | None:
-        """The peak learning rate of a row: the best of its sweep, or its configuration's; None: not known yet."""
-        sweep = self.table.made.sweep
+        """A row's peak learning rate: given, the best of its sweep, or its configuration's; None: not known yet."""
+        owner = self._owner(row)
+        if (given := self.table.made.runs[owner].rate) is not None:
+            return given
+        sweep = self._sweep(owner)
         if sweep is None:
-            return self.table.config(self._owner(row), {}).train.learning_rate
+            return self.table.config(owner, {}).train.learning_rate
         losses = self.swept(row)
         known = {rate: loss for rate, loss in losses.items() if loss is not None}
         if len(losses) < len(sweep.rates) or not known:
@@ -164,10 +167,11 @@ class Workspace:
 
     def swept(self, row: str) -> dict[float, float | None]:
         """Rate -> validation loss at the end of its run of the sweep, None where it diverged; those that are done."""
-        sweep = self.table.made.sweep
+        owner = self._owner(row)
+        sweep = self._sweep(owner)
         if sweep is None:
             return {}
-        runs = {rate: self._sweep_run(self._owner(row), rate, sweep) for rate in sweep.rates}
+        runs = {rate: self._sweep_run(owner, rate, sweep) for rate in sweep.rates}
         return {rate: run.loss() for rate, run in runs.items() if run.state in ("finished", "diverged")}
 
     def seeds(self, kind: str, row: str) -> list[int]:
@@ -177,6 +181,10 @@ class Workspace:
 
     def _owner(self, row: str) -> str:
         return self.table.made.runs[row].rate_of or row
+
+    def _sweep(self, owner: str) -> Sweep | None:
+        """The sweep of a row that has a rate of its own; None: it is given, or stands in its configuration."""
+        return self.table.made.sweep if self.table.made.runs[owner].rate is None else None
 
     def _sweep_run(self, row: str, rate: float, sweep: Sweep) -> Run:
         return self._run(SWEEP, row, rate, f"rate{rate:g}", sweep.seed, sweep.share)

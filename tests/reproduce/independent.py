@@ -27,7 +27,7 @@ def check_table(output: Path, folder: Path, references: dict[str, str], runs: st
     Args:
         output: where the runs lie.
         folder: of the table: table.json and table.md.
-        references: row -> the row that it is compared with; the reference's own name, or none, where it is one.
+        references: row -> the row that it is compared with; its own name, or none, where it is compared with nothing.
         runs: the folder of the runs inside output.
     """
     found = json.loads((folder / "table.json").read_text())
@@ -74,6 +74,8 @@ def _check_difference(
         ends = {"low": mean(apart) - reach, "high": mean(apart) + reach}
         assert {key: said["difference"][key] for key in ends} == pytest.approx(ends, rel=1e-4)
         assert f"{mean(apart):+.4f} ({ends['low']:+.4f} to {ends['high']:+.4f})" in text
+    else:
+        assert f"{apart[0]:+.4f} (one seed)" in text
     for seed in both:
         share = first_below(curves[seed], others[seed][-1][1])
         assert said["seeds"][seed]["share_of_steps"] == (share if share is None else pytest.approx(share))

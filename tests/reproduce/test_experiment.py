@@ -34,7 +34,8 @@ def test_every_table_of_the_paper_is_here() -> None:
         "main": ["v1", "v2"],
         "parallel": ["v2"],
         "ratio": ["v2"],
-        "resets": ["ours"],  # and what is beyond it
+        "rates": ["ours"],  # and what is beyond it
+        "resets": ["ours"],
         "routers": ["ours"],
     }
 
@@ -100,6 +101,14 @@ def test_a_row_takes_the_rate_of_another_and_shares_its_sweep(tmp_path: Path) ->
     assert {(run.config.steps, run.config.run.seed, run.state) for run in runs} == {(15, 1000, "new")}
     assert workspace.rate("experts_1") is None
     assert workspace.runs("experts_1", [1]) == []  # before the sweep nobody knows its rate
+
+
+def test_a_row_whose_rate_is_given_has_no_sweep_and_the_folder_of_its_name(tmp_path: Path) -> None:
+    workspace = Workspace(read_table("rates", None, "mini"), tmp_path, None, 4096 * 100)
+    assert {run.row for run in workspace.sweep(["mamba", "mamba_low"])} == {"mamba"}
+    (run,) = workspace.runs("mamba_low", [1])
+    assert (run.name, run.config.train.learning_rate) == ("runs/mamba_low/seed1", 0.005)
+    assert (workspace.rate("mamba_low"), workspace.rate("mamba"), workspace.swept("mamba_low")) == (0.005, None, {})
 
 
 def test_an_early_look_has_fewer_tokens_and_folders_of_its_own(tmp_path: Path) -> None:
@@ -217,6 +226,8 @@ versions: {v1: {source: nowhere, reference: a, published: {a: {loss: 3.5}}}}
         ("config: configs/mini.yaml, ", "", "mini.runs.a has no config"),
         ("v1: {", "v7: {", "versions.v7"),
         ("runs: {a: {}, b: {}}", "runs: {a: {rate_of: b}, b: {rate_of: a}}", "has no rate of its own"),
+        ("b: {}}", "b: {rate_of: a, rate: 8.e-3}}", "rate and rate_of"),
+        ("b: {}}", "b: {rate: 0}}", "mini.runs.b.rate='0'"),
         ("mini: {", "mini: {sweep: {rates: []}, ", "rates"),
         ("mini: {", "mini: {sweep: {rates: [8.e-3, 8.e-3]}, ", "the same"),
         ("mini: {", "mini: {sweep: {rates: [8.e-3], seed: 1}, ", "is a seed of the table's runs"),
