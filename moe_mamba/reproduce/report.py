@@ -128,8 +128,10 @@ def _notes(result: Result) -> list[str]:
 
 
 def _crossing(result: Result) -> str | None:
-    """Where a series over the axis falls to the reference."""
+    """Where a series over the axis falls to the reference; nothing, where that is one of its points."""
     table = result.workspace.table
+    if table.rows[table.published.reference].at is not None:
+        return None
     points = [
         (at, row.difference.value)
         for name, row in result.rows.items()
