@@ -15,7 +15,7 @@ from tests import ROOT
 from tests.reproduce.independent import check_table
 
 SCIENCE = ROOT / "docs" / "measurements" / "science"
-ARCHIVES = {"main": ["main-v1"], "experts": ["experts-v1"]}  # archive -> its tables
+ARCHIVES = {"main": ["main-v1"], "experts": ["experts-v1"], "lr": ["lr-v1"]}  # archive -> its tables
 SECTIONS = ("What was run",)
 
 
@@ -57,6 +57,12 @@ def test_gathered_from_their_archive_tables_are_the_same(unpacked: tuple[Path, l
         main(table=table, version=version, only=only, gather=True, output=str(output))
         for file in ("table.json", "table.md"):
             assert (SCIENCE / name / file).read_text() == (output / name / file).read_text()
+
+
+def test_a_crossing_is_told_where_the_reference_is_no_point_of_the_axis() -> None:
+    said = {name: (SCIENCE / name / "table.md").read_text() for name in ("experts-v1", "lr-v1")}
+    assert "Over experts, the loss is below that of Mamba from the first on." in said["experts-v1"]
+    assert "- Over " not in said["lr-v1"]
 
 
 def test_the_page_quotes_the_tables() -> None:
