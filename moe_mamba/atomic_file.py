@@ -47,7 +47,10 @@ def rename(source: Path, target: Path) -> None:
 
     The content is another matter: see `put_in_place`, and `synchronize_tree` for a folder.
     """
-    os.replace(source, target)
+    try:
+        os.replace(source, target)
+    except IsADirectoryError as error:  # name what is in the way, not the file with a name of its own beside it
+        raise IsADirectoryError(error.errno, error.strerror, str(target)) from error
     synchronize(target.parent)
 
 

@@ -160,6 +160,14 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
             write_atomically(tmp_path / folder / "name", "content")
 
 
+def test_a_folder_in_the_place_of_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "name").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_atomically(tmp_path / "name", "content")
+    assert error.value.filename == str(tmp_path / "name") and error.value.filename2 is None
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
 def test_a_file_system_that_cannot_synchronize_folders_still_holds_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

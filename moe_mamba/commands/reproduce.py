@@ -59,13 +59,12 @@ def main(
             --output for --gather.
         overrides: the text, as --data.train, --data.validation, --data.tokenizer and --data.text_key.
     """
+    _check_paths({"output": output, "jobs": jobs, "slurm": slurm, "archive": archive})
     _check_modes({"dry": dry, "gather": gather, "jobs": jobs is not None, "slurm": slurm is not None}, archive)
     made = read_table(table, version, scale)
     rows, wanted = chosen_rows(made, only), range(1, (seeds or made.made.seeds) + 1)
     asked = _asked(made, overrides)
     default = f"runs/reproduce/{scale}" if scale == "mini" else f"runs/reproduce/{scale}/{made.label}"
-    if output == "":
-        raise UserError("--output is empty: give a folder, or leave it out")
     where = Path(output or default).expanduser()
     at_once = at_once or slots(gpus_per_run)
     if dry:
@@ -86,10 +85,18 @@ def main(
     if archive is not None:
         write_archive(result, Path(archive))
         print(archive)
+    for line in result.missing if gather else []:
+        print(f"missing   {line}")
     for name, why in failed.items():
         print(f"failed    {name}: {why}")
     if failed:
-        raise RunStopped(f"{len(failed)} runs have failed: the same command tries them again")
+        raise RunStopped(f"{_counted(len(failed), 'run')} failed: the same command tries them again")
+
+
+def _check_paths(paths: dict[str, str | None]) -> None:
+    for name, path in paths.items():
+        if path == "":
+            raise UserError(f"--{name} is empty: give a path, or leave it out")
 
 
 def _check_modes(modes: dict[str, bool], archive: str | None) -> None:
@@ -117,9 +124,12 @@ def _asked(table: Table, overrides: dict[str, Any]) -> Asked:
 def _workspace(table: Table, output: Path, tokens: int | None, asked: Asked, is_there: bool) -> Workspace:
     if table.scale != "mini":
         return Workspace(table, output, None, tokens)
-    if is_there and text_of(output / "text", asked) is None:
+    if not is_there:
+        return Workspace(table, output, prepare_text(output / "text", asked, _vocab_size(table), print), tokens)
+    text = text_of(output / "text", asked)
+    if text is None:
         raise UserError(f"--gather: {output} holds no runs: make them first, or give another --output")
-    return Workspace(table, output, prepare_text(output / "text", asked, _vocab_size(table), print), tokens)
+    return Workspace(table, output, text, tokens)
 
 
 def _vocab_size(table: Table) -> int:
@@ -175,13 +185,17 @@ def _write_jobs(
         raise UserError("no run is left to be made: gather them with --gather")
     if jobs is not None:
         write_jobs(runs, workspace.output, Path(jobs), gpus_per_run)
-        print(f"{len(runs)} commands in {jobs}")
+        print(f"{_counted(len(runs), 'command')} in {jobs}")
     else:
         assert slurm is not None
         gpus = gpus_per_run if workspace.table.scale == "paper" else 0
         script = write_slurm(
             runs, workspace.output, Path(slurm), f"reproduce-{workspace.table.label}", gpus, gpus_per_run
         )
-        print(f"{len(runs)} runs: sbatch {script}")
+        print(f"{_counted(len(runs), 'run')}: sbatch {script}")
     if sweep:
         print("These are the sweep's: once they are done, give the same command again for the runs at the rates chosen")
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -40,6 +40,8 @@ def check_archive(path: Path) -> None:
         raise UserError(f"--archive={path} is a folder: give a file")
     if not path.parent.is_dir():
         raise UserError(f"--archive={path}: there is no folder {path.parent}: make it first")
+    if path.is_file() and not tarfile.is_tarfile(path):
+        raise UserError(f"--archive={path} is there, and is no archive: give another file, or move it away")
 
 
 def write_archive(result: Result, path: Path) -> None:

@@ -42,8 +42,10 @@ def describe_dry(
     sweep = {run.name: run for run in workspace.sweep(rows) if not run.is_done}
     for row in rows:
         hours, count = _hours(workspace.planned(row).config, speeds[row]), _left(workspace, row, wanted)
-        # A sweep that rows share counts once, with the first of them.
-        own = [sweep.pop(run.name) for run in workspace.sweep([row]) if run.name in sweep]
+        # A sweep that rows share counts once, with the row that it is of, or else with the first of the others.
+        theirs = workspace.owner(row)
+        is_here = theirs == row or theirs not in rows
+        own = [sweep.pop(run.name) for run in workspace.sweep([row]) if is_here and run.name in sweep]
         total += count * hours + sum(_hours(run.config, speeds[row]) for run in own)
         longest = max(longest, hours * (count > 0))
         extra += (workspace.table.reference_of(row) != row) * min(len(wanted), workspace.table.made.one_rate) * hours
@@ -97,7 +99,10 @@ def measure(workspace: Workspace, rows: list[str], at_once: int, say: Callable[[
     with tempfile.TemporaryDirectory() as folder:
         say(f"measuring {MEASURED} steps of each of {len(rows)} models")
         runs = {row: _short_run(workspace, row, Path(folder)) for row in rows}
-        failed = Launcher(Path(folder), at_once, 1, lambda line: None).make(runs.values())
+        try:
+            failed = Launcher(Path(folder), at_once, 1, lambda line: None).make(runs.values())
+        except RunStopped as stopped:
+            raise RunStopped("stopped while it measured: nothing was made", code=stopped.code) from None
         for name, why in failed.items():
             raise RunStopped(f"{name} cannot be measured: {why}")
         return {row: _speed(run) for row, run in runs.items()}

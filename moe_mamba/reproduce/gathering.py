@@ -12,7 +12,6 @@ from moe_mamba.model.language_model import LanguageModel
 from moe_mamba.reproduce.runs import ONE_RATE, SWEEP, Run, Workspace
 from moe_mamba.reproduce.statistics import Difference, Mean, mean, paired, share_of_steps
 from moe_mamba.run.events import STARTS, read_events, time_of
-from moe_mamba.run.metrics import read_metrics
 
 LAST = 0.1  # share of the steps, at the end, over which load and dropped tokens are averaged
 
@@ -49,18 +48,22 @@ def read_trace(run: Run) -> Trace:
     """Read a finished run.
 
     Raises:
-        UserError: its metrics lack the end.
+        UserError: its metrics are damaged, or lack the end.
     """
-    lines = read_metrics(run.folder)
+    lines = run.metrics()
     steps = run.config.steps
     end = [line for line in lines if line["step"] > (1 - LAST) * steps and "expert_load" in line]
-    loads = [len(load) * max(load) for line in end for load in line["expert_load"].values()]
+    try:
+        loads = [len(load) * max(load) for line in end for load in line["expert_load"].values()]
+        fullest = average(loads) if loads else None
+    except (TypeError, ValueError, AttributeError):
+        raise run.damaged("has loads of experts that are none") from None
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return Trace(
         steps=steps,
         tokens_per_step=run.config.train.global_batch * run.config.data.sequence_length,
         curve=run.curve(),
-        fullest=average(loads) if loads else None,
+        fullest=fullest,
         dropped=average(line["dropped"] for line in end) if end else None,
         tokens_per_second=median(speeds) if speeds else None,
         hours=hours_of(run),
@@ -103,7 +106,7 @@ class RowResult:
         is_asked: the call was about it.
         swept: rate -> loss of the sweep, None where it diverged.
         traces: seed -> what its run left.
-        missing: seed -> the state of its run, for those that were asked for and are not finished, or have diverged.
+        missing: seed -> the state of its run, for those that are not finished, asked for or begun.
         one_rate: seed -> loss at the reference's rate, where that is another.
         difference: of the losses to the reference's; None for the reference.
         one_rate_difference: the same, both at the reference's rate.
@@ -177,7 +180,7 @@ class Result:
 
     @cached_property
     def missing(self) -> list[str]:
-        """Runs that were asked for and are not there, in words."""
+        """Runs that were asked for, or begun, and are not finished, in words."""
         lines = []
         for name, row in self.rows.items():
             if row.rate is None and row.is_asked:
@@ -208,8 +211,7 @@ def gather(workspace: Workspace, chosen: Container[str], seeds: Iterable[int]) -
         row = rows[name] = RowResult(name, counts, workspace.rate(name), name in chosen, workspace.swept(name))
         runs = _by_seed(workspace.runs(name, _all(workspace, workspace.kind(), name, asked)))
         row.traces = {seed: read_trace(run) for seed, run in runs.items() if run.state == "finished"}
-        states = {seed: run.state for seed, run in runs.items() if seed not in row.traces}
-        row.missing = {seed: state for seed, state in states.items() if seed in asked or state == "diverged"}
+        row.missing = {seed: run.state for seed, run in runs.items() if seed not in row.traces}
         others = _by_seed(workspace.one_rate(name, _all(workspace, workspace.kind(ONE_RATE), name, asked)))
         row.one_rate = {seed: loss for seed, run in others.items() if (loss := run.loss()) is not None}
         for run in (*workspace.sweep([name]), *runs.values(), *others.values()):

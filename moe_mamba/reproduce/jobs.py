@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_mamba.atomic_file import write_atomically
-from moe_mamba.reproduce.launching import command_of, write_config
+from moe_mamba.errors import UserError
+from moe_mamba.reproduce.launching import COMMAND, command_of, write_config
 from moe_mamba.reproduce.runs import Run
 
 SCRIPT = """#!/bin/bash
@@ -33,11 +34,25 @@ def write_jobs(runs: Sequence[Run], output: Path, path: Path, gpus_per_run: int)
         output: folder of the table's output.
         path: the list.
         gpus_per_run: devices of each; with more than one, torchrun starts it.
+
+    Raises:
+        UserError: the file is there, and is no such list.
     """
+    _check_list(path)
     for run in runs:
         write_config(run, output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(f"{command_of(run, output, gpus_per_run)}\n" for run in runs))
+
+
+def _check_list(path: Path) -> None:
+    """Raise a UserError where a file would be lost that we have not written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a file for the list of jobs")
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not all(line.startswith(COMMAND) for line in lines):
+            raise UserError(f"{path} is there, and is no list of jobs: give another file, or move it away")
 
 
 def write_slurm(runs: Sequence[Run], output: Path, folder: Path, name: str, gpus: int, gpus_per_run: int) -> Path:

@@ -27,6 +27,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_UNTIL_FREE = 5.0
 ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (130, 143, *(-number for number in ASKED_TO_STOP))  # what a process that was asked to stop ends with
+COMMAND = "env OMP_NUM_THREADS=1"  # how each line of a list of jobs begins
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -59,7 +60,7 @@ def command_of(run: Run, output: Path, gpus_per_run: int) -> str:
     if gpus_per_run > 1:
         module = "-m moe_mamba.commands.train" if train.startswith("moe-mamba") else train.removeprefix("python ")
         train = f"torchrun --standalone --nproc-per-node={gpus_per_run} {module}"
-    return f"env OMP_NUM_THREADS=1 {train} --config={shlex.quote(str(config_file(run, output)))}"
+    return f"{COMMAND} {train} --config={shlex.quote(str(config_file(run, output)))}"
 
 
 def _words(run: Run, output: Path, gpus_per_run: int) -> list[str]:

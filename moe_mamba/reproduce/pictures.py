@@ -39,7 +39,7 @@ def draw_tokens(result: Result, path: Path) -> bool:
 
 
 def draw_axis(result: Result, path: Path) -> bool:
-    """Loss over the table's axis, a line for each series, the reference as a level; False: it has no such axis."""
+    """Loss over the table's axis, a line for each series, references as levels; False: it has no such axis."""
     table = result.workspace.table
     series: dict[str, list[tuple[float, RowResult]]] = {}
     for name, row in result.rows.items():
@@ -56,10 +56,13 @@ def draw_axis(result: Result, path: Path) -> bool:
         errors = [mean.error or 0.0 for mean in means]
         values = [mean.value for mean in means]
         axes.errorbar(places, values, errors, color=_color(number), marker="o", capsize=3, label=name or "ours")
-    reference = result.rows.get(table.published.reference)
-    if reference is not None and reference.loss is not None and table.rows[reference.name].at is None:
-        label = f"{table.rows[reference.name].title}, the reference"
-        axes.axhline(reference.loss.value, color=INK, linestyle="--", linewidth=1.2, label=label)
+    for number, name in enumerate(_levels(result)):
+        level, color = result.rows[name].loss, (INK, FAINT)[number % 2]
+        assert level is not None
+        label = f"{table.rows[name].title}, the reference"
+        axes.axhline(level.value, color=color, linestyle="--", linewidth=1.2, label=label)
+        if level.error:
+            axes.axhspan(level.value - level.error, level.value + level.error, color=color, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     ticks = sorted({at for points in series.values() for at, _ in points})
     axes.set_xticks(ticks, [f"{at:g}" for at in ticks])
@@ -68,6 +71,13 @@ def draw_axis(result: Result, path: Path) -> bool:
     axes.legend(frameon=False, fontsize=9)
     _save(figure, axes, f"{table.experiment.title}: loss over {table.experiment.axis}", path)
     return True
+
+
+def _levels(result: Result) -> list[str]:
+    """References of the rows on the axis that are no points of it themselves."""
+    table = result.workspace.table
+    names = dict.fromkeys(table.reference_of(name) for name in result.rows if table.rows[name].at is not None)
+    return [name for name in names if table.rows[name].at is None and name in result.rows and result.rows[name].loss]
 
 
 def _label(result: Result, row: RowResult) -> str:

@@ -238,11 +238,11 @@ def protocol(result: Result) -> list[str]:
     if text is not None:
         public = text.public()
         lines += [f"Text: {name}, sha256 {digest}." for name, digest in public["sha256"].items()]
-        counts = f" ({text.documents[0]:,} and {text.documents[1]:,} documents)" if text.documents else ""
+        documents = [f" of {number:,} documents" for number in text.documents] or ["", ""]
         lines.append(
-            f"Training on {text.tokens[0]:,} tokens, validation on "
-            f"{_validated(text.tokens[1], (train.validation_batches or 0) * train.global_batch * length)}{counts}; "
-            f"split: {text.split}. Vocabulary: {public['vocabulary']}, {text.vocab_size:,} tokens."
+            f"Training on {text.tokens[0]:,} tokens{documents[0]}, validation on "
+            f"{_validated(text.tokens[1], (train.validation_batches or 0) * train.global_batch * length)} tokens"
+            f"{documents[1]}; split: {text.split}. Vocabulary: {public['vocabulary']}, {text.vocab_size:,} tokens."
         )
         if not any(text.asked.values()):
             lines.append("The built-in corpus is too small for claims: it shows that the tool works.")

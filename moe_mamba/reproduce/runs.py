@@ -1,5 +1,6 @@
 """The runs of a table: what each is, where it lies, how it stands, and which rate was the best of a sweep."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,22 +77,40 @@ class Run:
         """Steps and validation losses in nats/token of a finished run, in order.
 
         Raises:
-            UserError: that of the last step is not there.
+            UserError: that of the last step is not there, or one is no number.
         """
-        lines = read_metrics(self.folder)
-        found = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
+        found = [(line["step"], line["validation_loss"]) for line in self.metrics() if "validation_loss" in line]
         if not found or found[-1][0] != self.config.steps:
-            raise UserError(
-                f"{self.folder / FILE} has no validation loss of step {self.config.steps}, with which it "
-                "finished: it is damaged; remove the folder, and the run is made again"
-            )
+            raise self.damaged(f"has no validation loss of step {self.config.steps}, with which it finished")
+        for step, loss in found:
+            if not isinstance(loss, int | float) or not math.isfinite(loss):
+                raise self.damaged(f"has {shown(loss)} for the validation loss of step {step}")
         return found
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of a finished run's metrics.
+
+        Raises:
+            UserError: there are none, or one is damaged.
+        """
+        if not (self.folder / FILE).is_file():
+            raise self.damaged("does not exist, though the run has finished")
+        return read_metrics(self.folder)
+
+    def damaged(self, what: str) -> UserError:
+        """What is to be said of its metrics."""
+        return UserError(f"{self.folder / FILE} {what}: it is damaged; remove the folder, and the run is made again")
+
     def check(self) -> None:
-        """Raise a UserError where its folder holds a run of another configuration."""
+        """Raise a UserError where its folder holds a run of another configuration, or of one that nobody knows."""
         folder = RunFolder(self.folder)
-        if not (folder.config.is_file() and (self.folder / FILE).is_file()):
+        if not (self.folder / FILE).is_file():
             return
+        if not folder.config.is_file():
+            raise UserError(
+                f"{self.folder} has metrics and no {folder.config.name}, so that nobody knows what made them: remove "
+                "the folder, and the run is made again"
+            )
         for key, before, now in changed(load_config(folder.config), self.config):
             if key not in INERT and key.partition(".")[0] not in INERT_SECTIONS:
                 raise UserError(
@@ -126,7 +145,7 @@ class Workspace:
     def sweep(self, rows: Iterable[str]) -> list[Run]:
         """Runs that look for the rates of rows."""
         found: dict[str, Run] = {}
-        for row in map(self._owner, rows):
+        for row in map(self.owner, rows):
             if (sweep := self._sweep(row)) is not None:
                 found |= {run.name: run for run in (self._sweep_run(row, rate, sweep) for rate in sweep.rates)}
         return list(found.values())
@@ -153,7 +172,7 @@ class Workspace:
 
     def rate(self, row: str) -> float | None:
         """A row's peak learning rate: given, the best of its sweep, or its configuration's; None: not known yet."""
-        owner = self._owner(row)
+        owner = self.owner(row)
         if (given := self.table.made.runs[owner].rate) is not None:
             return given
         sweep = self._sweep(owner)
@@ -167,7 +186,7 @@ class Workspace:
 
     def swept(self, row: str) -> dict[float, float | None]:
         """Rate -> validation loss at the end of its run of the sweep, None where it diverged; those that are done."""
-        owner = self._owner(row)
+        owner = self.owner(row)
         sweep = self._sweep(owner)
         if sweep is None:
             return {}
@@ -179,7 +198,8 @@ class Workspace:
         folders = (self.output / kind / row).glob("seed*")
         return sorted(int(text) for path in folders if (text := path.name.removeprefix("seed")).isdecimal())
 
-    def _owner(self, row: str) -> str:
+    def owner(self, row: str) -> str:
+        """The row whose learning rate a row takes: itself, or another."""
         return self.table.made.runs[row].rate_of or row
 
     def _sweep(self, owner: str) -> Sweep | None:

@@ -22,6 +22,7 @@ from moe_mamba.file_lock import lock
 from moe_mamba.json_file import Record, Size, Text, read_json
 
 FILE = "text.json"
+TOKENIZER = "tokenizer"  # folder of the vocabulary beside it
 HELD_OUT = 50  # where no validation is given, one document in so many is held out for it
 PIECES = "sentencepiece"
 
@@ -107,8 +108,13 @@ def prepare_text(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str
         say: is told what takes long.
 
     Raises:
-        UserError: other text is there already, or this one cannot be read.
+        UserError: other text is there already, or this one cannot be read; or it was unpacked from an archive, which
+            has no text.
     """
+    if (folder / FILE).is_file() and not (folder / TOKENIZER).is_dir():
+        raise UserError(
+            f"{folder.parent} is of an archive, which has no text to train on: give --gather, or another --output"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         return text_of(folder, asked) or _prepare(folder, asked, vocab_size, say)
@@ -140,7 +146,7 @@ def _prepare(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], N
         train, validation, key = [str(folder / "train.jsonl")], str(folder / "validation.jsonl"), TEXT_KEY
         split = f"documents {HELD_OUT}, {2 * HELD_OUT}, ... are held out"
     tokenizer = prepare_tokenizer(
-        asked.tokenizer or PIECES, train, _most(asked, vocab_size), folder / "tokenizer", text_key=key
+        asked.tokenizer or PIECES, train, _most(asked, vocab_size), folder / TOKENIZER, text_key=key
     )
     sources = [
         prepare_corpus(source, tokenizer, folder / "cache", text_key=key, say=say) for source in [*train, validation]
@@ -150,7 +156,7 @@ def _prepare(folder: Path, asked: Asked, vocab_size: int, say: Callable[[str], N
         asked=asdict(asked),
         train=train,
         validation=validation,
-        tokenizer=str(folder / "tokenizer"),
+        tokenizer=str(folder / TOKENIZER),
         vocab_size=tokenizer.vocab_size if asked.names_tokenizer else vocab_size,
         sha256=checksums,
         tokens=[sum(sizes[:-1]), sizes[-1]],
@@ -201,6 +207,8 @@ def text_of(folder: Path, asked: Asked) -> Facts | None:
 def _found(folder: Path, asked: Asked) -> Facts:
     facts = Facts.model_validate(read_json(folder / FILE, "remove the folder, or give another --output"))
     if not asked.is_empty and facts.asked != asdict(asked):
+        if not (folder / TOKENIZER).is_dir():
+            raise UserError(f"{folder.parent} is of an archive, which has one text: leave --data out")
         was = ", ".join(f"--data.{key}={value}" for key, value in facts.asked.items() if value) or "the built-in corpus"
         raise UserError(f"{folder} holds other text, of {was}: give that, or another --output")
     return facts

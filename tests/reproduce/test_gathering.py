@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tarfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from moe_mamba.commands.reproduce import main
 from moe_mamba.errors import UserError
 from tests import ROOT
 
-ARCHIVE = ROOT / "docs" / "measurements" / "science" / "main.tar.xz"
+ARCHIVE = ROOT / "docs" / "measurements" / "science" / "runs.tar.xz"
 ONLY = "mamba,moe_mamba"
+ROWS = ("transformer", "mamba", "moe_mamba")
+KINDS = ("sweep", "runs")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def output(whole: Path, tmp_path: Path) -> Path:
-    """A copy of the committed runs, to be spoilt."""
-    return Path(shutil.copytree(whole, tmp_path / "output"))
+    """A copy of some of the committed runs, to be spoilt."""
+    shutil.copytree(whole / "text", tmp_path / "output" / "text")
+    for kind, row in product(KINDS, ROWS):
+        shutil.copytree(whole / kind / row, tmp_path / "output" / kind / row)
+    return tmp_path / "output"
 
 
 def _row(output: Path, title: str) -> list[str]:
@@ -63,6 +69,66 @@ def test_an_empty_table_is_not_written(output: Path) -> None:
     with pytest.raises(UserError, match="no finished run of this table"):
         main(table="main", gather=True, only=ONLY, output=str(output))
     assert not (output / "main-v1").exists()
+
+
+def _changed(output: Path, key: str, value: object) -> None:
+    """Give the last line of a run's metrics that has a key another value of it."""
+    path = output / "runs" / "moe_mamba" / "seed2" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    next(line for line in reversed(lines) if key in line)[key] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("validation_loss", float("nan"), "has nan for the validation loss of step 4882"),
+        ("validation_loss", "4.0", "has '4.0' for the validation loss of step 4882"),
+        ("expert_load", {"1": []}, "has loads of experts that are none"),
+        ("expert_load", {"1": "even"}, "has loads of experts that are none"),
+        ("expert_load", [1], "has loads of experts that are none"),
+    ],
+)
+def test_what_is_no_number_is_damaged(output: Path, key: str, value: object, said: str) -> None:
+    _changed(output, key, value)
+    with pytest.raises(UserError, match=rf"runs/moe_mamba/seed2/metrics.jsonl {said}: it is damaged"):
+        main(table="main", gather=True, only=ONLY, output=str(output))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("metrics.jsonl", "does not exist, though the run has finished"), ("config.yaml", "nobody knows what made them")],
+)
+def test_a_run_without_one_of_its_files_is_no_run(output: Path, file: str, said: str) -> None:
+    (output / "runs" / "moe_mamba" / "seed2" / file).unlink()
+    with pytest.raises(UserError, match=said):
+        main(table="main", gather=True, only=ONLY, output=str(output))
+
+
+def test_every_seed_that_is_begun_and_not_finished_is_missing(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (2, 5):  # one that is asked for, and one beyond
+        path = output / "runs" / "moe_mamba" / f"seed{seed}" / "events.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    main(table="main", gather=True, only=ONLY, seeds=3, output=str(output))
+    lines = [f"moe_mamba seed {seed}: begun" for seed in (2, 5)]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing")] == [
+        f"missing   {line}" for line in lines
+    ]
+    text = (output / "main-v1" / "table.md").read_text()
+    assert all(f"Missing: {line}." in text for line in lines)
+
+
+def test_a_file_that_is_no_archive_is_not_written_over(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.tar.xz").write_text("precious")
+    with pytest.raises(UserError, match=r"mine\.tar\.xz is there, and is no archive"):
+        main(table="main", only=ONLY, gather=True, archive=str(tmp_path / "mine.tar.xz"), output=str(output))
+
+
+def test_what_an_archive_left_makes_no_runs(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="output is of an archive, which has no text to train on: give --gather"):
+        main(table="main", only=ONLY, seeds=6, jobs=str(tmp_path / "jobs.txt"), output=str(output))
+    with pytest.raises(UserError, match="output is of an archive, which has one text: leave --data out"):
+        main(table="main", only=ONLY, gather=True, output=str(output), **{"data.train": "wiki.jsonl.gz"})
 
 
 @pytest.mark.parametrize("seeds", [1, 5])

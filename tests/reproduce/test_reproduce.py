@@ -114,7 +114,7 @@ def test_what_is_left_is_whole_and_needs_nothing_else(made: tuple[Path, list[str
     page = (folder / "report.html").read_text()
     assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    for part in ("sha256", "Core hours", "3.41", "-0.09", "196 and 4 documents", "On cpu (", "torch 2"):
+    for part in ("sha256", "Core hours", "3.41", "-0.09", "of 196 documents", "of 4 documents", "On cpu (", "torch 2"):
         assert part in page
     assert (folder / "axis.png").read_bytes()[:4] == b"\x89PNG"
     held_out = (output / "text" / "validation.jsonl").read_text().splitlines()
@@ -212,7 +212,14 @@ def test_a_second_call_makes_nothing_and_another_budget_is_refused(
     with pytest.raises(UserError, match="no run is left"):
         _call(*flags, f"--jobs={tmp_path / 'jobs.txt'}")
     shutil.rmtree(output / "runs" / "two" / "seed2")
-    _call(*flags, f"--slurm={tmp_path / 'array'}")
+    (tmp_path / "mine.txt").write_text("precious\n")
+    with pytest.raises(UserError, match=r"mine\.txt is there, and is no list of jobs"):
+        _call(*flags, f"--jobs={tmp_path / 'mine.txt'}")
+    with pytest.raises(UserError, match="is a folder: give a file for the list of jobs"):
+        _call(*flags, f"--jobs={tmp_path}")
+    assert (tmp_path / "mine.txt").read_text() == "precious\n"
+    for _ in range(2):  # a list of an earlier call gives way
+        _call(*flags, f"--slurm={tmp_path / 'array'}")
     (line,) = (tmp_path / "array" / "jobs.txt").read_text().splitlines()
     assert line.endswith(f"launch/train.py --config={output}/configs/runs/two/seed2.yaml")
     assert "--array=0-0\n" in (tmp_path / "array" / "array.sbatch").read_text()
@@ -222,6 +229,6 @@ def test_a_second_call_makes_nothing_and_another_budget_is_refused(
     (output / "runs" / "two" / "seed2").mkdir()
     (output / "runs" / "two" / "seed2" / "checkpoints").write_text("a file in the way")
     capsys.readouterr()
-    with pytest.raises(RunStopped, match="1 runs have failed"):
+    with pytest.raises(RunStopped, match="1 run failed"):
         _call(*flags)
     assert "failed    runs/two/seed2: " in capsys.readouterr().out
