@@ -161,7 +161,7 @@ def _order(result: Result) -> list[str]:
     if len(paper) < 2:
         return []
     said = []
-    for who, losses in (("Order here,", ours), ("Order in the paper,", paper)):
+    for who, losses in (("Order here, of the means over all seeds,", ours), ("Order in the paper,", paper)):
         titles = "; ".join(table.rows[name].title for name in sorted(paper, key=losses.__getitem__))
         said.append(f"{who} from the lowest loss: {titles}.")
     return said
