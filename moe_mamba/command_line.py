@@ -9,7 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, get_args, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import fire
 from fire.core import FireExit
@@ -95,6 +96,7 @@ def parse(function: Callable[..., None]) -> Callable[[], None]:
         _check_given(function, named | flags)
         calls.append(functools.partial(typed, **named, **flags))
 
+    bind.__signature__ = _shown_signature(function)  # type: ignore[attr-defined]
     calls: list[Callable[[], None]] = []
     complaint = io.StringIO()
     try:
@@ -106,6 +108,20 @@ def parse(function: Callable[..., None]) -> Callable[[], None]:
             sys.exit(0)
         raise UserError(_first_line(complaint.getvalue())) from None
     return calls[-1]
+
+
+def _shown_signature(function: Callable[..., None]) -> inspect.Signature:
+    """The signature with types as the help is to name them: without limits, and Fire itself says Optional."""
+    kinds, signature = get_type_hints(function), inspect.signature(function)
+
+    def plain(name: str) -> Any:
+        kind = kinds.get(name, inspect.Parameter.empty)
+        rest = [one for one in get_args(kind) if one is not type(None)]
+        return rest[0] if get_origin(kind) in (Union, UnionType) and len(rest) == 1 else kind
+
+    return signature.replace(
+        parameters=[one.replace(annotation=plain(name)) for name, one in signature.parameters.items()]
+    )
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -1,12 +1,15 @@
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 
 from moe_mamba.command_line import run_command
+from moe_mamba.config_types import Range
 from moe_mamba.errors import RunStopped, UserError
 from tests import ROOT
 
@@ -112,6 +115,23 @@ def test_help_is_the_docstring(monkeypatch, capsys) -> None:
         run(monkeypatch, "--help", function=strict)
     assert stop.value.code == 0
     assert "Take only one flag" in capsys.readouterr().out
+
+
+def test_help_names_the_types_that_a_flag_takes(monkeypatch, capsys) -> None:
+    def limited(
+        *,
+        at_once: Annotated[int | None, Range(1, 9)] = None,
+        seeds: Annotated[int, Range(1, 9)] = 1,
+        only: str | None = None,
+        kind: Literal["a", "b"] | None = None,
+        names: list[str] | None = None,
+    ) -> None:
+        """Take numbers within limits."""
+
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help", function=limited)
+    types = re.findall(r"Type: (.*)", capsys.readouterr().out)
+    assert types == ["Optional[int]", "int", "Optional[str]", "Optional[Literal]", "Optional[list]"]
 
 
 def test_an_unknown_command_is_one_line_and_exit_code_2() -> None:
